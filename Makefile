@@ -1,0 +1,64 @@
+# `make help` lists the targets. VENV=<folder> uses an environment that is already there, as it is.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV ?= .venv
+# An environment named by the caller is not ours to change.
+READY := $(if $(filter file,$(origin VENV)),$(VENV)/.installed)
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export CLEAR_HOME ?= $(CURDIR)/.clear
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export DVC_NO_ANALYTICS := 1
+export GX_ANALYTICS_ENABLED := false
+export HF_HUB_OFFLINE := 1
+export TOKENIZERS_PARALLELISM := false
+export OMP_WAIT_POLICY := PASSIVE
+
+.PHONY: help venv repro test test-all lint format bench params check clean
+
+help:  ## list these targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+venv: $(READY)  ## install everything into .venv (PYTHON=… names an interpreter)
+
+.venv/.installed: pyproject.toml infra/constraints.txt infra/install.sh
+	@infra/install.sh .venv
+
+repro: $(READY)  ## run what is out of date and print the results; PROFILE=smoke runs another profile aside, in .clear/scratch
+ifdef PROFILE
+	@python -m clear scratch $(PROFILE)
+else
+	@dvc repro
+	@python -m clear results
+endif
+
+test: $(READY)  ## run the fast tests
+	@python -m pytest -m "not slow" --durations=15
+
+test-all: $(READY)  ## run every test, the pipeline from end to end included
+	@python -m pytest --durations=15
+
+lint: $(READY)  ## ruff: rules and format
+	@ruff check .
+	@ruff format --check .
+
+format: $(READY)  ## rewrite the code in the house format
+	@ruff check --fix .
+	@ruff format .
+
+bench: $(READY)  ## measure the hot paths and write data/metrics/bench.json
+	@python tests/bench/run.py
+
+params: $(READY)  ## compose params.yaml from clear/conf
+	@python -m clear params
+
+check: $(READY)  ## compare dvc.lock with parameters, code and committed results (needs no data)
+	@python -m clear check
+
+clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
+	@rm -rf .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@find clear flows tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -1,0 +1,5 @@
+"""`python -m clear`, the same command line as `clear`."""
+
+from clear.cli import main
+
+main()

@@ -1,0 +1,175 @@
+"""The command line: one command per pipeline stage, named as in dvc.yaml, and the commands a person uses.
+
+Stages are run by DVC (`dvc repro`), which calls `python -m clear <stage>` in the project's folder. Everything heavy
+is imported inside the command that needs it, so `clear --help` answers at once. A ClearError is one line on
+stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes from its checkpoint.
+"""
+
+import importlib
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+
+from clear.errors import ClearError
+
+INTERRUPTED = 130
+STAGES = {
+    "source": "Clean samples, split once.",
+    "degrade": "Degraded copies for training and validation.",
+    "mmd_bench": "The benchmark, clean and degraded.",
+    "validate": "Check that the data is what it claims to be.",
+    "base": "Train the model that has seen no degraded question, or register a checkpoint.",
+    "traces": "Demonstrations: restore and answer, or answer directly.",
+    "sft": "Supervised fine-tuning on the traces.",
+    "sft_direct": "The baseline without restoration.",
+    "bridge": "Train the latent representation bridge.",
+    "grpo": "Interleaved GRPO.",
+}
+
+app = typer.Typer(
+    help="Teach a multimodal model to restore a degraded image when it needs to. Start with `make repro`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
+
+
+def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
+    """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`."""
+    from clear.config import load
+    from clear.stages.paths import stage_run
+
+    config = load()
+    with stage_run(name):
+        importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
+
+
+@app.command(rich_help_panel=TOOLS)
+def results() -> None:
+    """Print the result table, beside the committed figures where they differ, and the report's path."""
+    from clear.results import render
+
+    typer.echo(render(Path()))
+
+
+@app.command(rich_help_panel=TOOLS)
+def check() -> None:
+    """Compare dvc.lock with parameters, code and committed results; needs no data and no cache."""
+    from clear.check import drifts
+
+    found = drifts(Path())
+    for line in found:
+        typer.echo(line, err=True)
+    if found:
+        typer.echo(f"{len(found)} drift{'s' if len(found) > 1 else ''} found.", err=True)
+        raise typer.Exit(1)
+    typer.echo("dvc.lock, params.yaml, code and committed results agree.")
+
+
+@app.command(rich_help_panel=TOOLS)
+def params(
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in Hydra: profile=smoke, grpo.lr=1e-5.")
+    ] = None,
+) -> None:
+    """Compose clear/conf into params.yaml."""
+    from clear.config import PARAMS
+    from clear.scratch import write_params
+
+    write_params(PARAMS, overrides or [])
+    typer.echo(f"{PARAMS} written.")
+
+
+@app.command(rich_help_panel=TOOLS)
+def scratch(
+    profile: Annotated[str, typer.Argument(help="smoke, tiny, bagel_7b_lora or bagel_7b.")],
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in Hydra: grpo.group_size=4.")
+    ] = None,
+) -> None:
+    """Run the pipeline under another profile in a copy of this folder; nothing tracked here changes."""
+    from clear.results import render
+    from clear.scratch import run
+
+    typer.echo(render(run(Path(), profile, overrides or [])))
+
+
+@app.command(rich_help_panel=TOOLS)
+def ask(
+    image: Annotated[Path, typer.Argument(help="PNG or JPEG file.")],
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("data/models/grpo"),
+    save: Annotated[Path | None, typer.Option(help="Write the restored image here (PNG).")] = None,
+    restore: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
+) -> None:
+    """Ask a trained model about one image."""
+    from clear.config import load
+    from clear.records import encode_image
+
+    if restore not in ("auto", "always", "never"):
+        raise ClearError(f"--restore {restore}: choose auto, always or never.")
+    if not image.is_file():
+        raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
+    if not model.is_dir():
+        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
+    answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, load())
+    typer.echo(answer.trace)
+    typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
+    typer.echo(f"answer: {answer.answer}")
+    if save is not None:
+        if answer.picture is None:
+            raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
+        save.write_bytes(encode_image(answer.picture))
+        typer.echo(f"restored image: {save}")
+
+
+def _add_stage(name: str, summary: str) -> None:
+    def command() -> None:
+        if name == "sft_direct":
+            run_stage(name, "sft", direct=True)
+        else:
+            run_stage(name, name)
+
+    app.command(name, help=summary, rich_help_panel=PIPELINE)(command)
+
+
+for _name, _summary in STAGES.items():
+    _add_stage(_name, _summary)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def evaluate(
+    model: Annotated[str, typer.Argument(help="base, sft_direct, sft, reencode, bridge or grpo.")],
+) -> None:
+    """Run MMD-Bench for one model."""
+    from clear.bench.predictions import MODELS
+
+    if model not in MODELS:
+        raise ClearError(f"evaluate {model}: choose one of {', '.join(MODELS)}.")
+    run_stage(f"evaluate_{model}", "evaluate", model)
+
+
+_add_stage("report", "Render tables, statistics and pictures.")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused, 130 interrupted."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        app()
+    except ClearError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
+            typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
+        raise

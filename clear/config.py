@@ -1,0 +1,332 @@
+"""Typed configuration: one dataclass per section of `params.yaml`.
+
+The dataclasses state types and bounds, the YAML files under `clear/conf` state the values (Hydra groups, composed by
+`clear params` or `dvc exp run -S`). A stage reads the composed `params.yaml`, whoever edited it last, and every
+value passes the same checks: an unknown key, a wrong type or a value out of range is refused by its full name.
+"""
+
+import os
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from clear.errors import ClearError
+
+CONF_DIR = Path(__file__).parent / "conf"
+PARAMS = Path("params.yaml")
+PROFILES = ("smoke", "tiny", "bagel_7b_lora", "bagel_7b")
+
+
+def between(low: float, high: float) -> Any:
+    """A required number in [low, high]."""
+    return field(metadata={"low": low, "high": high})
+
+
+def one_of(*values: str) -> Any:
+    """A required string among `values`."""
+    return field(metadata={"values": values})
+
+
+def count() -> Any:
+    """A required whole number ≥ 1."""
+    return between(1, 10**9)
+
+
+@dataclass
+class Runtime:
+    """How every stage uses the machine. None of it may change a result on one machine except `precision`."""
+
+    threads: int = between(0, 1024)  # 0 = all cores
+    precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
+    checkpoint_every: int = count()  # optimiser steps between checkpoints
+    log_every: int = count()
+    device: str = one_of("auto", "cpu", "cuda")
+
+
+@dataclass
+class Source:
+    """Clean samples. `scenes` are rendered here; the counts are images per split."""
+
+    kind: str = one_of("scenes")
+    image_size: int = between(256, 2048)  # px, native
+    questions_per_image: int = between(1, 12)
+    pretrain: int = count()
+    sft: int = count()
+    rl: int = count()
+    validation: int = count()
+    bench: int = count()
+
+
+@dataclass
+class Degrade:
+    """The training mix. `size_scale` multiplies every published absolute pixel size (1 = as published)."""
+
+    size_scale: float = between(0.05, 8)
+    severity_weights: list[float] = field(metadata={"low": 0, "high": 1})  # low, mid, high
+    validation_copies: int = between(1, 48)
+    workers: int = between(0, 256)  # 0 = one per core
+
+
+@dataclass
+class MmdBench:
+    """The benchmark: `row` gives each image one corruption at three levels, `full` all 48 variants."""
+
+    protocol: str = one_of("row", "full")
+    clean_questions: int = between(1, 12)  # questions per clean image
+    degraded_questions: int = between(1, 12)  # questions per degraded image
+
+
+@dataclass
+class Validate:
+    """Thresholds of the data checks; the PSNR bands are wide at first and per (corruption, severity)."""
+
+    alpha: float = between(0, 0.5)  # significance of the chi-square tests
+    psnr_slack: float = between(0, 60)  # dB outside the committed band that still pass
+    duplicate_limit: int = between(0, 10**9)  # images shared by training and benchmark
+
+
+@dataclass
+class ModelSize:
+    """Shapes of a BAGEL model (METHOD §1). `checkpoint` names a folder with weights instead of training from scratch."""
+
+    checkpoint: str
+    hidden: int = count()
+    layers: int = count()
+    heads: int = count()
+    kv_heads: int = count()
+    mlp: int = count()
+    vit_hidden: int = count()
+    vit_layers: int = count()
+    vit_heads: int = count()
+    vit_mlp: int = count()
+    vit_patch: int = count()
+    vit_side: int = count()  # patches per side of the position table
+    vit_size: int = count()  # px, longest side of the ViT input
+    vit_min: int = count()  # px, shortest side
+    vae_channels: int = count()
+    vae_mult: list[int] = field(metadata={"low": 1, "high": 64})
+    vae_blocks: int = count()
+    vae_groups: int = count()
+    vae_z: int = count()
+    vae_size: int = count()  # px, longest side of the VAE input
+    vae_min: int = count()
+    latent_patch: int = count()
+    max_latent_size: int = count()
+    connector_act: str = one_of("gelu_pytorch_tanh")
+
+
+@dataclass
+class Phase:
+    """One optimisation: AdamW, linear warm-up, cosine decay to a tenth of `lr`."""
+
+    steps: int = between(0, 10**7)
+    batch: int = count()
+    lr: float = between(0, 1)
+    warmup: int = between(0, 10**6)
+
+
+@dataclass
+class Base:
+    """Training from scratch: ViT on dense labels, autoencoder, then both experts together."""
+
+    vit: Phase
+    vae: Phase
+    joint: Phase
+    vae_degraded: float = between(0, 1)  # share of unlabelled degraded images shown to the autoencoder
+    drop_vit: float = between(0, 1)  # chance that a row loses its ViT context
+    drop_vae: float = between(0, 1)
+    questions: int = between(1, 12)  # packed per image
+    flow_weight: float = between(0, 100)
+
+
+@dataclass
+class Traces:
+    """Demonstrations. `restore_when` is the paper's rule: restore where the base fails on the degraded image."""
+
+    kind: str = one_of("oracle")
+    restore_when: str = one_of("base_wrong", "always", "never")
+    questions: int = between(1, 12)  # per degraded image
+    clean_share: float = between(0, 1)  # clean traces per degraded one
+
+
+@dataclass
+class Sft:
+    """Supervised fine-tuning (METHOD §3). `restoration` is the optional warm-up on unlabelled pairs (0 steps = published)."""
+
+    restoration: Phase
+    traces: Phase
+    ce_weight: float = between(0, 100)
+    mse_weight: float = between(0, 100)
+    distill_weight: float = between(0, 100)
+    distill_stride: int = between(0, 1000)  # layers between distilled ones; 0 = final_mse
+    drop_vit: float = between(0, 1)
+
+
+@dataclass
+class Bridge:
+    """The latent representation bridge (METHOD §2). `direct` has no parameters and is the published one."""
+
+    kind: str = one_of("mlp", "direct")
+    distill: Phase
+    answer: Phase
+    own_latents: float = between(0, 1)  # share of restored rows that read the model's own denoised latent
+
+
+@dataclass
+class Grpo:
+    """Interleaved GRPO (METHOD §4)."""
+
+    steps: int = between(0, 10**7)
+    prompts: int = count()  # per optimiser step
+    group_size: int = between(2, 1024)
+    lr: float = between(0, 1)
+    warmup: int = between(0, 10**6)
+    clean_share: float = between(0, 1)
+    temperature: float = between(0.01, 10)
+    clip: float = between(0, 1)
+    beta: float = between(0, 10)  # KL (k3) to the incoming policy
+    image_weight: float = between(0, 100)
+    velocity_weight: float = between(0, 100)  # velocity MSE to the reference's target; 0 = no pixel supervision
+    sde_steps: int = between(1, 1000)  # noisy splits scored per restoration (K)
+    sigma: float = between(0, 10)
+    scale_advantages: str = one_of("none", "group")
+    reward_accuracy: float = between(0, 1)
+    reward_format: float = between(0, 1)
+    reward_decision: float = between(0, 1)
+    decision_table: str = one_of("paper", "code")
+    holdout_every: int = between(0, 10**6)  # steps between measurements of true accuracy; 0 = never
+
+
+@dataclass
+class Sampling:
+    """The inference engine: published defaults are 30 points, shift 3."""
+
+    flow_steps: int = between(1, 1000)  # Euler steps
+    shift: float = between(0.01, 100)
+    max_think_tokens: int = count()  # per text segment
+    max_restorations: int = between(0, 16)
+    batch: int = count()  # rows generated together
+    system_prompt: bool = field()  # a closed vocabulary has no words for it
+
+
+@dataclass
+class Evaluate:
+    """Scoring and the paired comparison."""
+
+    bootstrap: int = between(10, 10**6)
+    confidence: float = between(0.5, 0.999)
+
+
+@dataclass
+class Report:
+    """The rendered report."""
+
+    pictures: int = between(1, 64)
+
+
+@dataclass
+class Config:
+    """Everything in `params.yaml`."""
+
+    profile: str = one_of(*PROFILES)
+    seed: int = between(0, 2**31 - 1)
+    runtime: Runtime
+    source: Source
+    degrade: Degrade
+    mmd_bench: MmdBench
+    validate: Validate
+    model: ModelSize
+    base: Base
+    traces: Traces
+    sft: Sft
+    bridge: Bridge
+    grpo: Grpo
+    sampling: Sampling
+    evaluate: Evaluate
+    report: Report
+
+
+def check(value: Any, name: str = "") -> None:
+    """Raise ClearError naming the first value of a (nested) config dataclass that is out of range."""
+    for item in fields(value):
+        full = f"{name}.{item.name}".lstrip(".")
+        found, rule = getattr(value, item.name), item.metadata
+        if is_dataclass(found):
+            check(found, full)
+        elif "values" in rule and found not in rule["values"]:
+            raise ClearError(f"params: {full} = {found!r} is not one of {', '.join(rule['values'])}.")
+        elif "low" in rule:
+            for number in found if isinstance(found, list) else [found]:
+                if not rule["low"] <= number <= rule["high"]:
+                    raise ClearError(f"params: {full} = {number} is outside [{rule['low']}, {rule['high']}].")
+    if isinstance(value, ModelSize):
+        _check_shapes(value)
+
+
+def _check_shapes(model: ModelSize) -> None:
+    if model.hidden % model.heads or model.heads % model.kv_heads:
+        raise ClearError("params: model.hidden must divide by model.heads and model.heads by model.kv_heads.")
+    stride = 2 ** (len(model.vae_mult) - 1) * model.latent_patch
+    if model.vae_size % stride:
+        raise ClearError(
+            f"params: model.vae_size = {model.vae_size} must be a multiple of {stride} px per latent token."
+        )
+    if model.vit_size % model.vit_patch:
+        raise ClearError(
+            f"params: model.vit_size = {model.vit_size} must be a multiple of model.vit_patch = {model.vit_patch}."
+        )
+
+
+def from_dict(raw: Any, origin: str = "params") -> Config:
+    """Plain nested dictionaries (or OmegaConf) to a checked Config. Raises ClearError with the full key."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
+        raise ClearError(f"{origin}: key '{key}': {reason}. Allowed keys and types are in clear/config.py.") from error
+    check(config)
+    return config
+
+
+def load(path: Path | str = PARAMS) -> Config:
+    """Read and check the composed parameters of a workspace."""
+    from omegaconf import OmegaConf
+
+    if not Path(path).exists():
+        raise ClearError(f"{path} is not here; run this from the project's folder, or `make params` to compose it.")
+    try:
+        raw = OmegaConf.load(path)
+    except Exception as error:  # yaml's own error classes share no base with OmegaConf's
+        raise ClearError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    return from_dict(raw, str(path))
+
+
+def compose(overrides: tuple[str, ...] | list[str] = ()) -> dict:
+    """Compose `clear/conf` with Hydra, as `dvc exp run -S` does, and return plain dictionaries."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+
+    try:
+        with initialize_config_dir(str(CONF_DIR.resolve()), version_base=None):
+            composed = hydra_compose("config", overrides=list(overrides))
+    except HydraException as error:
+        raise ClearError(f"clear/conf: {' '.join(str(error).split())}") from error
+    plain = OmegaConf.to_container(composed, resolve=True)
+    from_dict(plain, "clear/conf")
+    return plain
+
+
+def apply_runtime(config: Config) -> None:
+    """Seed every generator and set threads; called first in every stage that uses torch."""
+    import torch
+
+    torch.set_num_threads(config.runtime.threads or os.cpu_count() or 1)
+    torch.manual_seed(config.seed)
+    torch.use_deterministic_algorithms(True, warn_only=True)

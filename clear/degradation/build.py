@@ -1,0 +1,149 @@
+"""Degrade many samples in a pool of processes (METHOD §6).
+
+Results come back in the order of the jobs and do not depend on the number of workers; only a few chunks are in
+flight, so memory stays flat for any dataset. What is stored is a JPEG of quality 95, as published.
+"""
+
+import contextlib
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+from clear.degradation.protocol import SEVERITIES, degrade, seed_of
+from clear.errors import ClearError
+from clear.records import Sample, decode_image, encode_image, shards
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+CHUNK = 32
+"""Jobs sent to a worker at once."""
+
+
+def parallel(
+    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int = 0, total: int | None = None, label: str = ""
+) -> Iterator[Result]:
+    """Apply `function` to every job, in order. `workers`: 0 = one per core, 1 = in this process.
+
+    `function` must be importable (no lambda). Raises what the function raises, and ClearError if a worker dies.
+    """
+    workers = workers or os.cpu_count() or 1
+    results = _inline(function, jobs) if workers == 1 else _pooled(function, jobs, workers)
+    return _progress(results, total, label)
+
+
+def _inline(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
+    for job in jobs:
+        with _one_thread():
+            result = function(job)
+        yield result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    import cv2
+
+    threads = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(threads)
+
+
+def _pooled(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int) -> Iterator[Result]:
+    iterator, pending = iter(jobs), deque()
+    # Spawned workers share no state with this process: no copied locks, threads or generators.
+    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker) as pool:
+        try:
+            while True:
+                while len(pending) < 2 * workers and (chunk := list(islice(iterator, CHUNK))):
+                    pending.append(pool.submit(_run_chunk, function, chunk))
+                if not pending:
+                    return
+                yield from pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise ClearError(
+                "A worker process was killed, mostly for lack of memory; lower degrade.workers."
+            ) from error
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def _start_worker() -> None:
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _run_chunk(function: Callable[[Job], Result], chunk: list[Job]) -> list[Result]:
+    return [function(job) for job in chunk]
+
+
+def _progress(results: Iterable[Result], total: int | None, label: str) -> Iterator[Result]:
+    """A bar on a terminal; elsewhere one line per tenth."""
+    import sys
+
+    from tqdm import tqdm
+
+    if not label or sys.stderr.isatty():
+        yield from tqdm(results, total=total, desc=label, unit="image", disable=not label)
+        return
+    step = max(1, -(-(total or 0) // 10))
+    for done, result in enumerate(results, start=1):
+        if total and (done % step == 0 or done == total):
+            print(f"{label}: {done}/{total}", file=sys.stderr, flush=True)
+        yield result
+
+
+def count_rows(folder: Path | str) -> int:
+    """Number of samples in a dataset folder, from the shards' metadata alone."""
+    import pyarrow.parquet as pq
+
+    return sum(pq.read_metadata(file).num_rows for file in shards(folder))
+
+
+def degraded_samples(
+    variants: Iterable[tuple[Sample, str, str]],
+    scale: float,
+    workers: int = 0,
+    total: int | None = None,
+    label: str = "",
+) -> Iterator[Sample]:
+    """Stream the degraded copies of (sample, corruption, severity) triples, in order.
+
+    Each result carries the clean image and its questions, and has degraded, corruption, severity, intensity and seed
+    set. Raises ClearError naming the sample if its image is broken or too small.
+    """
+    waiting: deque[tuple[Sample, str, str]] = deque()
+
+    def jobs() -> Iterator[tuple[bytes, str, str, str, float]]:
+        for variant in variants:
+            waiting.append(variant)
+            sample, corruption, severity = variant
+            yield sample.image, corruption, severity, sample.id, scale
+
+    for data in parallel(_degraded_bytes, jobs(), workers, total, label):
+        sample, corruption, severity = waiting.popleft()
+        yield replace(
+            sample,
+            degraded=data,
+            corruption=corruption,
+            severity=severity,
+            intensity=SEVERITIES[severity],
+            seed=seed_of(sample.id, corruption, severity),
+        )
+
+
+def _degraded_bytes(job: tuple[bytes, str, str, str, float]) -> bytes:
+    data, corruption, severity, sample_id, scale = job
+    image = decode_image(data, f"sample {sample_id}")
+    return encode_image(degrade(image, corruption, severity, sample_id, scale), "jpeg")

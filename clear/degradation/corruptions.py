@@ -1,0 +1,279 @@
+"""The sixteen image corruptions of CLEAR as pure functions (METHOD §6).
+
+Every function has the form `f(image, intensity, rng, scale=1.0)`: uint8 RGB (H, W, 3) in and out, `intensity` in
+[0, 1], all randomness from `rng`. The published formulas are stated for BGR; colours are converted here once.
+
+Departures:
+- `scale` multiplies every absolute pixel length (kernel sizes, sigmas, radii, block size, line spacing, wave length),
+  so that severity can follow the image size; 1 is exactly the published formula. Grey levels, counts, JPEG's 8-pixel
+  blocks and the colour radius of the mean shift are no pixel lengths. Scaled kernels stay at 3 pixels or more.
+- Gaussian kernels are applied as two one-dimensional passes.
+- Too small images are refused (`watermark_damage`, `block_exchange`), where the published generator silently kept
+  them clean; swaps of two blocks that cancel are completed by one more, and rectangles that leave no known pixel free
+  the border, for the same reason.
+- Where the source states no number (disc radii of colour diffusion above 0.9, number of rays per flare, colours and
+  words of graffiti) the choice is a named constant below.
+"""
+
+import math
+from collections.abc import Callable
+
+import cv2
+import numpy as np
+
+from clear.errors import ClearError
+
+DIFFUSION_DISCS = (5, 15)  # px, radius of the discs drawn above intensity 0.9
+GRAFFITI_WORDS = ("HELLO", "STREET", "FREE", "NOISE", "CITY", "DREAM")
+RED = (255, 0, 0)  # RGB
+FLARE = (235, 255, 255)  # RGB of the published BGR (255, 255, 235)
+SMALLEST_DAMAGE = 50  # px, the narrowest rectangle of watermark_damage
+
+
+def _px(length: float, scale: float, least: int = 1) -> int:
+    """A published length in whole pixels of this image."""
+    return max(least, math.floor(length * scale + 0.5))
+
+
+def _between(rng: np.random.Generator, low: float, high: float, scale: float) -> int:
+    """A random length from the published range [low, high], in pixels of this image."""
+    first = _px(low, scale)
+    return int(rng.integers(first, max(first, _px(high, scale)) + 1))
+
+
+def _point(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int, int]:
+    """A random pixel (x, y)."""
+    return int(rng.integers(shape[1])), int(rng.integers(shape[0]))
+
+
+def _saturate(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def motion_blur(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Blur along a line of random direction: a rotated diagonal kernel of sum 1."""
+    size = _px(max(5, int(30 * intensity)), scale, least=3)
+    turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(0, 360), 1.0)
+    kernel = cv2.warpAffine(np.eye(size, dtype=np.float32), turn, (size, size))
+    return cv2.filter2D(image, -1, kernel / kernel.sum())
+
+
+def lens_blur(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Out of focus: the image blended with a strong Gaussian blur of itself. Deterministic."""
+    size = _px(min(101, int(3 + 300 * intensity)) | 1, scale, least=3) | 1
+    blurred = cv2.GaussianBlur(image, (size, size), 20 * intensity * scale)
+    return cv2.addWeighted(image, 1 - 0.7 * intensity, blurred, 0.9 * intensity, 0)
+
+
+def gaussian_noise(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Additive noise of standard deviation 75·intensity grey levels in every channel."""
+    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(75 * intensity)
+    return _saturate(image + noise)
+
+
+def block_exchange(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Exchange random pairs of grid blocks. Raises ClearError if fewer than two blocks fit."""
+    block = _px(min(32, int(5 + 30 * intensity)), scale)
+    rows, columns = image.shape[0] // block, image.shape[1] // block
+    if rows * columns < 2:
+        raise ClearError(
+            f"block_exchange needs two blocks of {block} px, at least {block}x{2 * block} px; "
+            f"the image has {image.shape[1]}x{image.shape[0]} px. Remove it or choose another corruption."
+        )
+    order, swaps = np.arange(rows * columns), int(35 * intensity)
+    while swaps > 0:
+        one, two = rng.choice(rows * columns, 2, replace=False)
+        order[[one, two]] = order[[two, one]]
+        swaps -= 1
+        if not swaps and (order == np.arange(rows * columns)).all():
+            swaps = 1  # everything is back in its place: one more swap
+    height, width = rows * block, columns * block
+    tiles = image[:height, :width].reshape(rows, block, columns, block, 3).swapaxes(1, 2).reshape(-1, block, block, 3)
+    out = image.copy()
+    mixed = tiles[order].reshape(rows, columns, block, block, 3).swapaxes(1, 2)
+    out[:height, :width] = mixed.reshape(height, width, 3)
+    return out
+
+
+def jpeg(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """JPEG compression and back, at a quality between 100 and 5. Deterministic; blocks stay 8 px at any scale."""
+    quality = min(100, max(5, int(100 - 95 * intensity)))
+    _, data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, quality])
+    return cv2.imdecode(data, cv2.IMREAD_COLOR_RGB)
+
+
+def mean_shift(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Pyramid mean-shift filter: flat colour regions without texture. Deterministic."""
+    radius = int(40 * intensity)
+    return cv2.pyrMeanShiftFiltering(image, _px(radius, scale), radius)
+
+
+def color_diffusion(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Colours bleed into a darkened blur; above intensity 0.9 also random discs. Deterministic up to 0.9."""
+    size = _px(3 + 2 * int(20 * intensity), scale, least=3) | 1
+    kernel = cv2.getGaussianKernel(size, max(50 * intensity * scale, 1e-6)) * intensity  # 2-D kernel times intensity²
+    blurred = _saturate(cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel))
+    out = cv2.addWeighted(image, max(0.1, 1 - 0.9 * intensity), blurred, min(0.9, 0.9 * intensity), 0)
+    if intensity > 0.9:
+        for _ in range(int(100 * intensity)):
+            color = rng.integers(0, 256, 3).tolist()
+            cv2.circle(out, _point(rng, out.shape), _between(rng, *DIFFUSION_DISCS, scale), color, -1)
+    return out
+
+
+def sharpness(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Over-sharpening that saturates; as published, it hardly depends on the intensity. Deterministic."""
+    kernel = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]], np.float32) * (80 * intensity)
+    return cv2.addWeighted(image, 0.7, cv2.filter2D(image, -1, kernel), 0.3, 0)
+
+
+def dark(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Under-exposure: every value times 1 − intensity². Deterministic."""
+    return _saturate(image * (1 - intensity**2))
+
+
+def hsv_saturation(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Faded colours: HSV saturation times 1 − intensity. Deterministic."""
+    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
+    hsv[..., 1] = _saturate(hsv[..., 1] * (1 - intensity))
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+
+
+def turbulence(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Rows displaced by a sine wave, as through hot air. Deterministic."""
+    height, width = image.shape[:2]
+    rows = np.arange(height)
+    shift = 40 * intensity * scale * np.sin(rows / (30 * scale) + 5 * intensity)
+    x = np.clip(np.arange(width)[None, :] + shift[:, None], 0, width - 1)
+    y = np.clip(rows + 0.7 * shift, 0, height - 1)
+    y = np.broadcast_to(y[:, None], (height, width))
+    return cv2.remap(image, x.astype(np.float32), np.ascontiguousarray(y, np.float32), cv2.INTER_LINEAR)
+
+
+def dirty_lens(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Smears, spots and drops on the lens, far out of focus, over a dimmed image."""
+    dirt = np.zeros(image.shape[:2], np.uint8)
+    if intensity > 0.1:
+        for _ in range(int(10 * intensity)):
+            axes = _between(rng, 150, 300, scale), _between(rng, 100, 200, scale)
+            cv2.ellipse(dirt, _point(rng, dirt.shape), axes, rng.uniform(0, 360), 0, 360, 50, -1)
+    for _ in range(int(300 * intensity)):
+        grey = int(rng.integers(50, 101))
+        cv2.circle(dirt, _point(rng, dirt.shape), _between(rng, 4, 20, scale), grey, -1)
+    if intensity > 0.5:
+        for _ in range(int(5 * intensity)):
+            center = _point(rng, dirt.shape)
+            cv2.circle(dirt, center, _between(rng, 20, 50, scale), 80, -1)
+            cv2.circle(dirt, center, _between(rng, 10, 30, scale), 120, -1)
+    dirt = cv2.GaussianBlur(dirt, (0, 0), 30 * scale)
+    return cv2.addWeighted(image, 1 - 0.7 * intensity, cv2.merge([dirt] * 3), 0.8 * intensity, 0)
+
+
+def scan_lines(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Nearly black horizontal lines at a regular distance. Deterministic."""
+    thickness = _px(max(5, int(7 * intensity)), scale)
+    # A scaled distance that does not exceed the thickness would blacken the whole image.
+    spacing = _px(max(3, int(20 / (intensity + 0.1))), scale, least=thickness + 1)
+    out = image.copy()
+    hit = np.arange(image.shape[0]) % spacing < thickness
+    out[hit] = _saturate(out[hit] * 0.01)
+    return out
+
+
+def graffiti(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Random lines; above intensity 0.55 also one red word, if it fits vertically. Nothing below intensity 0.1."""
+    out = image.copy()
+    for _ in range(int(10 * intensity)):
+        thickness = _px(int(rng.integers(1, max(1, int(5 * intensity)) + 1)), scale)
+        cv2.line(out, _point(rng, out.shape), _point(rng, out.shape), rng.integers(0, 256, 3).tolist(), thickness)
+    if intensity > 0.55:
+        word = GRAFFITI_WORDS[rng.integers(len(GRAFFITI_WORDS))]
+        size, thickness = max(0.5, 5 * intensity) * scale, _px(max(1, int(5 * intensity)), scale)
+        (width, height), base = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, size, thickness)
+        room = out.shape[0] - height - base
+        if room >= 0:
+            x = int(rng.integers(max(0, out.shape[1] - width) + 1))
+            y = height + int(rng.integers(room + 1))
+            cv2.putText(out, word, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, RED, thickness)
+    return out
+
+
+def watermark_damage(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Random rectangles filled in from their surroundings, as after a removed watermark.
+
+    Raises ClearError if a side is shorter than the narrowest rectangle.
+    """
+    height, width = image.shape[:2]
+    smallest = _px(SMALLEST_DAMAGE, scale)
+    if min(height, width) < smallest:
+        raise ClearError(
+            f"watermark_damage needs at least {smallest}x{smallest} px; the image has {width}x{height} px. "
+            "Remove it or choose another corruption."
+        )
+    mask = np.zeros((height, width), np.uint8)
+    for _ in range(int(1 + 15 * intensity)):
+        w = min(width, _between(rng, SMALLEST_DAMAGE, 200, scale))
+        h = min(height, _between(rng, 20, 80, scale))
+        x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+        mask[y : y + h, x : x + w] = 255
+    if mask.all():  # no pixel left to fill from: inpainting would return the clean image
+        mask[[0, -1]] = mask[:, [0, -1]] = 0
+    filled = cv2.inpaint(image, mask, max(1.0, 3 * scale), cv2.INPAINT_TELEA)
+    out = cv2.addWeighted(image, 1 - intensity, filled, intensity, 0)
+    if intensity > 0.5:
+        edges = cv2.Canny(mask, 50, 150) > 0
+        out[edges] = _saturate(out[edges] * 0.8)
+    return out
+
+
+def lens_flare(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Bright bluish-white discs, each with one ray."""
+    flare = np.zeros_like(image)
+    for _ in range(3 + int(30 * intensity)):
+        x, y = _point(rng, flare.shape)
+        cv2.circle(flare, (x, y), _between(rng, 10, 50, scale), FLARE, -1)
+        angle, length = rng.uniform(0, 2 * math.pi), _between(rng, 30, 150, scale)
+        end = round(x + length * math.cos(angle)), round(y + length * math.sin(angle))
+        cv2.line(flare, (x, y), end, FLARE, _px(2, scale))
+    flare = cv2.GaussianBlur(flare, (3, 3), max(20 * intensity * scale, 1e-3))
+    return cv2.addWeighted(image, 1.0, flare, 0.9 * intensity, 0)
+
+
+Corruption = Callable[[np.ndarray, float, np.random.Generator, float], np.ndarray]
+
+CORRUPTIONS: dict[str, Corruption] = {
+    function.__name__: function
+    for function in (
+        motion_blur,
+        lens_blur,
+        gaussian_noise,
+        block_exchange,
+        jpeg,
+        mean_shift,
+        color_diffusion,
+        sharpness,
+        dark,
+        hsv_saturation,
+        turbulence,
+        dirty_lens,
+        scan_lines,
+        graffiti,
+        watermark_damage,
+        lens_flare,
+    )
+}
+"""All corruptions by name, in the order of METHOD §6."""
+
+
+def corrupt(name: str, image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
+    """Apply the corruption `name` to uint8 RGB (H, W, 3).
+
+    Raises ClearError for an unknown name, an image of another type or too small, and numbers out of range.
+    """
+    if name not in CORRUPTIONS:
+        raise ClearError(f"'{name}' is no corruption; choose one of {', '.join(CORRUPTIONS)}.")
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
+        raise ClearError(f"{name}: expected uint8 RGB (H, W, 3), got {image.dtype} {image.shape}; decode it first.")
+    if not 0 <= intensity <= 1 or not 0 < scale < math.inf:
+        raise ClearError(f"{name}: intensity {intensity} must lie in [0, 1] and scale {scale} must be positive.")
+    return CORRUPTIONS[name](np.ascontiguousarray(image), float(intensity), rng, float(scale))

@@ -1,0 +1,271 @@
+"""Mixture-of-Transformers decoder: two complete experts that share one attention (METHOD §1 "MoT layer").
+
+Every token belongs to the understanding expert (text, markers, ViT tokens) or to the generation expert (latent
+tokens; parameters with the suffix `_moe_gen`); there is no gating. The residual stream is therefore kept as two
+compact tensors, one per expert, and tokens meet only inside attention: each token costs one expert.
+
+Shapes: B rows, L tokens per row, U/G understanding/generation tokens over all rows, D hidden, H heads, K kv heads,
+E head size, S keys.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear.model.cache import KVCache
+
+
+@dataclass(frozen=True)
+class LlmConfig:
+    """Shapes of the language model; the defaults are Qwen2.5-7B's, as BAGEL has them."""
+
+    vocab: int = 152064
+    hidden: int = 3584
+    layers: int = 28
+    heads: int = 28
+    kv_heads: int = 4
+    mlp: int = 18944
+    rms_eps: float = 1e-6
+    rope_theta: float = 1e6
+
+    @property
+    def head_dim(self) -> int:
+        """Channels per head."""
+        return self.hidden // self.heads
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm, computed in float32."""
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.float()
+        h = h * torch.rsqrt(h.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * h.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Projections and per-head norms of both experts."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        d, kv = config.hidden, config.kv_heads * config.head_dim
+        for suffix in ("", "_moe_gen"):
+            setattr(self, f"q_proj{suffix}", nn.Linear(d, d))
+            setattr(self, f"k_proj{suffix}", nn.Linear(d, kv))
+            setattr(self, f"v_proj{suffix}", nn.Linear(d, kv))
+            setattr(self, f"o_proj{suffix}", nn.Linear(d, d, bias=False))
+            setattr(self, f"q_norm{suffix}", RMSNorm(config.head_dim, config.rms_eps))
+            setattr(self, f"k_norm{suffix}", RMSNorm(config.head_dim, config.rms_eps))
+
+
+class Mlp(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden, config.mlp, bias=False)
+        self.up_proj = nn.Linear(config.hidden, config.mlp, bias=False)
+        self.down_proj = nn.Linear(config.mlp, config.hidden, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@dataclass
+class Routing:
+    """Where the tokens of a (B, L) batch go: flat indices of each expert's tokens, and the batch shape."""
+
+    und: Tensor  # (U,) long
+    gen: Tensor  # (G,) long
+    rows: int
+    length: int
+
+    @classmethod
+    def of(cls, is_gen: Tensor) -> "Routing":
+        """From a bool mask (B, L)."""
+        flat = is_gen.flatten()
+        return cls((~flat).nonzero().squeeze(1), flat.nonzero().squeeze(1), *is_gen.shape)
+
+    def split(self, x_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, L, …) to the two streams."""
+        flat = x_BLD.flatten(0, 1)
+        return flat[self.und], flat[self.gen]
+
+    def merge(self, und: Tensor, gen: Tensor) -> Tensor:
+        """The two streams (U, …), (G, …) to (B, L, …)."""
+        if not len(self.gen):
+            return und.reshape(self.rows, self.length, *und.shape[1:])
+        out = und.new_empty(self.rows * self.length, *und.shape[1:])
+        out = out.index_copy(0, self.und, und).index_copy(0, self.gen, gen.to(und.dtype))
+        return out.reshape(self.rows, self.length, *und.shape[1:])
+
+
+def rotary(positions_BL: Tensor, dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos, sin (B, 1, L, E) of the half-rotation (NeoX) embedding, float32."""
+    inverse = theta ** -(torch.arange(0, dim, 2, device=positions_BL.device, dtype=torch.float32) / dim)
+    angle = positions_BL.float()[..., None] * inverse
+    angle = torch.cat([angle, angle], dim=-1).unsqueeze(1)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply the rotary embedding to (B, H, L, E)."""
+    half = x.shape[-1] // 2
+    turned = torch.cat([-x[..., half:], x[..., :half]], dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """q (B, H, L, E), k/v (B, K, S, E), bias (B, 1, L, S) additive → (B, H, L, E).
+
+    Plain matmul and softmax on CPU: the backward of CPU's fused attention is several times slower in bfloat16.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores.float() + bias).softmax(-1).to(v.dtype) @ v
+
+
+class MoTLayer(nn.Module):
+    """One decoder layer with both experts."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.self_attn = Attention(config)
+        for suffix in ("", "_moe_gen"):
+            setattr(self, f"mlp{suffix}", Mlp(config))
+            setattr(self, f"input_layernorm{suffix}", RMSNorm(config.hidden, config.rms_eps))
+            setattr(self, f"post_attention_layernorm{suffix}", RMSNorm(config.hidden, config.rms_eps))
+
+    def _project(self, x: Tensor, suffix: str) -> tuple[Tensor, Tensor, Tensor]:
+        attn, e = self.self_attn, self.config.head_dim
+        h = getattr(self, f"input_layernorm{suffix}")(x)
+        q = getattr(attn, f"q_norm{suffix}")(getattr(attn, f"q_proj{suffix}")(h).unflatten(-1, (-1, e)))
+        k = getattr(attn, f"k_norm{suffix}")(getattr(attn, f"k_proj{suffix}")(h).unflatten(-1, (-1, e)))
+        v = getattr(attn, f"v_proj{suffix}")(h).unflatten(-1, (-1, e))
+        return q, k, v.to(q.dtype)
+
+    def _finish(self, x: Tensor, mixed: Tensor, suffix: str) -> Tensor:
+        x = x + getattr(self.self_attn, f"o_proj{suffix}")(mixed)
+        return x + getattr(self, f"mlp{suffix}")(getattr(self, f"post_attention_layernorm{suffix}")(x))
+
+    def forward(self, und, gen, routing: Routing, rope, attention):
+        """Streams (U, D), (G, D); `attention(q, k, v) -> (B, H, L, E)` sees rotated q, k, v of the whole batch."""
+        qkv = torch.cat(self._project(und, ""), dim=1)
+        if len(routing.gen):
+            qkv = routing.merge(qkv, torch.cat(self._project(gen, "_moe_gen"), dim=1))
+        else:
+            qkv = routing.merge(qkv, gen)
+        heads, kv = self.config.heads, self.config.kv_heads
+        q, k, v = qkv.transpose(1, 2).split([heads, kv, kv], dim=1)
+        mixed = attention(rotate(q, *rope), rotate(k, *rope), v)
+        mixed_und, mixed_gen = routing.split(mixed.transpose(1, 2).flatten(2))
+        und = self._finish(und, mixed_und, "")
+        return und, self._finish(gen, mixed_gen, "_moe_gen") if len(routing.gen) else gen
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab, config.hidden)
+        self.layers = nn.ModuleList(MoTLayer(config) for _ in range(config.layers))
+        self.norm = RMSNorm(config.hidden, config.rms_eps)
+        self.norm_moe_gen = RMSNorm(config.hidden, config.rms_eps)
+
+
+@dataclass
+class Hidden:
+    """What a forward leaves: normed streams of both experts, and the raw outputs of the collected layers."""
+
+    und: Tensor  # (U, D)
+    gen: Tensor  # (G, D)
+    routing: Routing
+    layers: dict[int, Tensor]  # layer → (B, L, D), before the final norm
+
+
+class LanguageModel(nn.Module):
+    """Token embedding, MoT layers, routed final norms and the language head."""
+
+    def __init__(self, config: LlmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = _Decoder(config)
+        self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
+
+    def forward(
+        self,
+        x_BLD: Tensor,
+        is_gen_BL: Tensor,
+        rope_BL: Tensor,
+        allowed_BLL: Tensor,
+        cache: KVCache | None = None,
+        valid_BL: Tensor | None = None,
+        write: bool = False,
+        collect: Sequence[int] = (),
+    ) -> Hidden:
+        """Run all layers over embedded tokens.
+
+        `allowed` is the attention rule among the tokens given here. With a cache every token also sees all of its
+        row's cached entries; with `write` the tokens marked `valid` are appended to it.
+        """
+        routing = Routing.of(is_gen_BL)
+        und, gen = routing.split(x_BLD)
+        rope = rotary(rope_BL, self.config.head_dim, self.config.rope_theta)
+        plan = _attention_plan(allowed_BLL, cache, valid_BL, write)
+        kept = {}
+        for i, layer in enumerate(self.model.layers):
+            und, gen = layer(und, gen, routing, rope, lambda q, k, v, i=i: plan(i, q, k, v))
+            if i in collect:
+                kept[i] = routing.merge(und, gen)
+        if cache is not None and write:
+            cache.advance(valid_BL)
+        return Hidden(self.model.norm(und), self.model.norm_moe_gen(gen), routing, kept)
+
+
+def _attention_plan(allowed: Tensor, cache: KVCache | None, valid: Tensor | None, write: bool):
+    """The attention of one forward: (layer, q, k, v) → mixed values. The mask is built once for all layers."""
+    if cache is None:
+        bias = as_bias(allowed)
+        return lambda _, q, k, v: attend(q, k, v, bias)
+    past = cache.visible()
+    if not write:
+        seen = past[:, None].expand(-1, allowed.shape[1], -1)
+        bias = as_bias(torch.cat([seen, allowed], dim=2))
+
+        def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            old_k, old_v = cache.view(layer)
+            return attend(q, torch.cat([old_k.to(k.dtype), k], 2), torch.cat([old_v.to(v.dtype), v], 2), bias)
+
+        return read
+    cache.reserve(int(valid.sum(1).max()))
+    total = int((cache.lengths + valid.sum(1)).max())
+    mask = allowed.new_zeros(*allowed.shape[:2], total)
+    mask[:, :, : past.shape[1]] = past[:, None]
+    row, column = valid.nonzero(as_tuple=True)
+    place = cache.lengths[row] + (valid.cumsum(1) - 1)[row, column]
+    mask[row, :, place] = allowed[row, :, column]
+    bias = as_bias(mask)
+
+    def append(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.append(layer, k, v, valid)
+        keys, values = cache.keys[layer][:, :, :total], cache.values[layer][:, :, :total]
+        return attend(q, keys.to(q.dtype), values.to(q.dtype), bias)
+
+    return append
+
+
+def as_bias(allowed: Tensor) -> Tensor:
+    """(B, L, S) bool to an additive float32 bias (B, 1, L, S): 0 where allowed, a large negative number elsewhere."""
+    return torch.zeros(allowed.shape, device=allowed.device).masked_fill_(~allowed, -1e9).unsqueeze(1)

@@ -1,0 +1,33 @@
+"""One question about one image file: what `clear ask` does."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from clear.config import Config, apply_runtime
+from clear.errors import ClearError
+from clear.reasoning.answering import Answerer
+from clear.records import Question
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The trace, whether the model restored the image, its answer, and the restored picture (uint8) if any."""
+
+    trace: str
+    restored: bool
+    answer: str
+    picture: np.ndarray | None
+
+
+def ask(image: Path, question: str, model_folder: Path, restore: str, config: Config) -> Asked:
+    """Answer `question` about an image file. restore: auto, always or never."""
+    if not image.is_file():
+        raise ClearError(f"{image} is not a file; name a PNG or JPEG image.")
+    apply_runtime(config)
+    answerer = Answerer.load(model_folder, config)
+    bank = answerer.bank([image.read_bytes()], [str(image)])
+    answer = answerer.answer(bank, [(0, Question("ask", "ask", question, ""))], restore)[0]
+    picture = answerer.pictures(answer.latent[None], answer.grid)[0] if answer.restored else None
+    return Asked(answer.trace, answer.restored, answer.prediction, picture)

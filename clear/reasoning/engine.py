@@ -1,0 +1,285 @@
+"""The interleaved generation engine: batched think → restore → think → answer (METHOD §4 "Rollout", §5).
+
+A prompt is prefilled once and its cache is shared by the `group` rows sampled from it. Rows decode together, rows
+that emit the trigger denoise together, the bridge feeds the latent back, and rows that have answered leave. The same
+engine serves evaluation (greedy, ODE) and GRPO rollouts (sampling, SDE, everything recorded).
+
+Departure from the published loop: batch 1 there, batched here; the picture is decoded to pixels only on request.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from clear.model import flow
+from clear.model.bagel import Bagel, Contents
+from clear.model.cache import KVCache
+from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Text, layout
+from clear.reasoning import grammar
+from clear.reasoning.prompts import Prompt
+from clear.reasoning.tokenizer import decode, encode
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to generate.
+
+    restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
+    is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
+    pixels, read by the ViT). sigma > 0 records an SDE trajectory instead of the ODE. temperature 0 is greedy.
+    """
+
+    restore: str = "auto"
+    feedback: str = "bridge"
+    flow_steps: int = 30
+    shift: float = 3.0
+    sigma: float = 0.0
+    temperature: float = 0.0
+    max_tokens: int = 1024
+    max_restorations: int = 1
+    batch: int = 64
+
+
+@dataclass
+class Reply:
+    """Sampled ids (with eos where it was sampled), their log-probabilities, and how many were forced, not sampled."""
+
+    ids: list[int] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    forced: int = 0
+
+
+@dataclass
+class Restoration:
+    """A denoised latent x0 (N, C) on `grid`; with SDE, the states (S+1, N, C) and step log-probabilities (S,)."""
+
+    x0: Tensor
+    grid: tuple[int, int]
+    states: Tensor | None = None
+    log_probs: Tensor | None = None
+
+
+@dataclass
+class Trajectory:
+    """Everything one row produced: replies and the restorations between them."""
+
+    prompt: int
+    replies: list[Reply] = field(default_factory=list)
+    restorations: list[Restoration] = field(default_factory=list)
+
+    def texts(self, tokenizer) -> list[str]:
+        """The replies as text."""
+        return [decode(tokenizer, reply.ids) for reply in self.replies]
+
+
+@dataclass
+class _Rows:
+    """Rows that are still generating: their cache, next rope position and trajectory."""
+
+    cache: KVCache
+    rope: Tensor
+    trajectories: list[Trajectory]
+
+    def select(self, rows: Sequence[int]) -> "_Rows":
+        index = torch.as_tensor(rows, dtype=torch.long, device=self.rope.device)
+        return _Rows(self.cache.select(index), self.rope[index], [self.trajectories[i] for i in rows])
+
+    @staticmethod
+    def join(parts: "list[_Rows]") -> "_Rows":
+        cache = KVCache.concatenate([part.cache for part in parts])
+        return _Rows(cache, torch.cat([p.rope for p in parts]), [t for p in parts for t in p.trajectories])
+
+
+@torch.inference_mode()
+def generate(
+    model: Bagel,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    options: Options,
+    group: int = 1,
+    generator: torch.Generator | None = None,
+    reencode: Callable[[Tensor, tuple[int, int]], tuple[Tensor, tuple[int, int]]] | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> list[Trajectory]:
+    """`group` trajectories per prompt, in prompt order.
+
+    reencode: for feedback "reencode", maps latents (B, N, C) and their grid to ViT patches (B, M, F) and their grid.
+    `progress` is called with the number of finished prompts.
+    """
+    per_chunk = max(1, options.batch // group)
+    done: list[Trajectory] = []
+    for start in range(0, len(prompts), per_chunk):
+        chunk = prompts[start : start + per_chunk]
+        rows = prefill(model, chunk, group)
+        for trajectory in rows.trajectories:
+            trajectory.prompt += start
+        done += rows.trajectories
+        _run(model, tokenizer, rows, chunk, options, generator, reencode)
+        if progress:
+            progress(len(chunk))
+    return done
+
+
+def prefill(model: Bagel, prompts: Sequence[Prompt], group: int = 1) -> _Rows:
+    """Write the prompts to a fresh cache, once each, and expand every row to its group."""
+    device = model.vae2llm.weight.device
+    built, ends = layout([p.segments() for p in prompts], model.config.special)
+    built = built.to(device)
+    contents = Contents(
+        vit=[p.patches.to(device) for p in prompts],
+        latent=[p.latent.to(device) for p in prompts],
+        time=[0.0] * len(prompts),
+    )
+    cache = model.new_cache(len(prompts), built.ids.shape[1] + 128)
+    model(built, contents, cache, write=True)
+    index = torch.arange(len(prompts), device=device).repeat_interleave(group)
+    rope = torch.tensor(ends, device=device)[index]
+    cache = cache if group == 1 else cache.select(index)
+    return _Rows(cache, rope, [Trajectory(int(i)) for i in index])
+
+
+def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
+    trigger_reply = encode(tokenizer, grammar.restore_reply()) if options.restore == "always" else []
+    first = rows.trajectories[0].prompt
+    for turn in range(options.max_restorations + 1):
+        prefix, whole = [], False
+        if turn == 0 and options.restore == "always":
+            prefix, whole = [*trigger_reply, model.config.special.eos], True
+        elif turn == 0 and options.restore == "never":
+            prefix = encode(tokenizer, grammar.direct_prefix())
+        rows = _reply(model, tokenizer, rows, prefix, whole, options, generator)
+        if not rows.trajectories or turn == options.max_restorations or options.restore in ("never", "plain"):
+            return
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, trajectory in enumerate(rows.trajectories):
+            groups.setdefault(prompts[trajectory.prompt - first].latent_grid, []).append(i)
+        parts = [rows.select(members) for members in groups.values()]
+        for grid, part in zip(groups, parts, strict=True):
+            _restore(model, part, grid, options, generator, reencode)
+        rows = _Rows.join(parts)
+
+
+def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, options: Options, generator) -> _Rows:
+    """Sample one reply for every row; returns the rows that asked for a restoration, their eos in the cache."""
+    special, device = model.config.special, rows.rope.device
+    for trajectory in rows.trajectories:
+        trajectory.replies.append(Reply(list(prefix), [0.0] * len(prefix), len(prefix)))
+    logits = _feed(model, rows, torch.tensor([[special.bos, *prefix]] * len(rows.trajectories), device=device))
+    if whole:
+        return rows
+    parked: list[_Rows] = []
+    live = torch.ones(len(rows.trajectories), dtype=torch.bool, device=device)
+    waiting = torch.zeros_like(live)
+    for _ in range(options.max_tokens):
+        token, log_prob = _sample(logits, options.temperature, generator)
+        ended = torch.zeros_like(live)
+        for i, (t, lp, alive) in enumerate(zip(token.tolist(), log_prob.tolist(), live.tolist(), strict=True)):
+            if not alive:
+                continue
+            reply = rows.trajectories[i].replies[-1]
+            reply.ids.append(t)
+            reply.log_probs.append(lp)
+            if t == special.eos:
+                ended[i] = True
+                waiting[i] = grammar.asks_restoration(decode(tokenizer, reply.ids))
+        feed = live & (~ended | waiting)
+        live = live & ~ended
+        if feed.any():
+            logits = _feed(model, rows, token[:, None], feed[:, None])
+        if not live.any():
+            break
+        if int(live.sum()) * 2 <= len(live):  # compact: park those that wait for their picture, drop the finished
+            if waiting.any():
+                parked.append(rows.select(waiting.nonzero().squeeze(1).tolist()))
+            keep = live.nonzero().squeeze(1)
+            rows, logits = rows.select(keep.tolist()), logits[keep]
+            live, waiting = live[keep], waiting[keep]
+    if waiting.any():
+        parked.append(rows.select(waiting.nonzero().squeeze(1).tolist()))
+    return _Rows.join(parked) if parked else _Rows(rows.cache, rows.rope, [])
+
+
+def _feed(model: Bagel, rows: _Rows, ids: Tensor, valid: Tensor | None = None) -> Tensor:
+    """Append text tokens to the rows (where `valid`) and return the last logits (B, V)."""
+    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
+    built = Layout.tokens(ids, rows.rope, valid)
+    hidden = model(built, Contents(), rows.cache, write=True)
+    rows.rope = rows.rope + valid.sum(1)
+    last = hidden.und.reshape(*ids.shape, -1)[:, -1]
+    return model.language_model.lm_head(last).float()
+
+
+def _sample(logits: Tensor, temperature: float, generator) -> tuple[Tensor, Tensor]:
+    """Next tokens (B,) and their log-probabilities (B,) under the sampling distribution."""
+    log_probs = torch.log_softmax(logits / (temperature or 1.0), dim=-1)
+    if temperature == 0:
+        token = logits.argmax(-1)
+    else:
+        token = torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
+    return token, log_probs.gather(1, token[:, None]).squeeze(1)
+
+
+def _restore(model: Bagel, rows: _Rows, grid, options: Options, generator, reencode) -> None:
+    """Denoise a latent for every row and feed it back; the rows advance by one rope position."""
+    shape = (len(rows.trajectories), grid[0] * grid[1], model.config.latent_channels)
+    noise = torch.randn(shape, generator=generator).to(rows.rope.device)
+    found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator)
+    for i, trajectory in enumerate(rows.trajectories):
+        states = None if found.states is None else found.states[:, i]
+        log_probs = None if found.log_probs is None else found.log_probs[:, i]
+        trajectory.restorations.append(Restoration(found.x0[i], grid, states, log_probs))
+    if options.feedback == "reencode":
+        patches, grid = reencode(found.x0, grid)
+        kind, contents = VIT, Contents(vit=patches)
+    elif model.config.bridge == "mlp":
+        kind, contents = BRIDGE, Contents(bridge=found.x0)
+    else:
+        kind, contents = LATENT, Contents(latent=found.x0, time=[0.0] * shape[0])
+    one, _ = layout([[Image(kind, grid)]], model.config.special)
+    model(one.to(rows.rope.device).repeat(rows.rope), contents, rows.cache, write=True)
+    rows.rope = rows.rope + 1
+
+
+@dataclass
+class Denoised:
+    """Final latents (B, N, C); with SDE, states (S+1, B, N, C) and log-probabilities (S, B)."""
+
+    x0: Tensor
+    states: Tensor | None
+    log_probs: Tensor | None
+
+
+def denoise(model: Bagel, cache: KVCache, rope: Tensor, grid, x: Tensor, options: Options, generator=None) -> Denoised:
+    """Integrate the flow from noise x (B, N, C) at the rows' next position, reading but not writing the cache."""
+    one, _ = layout([[Image(LATENT, grid, noise=True)]], model.config.special)
+    built = one.to(x.device).repeat(rope)
+    times = flow.time_grid(options.flow_steps, options.shift).tolist()
+    states, log_probs = [x], []
+    for t, t_next in zip(times, times[1:], strict=False):
+        contents = Contents(latent=x, time=[t] * len(x))
+        v = model.velocities(model(built, contents, cache), built).reshape(x.shape)
+        if options.sigma > 0:
+            z = torch.randn(x.shape, generator=generator).to(x.device)
+            x, log_prob = flow.sde_step(x, v, z, t, t_next, options.sigma)
+            states.append(x)
+            log_probs.append(log_prob)
+        else:
+            x = flow.euler_step(x, v, t, t_next)
+    if options.sigma > 0:
+        return Denoised(x, torch.stack(states), torch.stack(log_probs))
+    return Denoised(x, None, None)
+
+
+def text_reply(model: Bagel, rows: _Rows, ids: Sequence[int]) -> None:
+    """Append the same complete reply (bos, ids, eos) to every row, as if it had been generated."""
+    whole = [model.config.special.bos, *ids, model.config.special.eos]
+    _feed(model, rows, torch.tensor([whole] * len(rows.trajectories), device=rows.rope.device))
+
+
+def text_segment(reply: Reply, scored: bool) -> Text:
+    """A reply as a training segment: only sampled tokens carry a loss, and eos only where it was sampled."""
+    body = reply.ids
+    flags = [i >= reply.forced for i in range(len(body))] if scored else None
+    return Text(body, scored=None if flags is None else [*flags, False], eos=False)

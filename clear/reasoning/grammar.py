@@ -1,0 +1,77 @@
+"""The trace grammar: how a reply thinks, asks for a restoration, and answers (METHOD §3 "Record").
+
+A reply is `<think> … </think>` followed by either the trigger `<image_restore>` or `<answer> … </answer>`. The tags
+are ordinary text, not added tokens, so any BAGEL tokenizer can write them. A trace is direct (one reply) or
+restoring (a reply that ends with the trigger, the picture, a second reply). The second think restates the question:
+text that has read the degraded image otherwise keeps its first answer.
+"""
+
+import re
+from dataclasses import dataclass
+
+THINK, END_THINK, ANSWER, END_ANSWER, TRIGGER = "<think>", "</think>", "<answer>", "</answer>", "<image_restore>"
+SUFFICIENT, INSUFFICIENT = "sufficient :", "insufficient :"
+
+WORDS = (THINK, END_THINK, ANSWER, END_ANSWER, TRIGGER, ":", "sufficient", "insufficient", "restore", "asked")
+"""Words of the grammar itself, for a closed vocabulary."""
+
+_ANSWER = re.compile(re.escape(ANSWER) + r"\s*(.*?)\s*" + re.escape(END_ANSWER), re.DOTALL)
+_WELL_FORMED = re.compile(
+    rf"\s*{THINK}(?:(?!{END_THINK}).)*{END_THINK}\s*(?:{TRIGGER}|{ANSWER}(?:(?!{END_ANSWER}).)*{END_ANSWER})\s*",
+    re.DOTALL,
+)
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One demonstration: the texts of its replies; two replies mean that the image is restored between them."""
+
+    replies: tuple[str, ...]
+
+    @property
+    def restores(self) -> bool:
+        """Whether the first reply asks for a restoration."""
+        return len(self.replies) > 1
+
+
+def plain_reply(evidence: str, answer: str) -> str:
+    """Think, then answer, with no judgement of the image: what the base model is taught."""
+    return f"{THINK} {evidence} {END_THINK} {ANSWER} {answer} {END_ANSWER}"
+
+
+def restore_reply() -> str:
+    """Diagnose and ask for a restoration."""
+    return f"{THINK} {INSUFFICIENT} restore {END_THINK} {TRIGGER}"
+
+
+def direct_prefix() -> str:
+    """How a direct reply begins; forcing it forbids the restoration."""
+    return f"{THINK} {SUFFICIENT}"
+
+
+def direct_trace(evidence: str, answer: str) -> Trace:
+    """Judge the image sufficient and answer."""
+    return Trace((plain_reply(f"{SUFFICIENT} {evidence}", answer),))
+
+
+def restore_trace(question: str, evidence: str, answer: str) -> Trace:
+    """Ask for a restoration, restate the question, answer."""
+    return Trace((restore_reply(), plain_reply(f"asked {question} : {evidence}", answer)))
+
+
+def extract_answer(text: str) -> str:
+    """The content of the last answer block, or "" where there is none."""
+    found = _ANSWER.findall(text)
+    return found[-1] if found else ""
+
+
+def asks_restoration(reply: str) -> bool:
+    """Whether a reply asks for a restoration: the trigger, and no answer block before it."""
+    return TRIGGER in reply and ANSWER not in reply.split(TRIGGER)[0]
+
+
+def well_formed(replies: list[str]) -> bool:
+    """Every reply follows the grammar, only the last answers, all others ask for a restoration."""
+    if not replies or not all(_WELL_FORMED.fullmatch(reply) for reply in replies):
+        return False
+    return all(asks_restoration(r) for r in replies[:-1]) and not asks_restoration(replies[-1])

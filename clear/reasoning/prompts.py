@@ -1,0 +1,58 @@
+"""The prompt of a conversation: system text, image (latent, then ViT), question (METHOD §3 "Sequence", §5).
+
+A `Prompt` holds what one (image, question) costs the model; its segments are the same in training and inference.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from clear.model.images import ImageBank
+from clear.model.sequence import LATENT, VIT, Gap, Image, Segment, Text
+from clear.reasoning.tokenizer import encode
+from clear.records import Question
+
+SYSTEM = (
+    "You answer questions about an image that may be degraded. First write your reasoning between <think> and "
+    "</think>: say what is visible, whether the quality is sufficient for this question, and why. If blur, noise, "
+    "darkness, compression or an obstruction hides what the question needs, end the reply with <image_restore>; you "
+    "will then see a restored image, think again, restating the question, and answer. If the evidence is already "
+    "there, do not restore. Put the final answer, as short as possible, between <answer> and </answer>."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Model inputs of one question about one image. latent (N, C), patches (M, 3p²), grids in tokens."""
+
+    system: tuple[int, ...]
+    question: tuple[int, ...]
+    latent: Tensor
+    latent_grid: tuple[int, int]
+    patches: Tensor
+    vit_grid: tuple[int, int]
+
+    def segments(self, drop_vit: bool = False) -> list[Segment]:
+        """The layout of the prompt; a dropped ViT split keeps its rope increment."""
+        image = Image(LATENT, self.latent_grid), Gap() if drop_vit else Image(VIT, self.vit_grid)
+        return [*([Text(self.system)] if self.system else []), *image, Text(self.question)]
+
+
+def question_text(question: Question) -> str:
+    """The question as the model reads it; options not yet in the text are appended, one letter each."""
+    if not question.options or all(option in question.text for option in question.options):
+        return question.text
+    choices = (f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", question.options, strict=False))
+    return "\n".join([question.text, *choices])
+
+
+def make_prompt(tokenizer, bank: ImageBank, image: int, text: str, system: str) -> Prompt:
+    """Prompt for image number `image` of an encoded bank. `system` is "" for models without a system prompt."""
+    return Prompt(
+        tuple(encode(tokenizer, system)) if system else (),
+        tuple(encode(tokenizer, text)),
+        bank.latents[image],
+        bank.latent_grid(image),
+        bank.patches(image),
+        bank.vit_grid(image),
+    )

@@ -1,0 +1,332 @@
+"""The claims of the project, each decided from paired predictions: held, does not hold, or not measured.
+
+A claim is a rule on an estimate (METHOD §7 for the quantities); `certain` says whether the whole confidence interval
+keeps the rule, so that a result inside the noise is never told as a finding. Models are compared on exactly the same
+rows; a difference in rows stops the report.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clear.bench import statistics
+from clear.bench.predictions import KEY, MODELS
+from clear.bench.scoring import HARD, SEVERITIES
+from clear.errors import ClearError
+from clear.records import CLEAN
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+NAMES = {
+    "base": "base",
+    "sft_direct": "direct SFT",
+    "sft": "SFT, restoring",
+    "reencode": "bridge, re-encoded",
+    "bridge": "SFT + bridge",
+    "grpo": "CLEAR",
+}
+"""What the report calls each model."""
+
+LEVELS = {"clean": "clean", "low": "low", "mid": "mid", "high": "hard"}
+"""What the report calls each severity."""
+
+MARGIN = 0.01
+"""Loss of accuracy that still counts as none (one point)."""
+
+CLEAN_TARGET = 0.85
+
+
+@dataclass(frozen=True)
+class Bootstrap:
+    """Settings of every interval in the report."""
+
+    confidence: float = 0.95
+    resamples: int = 2000
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim. Numbers are shares in [0, 1] and None where the claim was not measured.
+
+    `held` follows the stated rule; `certain` is true if the whole interval keeps it too. `p` is the exact McNemar test
+    where two models are compared.
+    """
+
+    id: str
+    text: str
+    rule: str
+    measured: bool
+    held: bool
+    certain: bool
+    estimate: float | None = None
+    low: float | None = None
+    high: float | None = None
+    detectable: float | None = None
+    n: int = 0
+    clusters: int = 0
+    p: float | None = None
+    note: str = ""
+
+    @property
+    def verdict(self) -> str:
+        """`held`, `held, not certain`, `does not hold` or `not measured`."""
+        if not self.measured:
+            return "not measured"
+        if not self.held:
+            return "does not hold"
+        return "held" if self.certain else "held, not certain"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """Model `a` against `b` on the same rows: a above b with the whole interval, or a − b not below a margin."""
+
+    id: str
+    a: str
+    b: str
+    severity: str
+    text: str
+    margin: float = 0.0
+
+    @property
+    def rule(self) -> str:
+        names = f"{NAMES[self.a]} minus {NAMES[self.b]}, {LEVELS[self.severity]}"
+        if self.margin == 0:
+            return f"{names}: above 0 with its whole interval"
+        return f"{names}: not below −{-self.margin * 100:.0f} point"
+
+
+_HARD_GAIN = _Comparison(
+    "hard_gain", "grpo", "base", HARD, "CLEAR answers more questions about hard-degraded images than the base model."
+)
+_CLEAN_KEPT = _Comparison(
+    "clean_kept",
+    "grpo",
+    "base",
+    CLEAN,
+    "CLEAR loses at most one point on clean images against the base model.",
+    -MARGIN,
+)
+_BEATS_DIRECT = _Comparison(
+    "beats_direct", "grpo", "sft_direct", HARD, "CLEAR answers more questions at hard than direct fine-tuning does."
+)
+_BRIDGE_KEPT = _Comparison(
+    "bridge_kept",
+    "bridge",
+    "reencode",
+    HARD,
+    "Answering through the bridge loses at most one point at hard against decoding and re-encoding the image.",
+    -MARGIN,
+)
+
+
+def paired(frames: dict[str, "pd.DataFrame"], a: str, b: str, severity: str | None = None) -> tuple:
+    """Scores of models `a` and `b` on the same rows and their clusters: (bool (n,), bool (n,), int64 (n,)).
+
+    Raises ClearError naming a row that one of them lacks or whose question differs.
+    """
+    left, right = (frames[name].set_index(KEY).sort_index() for name in (a, b))
+    odd = left.index.symmetric_difference(right.index)
+    if len(odd):
+        lacking = a if odd[0] in right.index else b
+        raise ClearError(
+            f"data/predictions/{lacking}.parquet lacks {len(odd)} rows of the comparison of {a} and {b}, the first is "
+            f"{'/'.join(map(str, odd[0]))}: both must answer the same benchmark; run `dvc repro evaluate@{lacking}`."
+        )
+    changed = (left[["text", "answer"]] != right[["text", "answer"]]).any(axis=1).to_numpy()
+    if changed.any():
+        raise ClearError(
+            f"data/predictions/{a}.parquet and {b}.parquet hold another question or gold answer for row "
+            f"{'/'.join(map(str, left.index[changed][0]))}: they come from two benchmarks; evaluate both again."
+        )
+    if severity is not None:
+        keep = left.index.get_level_values("severity") == severity
+        left, right = left[keep], right[keep]
+    return left.correct.to_numpy(), right.correct.to_numpy(), statistics.clusters(left.reset_index())
+
+
+def evaluate(frames: dict[str, "pd.DataFrame"], bootstrap: Bootstrap) -> list[Claim]:
+    """All claims, in the order of the report, for the models in `frames` (subset of MODELS)."""
+    return [
+        _base_clean(frames, bootstrap),
+        _base_drops(frames, bootstrap),
+        _compare(frames, bootstrap, _HARD_GAIN),
+        _compare(frames, bootstrap, _CLEAN_KEPT),
+        _calls_rise(frames, bootstrap),
+        _compare(frames, bootstrap, _BEATS_DIRECT),
+        _compare(frames, bootstrap, _BRIDGE_KEPT),
+    ]
+
+
+def to_json(claims: list[Claim], frames: dict, bootstrap: Bootstrap) -> dict:
+    """The tracked form of the claims table, keyed by claim, without anything that depends on clock or machine."""
+    return {
+        "claims": {
+            claim.id: {key: value for key, value in asdict(claim).items() if key != "id"} | {"verdict": claim.verdict}
+            for claim in claims
+        },
+        "held": sum(claim.held for claim in claims),
+        "not_measured": sum(not claim.measured for claim in claims),
+        "missing_models": [name for name in MODELS if name not in frames],
+        "confidence": bootstrap.confidence,
+        "resamples": bootstrap.resamples,
+    }
+
+
+def _missing(frames: dict, models: tuple[str, ...], claim_id: str, text: str, rule: str) -> Claim | None:
+    absent = [name for name in models if name not in frames]
+    if not absent:
+        return None
+    files = " and ".join(f"data/predictions/{name}.parquet" for name in absent)
+    return Claim(claim_id, text, rule, False, False, False, note=f"{files} is missing.")
+
+
+def _claim(
+    claim_id: str, text: str, rule: str, found: statistics.Interval, passes: Callable[[float], bool], **rest
+) -> Claim:
+    return Claim(
+        claim_id,
+        text,
+        rule,
+        True,
+        rest.pop("held", passes(found.estimate)),
+        rest.pop("certain", passes(found.low)),
+        found.estimate,
+        found.low,
+        found.high,
+        found.detectable,
+        found.n,
+        found.clusters,
+        **rest,
+    )
+
+
+def _scores(frame: "pd.DataFrame", column: str, groups: np.ndarray, severity: str) -> tuple[np.ndarray, np.ndarray]:
+    rows = (frame.severity == severity).to_numpy()
+    if not rows.any():
+        raise _no_level(severity)
+    return frame[column].to_numpy()[rows], groups[rows]
+
+
+def _asked_everywhere(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """Rows whose question was asked at every severity: clean images have more questions than degraded ones, and
+    another mix of tasks, so levels are compared on the common ones only. Raises ClearError if there is none."""
+    for severity in SEVERITIES:
+        if not (frame.severity == severity).any():
+            raise _no_level(severity)
+    levels = frame.groupby(["sample", "question"]).severity.transform("nunique")
+    common = frame[levels == len(SEVERITIES)].reset_index(drop=True)
+    if common.empty:
+        raise ClearError(
+            "No question was asked at every severity, so levels cannot be compared; check params: "
+            "mmd_bench.clean_questions and mmd_bench.degraded_questions, then run `dvc repro mmd_bench`."
+        )
+    return common
+
+
+def _no_level(severity: str) -> ClearError:
+    return ClearError(f"There is no prediction at severity {severity}; run `dvc repro mmd_bench` and evaluate again.")
+
+
+def _base_clean(frames: dict, settings: Bootstrap) -> Claim:
+    text = "The base model answers clean images well, so that there is something to lose."
+    rule = f"accuracy of the base model on clean images: at least {CLEAN_TARGET * 100:.0f} %"
+    if missing := _missing(frames, ("base",), "base_clean", text, rule):
+        return missing
+    scores = _scores(frames["base"], "correct", statistics.clusters(frames["base"]), CLEAN)
+    found = statistics.mean_interval(*scores, **vars(settings))
+    return _claim("base_clean", text, rule, found, lambda value: value >= CLEAN_TARGET)
+
+
+def _base_drops(frames: dict, settings: Bootstrap) -> Claim:
+    text = "Degradation really hurts: the base model loses accuracy from clean to hard."
+    rule = "base model, clean minus hard, same questions: above 0 with its whole interval"
+    if missing := _missing(frames, ("base",), "base_drops", text, rule):
+        return missing
+    frame = _asked_everywhere(frames["base"])
+    groups = statistics.clusters(frame)
+    parts = _scores(frame, "correct", groups, CLEAN) + _scores(frame, "correct", groups, HARD)
+    found = statistics.mean_contrast(*parts, **vars(settings))
+    return _claim("base_drops", text, rule, found, lambda value: value > 0, held=found.low > 0)
+
+
+def _compare(frames: dict, settings: Bootstrap, spec: _Comparison) -> Claim:
+    if missing := _missing(frames, (spec.a, spec.b), spec.id, spec.text, spec.rule):
+        return missing
+    a, b, groups = paired(frames, spec.a, spec.b, spec.severity)
+    if not len(a):
+        raise _no_level(spec.severity)
+    found, test = statistics.paired_difference(a, b, groups, **vars(settings)), statistics.mcnemar(a, b)
+    note = f"Only {NAMES[spec.a]} right: {test.only_a}; only {NAMES[spec.b]} right: {test.only_b}."
+    rest = {"p": test.p, "note": note}
+    if spec.margin == 0:
+        return _claim(spec.id, spec.text, spec.rule, found, lambda v: v > 0, held=found.low > 0, **rest)
+    if found.low < spec.margin <= found.estimate:
+        rest["note"] += f" A loss of up to {-found.low * 100:.1f} points is not excluded."
+    return _claim(spec.id, spec.text, spec.rule, found, lambda v: v >= spec.margin - 1e-9, **rest)
+
+
+def _calls_rise(frames: dict, settings: Bootstrap) -> Claim:
+    text = "CLEAR asks for a restoration more often the worse the image is."
+    rule = "share of restored answers rises clean → low → mid → hard, same questions; shown: the smallest of the steps"
+    if missing := _missing(frames, ("grpo",), "calls_rise", text, rule):
+        return missing
+    frame = _asked_everywhere(frames["grpo"])
+    groups = statistics.clusters(frame)
+    levels = [_scores(frame, "restored", groups, severity) for severity in SEVERITIES]
+    steps = [statistics.mean_contrast(*after, *before, **vars(settings)) for before, after in pairwise(levels)]
+    worst = min(steps, key=lambda step: step.estimate)
+    rates = " → ".join(f"{100 * float(np.mean(values)):.1f} %" for values, _ in levels)
+    return _claim(
+        "calls_rise",
+        text,
+        rule,
+        worst,
+        lambda value: value > 0,
+        certain=all(step.low > 0 for step in steps),
+        note=f"Restored answers: {rates}.",
+    )
+
+
+def points(value: float | None, sign: bool = False) -> str:
+    """A share as percentage points with one decimal, `–` where there is none."""
+    if value is None or math.isnan(value):
+        return "–"
+    # Adding 0 turns a rounded −0.0 into 0.0.
+    return f"{round(100 * value, 1) + 0.0:{'+' if sign else ''}.1f}"
+
+
+def verdict(claims: list[Claim], frames: dict[str, "pd.DataFrame"]) -> str:
+    """The report in one plain sentence."""
+    by_id = {claim.id: claim for claim in claims}
+    gain, kept, direct = by_id["hard_gain"], by_id["clean_kept"], by_id["beats_direct"]
+    if not gain.measured:
+        return "Whether CLEAR helps cannot be said from this run: the base model or CLEAR was not evaluated."
+    hard = {name: frames[name][frames[name].severity == HARD].correct.mean() for name in ("base", "grpo")}
+    numbers = (
+        f"on hard-degraded images it answers {points(hard['grpo'])} % of the questions correctly, the base model "
+        f"{points(hard['base'])} % (difference {points(gain.estimate, True)} points, interval "
+        f"{points(gain.low, True)} to {points(gain.high, True)})"
+    )
+    if gain.high < 0:
+        return f"CLEAR makes the answers worse in this run: {numbers}."
+    if not gain.held:
+        return f"CLEAR does not demonstrably help in this run: {numbers}."
+    cost = (
+        "it keeps its accuracy on clean images"
+        if kept.held
+        else f"it loses {points(-kept.estimate)} points on clean images"
+    )
+    if not direct.measured:
+        rest = "it was not compared with direct fine-tuning"
+    elif direct.held:
+        rest = f"it beats direct fine-tuning at hard by {points(direct.estimate)} points"
+    else:
+        rest = f"it does not demonstrably beat direct fine-tuning at hard ({points(direct.estimate, True)} points)"
+    return f"CLEAR helps: {numbers}; {cost}, and {rest}."

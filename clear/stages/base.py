@@ -1,0 +1,74 @@
+"""Stage `base`: the starting model, trained from scratch on clean samples (or a manifest of given weights)."""
+
+from pathlib import Path
+
+import torch
+
+from clear.config import Config, apply_runtime
+from clear.records import read_samples, sha256, write_json
+
+OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
+
+
+def run(config: Config) -> None:
+    """Train, or for a profile with `model.checkpoint` write the manifest of that folder's files."""
+    apply_runtime(config)
+    if config.model.checkpoint:
+        _manifest(Path(config.model.checkpoint))
+        return
+    from clear.model.bagel import Bagel
+    from clear.model.checkpoint import save_bagel
+    from clear.model.images import ImageBank
+    from clear.model.vae import AutoEncoder
+    from clear.reasoning.tokenizer import word_tokenizer
+    from clear.sources.scenes import CELL_CLASSES, cell_labels
+    from clear.stages.paths import checkpoint_dir
+    from clear.training import pretrain
+    from clear.training.build import bagel_config, scene_words
+    from clear.training.trainer import StageRun, optimise
+
+    samples = list(read_samples("data/samples/pretrain"))
+    degraded = [s.degraded for s in read_samples("data/degraded/sft", ["id", "degraded"])]
+    work = StageRun("base", config, ["data/samples/pretrain", "data/degraded/sft"], checkpoint_dir("base"))
+    names = [s.id for s in samples]
+    bank = ImageBank([s.image for s in samples], config.model, names)
+    tokenizer = word_tokenizer(scene_words())
+    shapes = bagel_config(config, tokenizer)
+    torch.manual_seed(config.seed)
+    model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
+    model.initialise()
+
+    probe = pretrain.DenseProbe(model.vit_model, CELL_CLASSES)
+    labels = torch.tensor([cell_labels(s.annotation) for s in samples])
+    optimise(work, "vit", probe, pretrain.dense_label_loss(probe, bank, labels), len(bank), config.base.vit)
+
+    share = config.base.vae_degraded
+    extra = degraded[: int(len(samples) * share / max(1e-6, 1 - share))]
+    mixed = ImageBank([s.image for s in samples] + extra, config.model)
+    optimise(work, "vae", vae, pretrain.reconstruction_loss(vae, mixed), len(mixed), config.base.vae)
+    vae = pretrain.normalise_latents(vae, bank).eval().requires_grad_(False)
+    model.config = bagel_config(config, tokenizer, vae.config)
+    bank.encode(vae)
+
+    data = pretrain.JointData(tokenizer, samples)
+    loss = pretrain.joint_loss(model, vae, bank, data, config.base, config.model.latent_patch)
+    optimise(work, "joint", model, loss, len(bank), config.base.joint)
+    save_bagel(OUT, model, vae, tokenizer)
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("model", model), ("vae", vae))}
+    last = {phase: next(r for r in reversed(work.curve) if r["phase"] == phase) for phase in ("vit", "vae", "joint")}
+    figures = {f"{phase}_{k}": v for phase, row in last.items() for k, v in row.items() if k not in ("phase", "step")}
+    write_json(METRICS, {"parameters": count, "training": figures})
+    work.finish(CURVE)
+
+
+def _manifest(folder: Path) -> None:
+    """List the files of a checkpoint folder with their hashes; the weights stay where they are."""
+    from clear.model.checkpoint import read_config
+
+    read_config(folder)
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in sorted(folder.glob("*.*"))}
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_json(OUT / "manifest.json", {"files": files})
+    write_json(METRICS, {"files": len(files)})
+    CURVE.parent.mkdir(parents=True, exist_ok=True)
+    CURVE.write_text("phase,step\n")

@@ -1,0 +1,55 @@
+"""Stage `bridge`: teach the model to read its own denoised latents without decoding them."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from clear.config import Config, apply_runtime
+from clear.records import write_json
+
+
+def run(config: Config) -> None:
+    """Add the configured bridge to the SFT model, distil it, and train the answers through it."""
+    apply_runtime(config)
+    import torch
+
+    from clear.model.bridge import LatentBridge
+    from clear.model.checkpoint import load_bagel, save_bagel
+    from clear.model.sequence import BRIDGE, LATENT
+    from clear.reasoning.engine import Options
+    from clear.stages.paths import checkpoint_dir
+    from clear.training import bridge, sft
+    from clear.training.load import trace_data
+    from clear.training.trainer import StageRun, optimise
+
+    model, vae, tokenizer = load_bagel("data/models/sft")
+    data = trace_data(tokenizer, vae, config)
+    work = StageRun("bridge", config, ["data/models/sft", "data/traces"], checkpoint_dir("bridge"))
+    mlp = config.bridge.kind == "mlp"
+    if mlp:
+        torch.manual_seed(config.seed)
+        model.bridge = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
+    model.config = replace(model.config, bridge=config.bridge.kind)
+
+    restoring = [n for n in range(len(data)) if data.reply_2[n] is not None]
+    s = config.sampling
+    options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch)
+    own = bridge.own_latents(model, data, restoring, options, config.seed)
+    if mlp:
+        sft.set_trainable(model, only=["bridge."])
+        pairs = [(i, None) for i in range(len(data.clean))] + [(data.image[n], z) for n, z in own.items()]
+        loss = bridge.imitation_loss(model, data, pairs)
+        optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
+    sft.set_trainable(model, never=(*sft.FROZEN, *sft.GENERATION))
+    weights = sft.TraceWeights(
+        feedback=BRIDGE if mlp else LATENT,
+        mse=0.0,
+        distill=0.0 if mlp else config.sft.distill_weight,
+        stride=config.sft.distill_stride,
+        own=config.bridge.own_latents,
+    )
+    optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
+    save_bagel(Path("data/models/bridge"), model, vae, tokenizer)
+    last = {row["phase"]: row for row in work.curve}
+    figures = {f"{p}_{k}": v for p, row in last.items() for k, v in row.items() if k not in ("phase", "step")}
+    write_json("data/metrics/bridge.json", {"kind": config.bridge.kind, "own_latents": len(own), "training": figures})
+    work.finish("data/plots/bridge.csv")

@@ -1,0 +1,111 @@
+"""Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary."""
+
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from clear.bench import predictions
+from clear.bench.scoring import is_correct
+from clear.config import Config, apply_runtime
+from clear.errors import ClearError
+from clear.records import Sample, encode_image, read_samples, write_json
+
+MODELS = {
+    "base": ("base", "plain", "bridge"),
+    "sft_direct": ("sft_direct", "plain", "bridge"),
+    "sft": ("sft", "auto", "reencode"),
+    "reencode": ("bridge", "auto", "reencode"),
+    "bridge": ("bridge", "auto", "bridge"),
+    "grpo": ("grpo", "auto", "bridge"),
+}
+"""Model name → (folder under data/models, restoration mode, feedback). `sft` reads its pictures by decode-reencode
+until the mlp bridge is trained; with the parameter-free `direct` bridge it answers through the bridge path."""
+
+
+def run(config: Config, model: str) -> None:
+    """Evaluate one model of MODELS on data/bench."""
+    if model not in MODELS:
+        raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
+    apply_runtime(config)
+    from clear.reasoning.answering import Answerer
+    from clear.stages.paths import record_run
+
+    folder, restore, feedback = MODELS[model]
+    if model == "sft" and config.bridge.kind == "direct":
+        feedback = "bridge"
+    answerer = Answerer.load(Path("data/models") / folder, config)
+    samples = [*read_samples("data/bench/clean"), *read_samples("data/bench/degraded")]
+    bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
+    clean = {s.id: i for i, s in enumerate(samples) if s.degraded is None}
+    asked = [(i, q) for i, s in enumerate(samples) for q in s.questions]
+    with tqdm(total=len(asked), desc=f"evaluate {model}", unit="question", mininterval=2) as bar:
+        answers = answerer.answer(bank, asked, restore, feedback, bar.update)
+        record_run(f"evaluate_{model}", milliseconds_per_question=1000 * bar.format_dict["elapsed"] / len(asked))
+    pictures = _pictures(answerer, answers)
+    shown = set(_gallery(samples, config.report.pictures))
+    rows = []
+    for n, ((i, question), answer) in enumerate(zip(asked, answers, strict=True)):
+        sample = samples[i]
+        row = {
+            "sample": sample.id,
+            "corruption": sample.corruption,
+            "severity": sample.severity,
+            "question": question.id,
+            "task": question.task,
+            "pair": question.pair,
+            "text": question.text,
+            "answer": question.answer,
+            "prediction": answer.prediction,
+            "output": answer.trace,
+            "restored": answer.restored,
+            "correct": is_correct(answer.prediction, question),
+            "tokens": answer.tokens,
+            "restored_png": encode_image(pictures[n]) if n in pictures and i in shown else None,
+        }
+        rows.append(row | _quality(bank.uint8(clean[sample.id]), bank.uint8(i), pictures.get(n), sample))
+    out = Path("data/predictions") / f"{model}.parquet"
+    predictions.write(out, rows)
+    e = config.evaluate
+    write_json(
+        f"data/metrics/evaluate_{model}.json",
+        predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed),
+    )
+
+
+def _pictures(answerer, answers) -> dict[int, np.ndarray]:
+    """The restored picture of every answer that restored, decoded in batches."""
+    import torch
+
+    chosen = [n for n, answer in enumerate(answers) if answer.restored]
+    found: dict[int, np.ndarray] = {}
+    for grid in sorted({answers[n].grid for n in chosen}):
+        same = [n for n in chosen if answers[n].grid == grid]
+        for start in range(0, len(same), 128):
+            part = same[start : start + 128]
+            decoded = answerer.pictures(torch.stack([answers[n].latent for n in part]), grid)
+            found |= dict(zip(part, decoded, strict=True))
+    return found
+
+
+def _gallery(samples: list[Sample], count: int) -> list[int]:
+    """Numbers of hard samples spread over the corruptions, the same for every model."""
+    hard = [i for i, s in enumerate(samples) if s.severity == "high"]
+    hard.sort(key=lambda i: (samples[i].id, samples[i].corruption))
+    first: dict[str, int] = {}
+    for i in hard:
+        first.setdefault(samples[i].corruption, i)
+    spread = list(first.values())
+    return (spread + [i for i in hard if i not in set(spread)])[:count]
+
+
+def _quality(clean: np.ndarray, shown: np.ndarray, restored: np.ndarray | None, sample: Sample) -> dict:
+    """PSNR and SSIM at the model's own resolution; absent where there is nothing to compare."""
+    from clear.validation.metrics import psnr, ssim
+
+    row = {f"{name}_{kind}": None for name in ("psnr", "ssim") for kind in ("degraded", "restored")}
+    if sample.degraded is not None:
+        row |= {"psnr_degraded": psnr(clean, shown), "ssim_degraded": ssim(clean, shown)}
+        if restored is not None:
+            row |= {"psnr_restored": psnr(clean, restored), "ssim_restored": ssim(clean, restored)}
+    return row

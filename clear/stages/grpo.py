@@ -1,0 +1,61 @@
+"""Stage `grpo`: interleaved GRPO from the bridge model on the rl split."""
+
+from pathlib import Path
+
+from clear.bench.scoring import is_correct
+from clear.config import Config, apply_runtime
+from clear.records import read_samples, write_json
+
+
+def run(config: Config) -> None:
+    """Train and write data/models/grpo, its curves and the first and last figures."""
+    apply_runtime(config)
+    from clear.model.checkpoint import save_bagel
+    from clear.reasoning.answering import Answerer
+    from clear.reasoning.engine import Options
+    from clear.reasoning.prompts import make_prompt, question_text
+    from clear.stages.paths import checkpoint_dir
+    from clear.training import sft
+    from clear.training.grpo import train
+    from clear.training.trainer import StageRun
+
+    answerer = Answerer.load("data/models/bridge", config)
+    model, tokenizer = answerer.model, answerer.tokenizer
+    work = StageRun("grpo", config, ["data/models/bridge", "data/degraded/rl"], checkpoint_dir("grpo"))
+    samples = list(read_samples("data/degraded/rl"))
+    clean = round(config.grpo.clean_share * len(samples))
+    shown = [s.image if i < clean else s.seen for i, s in enumerate(samples)]
+    bank = answerer.bank(shown, [s.key for s in samples])
+    asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:1]]
+    prompts = [make_prompt(tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
+
+    held = list(read_samples("data/degraded/validation"))
+    held_bank = answerer.bank([s.seen for s in held], [s.key for s in held])
+    held_asked = [(i, q) for i, s in enumerate(held) for q in s.questions[:1]]
+
+    def holdout(_) -> float:
+        answers = answerer.answer(held_bank, held_asked)
+        return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
+
+    s, g = config.sampling, config.grpo
+    options = Options(
+        flow_steps=s.flow_steps,
+        shift=s.shift,
+        sigma=g.sigma,
+        temperature=g.temperature,
+        max_tokens=s.max_think_tokens,
+        max_restorations=s.max_restorations,
+        batch=s.batch,
+    )
+    sft.set_trainable(model)
+    before = holdout(model)
+    train(work, model, tokenizer, prompts, [q for _, q in asked], options, holdout)
+    save_bagel(Path("data/models/grpo"), model, answerer.vae, tokenizer)
+    first, last = work.curve[0], work.curve[-1]
+    names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")
+    figures = {f"{when}_{n}": row.get(n) for when, row in (("first", first), ("last", last)) for n in names}
+    write_json(
+        "data/metrics/grpo.json",
+        {"holdout_before": before, "holdout_after": holdout(model), "steps": g.steps, **figures},
+    )
+    work.finish("data/plots/grpo.csv")

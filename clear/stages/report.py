@@ -1,0 +1,94 @@
+"""Stage `report`: predictions, metrics, curves and run records → the report and the tracked table of claims.
+
+Reads data/predictions/<model>.parquet, data/metrics, data/plots and data/bench/degraded; writes the rendered report to
+the report's folder (a run record, not tracked) and data/metrics/report.json (tracked, without clock or machine).
+"""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clear.bench import predictions
+from clear.config import Config
+from clear.errors import ClearError
+from clear.records import write_json
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+CURVES = ("base", "sft", "sft_direct", "bridge", "grpo")
+METRICS = ("source", "degrade", "mmd_bench", "validate", "base", "traces", "sft", "sft_direct", "bridge", "grpo")
+
+
+def run(config: Config, data: Path = Path("data")) -> None:
+    """Make the report of the workspace. Raises ClearError for inputs that are damaged or do not belong together.
+
+    Absent inputs do not stop it: a model without predictions is named in the first lines, its claims are not measured.
+    """
+    from clear.report import gallery, render
+    from clear.report.claims import Bootstrap, evaluate, to_json
+    from clear.stages.paths import report_dir, run_records
+
+    bootstrap = Bootstrap(config.evaluate.confidence, config.evaluate.bootstrap, config.seed)
+    frames = read_frames(data)
+    claims = evaluate(frames, bootstrap)
+    records = {stage: record for stage, record in run_records().items() if stage != "report"}
+    inputs = render.Inputs(
+        profile=config.profile,
+        frames=frames,
+        claims=claims,
+        curves=read_curves(data),
+        stage_metrics=read_metrics(data),
+        records=records,
+        examples=gallery.collect(frames, data / "bench" / "degraded", config.report.pictures),
+        bootstrap=bootstrap,
+    )
+    render.write(inputs, report_dir())
+    write_json(data / "metrics" / "report.json", to_json(claims, frames, bootstrap))
+
+
+def read_frames(data: Path) -> dict[str, "pd.DataFrame"]:
+    """The predictions that are there, by model in the order of the report."""
+    files = {model: data / "predictions" / f"{model}.parquet" for model in predictions.MODELS}
+    return {model: predictions.read(file) for model, file in files.items() if file.exists()}
+
+
+def read_curves(data: Path) -> dict[str, "pd.DataFrame"]:
+    """Training curves by stage: `phase`, `step` and numeric columns; a file without rows gives an empty frame."""
+    import pandas as pd
+
+    curves = {}
+    for stage in CURVES:
+        file = data / "plots" / f"{stage}.csv"
+        if not file.exists() or not file.read_text().strip():
+            continue
+        try:
+            frame = pd.read_csv(file, dtype={"phase": str}, keep_default_na=False, na_values=[""])
+        except pd.errors.ParserError as error:
+            raise ClearError(f"{file}: not a readable table ({error}); run `dvc repro {stage}`.") from error
+        for column in ("phase", "step"):
+            if column not in frame:
+                raise ClearError(f"{file}: column '{column}' is missing; run `dvc repro {stage}`.")
+        for column in frame.columns.drop("phase"):
+            try:
+                frame[column] = pd.to_numeric(frame[column])
+            except ValueError as error:
+                raise ClearError(
+                    f"{file}: column '{column}' is not numeric ({error}); run `dvc repro {stage}`."
+                ) from error
+        curves[stage] = frame.fillna({"phase": ""})
+    return curves
+
+
+def read_metrics(data: Path) -> dict[str, dict]:
+    """The tracked metrics of the stages before evaluation, as far as they are there."""
+    found = {}
+    for name in METRICS:
+        file = data / "metrics" / f"{name}.json"
+        if not file.exists():
+            continue
+        try:
+            found[name] = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise ClearError(f"{file}: not valid JSON ({error}); run `dvc repro {name}`.") from error
+    return found

@@ -1,0 +1,136 @@
+"""Stage `validate`: prove that the degraded data are what they claim to be.
+
+Reads data/degraded/{sft,rl,validation} and data/bench/{clean,degraded}; writes data/metrics/validate.json,
+data/rejects/validate.parquet and, outside DVC, Data Docs in the report folder. All of it is written before a failed
+expectation stops the stage, so that what failed can be looked up; nothing downstream runs.
+"""
+
+from collections.abc import Iterator
+from itertools import chain, islice
+from pathlib import Path
+
+import pandas as pd
+
+from clear.config import Config
+from clear.degradation.build import count_rows, parallel
+from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
+from clear.errors import ClearError
+from clear.records import read_samples, write_json
+from clear.validation import frames as columns
+from clear.validation.expectations import Check, Failure, clean_checks, degraded_checks, run_checks
+from clear.validation.metrics import measure
+
+DATASETS = {
+    "degraded_sft": Path("data/degraded/sft"),
+    "degraded_rl": Path("data/degraded/rl"),
+    "degraded_validation": Path("data/degraded/validation"),
+    "bench_clean": Path("data/bench/clean"),
+    "bench_degraded": Path("data/bench/degraded"),
+}
+TRAINING = ("degraded_sft", "degraded_rl")
+METRICS, REJECTS = Path("data/metrics/validate.json"), Path("data/rejects/validate.parquet")
+
+
+def run(config: Config) -> None:
+    """Check all datasets. Raises ClearError naming dataset, expectation and samples if any expectation fails."""
+    from clear.stages.paths import report_dir
+
+    frames = measured_frames(config.degrade.workers)
+    checks = prepare(frames, config)
+    failures = run_checks(frames, checks, report_dir() / "data_docs")
+    rejects = rejected(frames, checks)
+    REJECTS.parent.mkdir(parents=True, exist_ok=True)
+    rejects.to_parquet(REJECTS, index=False)
+    summaries = {name: summary(frame, failures[name], checks[name]) for name, frame in frames.items()}
+    success = not any(failures.values())
+    write_json(METRICS, {"success": success, "rejected": len(rejects), "datasets": summaries})
+    if not success:
+        raise ClearError(complaint(failures))
+
+
+def measured_frames(workers: int) -> dict[str, pd.DataFrame]:
+    """A frame of metrics per dataset, measured in one pool."""
+    sizes = {name: count_rows(folder) for name, folder in DATASETS.items()}
+    samples = chain.from_iterable(read_samples(folder) for folder in DATASETS.values())
+    rows: Iterator = parallel(measure, samples, workers, sum(sizes.values()), "validate")
+    return {name: columns.build_frame(islice(rows, size)) for name, size in sizes.items()}
+
+
+def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[Check]]:
+    """Add the columns that judge each dataset and return its checks."""
+    bands, rules = columns.load_bands(), config.validate
+    even_corruptions = dict.fromkeys(TRAINING_WEIGHTS, 1)
+    even_severities = dict.fromkeys(SEVERITIES, 1)
+    drawn_severities = dict(zip(SEVERITIES, config.degrade.severity_weights, strict=True))
+    copies = {
+        "degraded_validation": config.degrade.validation_copies,
+        "bench_degraded": len(SEVERITIES) if config.mmd_bench.protocol == "row" else len(CELLS),
+    }
+    checks = {}
+    for name, frame in frames.items():
+        limit = None
+        columns.add_answer_share(frame)
+        if name.startswith("bench"):
+            limit = rules.duplicate_limit
+            columns.add_shared_images(frame, [frames[split] for split in TRAINING])
+        if name == "bench_clean":
+            checks[name] = clean_checks(limit)
+            continue
+        columns.add_protocol(frame)
+        columns.add_psnr_bands(frame, bands)
+        if name in TRAINING:
+            columns.add_histograms(frame, TRAINING_WEIGHTS, drawn_severities)
+        else:
+            columns.add_histograms(frame, even_corruptions, even_severities)
+        checks[name] = degraded_checks(copies.get(name, 1), rules.alpha, rules.psnr_slack, limit)
+    return checks
+
+
+def rejected(frames: dict[str, pd.DataFrame], checks: dict[str, list[Check]]) -> pd.DataFrame:
+    """Rows (id, dataset, reason): every sample that breaks a rule, and `*` for a rule about the whole dataset."""
+    rows = []
+    for name, frame in frames.items():
+        for check in checks[name]:
+            broken = frame[check.failing(frame)]
+            reason = f"{check.name}: not true that {check.means}"
+            if check.whole:
+                rows += [("*", name, reason)] * (len(broken) > 0)
+                continue
+            problems = broken["problem"].where(broken["problem"] != "", reason)
+            rows += [(key, name, problem) for key, problem in zip(broken["key"], problems, strict=True)]
+    return pd.DataFrame(rows, columns=["id", "dataset", "reason"], dtype="str")
+
+
+def summary(frame: pd.DataFrame, failures: list[Failure], checks: list[Check]) -> dict:
+    """What validate.json says of one dataset."""
+    found = {
+        "images": len(frame),
+        "questions": int(frame["questions"].sum()),
+        "expectations": len(checks),
+        "failed": [{"expectation": f.check.name, "count": f.count, "ids": list(f.keys)} for f in failures],
+        "luminance": _mean(frame["luminance"]),
+        "sharpness": _mean(frame["sharpness"]),
+        "entropy": _mean(frame["entropy"]),
+    }
+    if "shared_images" in frame:
+        found["images_shared_with_training"] = int(frame["shared_images"].max() if len(frame) else 0)
+        found["samples_looking_like_training"] = int(frame["looks_shared"].sum())
+    if "severity_p" in frame and len(frame):
+        found["p_values"] = {name: float(frame[f"{name}_p"].iloc[0]) for name in ("severity", "corruption")}
+        found["psnr"], found["ssim"] = columns.cell_means(frame, "psnr"), columns.cell_means(frame, "ssim")
+    return found
+
+
+def _mean(values: pd.Series) -> float | None:
+    return float(values.mean()) if values.notna().any() else None
+
+
+def complaint(failures: dict[str, list[Failure]]) -> str:
+    """One sentence that names every failed dataset and expectation with its first samples."""
+    parts = [
+        f"{name} fails '{f.check.name}' ({f.check.means}) for {f.count} samples: {', '.join(f.keys[:3])}"
+        for name, found in failures.items()
+        for f in found
+    ]
+    shown = "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")
+    return f"validate: {shown}. See {REJECTS} and {METRICS}; repair the samples or the stage that made them."

@@ -1,0 +1,31 @@
+"""Generate-then-answer traces from a source that knows the evidence (scenes), by the paper's rule (METHOD §6).
+
+A degraded image on which the base model fails is restored before the answer; one on which it succeeds is answered
+directly, and so are clean images.
+"""
+
+from clear.reasoning import grammar
+from clear.records import CLEAN, Question, Sample
+from clear.traces.records import TraceRow
+
+
+def trace_row(sample: Sample, question: Question, restore: bool, base_correct: bool, clean: bool = False) -> TraceRow:
+    """The demonstration for one question; `clean` shows the clean image of the sample."""
+    direct = grammar.direct_trace(question.evidence, question.answer)
+    chosen = grammar.restore_trace(question.text, question.evidence, question.answer) if restore else direct
+    return TraceRow(
+        sample=sample.id,
+        question=question.id,
+        text=question.text,
+        corruption=CLEAN if clean else sample.corruption,
+        severity=CLEAN if clean else sample.severity,
+        reply_1=chosen.replies[0],
+        reply_2=chosen.replies[1] if chosen.restores else "",
+        direct=direct.replies[0],
+        base_correct=base_correct,
+    )
+
+
+def restores(rule: str, base_correct: bool) -> bool:
+    """Whether a degraded sample gets a restoration under `rule` (config.Traces.restore_when)."""
+    return {"always": True, "never": False, "base_wrong": not base_correct}[rule]

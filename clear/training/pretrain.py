@@ -1,0 +1,152 @@
+"""Training a BAGEL model from scratch on annotated scenes: ViT, autoencoder, then both experts together.
+
+Stands in for the published pretraining. The ViT learns dense labels (SigLIP's role), the autoencoder learns clean and
+unlabelled degraded images (FLUX's role), and the joint phase teaches question answering on clean images only
+(`questions` per image, as branches of one row) beside an identity/edit task for the generation expert. No degraded
+question is seen.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear.model import flow
+from clear.model.bagel import Bagel, Contents
+from clear.model.images import ImageBank
+from clear.model.sequence import LATENT, VIT, Gap, Image, Text, layout
+from clear.model.vae import AutoEncoder, patchify, unpatchify
+from clear.reasoning import grammar
+from clear.reasoning.tokenizer import encode
+from clear.records import Sample
+from clear.training.trainer import Loss
+
+EDITS = ("copy", "mirror")
+"""Instructions of the identity/edit task."""
+
+
+class DenseProbe(nn.Module):
+    """The ViT with a throw-away head that labels each cell of a coarse grid."""
+
+    def __init__(self, tower: nn.Module, classes: int) -> None:
+        super().__init__()
+        self.tower = tower
+        self.head = nn.Linear(tower.config.hidden, classes)
+
+    def forward(self, patches: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
+        """Patches (B, N, F) of one grid → logits (B, cells², classes)."""
+        rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+        features = self.tower(patches, (rows * self.tower.config.side + columns).flatten())
+        pooled = F.adaptive_avg_pool2d(features.transpose(1, 2).unflatten(2, grid), cells)
+        return self.head(pooled.flatten(2).transpose(1, 2))
+
+
+def dense_label_loss(probe: DenseProbe, bank: ImageBank, labels: Tensor) -> Loss:
+    """Cross-entropy of the cell labels (images, cells²)."""
+    cells = int(labels.shape[1] ** 0.5)
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        logits = probe(torch.stack([bank.patches(i) for i in index]), bank.vit_grid(index[0]), cells).float()
+        target = labels[index]
+        hit = (logits.argmax(-1) == target).float().mean().item()
+        return F.cross_entropy(logits.flatten(0, 1), target.flatten()), {"accuracy": hit}
+
+    return loss
+
+
+def reconstruction_loss(vae: AutoEncoder, bank: ImageBank) -> Loss:
+    """L1 + squared error of the reconstruction, and a light KL that keeps the posterior near a unit normal."""
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        image = torch.stack([bank.pixels(i) for i in index])
+        mean, log_var = vae.encoder(image).float().chunk(2, dim=1)
+        log_var = log_var.clamp(-20, 10)
+        z = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
+        found = vae.decoder(z).float()
+        mse = F.mse_loss(found, image)
+        kl = 0.5 * (mean**2 + log_var.exp() - 1 - log_var).mean()
+        psnr = -10 * torch.log10(mse.detach() / 4).item()
+        return F.l1_loss(found, image) + 2 * mse + 1e-4 * kl, {"psnr": psnr}
+
+    return loss
+
+
+@torch.no_grad()
+def normalise_latents(vae: AutoEncoder, bank: ImageBank, count: int = 512) -> AutoEncoder:
+    """The same autoencoder with shift and scale set so that latents have mean 0 and deviation 1 over the bank."""
+    step = max(1, len(bank) // count)
+    chosen = range(0, len(bank), step)
+    batches = [torch.stack([bank.pixels(i) for i in list(chosen)[s : s + 64]]) for s in range(0, len(chosen), 64)]
+    mean = torch.cat([vae.encoder(batch).chunk(2, dim=1)[0] for batch in batches])
+    fields = {"shift_factor": round(mean.mean().item(), 6), "scale_factor": round(1 / mean.std().item(), 6)}
+    vae.config = type(vae.config)(**{**vae.config.__dict__, **fields})
+    return vae
+
+
+class JointData:
+    """Tokenised questions and replies of the clean pretraining samples, by sample number."""
+
+    def __init__(self, tokenizer, samples: Sequence[Sample]) -> None:
+        self.edits = [encode(tokenizer, name) for name in EDITS]
+        self.pairs: list[list[tuple[list[int], list[int]]]] = []
+        for sample in samples:
+            replies = [(q.text, grammar.plain_reply(q.evidence, q.answer)) for q in sample.questions]
+            self.pairs.append([(encode(tokenizer, text), encode(tokenizer, reply)) for text, reply in replies])
+
+
+def joint_loss(model: Bagel, vae: AutoEncoder, bank: ImageBank, data: JointData, base, patch: int) -> Loss:
+    """Answer loss of all question branches plus the velocity loss of the identity/edit branch (`base`: config.Base)."""
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        rows, contents = [], Contents(vit=[], latent=[], time=[])
+        edits = (torch.rand(len(index)) < 0.2).long().tolist()
+        targets = _edit_targets(vae, bank, index, edits, patch)
+        times = flow.draw_times(len(index))
+        noise = torch.randn_like(targets)
+        noised = flow.interpolate(targets, noise, times)
+        drops = torch.rand(len(index), 2).tolist()
+        for n, i in enumerate(index):
+            no_vit, no_vae = drops[n][0] < base.drop_vit, drops[n][1] < base.drop_vae
+            no_vae = no_vae and not no_vit
+            latent_grid = bank.latent_grid(i)
+            row = [Gap() if no_vae else Image(LATENT, latent_grid), Gap() if no_vit else Image(VIT, bank.vit_grid(i))]
+            if not no_vae:
+                contents.latent.append(bank.latents[i])
+                contents.time.append(0.0)
+            if not no_vit:
+                contents.vit.append(bank.patches(i))
+            for b, (question, reply) in enumerate(data.pairs[i][: base.questions], start=1):
+                row += [Text(question, branch=b), Text(reply, scored=True, branch=b)]
+            b = base.questions + 1
+            row += [Text(data.edits[edits[n]], branch=b), Image(LATENT, latent_grid, noise=True, branch=b)]
+            contents.latent.append(noised[n])
+            contents.time.append(times[n].item())
+            rows.append(row)
+        built, _ = layout(rows, model.config.special)
+        hidden = model(built, contents)
+        logits, target = model.scored_logits(hidden, built)
+        ce = F.cross_entropy(logits, target)
+        mse = F.mse_loss(model.velocities(hidden, built), (noise - targets).flatten(0, 1))
+        hit = (logits.argmax(-1) == target).float().mean().item()
+        return ce + base.flow_weight * mse, {"ce": ce.item(), "mse": mse.item(), "token_accuracy": hit}
+
+    return loss
+
+
+def _edit_targets(vae: AutoEncoder, bank: ImageBank, index: list[int], edits: list[int], patch: int) -> Tensor:
+    """Latent tokens (B, N, C) of the edited images: a copy, or a left-right mirror image."""
+    found = [bank.latents[i] for i in index]
+    mirrored = [n for n, edit in enumerate(edits) if EDITS[edit] == "mirror"]
+    if mirrored:
+        with torch.no_grad():
+            z = vae.encode(torch.stack([bank.pixels(index[n]).flip(-1) for n in mirrored]))
+        for n, tokens in zip(mirrored, patchify(z.float(), patch), strict=True):
+            found[n] = tokens
+    return torch.stack(found)
+
+
+def decode_latents(vae: AutoEncoder, latents: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
+    """Latent tokens (B, N, C) of one grid to images (B, 3, H, W) in about [−1, 1]."""
+    with torch.inference_mode():
+        return vae.decode(unpatchify(latents, grid, patch))

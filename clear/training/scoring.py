@@ -1,0 +1,104 @@
+"""Scoring trajectories for GRPO: one forward per trajectory gives all text log-probabilities and K velocities.
+
+Layout: prompt | reply 1 | K noise segments (the states of K chosen SDE steps, each visible only to itself, same rope
+position) | feedback of the rollout's own x̂0 | reply 2 | … The segments are those of the engine, and the SDE mean
+comes from the same `flow.sde_mean`, so a fresh policy scores exactly what it sampled (contract: ratio 1).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from clear.model import flow
+from clear.model.bagel import Bagel, Contents
+from clear.model.sequence import BRIDGE, LATENT, Image, layout
+from clear.reasoning.engine import Trajectory, text_segment
+from clear.reasoning.prompts import Prompt
+
+
+@dataclass
+class Scores:
+    """Log-probabilities under a policy. T scored tokens and M image steps over the whole batch, in row order.
+
+    text (T,), entropy (T,), text_row (T,): trajectory of each token; image (M,), image_row (M,); velocity (M·N, C).
+    """
+
+    text: Tensor
+    entropy: Tensor
+    text_row: Tensor
+    image: Tensor
+    image_row: Tensor
+    velocity: Tensor
+
+
+def recorded(trajectories: Sequence[Trajectory], steps: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """The rollout's own log-probabilities: of all sampled tokens (T,) and of the chosen steps (M,)."""
+    text = [lp for t in trajectories for reply in t.replies for lp in reply.log_probs[reply.forced :]]
+    image = [
+        r.log_probs[k] for t, chosen in zip(trajectories, steps, strict=True) for r in t.restorations for k in chosen
+    ]
+    return torch.tensor(text), torch.stack(image) if image else torch.zeros(0)
+
+
+def score(
+    model: Bagel,
+    prompts: Sequence[Prompt],
+    trajectories: Sequence[Trajectory],
+    steps: Sequence[Sequence[int]],
+    times: Sequence[float],
+    sigma: float,
+    temperature: float,
+) -> Scores:
+    """Log-probabilities of trajectories (with their prompts) under `model`.
+
+    `steps[i]` are the SDE steps scored in every restoration of trajectory i; `times` is the rollout's grid.
+    """
+    rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
+    states: list[tuple[int, Tensor, Tensor, int]] = []
+    for n, (prompt, trajectory) in enumerate(zip(prompts, trajectories, strict=True)):
+        contents.latent.append(prompt.latent)
+        contents.time.append(0.0)
+        contents.vit.append(prompt.patches)
+        row = prompt.segments()
+        for reply, restoration in zip(trajectory.replies, [*trajectory.restorations, None], strict=False):
+            row.append(text_segment(reply, scored=True))
+            if restoration is None:
+                continue
+            for k in steps[n]:
+                contents.latent.append(restoration.states[k])
+                contents.time.append(times[k])
+                row.append(Image(LATENT, restoration.grid, noise=True))
+                states.append((n, restoration.states[k], restoration.states[k + 1], k))
+            if model.config.bridge == "mlp":
+                contents.bridge.append(restoration.x0)
+                row.append(Image(BRIDGE, restoration.grid))
+            else:
+                contents.latent.append(restoration.x0)
+                contents.time.append(0.0)
+                row.append(Image(LATENT, restoration.grid))
+        rows.append(row)
+    built, _ = layout(rows, model.config.special)
+    built = built.to(model.vae2llm.weight.device)
+    hidden = model(built, contents)
+    logits, target = model.scored_logits(hidden, built)
+    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    text = log_probs.gather(1, target[:, None]).squeeze(1)
+    entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
+    owner = torch.arange(len(rows), device=target.device)[:, None].expand_as(built.target)
+    text_row = owner[built.target != -100]
+    velocity = model.velocities(hidden, built)
+    image = _image_log_probs(velocity, states, times, sigma)
+    return Scores(text, entropy, text_row, image, torch.tensor([s[0] for s in states], dtype=torch.long), velocity)
+
+
+def _image_log_probs(velocity: Tensor, states, times: Sequence[float], sigma: float) -> Tensor:
+    """Log-probabilities (M,) of the recorded transitions under the predicted velocities."""
+    found, start = [], 0
+    for _, x, x_next, k in states:
+        v = velocity[start : start + len(x)]
+        start += len(x)
+        mean = flow.sde_mean(x, v, times[k], times[k + 1], sigma)
+        found.append(flow.sde_log_prob(x_next, mean, sigma, times[k] - times[k + 1]))
+    return torch.stack(found) if found else velocity.new_zeros(0)

@@ -1,0 +1,215 @@
+"""Supervised fine-tuning: restoration warm-up and generate-then-answer traces (METHOD §3).
+
+Sequence of a restoring trace: degraded latent | degraded ViT | question | reply 1 (CE) | clean latent, noisy (MSE) |
+feedback | reply 2 (CE). The feedback is what the bridge will put there: for the `direct` bridge the clean latent at
+t = 0 with, behind it, a ViT copy that only serves as teacher of the distillation (per-layer KL) and is visible to
+nobody; for the `mlp` bridge the clean ViT tokens, which that bridge is later trained to imitate.
+
+Departures: reply segments are never dropped; the text loss is the mean over the scored tokens of the batch; the
+restoration warm-up on unlabelled pairs is an option whose neutral value (0 steps) is the published recipe.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from clear.model import flow
+from clear.model.bagel import Bagel, Contents
+from clear.model.bridge import distilled_layers, layer_weights, token_distillation
+from clear.model.images import ImageBank
+from clear.model.mot import Hidden
+from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Text, layout
+from clear.reasoning import grammar
+from clear.reasoning.tokenizer import encode
+from clear.records import CLEAN, Sample
+from clear.traces.records import TraceRow
+from clear.training.trainer import Loss
+
+GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
+"""Name parts of the parameters that only serve image generation."""
+FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
+"""The published recipe freezes the vision tower and the position tables (the autoencoder is apart)."""
+
+
+def set_trainable(model: nn.Module, only: Sequence[str] = (), never: Sequence[str] = FROZEN) -> None:
+    """Train the parameters whose name has a part of `only` (empty: all), except those with a part of `never`."""
+    for name, value in model.named_parameters():
+        wanted = not only or any(part in name for part in only)
+        value.requires_grad_(wanted and not any(part in name for part in never))
+
+
+class TraceData:
+    """Tokenised traces over two banks: what is shown, and the clean image each restoration should reach."""
+
+    def __init__(
+        self, tokenizer, rows: Sequence[TraceRow], samples: Sequence[Sample], shown: ImageBank, clean: ImageBank
+    ):
+        """`shown` and `clean` hold the degraded and the clean image of `samples`, in their order."""
+        self.shown, self.clean = shown, clean
+        number = {sample.id: i for i, sample in enumerate(samples)}
+        self.rows = list(rows)
+        self.image = [number[row.sample] for row in rows]
+        self.question = [encode(tokenizer, row.text) for row in rows]
+        self.reply_1 = [encode(tokenizer, row.reply_1) for row in rows]
+        self.reply_2 = [encode(tokenizer, row.reply_2) if row.reply_2 else None for row in rows]
+        self.direct = [encode(tokenizer, row.direct) for row in rows]
+        self.trigger = encode(tokenizer, grammar.restore_reply())
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def prompt(self, n: int, contents: Contents, drop_vit: bool = False) -> list:
+        """Segments of trace n's prompt; its pictures are appended to `contents`."""
+        bank = self.clean if self.rows[n].severity == CLEAN else self.shown
+        i = self.image[n]
+        contents.latent.append(bank.latents[i])
+        contents.time.append(0.0)
+        segments = [Image(LATENT, bank.latent_grid(i))]
+        if not drop_vit:
+            contents.vit.append(bank.patches(i))
+            segments.append(Image(VIT, bank.vit_grid(i)))
+        return [*segments, Text(self.question[n])]
+
+
+def restoration_loss(model: Bagel, data: TraceData) -> Loss:
+    """Velocity loss alone on degraded → clean pairs; no answer and no reply is learned."""
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        clean = torch.stack([data.clean.latents[data.image[n]] for n in index])
+        times = flow.draw_times(len(index))
+        noise = torch.randn_like(clean)
+        noised = flow.interpolate(clean, noise, times)
+        rows, contents = [], Contents(vit=[], latent=[], time=[])
+        for k, n in enumerate(index):
+            row = [*data.prompt(n, contents), Text(data.trigger)]
+            row.append(Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True))
+            contents.latent.append(noised[k])
+            contents.time.append(times[k].item())
+            rows.append(row)
+        built, _ = layout(rows, model.config.special)
+        hidden = model(built, contents)
+        mse = F.mse_loss(model.velocities(hidden, built), (noise - clean).flatten(0, 1))
+        return mse, {"mse": mse.item()}
+
+    return loss
+
+
+def direct_loss(model: Bagel, data: TraceData) -> Loss:
+    """The baseline: answer loss of the direct reply to every trace, no restoration."""
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        contents = Contents(vit=[], latent=[], time=[])
+        rows = [[*data.prompt(n, contents), Text(data.direct[n], scored=True)] for n in index]
+        built, _ = layout(rows, model.config.special)
+        logits, target = model.scored_logits(model(built, contents), built)
+        ce = F.cross_entropy(logits, target)
+        hit = (logits.argmax(-1) == target).float().mean().item()
+        return ce, {"ce": ce.item(), "token_accuracy": hit}
+
+    return loss
+
+
+@dataclass(frozen=True)
+class TraceWeights:
+    """Weights of the trace loss. `feedback` is the kind of segment between the replies: VIT, LATENT or BRIDGE."""
+
+    feedback: int
+    ce: float = 1.0
+    mse: float = 1.0
+    distill: float = 0.0
+    stride: int = 1
+    drop_vit: float = 0.0
+    own: float = 0.0
+
+
+def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[int, Tensor] | None = None) -> Loss:
+    """CE of the replies + MSE of the velocity + distillation (direct bridge only).
+
+    `own` maps trace numbers to the model's own denoised latents; with probability `weights.own` a restoring row
+    reads it instead of the clean latent.
+    """
+    teach = weights.distill > 0 and weights.feedback == LATENT
+    layers = model.config.llm.layers
+    collect = distilled_layers(layers, weights.stride) if teach and weights.stride else [layers - 1] * teach
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
+        targets = []
+        draws = torch.rand(len(index), 2).tolist()
+        for n, (drop, use_own) in zip(index, draws, strict=True):
+            row = [*data.prompt(n, contents, drop < weights.drop_vit), Text(data.reply_1[n], scored=True)]
+            if data.reply_2[n] is not None:
+                i = data.image[n]
+                grid, clean = data.clean.latent_grid(i), data.clean.latents[i]
+                if weights.mse > 0:
+                    t, noise = flow.draw_times(1), torch.randn_like(clean)
+                    contents.latent.append(flow.interpolate(clean[None], noise[None], t)[0])
+                    contents.time.append(t.item())
+                    targets.append(noise - clean)
+                    row.append(Image(LATENT, grid, noise=True))
+                fed = own[n] if own and n in own and use_own < weights.own else clean
+                row += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
+                row.append(Text(data.reply_2[n], scored=True))
+            rows.append(row)
+        built, _ = layout(rows, model.config.special)
+        hidden = model(built, contents, collect=collect)
+        logits, target = model.scored_logits(hidden, built)
+        ce = F.cross_entropy(logits, target)
+        figures = {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
+        total = weights.ce * ce
+        if targets:
+            mse = F.mse_loss(model.velocities(hidden, built), torch.cat(targets))
+            total, figures["mse"] = total + weights.mse * mse, mse.item()
+        if teach and targets:
+            distilled = distillation(hidden, built, collect, weights.stride)
+            total, figures["distill"] = total + weights.distill * distilled, distilled.item()
+        return total, figures
+
+    return loss
+
+
+def _feedback(kind: int, contents: Contents, data: TraceData, i: int, grid, fed: Tensor, teach: bool) -> list[Image]:
+    if kind == VIT:
+        contents.vit.append(data.clean.patches(i))
+        return [Image(VIT, data.clean.vit_grid(i))]
+    if kind == BRIDGE:
+        contents.bridge.append(fed)
+        return [Image(BRIDGE, grid)]
+    contents.latent.append(fed)
+    contents.time.append(0.0)
+    if not teach:
+        return [Image(LATENT, grid)]
+    contents.vit.append(data.clean.patches(i))
+    return [Image(LATENT, grid), Image(VIT, data.clean.vit_grid(i), noise=True)]
+
+
+def distillation(hidden: Hidden, built: Layout, layers: Sequence[int], stride: int) -> Tensor:
+    """Distillation of the fed-back latent from its ViT teacher (METHOD §2); grids must be equal so that tokens pair.
+
+    stride ≥ 1: weighted per-layer KL of raw layer outputs; stride 0: squared distance of the pooled last hidden states
+    after the final norm (`final_mse`), averaged over channels and images.
+    """
+    teacher = (built.kind == VIT) & (built.noise > 0)
+    before = torch.zeros_like(built.block)
+    for b in range(len(built.block)):
+        for block in built.block[b][teacher[b]].unique():
+            before[b][built.block[b] == block - 1] = block
+    student = (built.kind == LATENT) & (before > 0)
+    if stride == 0:
+        merged = hidden.routing.merge(hidden.und, hidden.gen).float()
+        sizes = [int((teacher[b] & (built.block[b] == k)).sum()) for b, k in _blocks(built, teacher)]
+        pooled_teacher = torch.stack([part.mean(0) for part in merged[teacher].detach().split(sizes)])
+        pooled_student = torch.stack([part.mean(0) for part in merged[student].split(sizes)])
+        return F.mse_loss(pooled_student, pooled_teacher)
+    share = layer_weights(list(layers))
+    return sum(
+        share[layer] * token_distillation(hidden.layers[layer][student], hidden.layers[layer][teacher])
+        for layer in layers
+    )
+
+
+def _blocks(built: Layout, mask: Tensor) -> list[tuple[int, int]]:
+    return [(b, int(k)) for b in range(len(mask)) for k in built.block[b][mask[b]].unique()]

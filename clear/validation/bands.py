@@ -1,0 +1,88 @@
+"""Measure the PSNR bands of `bands.json`: `python -m clear.validation.bands` (half a minute on two cores).
+
+Two kinds of pictures at 256 px with sizes scaled by 0.4: rendered scenes and the photographs that come with
+scikit-image. A sample's band spans both kinds with a wide margin, a cell's mean has to lie near one of their means or
+between them. Bands are per cell because severity means different things: sharpness ignores it, colour diffusion is not
+monotone in it, and some corruptions hardly show at low.
+"""
+
+import json
+from collections.abc import Iterable
+
+import numpy as np
+
+from clear.degradation.build import degraded_samples, parallel
+from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.protocol import CELLS, SEVERITIES
+from clear.records import Sample, encode_image, sha256
+from clear.validation.frames import BANDS
+from clear.validation.metrics import measure
+
+SIZE, SCALE, SCENES, SEED = 256, 0.4, 96, 7
+PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
+
+
+def psnr_by_cell(samples: list[Sample]) -> dict[tuple[str, str], np.ndarray]:
+    """PSNR of every sample in each of the 48 cells."""
+    variants = [(sample, *cell) for sample in samples for cell in CELLS]
+    found: dict[tuple[str, str], list[float]] = {cell: [] for cell in CELLS}
+    for row in parallel(measure, degraded_samples(variants, SCALE), workers=1):
+        found[row.corruption, row.severity].append(row.psnr)
+    return {cell: np.array(values) for cell, values in found.items()}
+
+
+def bands_of(kinds: Iterable[dict[tuple[str, str], np.ndarray]]) -> dict:
+    """Bands from the PSNR per cell of several kinds of pictures: see the module's first lines."""
+    kinds = list(kinds)
+
+    def band(cell: tuple[str, str]) -> dict[str, float]:
+        values = [kind[cell] for kind in kinds]
+        means, sds = [v.mean() for v in values], [v.std(ddof=1) for v in values]
+        found = {
+            # Few photographs stand for many, so their extremes get a margin too.
+            "low": min(min(v.min() - 3, m - 5 * min(s, 1.5)) for v, m, s in zip(values, means, sds, strict=True)),
+            "high": max(max(v.max() + 3, m + 5 * min(s, 1.5)) for v, m, s in zip(values, means, sds, strict=True)),
+            "mean_low": min(means) - 1,
+            "mean_high": max(means) + 1,
+            "sd": max(sds),
+        }
+        return {name: round(float(value), 1) for name, value in found.items()}
+
+    return {
+        corruption: {severity: band((corruption, severity)) for severity in SEVERITIES} for corruption in CORRUPTIONS
+    }
+
+
+def photographs() -> list[Sample]:
+    """The colour photographs of scikit-image, central square."""
+    import cv2
+    from skimage import data
+
+    samples = []
+    for name in PHOTOS:
+        image = getattr(data, name)()
+        side = min(image.shape[:2])
+        top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+        square = np.ascontiguousarray(image[top : top + side, left : left + side])
+        encoded = encode_image(cv2.resize(square, (SIZE, SIZE), interpolation=cv2.INTER_AREA))
+        samples.append(Sample(id=name, source="scikit-image", split="", image=encoded, image_sha256=sha256(encoded)))
+    return samples
+
+
+def main() -> None:
+    """Measure and write `bands.json` beside this file."""
+    from clear.sources.scenes import scenes
+
+    kinds = {"scenes": list(scenes("sft", SCENES, SEED, SIZE, 4)), "photographs": photographs()}
+    cells = bands_of(psnr_by_cell(samples) for samples in kinds.values())
+    images = {name: len(samples) for name, samples in kinds.items()}
+    setting = {"command": "python -m clear.validation.bands", "size": SIZE, "scale": SCALE, "images": images}
+    lines = [
+        f'  "{c}": {{\n' + ",\n".join(f'   "{s}": {json.dumps(band)}' for s, band in row.items()) + "\n  }"
+        for c, row in cells.items()
+    ]
+    BANDS.write_text(f'{{\n "measured": {json.dumps(setting)},\n "cells": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+
+
+if __name__ == "__main__":
+    main()

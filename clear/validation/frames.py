@@ -1,0 +1,123 @@
+"""Pandas frames of measured samples, with the columns that the expectations check.
+
+Judgements about a whole dataset (does the histogram of severities match the protocol?) become columns too, with one
+value repeated in all rows concerned: checking a column is fast, and the offending rows are known by name.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from clear.degradation.protocol import SEVERITIES, seed_of
+from clear.validation.metrics import Measured
+
+BANDS = Path(__file__).with_name("bands.json")
+"""PSNR bands per corruption and severity; measured by clear/validation/bands.py."""
+
+
+def load_bands(path: Path = BANDS) -> dict[str, dict[str, dict[str, float]]]:
+    """bands[corruption][severity] = {low, high, mean_low, mean_high, sd} in dB."""
+    return json.loads(path.read_text())["cells"]
+
+
+def build_frame(measured: Iterable[Measured]) -> pd.DataFrame:
+    """One row per sample, one column per metric, plus `copies`: how many rows share the sample id."""
+    frame = pd.DataFrame([asdict(row) for row in measured], columns=list(Measured.__dataclass_fields__))
+    for name in ("width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim"):
+        frame[name] = frame[name].astype(float)
+    frame["copies"] = frame.groupby("id")["id"].transform("size").astype(int)
+    return frame
+
+
+def add_answer_share(frame: pd.DataFrame) -> None:
+    """Column `answer_share`: how common the commonest of the row's answers is within its task.
+
+    It is the share of equal answers among all questions of the task, less three standard errors, so that a handful of
+    questions is never called unbalanced.
+    """
+    answers = Counter(pair for row in frame["answers"] for pair in row)
+    tasks = Counter()
+    for (task, _), number in answers.items():
+        tasks[task] += number
+    share = {pair: n / tasks[pair[0]] - 1.5 / sqrt(tasks[pair[0]]) for pair, n in answers.items()}
+    frame["answer_share"] = [max((share[pair] for pair in row), default=0.0) for row in frame["answers"]]
+
+
+def add_protocol(frame: pd.DataFrame) -> None:
+    """Column `as_labelled`: intensity and seed are those of the row's id, corruption and severity."""
+    frame["as_labelled"] = [
+        row.intensity == SEVERITIES.get(row.severity) and row.seed == seed_of(row.id, row.corruption, row.severity)
+        for row in frame.itertuples()
+    ]
+
+
+def add_psnr_bands(frame: pd.DataFrame, bands: Mapping) -> None:
+    """Columns `psnr_outside` and `mean_psnr_outside`: dB by which a row, or its cell's mean, misses its band.
+
+    A mean may miss its band by four standard errors more, so a cell of few images is judged mildly. Rows without PSNR
+    or of an unknown cell get no value: other checks name them.
+    """
+    frame["psnr_outside"] = np.nan
+    frame["mean_psnr_outside"] = np.nan
+    for (corruption, severity), rows in frame.dropna(subset="psnr").groupby(["corruption", "severity"]):
+        band = bands.get(corruption, {}).get(severity)
+        if band is None:
+            continue
+        psnr, margin = rows["psnr"], 4 * band["sd"] / sqrt(len(rows))
+        frame.loc[rows.index, "psnr_outside"] = _outside(psnr, band["low"], band["high"])
+        mean = _outside(psnr.mean(), band["mean_low"] - margin, band["mean_high"] + margin)
+        frame.loc[rows.index, "mean_psnr_outside"] = mean
+
+
+def _outside(value, low: float, high: float):
+    return np.maximum(np.maximum(low - value, value - high), 0.0)
+
+
+def add_histograms(frame: pd.DataFrame, corruptions: Mapping[str, float], severities: Mapping[str, float]) -> None:
+    """Columns `corruption_p` and `severity_p`: chi-square p-values of the two histograms against their weights."""
+    frame["corruption_p"] = chi_square_p(Counter(frame["corruption"]), corruptions)
+    frame["severity_p"] = chi_square_p(Counter(frame["severity"]), severities)
+
+
+def chi_square_p(observed: Mapping[str, int], weights: Mapping[str, float]) -> float:
+    """p-value of counts against relative weights; 0 if anything was seen that has no weight."""
+    from scipy.stats import chisquare
+
+    expected = {name: weight for name, weight in weights.items() if weight > 0}
+    if set(observed) - set(expected):
+        return 0.0
+    total = sum(observed.values())
+    if len(expected) < 2 or not total:
+        return 1.0
+    share = np.array(list(expected.values())) / sum(expected.values())
+    return float(chisquare([observed.get(name, 0) for name in expected], share * total).pvalue)
+
+
+def add_shared_images(frame: pd.DataFrame, training: Iterable[pd.DataFrame]) -> None:
+    """Column `shared_images`: for a row whose clean image is also a training image, how many images are so shared.
+
+    Column `looks_shared`: a training image has the same 64-bit difference hash. It is reported, not judged: pictures
+    of one layout may share a hash.
+    """
+    training = list(training)
+
+    def known(column: str) -> pd.Series:
+        return frame[column].isin(set().union(*(set(other[column].dropna()) for other in training)))
+
+    shared = known("pixels")
+    frame["looks_shared"] = known("dhash")
+    frame["shared_images"] = np.where(shared, frame.loc[shared, "pixels"].nunique(), 0)
+
+
+def cell_means(frame: pd.DataFrame, column: str) -> dict[str, dict[str, float]]:
+    """Mean of a column per corruption and severity; cells without a value are left out."""
+    means: dict[str, dict[str, float]] = {}
+    for (corruption, severity), value in frame.groupby(["corruption", "severity"])[column].mean().dropna().items():
+        means.setdefault(corruption, {})[severity] = float(value)
+    return means

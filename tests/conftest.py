@@ -1,0 +1,88 @@
+"""Fixtures shared by all tests: a quiet environment and a small project under git and DVC."""
+
+import os
+import shutil
+import subprocess
+import textwrap
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The same switches as in the Makefile, for a bare `pytest`; set before any library reads them.
+for _name, _value in {
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DVC_NO_ANALYTICS": "1",
+    "GX_ANALYTICS_ENABLED": "false",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "OMP_WAIT_POLICY": "PASSIVE",
+}.items():
+    os.environ.setdefault(_name, _value)
+
+
+@pytest.fixture(autouse=True)
+def _own_home(monkeypatch):
+    # `make` exports CLEAR_HOME; a test must never write into the user's run records.
+    monkeypatch.delenv("CLEAR_HOME", raising=False)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run git in `folder` as a made-up author and return its output."""
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+STAGES = """
+    stages:
+      source:
+        cmd: cp code/source.txt data/samples
+        params: [seed, source]
+        deps: [code/source.txt]
+        outs: [data/samples]
+      evaluate:
+        cmd: mkdir -p data/metrics && wc -c < data/samples > data/metrics/evaluate_base.json
+        params: [seed]
+        deps: [code/lib, data/samples]
+        metrics:
+          - data/metrics/evaluate_base.json: {cache: false}
+"""
+
+
+@pytest.fixture(scope="session")
+def _project(tmp_path_factory) -> Path:
+    """A reproduced and committed project of two stages with this project's parameters; never changed by a test."""
+    from dvc.repo import Repo
+
+    from clear.scratch import write_params
+
+    folder = tmp_path_factory.mktemp("project")
+    git(folder, "init", "-q", "-b", "main")
+    with Repo.init(str(folder)) as repo:
+        (folder / "dvc.yaml").write_text(textwrap.dedent(STAGES))
+        (folder / ".gitignore").write_text("/data/samples\n/.clear/\n/data/report/\n")
+        write_params(folder / "params.yaml")
+        for name in ("code/source.txt", "code/lib/a.txt", "data/README.md"):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(name)
+        before = Path.cwd()
+        os.chdir(folder)
+        try:
+            repo.reproduce()
+        finally:
+            os.chdir(before)
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "a small project")
+    return folder
+
+
+@pytest.fixture
+def project(_project, tmp_path, monkeypatch) -> Path:
+    """A copy of the small project, which is also the working directory."""
+    folder = tmp_path / "project"
+    shutil.copytree(_project, folder)
+    monkeypatch.chdir(folder)
+    return folder

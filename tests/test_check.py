@@ -1,0 +1,145 @@
+"""`clear check`: silent where everything agrees, one line with a remedy for every kind of drift."""
+
+import shutil
+
+import pytest
+import yaml
+
+from clear.check import drifts
+from clear.errors import ClearError
+from tests.conftest import git
+
+
+def _replace(file, old, new):
+    text = file.read_text()
+    assert old in text
+    file.write_text(text.replace(old, new, 1))
+
+
+def _only(project):
+    (line,) = drifts(project)
+    return line
+
+
+def test_a_reproduced_project_agrees(project):
+    assert drifts(project) == []
+
+
+def test_a_fresh_clone_without_data_or_cache_agrees(project, tmp_path):
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(project), str(clone))
+    assert not (clone / "data/samples").exists()
+    assert drifts(clone) == []
+    (clone / "code/lib/a.txt").write_text("edited")
+    assert "code/lib" in _only(clone)
+
+
+def test_an_edited_parameter_is_named_against_conf_and_lock(project):
+    _replace(project / "params.yaml", "pretrain: 10000", "pretrain: 9")
+    conf, lock = drifts(project)
+    assert conf == (
+        "params.yaml: source.pretrain is 9, clear/conf composes to 10000: edit clear/conf, or `make params`."
+    )
+    assert lock == "params.yaml: source.pretrain is 9, dvc.lock has 10000 (stage source): run `dvc repro source`."
+
+
+def test_a_parameter_of_two_stages_is_one_line(project):
+    _replace(project / "dvc.lock", "seed: 20260421", "seed: 1")
+    _replace(project / "dvc.lock", "seed: 20260421", "seed: 1")
+    assert _only(project) == (
+        "params.yaml: seed is 20260421, dvc.lock has 1 (stage source, evaluate): run `dvc repro`."
+    )
+
+
+@pytest.mark.parametrize("name", ["code/source.txt", "code/lib/a.txt"])
+def test_edited_code_is_named(project, name):
+    (project / name).write_text("edited")
+    line = _only(project)
+    assert name.removesuffix("/a.txt") in line
+    assert "is not the version in dvc.lock" in line and "dvc repro" in line
+
+
+def test_a_new_file_in_a_code_folder_is_drift_but_a_cache_file_is_not(project):
+    (project / "code/lib/__pycache__").mkdir()
+    (project / "code/lib/__pycache__/a.pyc").write_text("")
+    (project / ".dvcignore").write_text("__pycache__\n")
+    assert drifts(project) == []
+    (project / "code/lib/b.txt").write_text("")
+    assert "code/lib" in _only(project)
+
+
+def test_data_added_by_hand_is_compared_by_its_own_lock(project):
+    from dvc.repo import Repo
+
+    (project / "data/incoming").mkdir()
+    (project / "data/incoming/a.txt").write_text("a")
+    with Repo() as repo:
+        repo.add(["data/incoming"])
+    _replace(project / "dvc.yaml", "deps: [code/lib, data/samples]", "deps: [code/lib, data/samples, data/incoming]")
+    with Repo() as repo:
+        repo.reproduce()
+    shutil.rmtree(project / "data/incoming")
+    assert drifts(project) == []
+    (project / "data/incoming").mkdir()
+    (project / "data/incoming/b.txt").write_text("b")
+    with Repo() as repo:
+        repo.add(["data/incoming"])
+    assert "data/incoming was read in another version than incoming.dvc has" in _only(project)
+
+
+def test_missing_code_is_named(project):
+    (project / "code/source.txt").unlink()
+    assert _only(project).startswith("dependency code/source.txt is missing (stage source)")
+
+
+def test_an_edited_or_missing_result_is_named(project):
+    result = project / "data/metrics/evaluate_base.json"
+    result.write_text("99")
+    line = _only(project)
+    assert line.startswith("result data/metrics/evaluate_base.json is not the version in dvc.lock (stage evaluate)")
+    assert "git checkout data/metrics/evaluate_base.json" in line
+    result.unlink()
+    assert "is missing" in _only(project)
+
+
+def test_a_changed_command_is_named(project):
+    _replace(project / "dvc.yaml", "cp code/source.txt", "cp  code/source.txt")
+    assert _only(project).startswith("source has another command in dvc.yaml than in dvc.lock")
+
+
+def test_a_stage_missing_from_the_lock_is_named(project):
+    with (project / "dvc.yaml").open("a") as file:
+        file.write("  report:\n    cmd: 'true'\n    deps: [code/lib]\n")
+    assert _only(project) == "report is in dvc.yaml but not in dvc.lock (stage report): run `dvc repro report`."
+
+
+def test_new_dependencies_outputs_and_parameters_are_named(project):
+    _replace(project / "dvc.yaml", "deps: [code/source.txt]", "deps: [code/source.txt, code/lib]")
+    _replace(project / "dvc.yaml", "outs: [data/samples]", "outs: [data/samples, data/more]")
+    _replace(project / "dvc.yaml", "params: [seed, source]", "params: [seed, source, bridge.kind]")
+    lines = "\n".join(drifts(project))
+    assert "code/lib is a dependency in dvc.yaml but not in dvc.lock" in lines
+    assert "data/more is an output in dvc.yaml but not in dvc.lock" in lines
+    assert "bridge.kind is 'mlp', dvc.lock has absent" in lines
+
+
+def test_a_lock_merged_from_two_runs_is_named(project):
+    lock = yaml.safe_load((project / "dvc.lock").read_text())
+    (samples,) = (dep for dep in lock["stages"]["evaluate"]["deps"] if dep["path"] == "data/samples")
+    samples["md5"] = "0" * 32
+    (project / "dvc.lock").write_text(yaml.safe_dump(lock))
+    assert _only(project) == (
+        "data/samples was read in another version than source has in dvc.lock (stage evaluate): "
+        "run `dvc repro evaluate`."
+    )
+
+
+def test_a_missing_or_broken_lock_and_a_missing_dvc_are_named(project, tmp_path):
+    (project / "dvc.lock").write_text("nonsense")
+    with pytest.raises(ClearError, match=r"dvc\.lock"):
+        drifts(project)
+    (project / "dvc.lock").unlink()
+    assert _only(project).startswith("dvc.lock is not here")
+    shutil.rmtree(project / ".dvc")
+    with pytest.raises(ClearError, match="DVC cannot read"):
+        drifts(project)

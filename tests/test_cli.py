@@ -1,0 +1,249 @@
+"""The command line: right stage, one-line errors, an interruption that says how to go on; run records; results."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+from clear import cli
+from clear.errors import ClearError
+from clear.stages import paths
+from tests.conftest import ROOT, git
+
+
+@pytest.fixture
+def clear(monkeypatch, capsys):
+    """Run `clear …` in this process; gives (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["clear", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def fake_stage(monkeypatch):
+    """Replace `clear.stages.<name>` by a module whose `run` is the given function."""
+
+    def put(name, run):
+        module = types.ModuleType(f"clear.stages.{name}")
+        module.run = run
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return put
+
+
+def test_help_is_fast_and_names_every_stage_of_the_pipeline():
+    taken = []
+    for _ in range(3):
+        start = time.perf_counter()
+        shown = subprocess.run([sys.executable, "-m", "clear", "--help"], capture_output=True, text=True, cwd=ROOT)
+        taken.append(time.perf_counter() - start)
+    assert shown.returncode == 0
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for name in (*stages, "check", "results", "params", "scratch", "ask"):
+        assert re.search(rf"\b{name}\b", shown.stdout), name
+    assert min(taken) < 0.7
+
+
+def test_help_loads_nothing_heavy():
+    code = "import sys, clear.cli; print(*sys.modules)"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    loaded = set(shown.stdout.split())
+    assert not loaded & {"torch", "pandas", "cv2", "dvc", "pyarrow", "hydra", "omegaconf", "matplotlib"}
+
+
+@pytest.mark.parametrize("name", [*cli.STAGES, "report"])
+def test_a_stage_runs_its_own_module_with_the_checked_parameters(project, clear, fake_stage, name):
+    calls = []
+    fake_stage("sft" if name == "sft_direct" else name, lambda config, **more: calls.append((config.profile, more)))
+    assert clear(name)[0] == 0
+    assert calls == [("tiny", {"direct": True} if name == "sft_direct" else {})]
+    assert set(paths.run_records()) == {name}
+
+
+def test_evaluate_takes_a_model_and_refuses_another_word(project, clear, fake_stage):
+    calls = []
+    fake_stage("evaluate", lambda config, model: calls.append(model))
+    assert clear("evaluate", "reencode")[0] == 0
+    assert calls == ["reencode"]
+    assert set(paths.run_records()) == {"evaluate_reencode"}
+    code, _, stderr = clear("evaluate", "llama")
+    assert code == 1
+    assert stderr.startswith("error: evaluate llama: choose one of base, ")
+
+
+def test_a_clear_error_is_one_line_and_other_errors_keep_their_trace(project, clear, fake_stage, monkeypatch):
+    def refuse(config):
+        raise ClearError("data/samples: row 3 is empty; remove it.")
+
+    fake_stage("degrade", refuse)
+    assert clear("degrade") == (1, "", "error: data/samples: row 3 is empty; remove it.\n")
+    assert paths.run_records() == {}
+
+    fake_stage("degrade", lambda config: 1 / 0)
+    monkeypatch.setattr(sys, "argv", ["clear", "degrade"])
+    with pytest.raises(ZeroDivisionError):
+        cli.main()
+
+
+def test_wrong_parameters_stop_a_stage_before_it_starts(project, clear, fake_stage):
+    fake_stage("grpo", lambda config: pytest.fail("ran"))
+    file = project / "params.yaml"
+    file.write_text(file.read_text().replace("group_size: 8", "group_size: 1"))
+    code, _, stderr = clear("grpo")
+    assert code == 1
+    assert "grpo.group_size = 1" in stderr and stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_says_how_to_go_on(project, signum):
+    script = """if True:
+        import sys, time, types
+        stage = types.ModuleType("clear.stages.sft")
+        stage.run = lambda config: (print("started", flush=True), time.sleep(60))
+        sys.modules[stage.__name__] = stage
+        sys.argv = ["clear", "sft"]
+        from clear.cli import main
+        main()"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, text=True, env=environment) as run:
+        assert run.stdout.readline() == "started\n"
+        run.send_signal(signum)
+        _, stderr = run.communicate(timeout=20)
+    assert run.returncode == 130
+    assert stderr == "interrupted; run the same command again to resume from the last checkpoint\n"
+
+
+def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert clear("params", "--set", "profile=smoke", "--set", "grpo.group_size=4")[0] == 0
+    written = yaml.safe_load((tmp_path / "params.yaml").read_text())
+    assert (written["profile"], written["grpo"]["group_size"]) == ("smoke", 4)
+    before = (tmp_path / "params.yaml").read_text()
+    code, _, stderr = clear("params", "--set", "grpo.group_size=1")
+    assert code == 1 and "grpo.group_size" in stderr
+    assert (tmp_path / "params.yaml").read_text() == before
+
+
+def test_check_exits_with_one_on_drift(project, clear):
+    assert clear("check") == (0, "dvc.lock, params.yaml, code and committed results agree.\n", "")
+    (project / "code/source.txt").write_text("edited")
+    code, stdout, stderr = clear("check")
+    assert (code, stdout) == (1, "")
+    assert "code/source.txt" in stderr and "1 drift found." in stderr
+
+
+def test_ask_prints_the_trace_and_saves_the_picture(project, clear, monkeypatch):
+    from clear.records import decode_image
+
+    picture = np.full((4, 5, 3), 7, np.uint8)
+    asked = []
+
+    def ask(image, question, model, restore, config):
+        asked.append((image, question, model, restore, config.profile))
+        shown = picture if restore == "always" else None
+        return types.SimpleNamespace(trace="<think>…</think>", restored=shown is not None, answer="red", picture=shown)
+
+    module = types.ModuleType("clear.reasoning.ask")
+    module.ask = ask
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    Path("a.png").write_bytes(b"")
+    Path("model").mkdir()
+    arguments = ["ask", "a.png", "which colour?", "--model", "model", "--save", "out.png"]
+    code, stdout, _ = clear(*arguments, "--restore", "always")
+    assert code == 0
+    assert "<think>…</think>" in stdout and "restored: yes" in stdout and "answer: red" in stdout
+    assert (decode_image(Path("out.png").read_bytes()) == picture).all()
+    assert asked == [(Path("a.png"), "which colour?", Path("model"), "always", "tiny")]
+    assert "--restore always" in clear(*arguments)[2]
+    assert "choose auto, always or never" in clear(*arguments, "--restore", "maybe")[2]
+    assert "b.png: no such file" in clear("ask", "b.png", "?", "--model", "model")[2]
+    assert "data/models/grpo: no model here" in clear("ask", "a.png", "?")[2]
+
+
+def test_a_run_record_measures_this_process_and_its_children(project):
+    with paths.stage_run("degrade"):
+        paths.record_run("degrade", images_per_second=12.5)
+        hog = "x = bytearray(150 * 2**20); x[::4096] = b'1' * len(x[::4096])"
+        subprocess.run([sys.executable, "-c", hog], check=True)
+        time.sleep(0.05)
+    record = paths.run_records()["degrade"]
+    assert record["images_per_second"] == 12.5
+    assert 0.05 < record["seconds"] < 20
+    assert 0 < record["cpu_seconds"] < 20
+    assert record["children_peak_mb"] > 150
+    assert record["peak_mb"] > 20
+    with paths.stage_run("degrade"):
+        pass
+    assert "images_per_second" not in paths.run_records()["degrade"], "a record belongs to one run"
+
+
+def test_everything_private_lies_under_one_folder(project, tmp_path, monkeypatch):
+    home = project / ".clear"
+    assert (paths.home(), paths.profile()) == (home, "tiny")
+    assert paths.checkpoint_dir("sft") == home / "checkpoints/tiny/sft"
+    assert paths.report_dir() == project / "data/report/tiny"
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "other/.clear"))
+    assert paths.checkpoint_dir("sft") == tmp_path / "other/.clear/checkpoints/tiny/sft"
+    assert paths.report_dir("smoke") == tmp_path / "other/data/report/smoke"
+    git_sees = git(project, "status", "--porcelain")
+    assert git_sees == ""
+
+
+@pytest.mark.parametrize("text", ["", "profile: [", "profile: 3\n", "profile: ../x\n", "seed: 1\n"])
+def test_a_profile_that_is_no_name_is_refused(tmp_path, text):
+    (tmp_path / "params.yaml").write_text(text)
+    with pytest.raises(ClearError, match="make params"):
+        paths.profile(tmp_path)
+
+
+def _metrics(high):
+    levels = {"clean": 0.9, "low": 0.8, "mid": 0.7, "high": high}
+    return json.dumps({"accuracy": levels, "average": 0.75, "call_rate": {"clean": 0.1, "high": 0.625}})
+
+
+def test_results_show_the_committed_figures_where_they_differ(project, clear):
+    base, grpo = (project / f"data/metrics/evaluate_{model}.json" for model in ("base", "grpo"))
+    base.write_text(_metrics(0.5))
+    grpo.write_text(_metrics(0.6))
+    git(project, "add", "-A")
+    git(project, "commit", "-q", "-m", "results")
+    code, same, _ = clear("results")
+    assert code == 0
+    assert "committed" not in same
+    assert re.search(r"base +0\.900 +0\.800 +0\.700 +0\.500 +0\.750 +0\.100 +0\.625", same)
+    assert "report: not rendered" in same
+
+    grpo.write_text(_metrics(0.65))
+    page = paths.report_dir() / "index.html"
+    page.write_text("")
+    _, differing, _ = clear("results")
+    lines = differing.splitlines()
+    place = next(i for i, line in enumerate(lines) if line.startswith("grpo"))
+    assert "0.650" in lines[place] and "committed" in lines[place + 1] and "0.600" in lines[place + 1]
+    assert "1 of 2 models differ" in differing
+    assert f"report: {page}" in differing
+
+
+def test_results_without_a_run_say_what_to_do(project, clear):
+    (project / "data/metrics/evaluate_base.json").unlink()
+    code, _, stderr = clear("results")
+    assert code == 1 and "make repro" in stderr

@@ -1,0 +1,110 @@
+"""Configuration: what is wrong is refused by its full name; every profile composes; Hydra and DVC agree."""
+
+import pytest
+import yaml
+
+from clear.config import CONF_DIR, PROFILES, compose, from_dict, load
+from clear.errors import ClearError
+from clear.scratch import write_params
+from tests.conftest import ROOT
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return yaml.safe_dump(compose())
+
+
+def _refused(text, section, key, value):
+    raw = yaml.safe_load(text)
+    (raw[section] if section else raw)[key] = value
+    with pytest.raises(ClearError) as caught:
+        from_dict(raw)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "named"),
+    [
+        ("grpo", "grup_size", 4, "grpo.grup_size"),
+        ("", "grpoo", 4, "grpoo"),
+        ("grpo", "group_size", "many", "grpo.group_size"),
+        ("grpo", "lr", [1], "grpo.lr"),
+        ("source", "pretrain", 1.5, "source.pretrain"),
+        ("grpo", "group_size", 1, "grpo.group_size = 1 is outside [2, 1024]"),
+        ("grpo", "temperature", 0.0, "grpo.temperature"),
+        ("degrade", "severity_weights", [0.2, 0.3, 1.5], "degrade.severity_weights = 1.5"),
+        ("bridge", "kind", "none", "bridge.kind = 'none' is not one of mlp, direct"),
+        ("model", "vae_size", 50, "model.vae_size = 50"),
+        ("model", "heads", 3, "model.hidden"),
+    ],
+)
+def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, named):
+    assert named in _refused(tiny, section, key, value)
+
+
+def test_a_missing_key_is_refused(tiny):
+    raw = yaml.safe_load(tiny)
+    del raw["grpo"]["lr"]
+    with pytest.raises(ClearError, match="lr"):
+        from_dict(raw)
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_composes_and_passes(profile):
+    config = from_dict(compose([f"profile={profile}"]))
+    assert config.profile == profile
+
+
+def test_every_profile_file_is_a_profile():
+    assert {file.stem for file in (CONF_DIR / "profile").glob("*.yaml")} == set(PROFILES)
+
+
+def test_an_unknown_profile_and_an_unknown_override_are_refused():
+    with pytest.raises(ClearError, match="nonsense"):
+        compose(["profile=nonsense"])
+    with pytest.raises(ClearError, match="no_such_key"):
+        compose(["grpo.no_such_key=1"])
+
+
+def test_dvc_composes_what_we_compose(tmp_path):
+    """`dvc exp run -S profile=smoke -S grpo.group_size=4` writes the same bytes as `clear params --set`."""
+    from dvc.repo import Repo
+    from dvc.utils.hydra import compose_and_dump
+
+    with Repo(str(ROOT)) as repo:
+        hydra = repo.config["hydra"]
+    assert hydra["enabled"]
+    overrides = ["profile=smoke", "grpo.group_size=4"]
+    theirs, ours = tmp_path / "theirs.yaml", tmp_path / "ours.yaml"
+    compose_and_dump(theirs, str(ROOT / hydra["config_dir"]), None, hydra["config_name"], str(tmp_path), overrides)
+    write_params(ours, overrides)
+    assert ours.read_text() == theirs.read_text()
+    config = load(ours)
+    assert (config.profile, config.grpo.group_size) == ("smoke", 4)
+
+
+def test_the_committed_parameters_are_the_composition():
+    from clear.check import composition_drifts
+
+    assert composition_drifts(ROOT) == []
+
+
+def test_nobody_is_told_about_our_runs():
+    from dvc.repo import Repo
+
+    with Repo(str(ROOT)) as repo:
+        assert repo.config["core"]["analytics"] is False
+        assert repo.config["core"]["check_update"] is False
+
+
+@pytest.mark.parametrize(("text", "named"), [("seed: [", "not valid YAML"), ("profile: tiny\n", "params.yaml")])
+def test_an_unreadable_file_is_named(tmp_path, text, named):
+    file = tmp_path / "params.yaml"
+    file.write_text(text)
+    with pytest.raises(ClearError, match=named):
+        load(file)
+
+
+def test_a_folder_without_parameters_says_what_to_do(tmp_path):
+    with pytest.raises(ClearError, match="make params"):
+        load(tmp_path / "params.yaml")

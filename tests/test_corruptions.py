@@ -1,0 +1,212 @@
+"""The sixteen corruptions: pure, shape-preserving, true to the published formulas, never silently clean."""
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clear.degradation.corruptions import CORRUPTIONS, corrupt
+from clear.errors import ClearError
+
+LEVELS = (0.23, 0.45, 0.9)
+RANDOM = ("motion_blur", "gaussian_noise", "block_exchange", "dirty_lens", "graffiti", "watermark_damage", "lens_flare")
+
+
+def picture(height: int = 96, width: int = 120, seed: int = 0) -> np.ndarray:
+    """A smooth colourful picture with some edges."""
+    y, x = np.mgrid[:height, :width]
+    rng = np.random.default_rng(seed)
+    a, b, c = rng.uniform(20, 60, 3)
+    waves = np.stack([np.sin(x / a), np.cos(y / b), np.sin((x + y) / c)], -1)
+    image = (127 + 90 * waves).astype(np.uint8)
+    cv2.rectangle(image, (width // 5, height // 4), (width // 2, height // 2), (220, 30, 40), -1)
+    return image
+
+
+def apply(name: str, image: np.ndarray, intensity: float, scale: float = 1.0, seed: int = 3) -> np.ndarray:
+    return corrupt(name, image, intensity, np.random.default_rng(seed), scale)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    name=st.sampled_from(list(CORRUPTIONS)),
+    height=st.integers(50, 90),
+    width=st.integers(50, 90),
+    intensity=st.floats(0, 1),
+    scale=st.floats(0.1, 1),
+)
+def test_type_shape_and_bytes_hold_for_any_size_and_intensity(name, height, width, intensity, scale):
+    image = picture(height, width)
+    before = image.copy()
+    first = apply(name, image, intensity, scale)
+    assert first.dtype == np.uint8 and first.shape == image.shape
+    assert (image == before).all()
+    assert (first == apply(name, image, intensity, scale)).all()
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_every_severity_changes_the_image(name):
+    image = np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)
+    assert all((apply(name, image, level, 0.4) != image).any() for level in LEVELS)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS)
+def test_the_seed_matters_only_where_the_formula_is_random(name):
+    one, two = (apply(name, picture(), 0.9, seed=seed) for seed in (1, 2))
+    assert (one != two).any() == (name in RANDOM)
+
+
+def sat(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.round(values), 0, 255)
+
+
+def correlate(image: np.ndarray, kernel: np.ndarray) -> np.ndarray:
+    """Plain two-dimensional correlation, mirrored at the border without repeating it."""
+    r, c = kernel.shape[0] // 2, kernel.shape[1] // 2
+    padded = np.pad(image.astype(float), ((r, r), (c, c), (0, 0)), "reflect")
+    height, width = image.shape[:2]
+    out = np.zeros(image.shape)
+    for i, j in np.ndindex(kernel.shape):
+        out += kernel[i, j] * padded[i : i + height, j : j + width]
+    return out
+
+
+def gaussian(size: int, sigma: float) -> np.ndarray:
+    one = np.exp(-((np.arange(size) - size // 2) ** 2) / (2 * sigma**2))
+    return np.outer(one, one) / one.sum() ** 2
+
+
+def plain_lens_blur(x, i):
+    return sat((1 - 0.7 * i) * x + 0.9 * i * correlate(x, gaussian(min(101, int(3 + 300 * i)) | 1, 20 * i)))
+
+
+def plain_color_diffusion(x, i):
+    blurred = sat(correlate(x, gaussian(3 + 2 * int(20 * i), 50 * i) * i**2))
+    return sat(max(0.1, 1 - 0.9 * i) * x + min(0.9, 0.9 * i) * blurred)
+
+
+def plain_sharpness(x, i):
+    kernel = np.array([[0, -1, 0], [-1, 5, -1], [0, -1, 0]])
+    return sat(0.7 * x + 0.3 * sat(80 * i * correlate(x, kernel)))
+
+
+def plain_dark(x, i):
+    return sat(x * (1 - i * i))
+
+
+def plain_hsv_saturation(x, i):
+    hsv = cv2.cvtColor(np.ascontiguousarray(x[..., ::-1]), cv2.COLOR_BGR2HSV)
+    hsv[..., 1] = hsv[..., 1] * (1 - i)
+    return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[..., ::-1]
+
+
+def plain_jpeg(x, i):
+    quality = int(np.clip(int(100 - 95 * i), 5, 100))
+    data = cv2.imencode(".jpg", np.ascontiguousarray(x[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, quality])[1]
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)[..., ::-1]
+
+
+def plain_turbulence(x, i):
+    height, width = x.shape[:2]
+    out = np.zeros(x.shape)
+    for row in range(height):
+        delta = 40 * i * np.sin(row / 30 + 5 * i)
+        v = np.clip(row + 0.7 * delta, 0, height - 1)
+        for column in range(width):
+            u = np.clip(column + delta, 0, width - 1)
+            a, b = int(u), int(v)
+            c, d = min(a + 1, width - 1), min(b + 1, height - 1)
+            top = (1 - (u - a)) * x[b, a] + (u - a) * x[b, c]
+            out[row, column] = (1 - (v - b)) * top + (v - b) * ((1 - (u - a)) * x[d, a] + (u - a) * x[d, c])
+    return out
+
+
+def plain_scan_lines(x, i):
+    out = x.astype(float)
+    for row in range(0, x.shape[0], max(3, int(20 / (i + 0.1)))):
+        out[row : row + max(5, int(7 * i))] *= 0.01
+    return out
+
+
+def plain_mean_shift(x, i):
+    return cv2.pyrMeanShiftFiltering(np.ascontiguousarray(x[..., ::-1]), int(40 * i), int(40 * i))[..., ::-1]
+
+
+PLAIN = {
+    "lens_blur": plain_lens_blur,
+    "color_diffusion": plain_color_diffusion,
+    "sharpness": plain_sharpness,
+    "dark": plain_dark,
+    "hsv_saturation": plain_hsv_saturation,
+    "jpeg": plain_jpeg,
+    "turbulence": plain_turbulence,
+    "scan_lines": plain_scan_lines,
+    "mean_shift": plain_mean_shift,
+}
+
+
+@pytest.mark.parametrize("intensity", LEVELS)
+@pytest.mark.parametrize("name", PLAIN)
+def test_deterministic_types_follow_the_published_formula(name, intensity):
+    assert PLAIN.keys() == CORRUPTIONS.keys() - set(RANDOM)
+    image = cv2.GaussianBlur(picture(160, 170), (0, 0), 4) if name == "turbulence" else picture(160, 170)
+    difference = np.abs(apply(name, image, intensity).astype(float) - PLAIN[name](image, intensity))
+    assert difference.max() <= 1
+
+
+def test_noise_has_the_published_deviation():
+    grey = np.full((200, 200, 3), 128, np.uint8)
+    noise = apply("gaussian_noise", grey, 0.45).astype(float) - 128
+    assert abs(noise.std() - 75 * 0.45) < 1 and abs(noise.mean()) < 0.5
+
+
+def test_colours_are_rgb():
+    black = np.zeros((200, 300, 3), np.uint8)
+    assert (apply("graffiti", black, 0.9) == (255, 0, 0)).all(-1).any()
+    flare = apply("lens_flare", black, 0.9).reshape(-1, 3).max(0)
+    assert flare[0] < flare[1] == flare[2]
+
+
+def test_scale_is_a_length():
+    white = np.full((100, 100, 3), 255, np.uint8)
+    rows = (apply("scan_lines", white, 0.9, 0.4)[:, 0, 0] < 10).nonzero()[0]
+    assert rows[:6].tolist() == [0, 1, 8, 9, 16, 17]  # 20 and 6 px, times 0.4
+    small, large = picture(120, 160), cv2.resize(picture(120, 160), None, fx=2, fy=2)
+    same = cv2.resize(apply("turbulence", small, 0.45, 1.0), None, fx=2, fy=2)
+    assert cv2.PSNR(same, apply("turbulence", large, 0.45, 2.0)) > 28
+
+
+def test_block_exchange_only_moves_blocks():
+    image = picture(64, 64)
+    out = apply("block_exchange", image, 0.9, 1.0)
+    before = sorted(b.tobytes() for r in np.split(image, 2) for b in np.split(r, 2, 1))
+    assert before == sorted(b.tobytes() for r in np.split(out, 2) for b in np.split(r, 2, 1))
+
+
+def test_two_blocks_swapped_an_even_number_of_times_still_differ():
+    image = picture(11, 22)  # block of 11 px at low, eight swaps
+    assert all((apply("block_exchange", image, 0.23, seed=s) != image).any() for s in range(20))
+
+
+def test_damage_that_covers_everything_is_not_clean():
+    image = np.random.default_rng(1).integers(0, 256, (50, 50, 3), np.uint8)
+    assert all((apply("watermark_damage", image, 0.9, seed=s) != image).mean() > 0.2 for s in range(10))
+
+
+@pytest.mark.parametrize(("name", "side"), [("watermark_damage", 49), ("block_exchange", 24), ("block_exchange", 40)])
+def test_too_small_images_are_refused_with_the_smallest_size(name, side):
+    with pytest.raises(ClearError, match=rf"{name} needs .* (50|32)x\d+ px; the image has {side}x{side}"):
+        apply(name, picture(side, side), 0.9)
+
+
+def test_unknown_names_and_wrong_input_are_refused():
+    with pytest.raises(ClearError, match="'fog' is no corruption; choose one of motion_blur, "):
+        apply("fog", picture(), 0.5)
+    with pytest.raises(ClearError, match="expected uint8 RGB"):
+        apply("dark", picture().astype(float), 0.5)
+    with pytest.raises(ClearError, match="expected uint8 RGB"):
+        apply("dark", picture()[..., 0], 0.5)
+    for intensity, scale in ((1.5, 1), (float("nan"), 1), (0.5, 0)):
+        with pytest.raises(ClearError, match="must lie in"):
+            apply("dark", picture(), intensity, scale)

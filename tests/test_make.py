@@ -1,0 +1,197 @@
+"""The Makefile, the installer and the CI script: each target is listed, each obstacle is one clear line."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT
+
+TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "params", "check", "clean"]
+
+
+def _make(*arguments, cwd=ROOT, **environment):
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "VENV"))}
+    return subprocess.run(["make", *arguments], cwd=cwd, capture_output=True, text=True, env=plain | environment)
+
+
+def test_help_is_the_default_and_lists_every_target():
+    shown = _make()
+    assert shown.returncode == 0
+    assert shown.stdout == _make("help").stdout
+    listed = re.findall(r"^  make (\S+) +\S", shown.stdout, re.MULTILINE)
+    assert sorted(listed) == sorted([*TARGETS, "help"])
+    assert len(shown.stdout.splitlines()) == len(listed)
+
+
+@pytest.mark.parametrize("target", [t for t in TARGETS if t != "clean"])
+def test_every_target_installs_first_unless_an_environment_is_named(tmp_path, target):
+    for name in ("Makefile", "pyproject.toml", "infra"):
+        (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)
+    assert "infra/install.sh .venv" in _make("--dry-run", target, cwd=tmp_path).stdout
+    assert "install" not in _make("--dry-run", target, "VENV=/somewhere", cwd=tmp_path).stdout
+    assert "install" not in _make("--dry-run", target, cwd=tmp_path, VENV="/somewhere").stdout
+
+
+def test_commands_run_in_the_environment_without_telemetry(tmp_path):
+    (tmp_path / "Makefile").write_text((ROOT / "Makefile").read_text() + "\nshow:\n\t@env\n")
+    shown = dict(
+        line.split("=", 1) for line in _make("show", "VENV=v", cwd=tmp_path).stdout.splitlines() if "=" in line
+    )
+    assert shown["PATH"].startswith(f"{tmp_path}/v/bin:")
+    assert shown["CLEAR_HOME"] == f"{tmp_path}/.clear"
+    assert shown["DO_NOT_TRACK"] == shown["DVC_NO_ANALYTICS"] == shown["HF_HUB_OFFLINE"] == "1"
+    assert shown["PREFECT_SERVER_ANALYTICS_ENABLED"] == shown["GX_ANALYTICS_ENABLED"] == "false"
+
+
+def test_clean_keeps_data_and_environment(tmp_path):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    kept, gone = ["data/models/a", ".venv/a", "data/metrics/a"], [".clear/a", "data/report/a", "clear/__pycache__/a"]
+    for name in kept + gone:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert _make("clean", cwd=tmp_path).returncode == 0
+    assert [name for name in kept + gone if (tmp_path / name).exists()] == kept
+
+
+def test_ci_runs_lint_and_test_and_stops_at_a_failure(tmp_path):
+    (tmp_path / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", tmp_path / ".ci/run")
+    (tmp_path / "Makefile").write_text("lint:\n\t@echo lint\ntest:\n\t@echo test; test ! -e broken\n")
+    assert subprocess.run([tmp_path / ".ci/run"], capture_output=True, text=True).stdout == "lint\ntest\n"
+    (tmp_path / "broken").write_text("")
+    assert subprocess.run([tmp_path / ".ci/run"], capture_output=True).returncode != 0
+
+
+FAKE_PYTHON = """#!/usr/bin/env bash
+# Stands in for an interpreter: {version} decides the version check, {pip} whether pip can install.
+case "$*" in
+    "-c "*) {version} ;;
+    "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
+    *" uv") exit 1 ;;
+    "-m pip"*) echo "$*" >> {log}; {pip} ;;
+    --version) echo "Python 3.11.9" ;;
+esac
+"""
+
+
+@pytest.fixture
+def install(tmp_path):
+    """Run infra/install.sh in a copy of the project with fake programs first on PATH."""
+    shutil.copytree(ROOT / "infra", tmp_path / "infra")
+    fakes = tmp_path / "fakes"
+    fakes.mkdir()
+
+    def run(version="exit 0", pip="exit 0", df=None):
+        text = FAKE_PYTHON.format(version=version, pip=pip, log=tmp_path / "pip.log")
+        for name in ("python3.11", "python3.12", "python3.13", "python3"):
+            _program(fakes / name, text)
+        if df is not None:
+            _program(fakes / "df", f"#!/bin/sh\nprintf 'head\\n/dev/x 9 9 {df} 1%% /\\n'\n")
+        environment = {**os.environ, "PATH": f"{fakes}:{os.environ['PATH']}"}
+        environment.pop("PYTHON", None)
+        command = [tmp_path / "infra/install.sh", ".venv"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    return run
+
+
+def _program(file: Path, text: str) -> None:
+    file.write_text(text)
+    file.chmod(0o755)
+
+
+def _refused(done, *words):
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_an_installation_uses_the_lock_and_marks_itself_complete(install, tmp_path):
+    assert install().returncode == 0
+    assert (tmp_path / ".venv/.installed").exists()
+    torch, *_, rest = (tmp_path / "pip.log").read_text().splitlines()
+    assert torch.endswith("-c infra/constraints.txt torch==2.13.0")
+    assert rest.endswith("-c infra/constraints.txt -e .[dev]"), "pip does it where uv cannot"
+
+
+def test_no_suitable_python_is_one_line(install, tmp_path):
+    _refused(install(version="exit 1"), "no Python 3.11 or newer")
+    assert not (tmp_path / ".venv").exists()
+
+
+def test_a_full_disk_is_one_line(install):
+    _refused(install(df=50 * 1024), "only 50 MB are free", "4 GB")
+
+
+def test_no_network_is_one_line_and_leaves_the_installation_incomplete(install, tmp_path):
+    _refused(install(pip="echo 'Could not find a version' >&2; exit 1"), "no network", "install.log")
+    assert not (tmp_path / ".venv/.installed").exists()
+    assert "Could not find a version" in (tmp_path / ".venv/install.log").read_text()
+
+
+def test_the_lock_pins_everything_and_names_no_host():
+    lock = (ROOT / "infra/constraints.txt").read_text().splitlines()
+    assert "torch==2.13.0" in lock
+    assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lock if line and not line.startswith("#"))
+    for name in ("Makefile", "infra/install.sh", "infra/constraints.txt", "pyproject.toml", ".ci/run"):
+        assert "://" not in (ROOT / name).read_text(), name
+
+
+def _plain(name):
+    return re.match(r"[\w.-]+", name)[0].lower().replace("_", "-")
+
+
+@pytest.fixture(scope="module")
+def declared():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return {_plain(line) for line in project["dependencies"] + project["optional-dependencies"]["dev"]}
+
+
+def test_every_dependency_is_in_the_lock(declared):
+    lock = (ROOT / "infra/constraints.txt").read_text().splitlines()
+    assert declared <= {_plain(line) for line in lock}
+
+
+def test_every_imported_package_is_a_dependency(declared):
+    owners = packages_distributions()
+    for file in (*ROOT.glob("clear/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("tests/**/*.py")):
+        for module in re.findall(r"^\s*(?:import|from) (\w+)", file.read_text(), re.MULTILINE):
+            if module not in sys.stdlib_module_names and module in owners:
+                assert {_plain(owner) for owner in owners[module]} & declared, f"{file}: {module}"
+
+
+BENCHMARK = """
+def bench_sum():
+    return {"sum": {"value": 1.0, "unit": "ms", "baseline": 2.0, "ratio": 0.5}}
+
+def bench_odd():
+    return {"odd": {"value": 1.0}}
+"""
+
+
+def test_benchmarks_are_found_checked_and_written(tmp_path, capsys):
+    from clear.errors import ClearError
+    from tests.bench.run import main
+
+    with pytest.raises(ClearError, match="no file bench_"):
+        main(tmp_path)
+    (tmp_path / "bench_a.py").write_text(BENCHMARK)
+    output = tmp_path / "bench.json"
+    main(tmp_path, ["sum"], output)
+    assert json.loads(output.read_text())["rows"] == {
+        "sum": {"value": 1.0, "unit": "ms", "baseline": 2.0, "ratio": 0.5}
+    }
+    assert "ratio 0.500" in capsys.readouterr().out
+    with pytest.raises(ClearError, match="odd has the keys"):
+        main(tmp_path, [], output)
+    with pytest.raises(ClearError, match="no benchmark nothing; there are odd, sum"):
+        main(tmp_path, ["nothing"], output)

@@ -1,0 +1,229 @@
+"""The pipeline as DVC sees it: stages and code belong together, a scratch run leaves no trace, smoke runs for real."""
+
+import ast
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clear.errors import ClearError
+from clear.scratch import refresh, run
+from tests.conftest import ROOT, git
+
+MODELS = ("base", "sft_direct", "sft", "reencode", "bridge", "grpo")
+STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+
+# Code that cannot change a result: it reports errors, finds folders, times runs.
+NEUTRAL = {"clear/errors.py", "clear/stages/paths.py"}
+
+
+def _definition(stage):
+    return STAGES[stage].get("do", STAGES[stage])
+
+
+def _imports(file: Path) -> set[Path]:
+    """The files of this project that a file imports, wherever in it (type checking aside)."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING":
+            node.body = []
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        for path in (ROOT / name.replace(".", "/") for name in names if name.partition(".")[0] == "clear"):
+            found |= {file for file in (path.with_suffix(".py"), path / "__init__.py") if file.exists()}
+    return found
+
+
+def _code_of(stage: str) -> set[str]:
+    """Every file of this project that a stage may load, by its imports."""
+    todo, seen = [ROOT / "clear/stages" / f"{'sft' if stage == 'sft_direct' else stage}.py"], set()
+    while todo:
+        file = todo.pop()
+        if file not in seen:
+            seen.add(file)
+            todo += _imports(file)
+    names = {file.relative_to(ROOT).as_posix() for file in seen if file.stat().st_size}
+    return names - NEUTRAL - {"clear/__init__.py"}
+
+
+def _covers(dep: str, file: str) -> bool:
+    return file == dep or file.startswith(f"{dep}/")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
+    deps = [dep for dep in _definition(stage)["deps"] if dep.startswith("clear/")]
+    code = _code_of(stage)
+    undeclared = sorted(file for file in code if not any(_covers(dep, file) for dep in deps))
+    unused = sorted(dep for dep in deps if not any(_covers(dep, file) for file in code))
+    assert (undeclared, unused) == ([], [])
+
+
+def test_stage_command_module_parameters_and_metrics_share_one_name():
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    for name, stage in STAGES.items():
+        argument = " ${key}" if name == "evaluate" else ""
+        suffix = "_${key}" if name == "evaluate" else ""
+        definition = stage.get("do", stage)
+        assert definition["cmd"] == f"python -m clear {name}{argument}"
+        assert {f"data/metrics/{name}{suffix}.json": {"cache": False}} in definition["metrics"]
+        for key in definition["params"]:
+            value = params
+            for part in key.split("."):
+                value = value[part]
+        section = "sft" if name == "sft_direct" else name
+        assert any(key.partition(".")[0] == section for key in definition["params"])
+
+
+def test_nothing_trains_on_data_that_failed_validation():
+    """Every stage that trains or evaluates stands behind `validate` in the graph; only `base` may precede it."""
+    upstream = {}
+    outputs = {}
+    for name, stage in STAGES.items():
+        definition = stage.get("do", stage)
+        for out in [*definition.get("outs", []), *definition["metrics"]]:
+            outputs[out if isinstance(out, str) else next(iter(out))] = name
+    for name in STAGES:
+        upstream[name] = {outputs[dep] for dep in _definition(name)["deps"] if dep in outputs}
+    for name in ("traces", "sft", "sft_direct", "bridge", "grpo", "evaluate", "report"):
+        behind, todo = set(), [name]
+        while todo:
+            for other in upstream[todo.pop()] - behind:
+                behind.add(other)
+                todo.append(other)
+        assert "validate" in behind, name
+
+
+def _hash_of(content: bytes) -> str:
+    digest = hashlib.md5(content).hexdigest()
+    return f"{digest[:2]}/{digest[2:]}"
+
+
+def test_a_scratch_run_changes_nothing_but_its_own_folder(project, monkeypatch):
+    (project / "code/source.txt").write_text("uncommitted")
+    (project / "code/lib/untracked.txt").write_text("untracked")
+    before, lock = git(project, "status", "--porcelain"), (project / "dvc.lock").read_bytes()
+    folder = run(Path(), "smoke")
+    assert folder == project / ".clear/scratch/smoke"
+    assert yaml.safe_load((folder / "params.yaml").read_text())["profile"] == "smoke"
+    assert (folder / "data/samples").read_text() == "uncommitted"
+    assert (folder / "code/lib/untracked.txt").exists()
+    assert json.loads((folder / "data/metrics/evaluate_base.json").read_text()) == len("uncommitted")
+    assert git(project, "status", "--porcelain") == before
+    assert (project / "dvc.lock").read_bytes() == lock
+    assert (project / "data/samples").read_text() == "code/source.txt"
+
+    assert (project / ".dvc/cache/files/md5" / _hash_of(b"uncommitted")).exists(), "the cache is shared"
+
+    (project / "code/lib/untracked.txt").unlink()
+    made = (folder / "data/samples").stat().st_mtime_ns
+    run(Path(), "smoke", ["grpo.steps=2"])
+    assert not (folder / "code/lib/untracked.txt").exists()
+    assert (folder / "data/samples").stat().st_mtime_ns == made, "what is up to date is not run again"
+    assert yaml.safe_load((folder / "params.yaml").read_text())["grpo"]["steps"] == 2
+
+
+def test_a_scratch_run_that_cannot_start_or_fails_is_refused(project, tmp_path):
+    with pytest.raises(ClearError, match="not one of smoke, tiny"):
+        run(Path(), "huge")
+    with pytest.raises(ClearError, match="no_such"):
+        run(Path(), "smoke", ["no_such=1"])
+    (project / "code/source.txt").unlink()
+    with pytest.raises(ClearError, match="continues where it stopped"):
+        run(Path(), "smoke")
+    shutil.rmtree(project / ".git")
+    with pytest.raises(ClearError, match="git clone"):
+        refresh(project, tmp_path / "copy")
+    with pytest.raises(ClearError, match="no DVC project"):
+        refresh(tmp_path, tmp_path / "copy")
+
+
+def test_an_interrupted_scratch_run_ends_its_stage_too(project):
+    stages = "stages:\n  source:\n    cmd: echo $$ > pid && exec sleep 60\n"
+    (project / "dvc.yaml").write_text(stages)
+    command = [sys.executable, "-m", "clear", "scratch", "smoke"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    pid = project / ".clear/scratch/smoke/pid"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        while not (pid.exists() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted; run the same command again" in stderr
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The working tree as it is now, committed in a repository of its own; no data, no cache."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, dict.fromkeys(listed)):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "the working tree")
+    return folder
+
+
+def _make(folder, *arguments):
+    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "CLEAR_HOME"))}
+    command = ["make", *arguments, f"VENV={Path(sys.executable).parent.parent}"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=plain)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_smoke_runs_from_end_to_end_in_a_fresh_clone(clone):
+    before = git(clone, "status", "--porcelain", "--ignored")
+    start = time.perf_counter()
+    first = _make(clone, "repro", "PROFILE=smoke")
+    assert time.perf_counter() - start < 240, "the smoke profile takes at most four minutes"
+
+    scratch = clone / ".clear/scratch/smoke"
+    for model in MODELS:
+        assert model in first
+        metrics = json.loads((scratch / f"data/metrics/evaluate_{model}.json").read_text())
+        assert set(metrics["accuracy"]) == {"clean", "low", "mid", "high"}
+        assert (scratch / f"data/predictions/{model}.parquet").stat().st_size > 0
+    for stage in STAGES:
+        if stage != "evaluate":
+            assert (scratch / f"data/metrics/{stage}.json").exists(), stage
+    pages = [line for line in first.splitlines() if line.startswith("report: ")]
+    assert Path(pages[0].removeprefix("report: ")).is_relative_to(clone / "data/report/smoke")
+    assert Path(pages[0].removeprefix("report: ")).stat().st_size > 0
+    records = {file.stem for file in (clone / ".clear/runs/smoke").glob("*.json")}
+    assert records == {*(set(STAGES) - {"evaluate"}), *(f"evaluate_{model}" for model in MODELS)}
+    assert not [file for file in (clone / ".clear/checkpoints").rglob("*") if file.is_file()], "success deletes them"
+
+    after = git(clone, "status", "--porcelain", "--ignored")
+    new = set(after.splitlines()) - set(before.splitlines())
+    assert {line.split()[1].split("/")[0] for line in new if "__pycache__" not in line} <= {".clear", "data", ".dvc"}
+    assert git(clone, "status", "--porcelain") == ""
+
+    start = time.perf_counter()
+    again = _make(clone, "repro", "PROFILE=smoke")
+    assert time.perf_counter() - start < 30, "nothing is run twice"
+    assert [line for line in again.splitlines() if line.startswith(MODELS)] == [
+        line for line in first.splitlines() if line.startswith(MODELS)
+    ]

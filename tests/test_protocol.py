@@ -1,0 +1,141 @@
+"""A degradation depends on the sample id, the corruption, the severity and the protocol version, and nothing else."""
+
+from collections import Counter
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clear.degradation.build import degraded_samples, parallel
+from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.protocol import (
+    BENCHMARK_WEIGHTS,
+    CELLS,
+    GROUPS,
+    SEVERITIES,
+    TRAINING_WEIGHTS,
+    degrade,
+    draw,
+    seed_of,
+)
+from clear.errors import ClearError
+from clear.records import Question, Sample, decode_image, encode_image, sha256
+from clear.stages.mmd_bench import _keep, corruption_plan
+
+HALVES = (0.2, 0.3, 0.5)
+
+
+def sample(number: int, pair: str = "", side: int = 64) -> Sample:
+    rng = np.random.default_rng(number)
+    image = cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (side, side), interpolation=cv2.INTER_CUBIC)
+    data = encode_image(image)
+    questions = (Question(f"{number}-a", "color", "?", "red"), Question(f"{number}-b", "pair", "?", "yes", pair=pair))
+    return Sample(f"s{number:03d}", "test", "bench", data, sha256(data), questions)
+
+
+def test_weights_are_the_published_ones():
+    for weights in (TRAINING_WEIGHTS, BENCHMARK_WEIGHTS):
+        assert weights.keys() == CORRUPTIONS.keys()
+        assert [sum(weights[name] for name in names) for names in GROUPS.values()] == [100] * 4
+    assert sorted(CELLS) == sorted((c, s) for c in CORRUPTIONS for s in SEVERITIES)
+    assert len({c for c, _ in CELLS[:16]}) == 16 and len({s for _, s in CELLS[:3]}) == 3
+
+
+def test_seeds_are_fixed_for_this_protocol_version():
+    # A new value means other images: raise PROTOCOL_VERSION with it.
+    assert seed_of("a", "jpeg", "low") == 1962039613446164506
+    assert len({seed_of(i, c, s) for i in "abc" for c, s in CELLS}) == 3 * 48
+
+
+def test_draws_follow_the_weights_and_the_id_only():
+    drawn = {f"id{i}": draw(f"id{i}", TRAINING_WEIGHTS, HALVES) for i in range(4000)}
+    corruptions, severities = (Counter(pair[k] for pair in drawn.values()) for k in (0, 1))
+    for name, weight in TRAINING_WEIGHTS.items():
+        assert abs(corruptions[name] - 10 * weight) < 5 * (10 * weight) ** 0.5
+    assert all(abs(severities[s] / 4000 - p) < 0.04 for s, p in zip(SEVERITIES, HALVES, strict=True))
+    assert draw("id7", TRAINING_WEIGHTS, HALVES) == drawn["id7"]
+    assert draw("x", {"jpeg": 1, "dark": 0}, (0, 0, 1)) == ("jpeg", "high")
+
+
+@pytest.mark.parametrize(
+    ("weights", "severities", "message"),
+    [
+        ({"fog": 1}, HALVES, "'fog' is no corruption"),
+        ({"jpeg": 1}, (0.5, 0.5), "low, mid and high"),
+        ({"jpeg": 1}, (0, 0, 0), "severity_weights"),
+        ({"jpeg": -1}, HALVES, "corruption weights"),
+    ],
+)
+def test_unusable_weights_are_refused(weights, severities, message):
+    with pytest.raises(ClearError, match=message):
+        draw("a", weights, severities)
+
+
+def test_degrade_names_the_sample_it_refuses():
+    image = decode_image(sample(1).image)
+    with pytest.raises(ClearError, match="sample s1: 'fog' is no corruption"):
+        degrade(image, "fog", "low", "s1", 1.0)
+    with pytest.raises(ClearError, match="sample s1: 'worst' is no severity"):
+        degrade(image, "jpeg", "worst", "s1", 1.0)
+    with pytest.raises(ClearError, match="sample s1: watermark_damage needs at least 50x50"):
+        degrade(image[:40], "watermark_damage", "low", "s1", 1.0)
+
+
+def test_build_is_independent_of_workers_and_order():
+    jobs = [(sample(i), *CELLS[(7 * i) % 48]) for i in range(70)]
+    alone = list(degraded_samples(jobs, 0.4, workers=1))
+    assert list(degraded_samples(jobs, 0.4, workers=2)) == alone
+    backwards = list(degraded_samples(reversed(jobs), 0.4, workers=1))
+    assert backwards[::-1] == alone
+
+
+def test_what_is_stored_is_the_jpeg_of_the_protocol():
+    one = sample(5)
+    (made,) = degraded_samples([(one, "dark", "mid")], 0.4, workers=1)
+    expected = degrade(decode_image(one.image), "dark", "mid", one.id, 0.4)
+    assert made == replace(
+        one,
+        degraded=encode_image(expected, "jpeg"),
+        corruption="dark",
+        severity="mid",
+        intensity=0.45,
+        seed=seed_of(one.id, "dark", "mid"),
+    )
+
+
+def test_a_broken_image_stops_the_build_by_name():
+    broken = replace(sample(3), image=sample(3).image[:-40])
+    jobs = [(sample(1), "dark", "low"), (broken, "dark", "low")]
+    with pytest.raises(ClearError, match=r"sample s003: \d+ bytes are not a complete image"):
+        list(degraded_samples(jobs, 0.4, workers=1))
+
+
+def test_progress_off_a_terminal_is_a_line_per_tenth(capsys):
+    assert list(parallel(abs, range(-40, 0), workers=1, total=40, label="work")) == list(range(40, 0, -1))
+    assert capsys.readouterr().err.splitlines() == [f"work: {n}/40" for n in range(4, 41, 4)]
+    list(parallel(abs, range(5), workers=1))
+    assert capsys.readouterr().err == ""
+
+
+@settings(max_examples=30, deadline=None)
+@given(singles=st.integers(16, 80), pairs=st.integers(0, 40), seed=st.integers(0, 99))
+def test_benchmark_rows_are_balanced_and_keep_pairs_together(singles, pairs, seed):
+    outline = [Sample(f"a{i}", "t", "bench", b"", "") for i in range(singles)]
+    for i in range(pairs):
+        question = Question(f"q{i}", "pair", "?", "yes", pair=f"p{i}")
+        outline += [Sample(f"b{i}{half}", "t", "bench", b"", "", (question,)) for half in "xy"]
+    plan = corruption_plan(outline)
+    counts = Counter(name for (name,) in plan.values())
+    assert max(counts.values()) - min(counts.get(c, 0) for c in CORRUPTIONS) <= 1
+    assert all(plan[f"b{i}x"] == plan[f"b{i}y"] for i in range(pairs))
+    np.random.default_rng(seed).shuffle(outline)
+    assert corruption_plan(outline) == plan
+
+
+def test_minimal_pairs_survive_the_cut_of_questions():
+    assert [q.id for q in _keep(sample(1, pair="p"), 1).questions] == ["1-b"]
+    assert [q.id for q in _keep(sample(1, pair="p"), 2).questions] == ["1-b", "1-a"]
+    assert [q.id for q in _keep(sample(1), 1).questions] == ["1-a"]

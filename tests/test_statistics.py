@@ -1,0 +1,308 @@
+"""Scoring and statistics: exact match, pairs, cluster bootstrap, McNemar, and the file of predictions."""
+
+import math
+import time
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clear.bench import predictions, scoring, statistics
+from clear.errors import ClearError
+from clear.records import Question
+
+ROW = {
+    "sample": "s0",
+    "corruption": "jpeg",
+    "severity": "high",
+    "question": "q0",
+    "task": "reading",
+    "pair": "",
+    "text": "which letter ?",
+    "answer": "k",
+    "prediction": "k",
+    "output": "<answer>k</answer>",
+    "restored": False,
+    "correct": True,
+    "tokens": 7,
+    "psnr_degraded": 18.0,
+    "ssim_degraded": 0.5,
+    "psnr_restored": None,
+    "ssim_restored": None,
+    "restored_png": None,
+}
+
+
+def frame_of(*changes: dict) -> pd.DataFrame:
+    return pd.DataFrame([ROW | {"question": f"q{number}"} | change for number, change in enumerate(changes)])
+
+
+scores = st.integers(2, 40).flatmap(
+    lambda n: st.tuples(
+        st.lists(st.booleans(), min_size=n, max_size=n),
+        st.lists(st.booleans(), min_size=n, max_size=n),
+        st.lists(st.integers(0, 8), min_size=n, max_size=n).filter(lambda groups: len(set(groups)) > 1),
+    )
+)
+
+
+@given(scores, st.integers(0, 10))
+@settings(max_examples=40, deadline=None)
+def test_a_paired_difference_changes_sign_with_its_sides(given_scores, seed):
+    a, b, groups = map(np.array, given_scores)
+    ours = statistics.paired_difference(a, b, groups, resamples=99, seed=seed)
+    theirs = statistics.paired_difference(b, a, groups, resamples=99, seed=seed)
+    assert (ours.estimate, ours.low, ours.high) == pytest.approx((-theirs.estimate, -theirs.high, -theirs.low))
+    assert ours.detectable == pytest.approx(theirs.detectable)
+    assert ours.estimate == pytest.approx(a.mean() - b.mean())
+    assert (ours.n, ours.clusters) == (len(a), len(set(groups.tolist())))
+
+
+@given(scores)
+@settings(max_examples=40, deadline=None)
+def test_identical_models_have_no_difference_and_no_width(given_scores):
+    a, _, groups = map(np.array, given_scores)
+    found = statistics.paired_difference(a, a, groups, resamples=50)
+    assert (found.estimate, found.low, found.high, found.detectable) == (0, 0, 0, 0)
+    assert statistics.mcnemar(a, a) == statistics.McNemar(0, 0, 1.0)
+
+
+@given(scores)
+@settings(max_examples=40, deadline=None)
+def test_row_order_and_cluster_numbers_do_not_matter(given_scores):
+    a, b, groups = map(np.array, given_scores)
+    order = np.random.default_rng(1).permutation(len(a))
+    found = statistics.paired_difference(a, b, groups, resamples=60, seed=3)
+    moved = statistics.paired_difference(a[order], b[order], 5 * groups[order] + 2, resamples=60, seed=3)
+    assert (found.low, found.high, found.detectable) == pytest.approx((moved.low, moved.high, moved.detectable))
+
+
+def simulate(effect: float, runs: int, images: int = 120, each: int = 4) -> np.ndarray:
+    """Intervals (runs, 3: low, high, detectable) of paired samples whose questions share their image's difficulty."""
+    generator, groups, result = np.random.default_rng(7), np.repeat(np.arange(images), each), []
+    for _ in range(runs):
+        level = np.repeat(generator.beta(2, 1, images), each)
+        shift = np.repeat(generator.normal(0, 0.15, images), each)  # an image that suits one of the models
+        a = generator.random(images * each) < np.clip(level + shift + effect, 0, 1)
+        b = generator.random(images * each) < np.clip(level - shift, 0, 1)
+        found = statistics.paired_difference(a, b, groups, resamples=300, seed=0)
+        result.append((found.low, found.high, found.detectable))
+    return np.array(result)
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says():
+    # No effect on average, yet correlated within images: 95 % ± 4 binomial standard errors of 400 simulations.
+    found = simulate(0.0, 400)
+    covered = np.mean((found[:, 0] <= 0) & (found[:, 1] >= 0))
+    assert abs(covered - 0.95) < 4 * math.sqrt(0.95 * 0.05 / 400)
+
+
+def test_ignoring_the_clusters_would_be_too_sure():
+    generator = np.random.default_rng(0)
+    values = np.repeat(generator.random(100) < 0.5, 6)
+    by_image = statistics.mean_interval(values, np.repeat(np.arange(100), 6))
+    by_row = statistics.mean_interval(values, np.arange(600))
+    assert (by_image.high - by_image.low) / (by_row.high - by_row.low) == pytest.approx(math.sqrt(6), rel=0.15)
+
+
+def test_an_effect_of_the_detectable_size_is_found_four_times_in_five():
+    generator, groups, effect = np.random.default_rng(5), np.arange(400), 0.1
+    found = []
+    for _ in range(300):
+        b = generator.random(400) < 0.5
+        a = np.where(generator.random(400) < 0.2, ~b, b)  # noise: one in five flips
+        lift = generator.random(400) < effect / 0.5
+        found.append(statistics.paired_difference(a | (lift & ~b), b, groups, resamples=300))
+    # The planted effect differs a little from sample to sample; compare with what the standard error implies.
+    mean = np.mean([item.estimate for item in found])
+    deviation = np.mean([item.detectable for item in found]) / (1.959964 + 0.841621)
+    expected = 0.5 * math.erfc((1.959964 - mean / deviation) / math.sqrt(2))
+    assert np.mean([item.low > 0 for item in found]) == pytest.approx(expected, abs=0.08)
+    assert np.std([item.estimate for item in found]) == pytest.approx(deviation, rel=0.15)
+
+
+def test_a_contrast_pairs_two_levels_of_the_same_images():
+    generator = np.random.default_rng(2)
+    easy = np.repeat(generator.random(200) < 0.6, 2)
+    groups = np.repeat(np.arange(200), 2)
+    same = statistics.mean_contrast(easy, groups, easy, groups)
+    assert (same.estimate, same.low, same.high) == (0, 0, 0)
+    other = statistics.mean_contrast(easy, groups, easy, groups + 200)
+    assert other.clusters == 400 and other.low < -0.05 < 0.05 < other.high
+
+
+def test_six_thousand_rows_take_less_than_a_second():
+    generator = np.random.default_rng(0)
+    a, b = generator.random((2, 6000)) < 0.7
+    start = time.process_time()
+    statistics.paired_difference(a, b, np.arange(6000) // 4, resamples=2000)
+    assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize(
+    ("values", "groups", "message"),
+    [
+        ([], [], "0 scores for 0 cluster numbers"),
+        ([1.0, 0.0], [0], "2 scores for 1 cluster numbers"),
+        ([1.0, 0.0], [3, 3], "All scores belong to one image"),
+        ([1.0, math.nan], [0, 1], "Score 1 is not finite"),
+    ],
+)
+def test_what_gives_no_interval_is_refused(values, groups, message):
+    with pytest.raises(ClearError, match=message):
+        statistics.mean_interval(np.array(values), np.array(groups))
+
+
+def test_unequal_sides_are_refused():
+    with pytest.raises(ClearError, match="found 2 and 1"):
+        statistics.paired_difference([1, 0], [1], [0, 1])
+    with pytest.raises(ClearError, match="found 2 and 1"):
+        statistics.mcnemar([True, False], [True])
+
+
+@given(st.integers(0, 60), st.integers(0, 60))
+@settings(max_examples=30, deadline=None)
+def test_mcnemar_is_the_exact_binomial_test(only_a, only_b):
+    from scipy.stats import binomtest
+
+    a = np.array([True] * only_a + [False] * only_b + [True, False])
+    b = np.array([False] * only_a + [True] * only_b + [True, False])
+    found = statistics.mcnemar(a, b)
+    expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
+    assert (found.only_a, found.only_b) == (only_a, only_b)
+    assert found.p == pytest.approx(expected)
+
+
+def test_mcnemar_of_many_disagreements_does_not_underflow():
+    found = statistics.mcnemar(np.arange(4000) < 2000, np.arange(4000) >= 2000)
+    assert found.p == 1.0
+    assert 0 < statistics.mcnemar(np.arange(1500) < 900, np.arange(1500) >= 900).p < 1e-12
+
+
+def test_clusters_join_pairs_transitively():
+    rows = [("a", ""), ("b", "p"), ("c", "p"), ("c", "r"), ("d", "r"), ("e", ""), ("a", "")]
+    frame = pd.DataFrame(rows, columns=["sample", "pair"])
+    found = statistics.clusters(frame).tolist()
+    assert found[0] == found[6] and len({found[1], found[2], found[3], found[4]}) == 1
+    assert len(set(found)) == 3
+
+
+COLOURS = ("red", "blue", "dark green", "blue sky")
+
+
+RIGHT = ("b", "B", "B.", "(b)", "Blue!", "b blue", "B: blue")
+WRONG = ("a", "red", "", "b red", "blue sky", "a b", "the blue one", "e", "B blue sky")
+
+
+@pytest.mark.parametrize("answer", ["b", "B", "blue"])
+def test_a_choice_is_right_by_letter_or_by_text(answer):
+    question = Question("q", "attribute", "?", answer, COLOURS)
+    assert [said for said in RIGHT if not scoring.is_correct(said, question)] == []
+    assert [said for said in WRONG if scoring.is_correct(said, question)] == []
+
+
+def test_options_that_are_letters_are_told_from_labels_by_their_case():
+    question = Question("q", "attribute", "?", "B", ("b", "k"))
+    assert scoring.is_correct("B", question) and scoring.is_correct("k", question)
+    assert not scoring.is_correct("b", question)
+
+
+def test_a_free_answer_is_right_by_exact_match():
+    question = Question("q", "reading", "?", "K")
+    assert scoring.is_correct(" k. ", question)
+    assert not scoring.is_correct("", question) and not scoring.is_correct("k j", question)
+    assert not scoring.is_correct("", Question("q", "reading", "?", "."))
+
+
+def test_an_option_text_that_occurs_twice_decides_nothing():
+    question = Question("q", "attribute", "?", "a", ("red", "red", "blue"))
+    assert scoring.is_correct("a", question) and not scoring.is_correct("red", question)
+    with pytest.raises(ClearError, match="Question q: the answer 'pink' names none of the options"):
+        scoring.is_correct("red", Question("q", "attribute", "?", "pink", ("red", "blue")))
+
+
+def test_both_halves_of_a_pair_must_be_right():
+    halves = [("p", "jpeg", True), ("p", "jpeg", True), ("r", "jpeg", True), ("r", "jpeg", False), ("t", "dark", True)]
+    frame = frame_of(*({"pair": pair, "corruption": name, "correct": right} for pair, name, right in halves))
+    cells = scoring.pair_accuracy(frame).set_index("corruption")
+    assert cells.loc["jpeg", ["accuracy", "pairs", "incomplete"]].tolist() == [0.5, 2, 0]
+    assert math.isnan(cells.loc["dark", "accuracy"]) and cells.loc["dark", "incomplete"] == 1
+    assert scoring.pair_summary(frame) == {"high": {"accuracy": 0.5, "pairs": 2, "incomplete": 1}}
+    with pytest.raises(ClearError, match="Pair p has 3 halves"):
+        scoring.pair_accuracy(frame_of(*[{"pair": "p"}] * 3))
+    assert scoring.pair_summary(frame_of({})) == {}
+
+
+def test_metrics_count_every_row_once():
+    changes = [{"sample": f"s{n % 4}", "correct": n % 3 > 0, "restored": n % 2 == 0} for n in range(12)]
+    changes[3] |= {"prediction": "", "correct": False}
+    clean = [change | {"corruption": "clean", "severity": "clean", "psnr_degraded": math.inf} for change in changes]
+    clean = [change | {"psnr_restored": 27.0, "ssim_restored": 0.9} for change in clean]
+    changes = [change | {"psnr_restored": 22.0 if change["restored"] else None} for change in changes]
+    found = predictions.metrics(frame_of(*changes, *clean), resamples=50)
+    assert found["accuracy"] == {"clean": pytest.approx(8 / 12), "high": pytest.approx(8 / 12)}
+    assert found["questions"] == {"clean": 12, "high": 12} and found["no_answer"] == 2
+    assert found["call_rate"] == {"clean": 0.5, "high": 0.5}
+    assert found["psnr"] == {
+        "clean": {"degraded": None, "restored": 27.0},
+        "high": {"degraded": 18.0, "restored": 22.0},
+    }
+    assert found["robustness"] == {"absolute": pytest.approx(8 / 12), "relative": pytest.approx(1)}
+    assert found["average"] is None, "two levels are missing, so there is no average"
+    assert found["interval"]["high"][0] <= found["accuracy"]["high"] <= found["interval"]["high"][1]
+    assert set(found["corruption"]) == {"clean", "jpeg"} and found["task"]["reading"]["high"] == pytest.approx(8 / 12)
+    with pytest.raises(ClearError, match="Severity high has predictions for one image only"):
+        predictions.metrics(frame_of({}, {}))
+
+
+def test_predictions_survive_the_file(tmp_path):
+    path, rows = tmp_path / "deep/base.parquet", [ROW, ROW | {"question": "q1", "restored_png": b"png"}]
+    assert predictions.write(path, rows) == 2
+    frame = predictions.read(path)
+    assert list(frame.columns) == predictions.SCHEMA.names
+    assert frame.restored_png.tolist() == [None, b"png"] and frame.psnr_restored.isna().all()
+    before = path.read_bytes()
+    predictions.write(path, rows)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"severity": "hard"}, "row 0 .* severity that is not one of clean, low, mid, high"),
+        ({"severity": "clean"}, "row 0 .* clean in only one of"),
+        ({"prediction": ""}, "row 0 .* no prediction and is marked correct"),
+        ({"answer": None}, "column 'answer' holds a null"),
+        ({"question": "q1"}, "row 1 .* repeats the key"),
+    ],
+)
+def test_rows_that_cannot_be_are_refused(tmp_path, change, message):
+    path = tmp_path / "grpo.parquet"
+    predictions.write(path, [ROW | change, ROW | {"question": "q1"}])
+    with pytest.raises(ClearError, match=rf"grpo\.parquet: {message}.*dvc repro evaluate@grpo"):
+        predictions.read(path)
+
+
+def test_files_that_are_not_predictions_are_refused(tmp_path):
+    path = tmp_path / "sft.parquet"
+    with pytest.raises(ClearError, match=r"sft\.parquet is not here; run `dvc repro evaluate@sft`"):
+        predictions.read(path)
+    path.write_bytes(b"PAR1 but not really")
+    with pytest.raises(ClearError, match="not a readable Parquet file"):
+        predictions.read(path)
+    table = pa.Table.from_pylist([ROW], predictions.SCHEMA)
+    pq.write_table(table.drop_columns(["restored"]), path)
+    with pytest.raises(ClearError, match=r"sft\.parquet: column 'restored' is missing"):
+        predictions.read(path)
+    pq.write_table(table.set_column(12, "tokens", pa.array(["7"])), path)
+    with pytest.raises(ClearError, match="column 'tokens' is string, expected int64"):
+        predictions.read(path)
+    predictions.write(path, [])
+    with pytest.raises(ClearError, match="no predictions in this file"):
+        predictions.read(path)
+    with pytest.raises(ClearError, match="row 0 has missing or unknown columns: tokens"):
+        predictions.write(path, [{key: value for key, value in ROW.items() if key != "tokens"}])

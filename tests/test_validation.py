@@ -1,0 +1,213 @@
+"""Healthy data pass; every injected fault is caught by name, with the sample that has it."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pandas as pd
+import pytest
+from omegaconf import OmegaConf
+
+from clear import config as configuration
+from clear.degradation.protocol import SEVERITIES, seed_of
+from clear.errors import ClearError
+from clear.records import decode_image, encode_image, read_samples, write_samples
+from clear.sources.scenes import scenes
+from clear.stages import degrade, mmd_bench, validate
+from clear.stages.paths import report_dir
+from clear.validation import metrics
+from clear.validation.expectations import run_checks
+from clear.validation.frames import build_frame, chi_square_p
+
+COUNTS = {"sft": 96, "rl": 48, "validation": 16, "bench": 48}
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """A workspace after the stages degrade and mmd_bench, and its configuration."""
+    folder = tmp_path_factory.mktemp("workspace")
+    plain = configuration.compose(["profile=smoke", "degrade.workers=1"])
+    config = configuration.from_dict(plain)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        OmegaConf.save(OmegaConf.create(plain), "params.yaml")
+        for split, count in COUNTS.items():
+            write_samples(f"data/samples/{split}", scenes(split, count, 5, 256, 4))
+        degrade.run(config)
+        mmd_bench.run(config)
+    return folder, config
+
+
+@pytest.fixture
+def inside(workspace, monkeypatch):
+    monkeypatch.chdir(workspace[0])
+    return workspace[1]
+
+
+@pytest.fixture(scope="module")
+def healthy(workspace):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace[0])
+        return validate.measured_frames(1)
+
+
+@pytest.fixture
+def verdict(inside, healthy, tmp_path):
+    """Function: check some datasets in place of the healthy ones; returns {dataset: {failed check: first keys}}."""
+
+    def judge(*also, **changed):
+        frames = {name: frame.copy() for name, frame in healthy.items()}
+        frames |= {name: build_frame(map(metrics.measure, samples)) for name, samples in changed.items()}
+        checks = validate.prepare(frames, inside)
+        judged = {name: frames[name] for name in (*changed, *also)}
+        failures = run_checks(judged, checks, tmp_path / "docs")
+        return {name: {f.check.name: f.keys for f in found} for name, found in failures.items()}
+
+    return judge
+
+
+def load(name: str) -> list:
+    return list(read_samples(validate.DATASETS[name]))
+
+
+def test_healthy_data_pass_with_metrics_and_docs(inside):
+    validate.run(inside)
+    found = json.loads(validate.METRICS.read_text())
+    assert found["success"] and found["rejected"] == 0
+    assert found["datasets"]["bench_degraded"]["images"] == 3 * COUNTS["bench"]
+    assert found["datasets"]["bench_clean"]["images_shared_with_training"] == 0
+    psnr = found["datasets"]["bench_degraded"]["psnr"]
+    assert len(psnr) == 16 and psnr["dark"]["low"] > psnr["dark"]["mid"] > psnr["dark"]["high"]
+    rejects = pd.read_parquet(validate.REJECTS)
+    assert rejects.empty and list(rejects.columns) == ["id", "dataset", "reason"]
+    assert (report_dir() / "data_docs" / "index.html").is_file()
+
+
+@pytest.mark.parametrize("kind", ["png", "jpeg"])
+def test_clean_image_passed_as_degraded(verdict, inside, kind):
+    samples = load("degraded_sft")
+    samples[7] = replace(samples[7], degraded=encode_image(decode_image(samples[7].image), kind))
+    assert samples[7].key in verdict(degraded_sft=samples)["degraded_sft"]["changed"]
+
+
+def test_benchmark_image_in_training(verdict, inside):
+    training, bench = load("degraded_rl"), load("bench_clean")
+    _, other = cv2.imencode(".bmp", cv2.imdecode(np.frombuffer(bench[4].image, np.uint8), cv2.IMREAD_COLOR))
+    training[3] = replace(training[3], image=other.tobytes())  # the same pixels in other bytes
+    found = verdict("bench_clean", "bench_degraded", degraded_rl=training)
+    assert found["bench_clean"]["shared_images"] == (bench[4].key,)
+    assert [key.split("/")[0] for key in found["bench_degraded"]["shared_images"]] == [bench[4].id] * 3
+
+
+def test_truncated_bytes(verdict, inside):
+    samples = load("bench_degraded")
+    samples[2] = replace(samples[2], degraded=samples[2].degraded[:-200])
+    samples[5] = replace(samples[5], image=samples[5].image[:-200])
+    found = verdict(bench_degraded=samples)["bench_degraded"]
+    assert found["decodable"] == (samples[2].key, samples[5].key)
+    assert found["hash"] == (samples[5].key,)
+
+
+def test_wrong_severity_label_on_many_samples(verdict, inside):
+    samples = load("degraded_sft")
+    wrong = [
+        replace(s, severity="low", intensity=SEVERITIES["low"], seed=seed_of(s.id, s.corruption, "low"))
+        if s.severity == "high"
+        else s
+        for s in samples
+    ]
+    found = verdict(degraded_sft=wrong)["degraded_sft"]
+    assert {"severity_histogram", "psnr_band", "mean_psnr_band"} <= found.keys()
+    careless = [replace(s, severity="low") if s.severity == "high" else s for s in samples]
+    assert "as_labelled" in verdict(degraded_sft=careless)["degraded_sft"]
+
+
+def test_swapped_severities_leave_the_histogram_but_not_the_bands(verdict, inside):
+    swap = {"low": "high", "mid": "mid", "high": "low"}
+    samples = [
+        replace(
+            s,
+            severity=swap[s.severity],
+            intensity=SEVERITIES[swap[s.severity]],
+            seed=seed_of(s.id, s.corruption, swap[s.severity]),
+        )
+        for s in load("bench_degraded")
+    ]
+    found = verdict(bench_degraded=samples)["bench_degraded"]
+    assert found.keys() == {"psnr_band", "mean_psnr_band"}
+
+
+def test_unknown_corruption_duplicated_row_and_wrong_size(verdict, inside):
+    samples = load("degraded_sft")
+    samples[0] = replace(samples[0], corruption="fog")
+    samples[9] = replace(samples[9], degraded=encode_image(decode_image(samples[9].degraded)[:-8], "jpeg"))
+    samples.append(samples[4])
+    found = verdict(degraded_sft=samples)["degraded_sft"]
+    assert found["corruption_known"] == (samples[0].key,)
+    assert found["same_size"] == (samples[9].key,)
+    assert set(found["unique"]) == set(found["copies"]) == {samples[4].key}
+    assert "corruption_histogram" in found
+
+
+def test_one_answer_to_everything(verdict, inside):
+    samples = [
+        replace(s, questions=tuple(replace(q, task="count", answer="2") for q in s.questions))
+        for s in load("degraded_rl")
+    ]
+    assert "answers_balanced" in verdict(degraded_rl=samples)["degraded_rl"]
+
+
+def test_failing_stage_writes_everything_and_then_stops(inside, tmp_path, monkeypatch):
+    shutil.copytree("data", tmp_path / "data", dirs_exist_ok=True)
+    samples = load("degraded_validation")
+    samples[1] = replace(samples[1], degraded=samples[1].degraded[:500])
+    write_samples(tmp_path / validate.DATASETS["degraded_validation"], samples)
+    shutil.copy("params.yaml", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClearError, match=f"degraded_validation fails 'decodable' .*: {samples_key(1)}"):
+        validate.run(inside)
+    found = json.loads(validate.METRICS.read_text())
+    failed = found["datasets"]["degraded_validation"]["failed"]
+    assert not found["success"] and failed == [{"expectation": "decodable", "count": 1, "ids": [samples_key(1)]}]
+    (reject,) = pd.read_parquet(validate.REJECTS).to_dict("records")
+    assert reject["id"] == samples_key(1) and "500 bytes are not a complete image" in reject["reason"]
+    assert (report_dir() / "data_docs" / "index.html").is_file()
+
+
+def samples_key(index: int) -> str:
+    return load("degraded_validation")[index].key
+
+
+def test_full_protocol_gives_all_variants(inside, tmp_path, monkeypatch):
+    write_samples(tmp_path / "data/samples/bench", scenes("bench", 2, 5, 256, 4))
+    monkeypatch.chdir(tmp_path)
+    full = replace(inside, mmd_bench=replace(inside.mmd_bench, protocol="full"))
+    mmd_bench.run(full)
+    variants = {s.key for s in read_samples("data/bench/degraded")}
+    assert len(variants) == 2 * 48
+    counts = json.loads(mmd_bench.METRICS.read_text())["degraded"]
+    assert counts["images"] == 96 and counts["cells"]["jpeg"]["low"]["images"] == 2
+
+
+def test_image_metrics_against_known_values():
+    from skimage.metrics import peak_signal_noise_ratio
+
+    rng = np.random.default_rng(0)
+    one = rng.integers(0, 256, (64, 64, 3), np.uint8)
+    two = np.clip(one + rng.normal(0, 20, one.shape), 0, 255).astype(np.uint8)
+    assert metrics.psnr(one, two) == pytest.approx(peak_signal_noise_ratio(one, two))
+    assert metrics.psnr(one, one) == metrics.IDENTICAL_PSNR and metrics.ssim(one, one) == pytest.approx(1)
+    assert 0 < metrics.ssim(one, two) < 1
+    grey = np.repeat(np.arange(4, dtype=np.uint8), 16).reshape(8, 8)
+    assert metrics.entropy(grey) == pytest.approx(2)
+    assert metrics.sharpness(np.full((8, 8), 9, np.uint8)) == 0
+    assert metrics.dhash(one) == metrics.dhash(np.clip(one.astype(int) + 1, 0, 255).astype(np.uint8))
+
+
+def test_chi_square():
+    assert chi_square_p({"a": 50, "b": 50}, {"a": 1, "b": 1}) == pytest.approx(1)
+    assert chi_square_p({"a": 90, "b": 10}, {"a": 1, "b": 1}) < 1e-6
+    assert chi_square_p({"a": 1, "c": 1}, {"a": 1, "b": 1, "c": 0}) == 0
+    assert chi_square_p({"a": 5}, {"a": 1, "b": 0}) == 1
