@@ -5,7 +5,6 @@ The dataclasses state types and bounds, the YAML files under `clear/conf` state 
 value passes the same checks: an unknown key, a wrong type or a value out of range is refused by its full name.
 """
 
-import os
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -87,7 +86,7 @@ class Validate:
 
 @dataclass
 class ModelSize:
-    """Shapes of a BAGEL model (METHOD §1). `checkpoint` names a folder with weights instead of training from scratch."""
+    """Shapes of a BAGEL model (METHOD §1). `checkpoint` names a folder with weights; empty trains from scratch."""
 
     checkpoint: str
     hidden: int = count()
@@ -112,7 +111,6 @@ class ModelSize:
     vae_min: int = count()
     latent_patch: int = count()
     max_latent_size: int = count()
-    connector_act: str = one_of("gelu_pytorch_tanh")
 
 
 @dataclass
@@ -151,7 +149,7 @@ class Traces:
 
 @dataclass
 class Sft:
-    """Supervised fine-tuning (METHOD §3). `restoration` is the optional warm-up on unlabelled pairs (0 steps = published)."""
+    """Supervised fine-tuning (METHOD §3). `restoration` warms up on unlabelled pairs (0 steps = as published)."""
 
     restoration: Phase
     traces: Phase
@@ -176,7 +174,7 @@ class Bridge:
 class Grpo:
     """Interleaved GRPO (METHOD §4)."""
 
-    steps: int = between(0, 10**7)
+    steps: int = count()
     prompts: int = count()  # per optimiser step
     group_size: int = between(2, 1024)
     lr: float = between(0, 1)
@@ -261,6 +259,9 @@ def check(value: Any, name: str = "") -> None:
                     raise ClearError(f"params: {full} = {number} is outside [{rule['low']}, {rule['high']}].")
     if isinstance(value, ModelSize):
         _check_shapes(value)
+    if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
+        # A log line that averages over a checkpoint would lose its first half on resume.
+        raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
 
 
 def _check_shapes(model: ModelSize) -> None:
@@ -271,6 +272,10 @@ def _check_shapes(model: ModelSize) -> None:
         raise ClearError(
             f"params: model.vae_size = {model.vae_size} must be a multiple of {stride} px per latent token."
         )
+    if model.vae_size // stride > model.max_latent_size:
+        raise ClearError(f"params: model.max_latent_size = {model.max_latent_size} is too small for model.vae_size.")
+    if model.vit_size // model.vit_patch > model.vit_side:
+        raise ClearError(f"params: model.vit_side = {model.vit_side} is too small for model.vit_size.")
     if model.vit_size % model.vit_patch:
         raise ClearError(
             f"params: model.vit_size = {model.vit_size} must be a multiple of model.vit_patch = {model.vit_patch}."
@@ -321,12 +326,3 @@ def compose(overrides: tuple[str, ...] | list[str] = ()) -> dict:
     plain = OmegaConf.to_container(composed, resolve=True)
     from_dict(plain, "clear/conf")
     return plain
-
-
-def apply_runtime(config: Config) -> None:
-    """Seed every generator and set threads; called first in every stage that uses torch."""
-    import torch
-
-    torch.set_num_threads(config.runtime.threads or os.cpu_count() or 1)
-    torch.manual_seed(config.seed)
-    torch.use_deterministic_algorithms(True, warn_only=True)

@@ -105,12 +105,20 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def file_sha256(path: Path | str) -> str:
+    """Hex digest of a file of any size."""
+    with Path(path).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     """Encoded bytes to uint8 RGB (H, W, 3). Raises ClearError naming `name` if they are truncated or no image."""
     import cv2
 
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if data else None
-    if array is None or _is_truncated(data):
+    # Truncation is looked for first: OpenCV would print a warning of its own about it.
+    whole = data and not _is_truncated(data)
+    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB) if whole else None
+    if array is None:
         raise ClearError(f"{name}: {len(data)} bytes are not a complete image; replace or remove this row.")
     return array
 
@@ -228,14 +236,19 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
     """
     wanted = list(columns) if columns is not None else SCHEMA.names
     for file in shards(folder):
-        try:
-            parquet = pq.ParquetFile(file)
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ClearError(f"{file}: not a readable Parquet file ({error}); remake or `dvc pull` it.") from error
+        parquet = open_shard(file)
         check_schema(file, parquet.schema_arrow)
         for batch in parquet.iter_batches(batch_size=256, columns=wanted):
             for row in batch.to_pylist():
                 yield from_row(_EMPTY_ROW | row)
+
+
+def open_shard(file: Path) -> pq.ParquetFile:
+    """Open one shard. Raises ClearError naming it if it is no Parquet file."""
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ClearError(f"{file}: not a readable Parquet file ({error}); remake or `dvc pull` it.") from error
 
 
 _EMPTY_ROW = to_row(Sample(id="", source="", split="", image=b"", image_sha256=""))

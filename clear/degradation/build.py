@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
-from clear.records import Sample, decode_image, encode_image, shards
+from clear.records import Sample, decode_image, encode_image, open_shard, shards
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -105,10 +105,8 @@ def _progress(results: Iterable[Result], total: int | None, label: str) -> Itera
 
 
 def count_rows(folder: Path | str) -> int:
-    """Number of samples in a dataset folder, from the shards' metadata alone."""
-    import pyarrow.parquet as pq
-
-    return sum(pq.read_metadata(file).num_rows for file in shards(folder))
+    """Number of samples in a dataset folder, from the shards' metadata alone. Raises ClearError for a broken shard."""
+    return sum(open_shard(file).metadata.num_rows for file in shards(folder))
 
 
 def degraded_samples(

@@ -125,6 +125,7 @@ class Bagel(nn.Module):
         self.latent_pos_embed.reset()
         nn.init.normal_(self.language_model.model.embed_tokens.weight, std=0.5)
         nn.init.normal_(self.vit_model.vision_model.embeddings.position_embedding.weight, std=0.3)
+        nn.init.normal_(self.connector.fc2.weight, std=2 * self.config.llm.hidden**-0.5)
         nn.init.zeros_(self.llm2vae.weight)
         nn.init.zeros_(self.llm2vae.bias)
         self.copy_und_to_gen()
@@ -173,6 +174,7 @@ class Bagel(nn.Module):
     def embed(self, layout: Layout, contents: Contents) -> Tensor:
         """The input embeddings (B, L, D) of a layout."""
         x = self.language_model.model.embed_tokens(layout.ids)
+        device = x.device
         flat, kind, place = x.flatten(0, 1), layout.kind.flatten(), layout.place.flatten(0, 1)
         for which, parts, make in (
             (VIT, contents.vit, lambda p, at: self.vit_tokens(p, at)),
@@ -180,6 +182,7 @@ class Bagel(nn.Module):
             (BRIDGE, contents.bridge, lambda p, at: self.bridge_tokens(p, at)),
         ):
             if len(parts):
+                parts = parts.to(device) if isinstance(parts, Tensor) else [part.to(device) for part in parts]
                 index = (kind == which).nonzero().squeeze(1)
                 flat = flat.index_copy(0, index, make(parts, place[index]).to(flat.dtype))
         return flat.reshape(x.shape)
@@ -192,7 +195,11 @@ class Bagel(nn.Module):
         write: bool = False,
         collect: Sequence[int] = (),
     ) -> Hidden:
-        """Run a layout; with a cache, as the continuation of its rows (`write`: and remember it)."""
+        """Run a layout; with a cache, as the continuation of its rows (`write`: and remember it).
+
+        Layout and contents may be anywhere; they are moved to the model.
+        """
+        layout = layout.to(self.vae2llm.weight.device)
         return self.language_model(
             self.embed(layout, contents),
             layout.is_gen,
@@ -206,22 +213,14 @@ class Bagel(nn.Module):
 
     def scored_logits(self, hidden: Hidden, layout: Layout) -> tuple[Tensor, Tensor]:
         """Logits (T, V) at the positions that carry a target, and the targets (T,), in row-major order."""
-        target = layout.target.flatten()[hidden.routing.und]
+        target = layout.target.flatten().to(hidden.und.device)[hidden.routing.und]
         at = target != IGNORE
         return self.language_model.lm_head(hidden.und[at]).float(), target[at]
 
     def velocities(self, hidden: Hidden, layout: Layout) -> Tensor:
         """Predicted velocities (N, C) of all noisy latent tokens, in row-major order, float32."""
-        at = layout.noisy.flatten()[hidden.routing.gen]
+        at = layout.noisy.flatten().to(hidden.gen.device)[hidden.routing.gen]
         return self.llm2vae(hidden.gen[at]).float()
-
-    def last_logits(self, hidden: Hidden, layout: Layout) -> Tensor:
-        """Logits (B, V) of the last valid token of each row, which must be an understanding token."""
-        last = layout.valid.sum(1) - 1
-        flat = torch.arange(len(last), device=last.device) * layout.ids.shape[1] + last
-        order = torch.empty(layout.ids.numel(), dtype=torch.long, device=last.device)
-        order[hidden.routing.und] = torch.arange(len(hidden.routing.und), device=last.device)
-        return self.language_model.lm_head(hidden.und[order[flat]]).float()
 
     def new_cache(self, rows: int, capacity: int, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache for `rows` rows."""

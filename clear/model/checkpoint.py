@@ -49,6 +49,7 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     bridge = {k.removeprefix("bridge."): state.pop(k) for k in list(state) if k.startswith("bridge.")}
     save_file(state, folder / MODEL)
     save_file({k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}, folder / VAE)
+    (folder / BRIDGE).unlink(missing_ok=True)
     if bridge:
         save_file(bridge, folder / BRIDGE)
     if tokenizer is not None:
@@ -111,6 +112,13 @@ def _read_json(folder: Path, name: str, required: bool = True) -> dict:
 def read_config(folder: Path | str, special: SpecialTokens | None = None) -> BagelConfig:
     """The configuration of a model folder. Markers come from the tokenizer, else from config.json."""
     folder = Path(folder)
+    try:
+        return _config_of(folder, special)
+    except KeyError as error:
+        raise ClearError(f"{folder}: key {error} is missing in the config files; fetch them again.") from error
+
+
+def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
     llm, vit = _read_json(folder, "llm_config.json"), _read_json(folder, "vit_config.json")
     own, vae = _read_json(folder, "config.json", False), _read_json(folder, "vae_config.json", False)
     vae = own.get("vae_config", {}) | vae
@@ -184,7 +192,10 @@ def load_tokenizer(folder: Path | str):
         return None
     from tokenizers import Tokenizer
 
-    return Tokenizer.from_file(str(path))
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        raise ClearError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
 
 
 def load_bagel(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu"):

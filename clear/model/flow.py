@@ -38,11 +38,6 @@ def euler_step(x: Tensor, v: Tensor, t: float, t_next: float) -> Tensor:
     return x - v * (t - t_next)
 
 
-def predict_x0(x: Tensor, v: Tensor, t: float) -> Tensor:
-    """The clean latent that velocity `v` points to."""
-    return x - t * v
-
-
 def sde_mean(x: Tensor, v: Tensor, t: Tensor | float, t_next: Tensor | float, sigma: float) -> Tensor:
     """Mean of the stochastic step: x − (v + ½σ²·s⁻)·Δt with s⁻ = (x + (1−t)·v)/t, the negative score, clipped."""
     score_neg = ((x + (1 - t) * v) / t).clamp(-SCORE_LIMIT, SCORE_LIMIT)

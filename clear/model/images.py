@@ -24,9 +24,8 @@ def target_size(height: int, width: int, max_side: int, min_side: int, stride: i
     Sides are rounded to `stride`; the pixel cap scales by the square root (the reference over-shrinks).
     """
     scale = max(min(max_side / max(height, width), 1.0), min_side / min(height, width))
-    scale = min(scale, (MAX_PIXELS / (height * width)) ** 0.5) if height * width * scale**2 > MAX_PIXELS else scale
-    sides = (max(stride, round(side * scale / stride) * stride) for side in (height, width))
-    h, w = (min(side, max_side // stride * stride) for side in sides)
+    scale = min(scale, (MAX_PIXELS / (height * width)) ** 0.5, max(max_side, min_side) / max(height, width))
+    h, w = (max(stride, round(side * scale / stride) * stride) for side in (height, width))
     return h, w
 
 
@@ -37,11 +36,6 @@ def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     from PIL import Image
 
     return np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC))
-
-
-def to_tensor(array: np.ndarray) -> Tensor:
-    """uint8 (H, W, 3) to float32 (3, H, W) in [−1, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(array)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 def to_uint8(image: Tensor) -> np.ndarray:

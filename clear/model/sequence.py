@@ -149,7 +149,7 @@ class Layout:
     """A batch of rows, right-padded to (B, L). All long tensors except the bool `noisy`, `valid`.
 
     `place` (B, L, 2) is the (row, column) of an image token in its grid; `target` the id each token predicts, or
-    IGNORE. Padding has sample −1 and sees only itself.
+    IGNORE. Padding has sample −1 and is seen by no real token.
     """
 
     ids: Tensor
@@ -226,6 +226,8 @@ class Layout:
 
     def to(self, device: torch.device | str) -> "Layout":
         """Move all tensors."""
+        if self.ids.device == torch.device(device):
+            return self
         return Layout(**{name: getattr(self, name).to(device) for name in _FIELDS})
 
 

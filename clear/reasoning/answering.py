@@ -46,7 +46,7 @@ class Answer:
 
 @dataclass
 class Answerer:
-    """A model ready to answer; `generator` seeds the flow's starting noise."""
+    """A model ready to answer."""
 
     model: Bagel
     vae: AutoEncoder
@@ -91,16 +91,14 @@ class Answerer:
         feedback: str = "bridge",
         progress: Callable[[int], None] | None = None,
     ) -> list[Answer]:
-        """Answer (image number, question) pairs in order. The flow's noise depends on the seed and the order."""
+        """Answer (image number, question) pairs in order. Noise depends on the seed and the place in the list only."""
         prompts = [make_prompt(self.tokenizer, bank, i, question_text(q), self.system) for i, q in asked]
-        generator = torch.Generator().manual_seed(self.config.seed)
-        options = replace(self.options, restore=restore, feedback=feedback)
+        options = replace(self.options, restore=restore, feedback=feedback, noise_seed=self.config.seed)
         done = generate(
             self.model,
             self.tokenizer,
             prompts,
             options,
-            generator=generator,
             reencode=self.reencode,
             progress=progress,
         )

@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from clear.config import Config, apply_runtime
+from clear.config import Config
 from clear.errors import ClearError
 from clear.reasoning.answering import Answerer
 from clear.records import Question
+from clear.runtime import apply_runtime
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
 """The interleaved generation engine: batched think → restore → think → answer (METHOD §4 "Rollout", §5).
 
-A prompt is prefilled once and its cache is shared by the `group` rows sampled from it. Rows decode together, rows
+A prompt is prefilled once and its cache is copied to the `group` rows sampled from it. Rows decode together, rows
 that emit the trigger denoise together, the bridge feeds the latent back, and rows that have answered leave. The same
 engine serves evaluation (greedy, ODE) and GRPO rollouts (sampling, SDE, everything recorded).
 
 Departure from the published loop: batch 1 there, batched here; the picture is decoded to pixels only on request.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -28,7 +29,8 @@ class Options:
 
     restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
     is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
-    pixels, read by the ViT). sigma > 0 records an SDE trajectory instead of the ODE. temperature 0 is greedy.
+    pixels, read by the ViT). noise_seed gives every prompt its own starting noise, whatever the batch. sigma > 0
+    records an SDE trajectory instead of the ODE. temperature 0 is greedy.
     """
 
     restore: str = "auto"
@@ -40,6 +42,7 @@ class Options:
     max_tokens: int = 1024
     max_restorations: int = 1
     batch: int = 64
+    noise_seed: int | None = None
 
 
 @dataclass
@@ -217,14 +220,19 @@ def _sample(logits: Tensor, temperature: float, generator) -> tuple[Tensor, Tens
     if temperature == 0:
         token = logits.argmax(-1)
     else:
-        token = torch.multinomial(log_probs.exp(), 1, generator=generator).squeeze(1)
+        token = torch.multinomial(log_probs.exp().cpu(), 1, generator=generator).squeeze(1).to(logits.device)
     return token, log_probs.gather(1, token[:, None]).squeeze(1)
 
 
 def _restore(model: Bagel, rows: _Rows, grid, options: Options, generator, reencode) -> None:
     """Denoise a latent for every row and feed it back; the rows advance by one rope position."""
     shape = (len(rows.trajectories), grid[0] * grid[1], model.config.latent_channels)
-    noise = torch.randn(shape, generator=generator).to(rows.rope.device)
+    if options.noise_seed is None:
+        noise = torch.randn(shape, generator=generator)
+    else:
+        own = [torch.Generator().manual_seed(options.noise_seed + t.prompt) for t in rows.trajectories]
+        noise = torch.stack([torch.randn(shape[1:], generator=g) for g in own])
+    noise = noise.to(rows.rope.device)
     found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator)
     for i, trajectory in enumerate(rows.trajectories):
         states = None if found.states is None else found.states[:, i]
@@ -257,7 +265,7 @@ def denoise(model: Bagel, cache: KVCache, rope: Tensor, grid, x: Tensor, options
     built = one.to(x.device).repeat(rope)
     times = flow.time_grid(options.flow_steps, options.shift).tolist()
     states, log_probs = [x], []
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in itertools.pairwise(times):
         contents = Contents(latent=x, time=[t] * len(x))
         v = model.velocities(model(built, contents, cache), built).reshape(x.shape)
         if options.sigma > 0:

@@ -89,6 +89,21 @@ def cell_labels(annotation: str) -> list[int]:
     return cells
 
 
+FACTORS = (len(SHAPES) + 2, len(COLOURS) + 1, len(LETTERS) + 1)
+"""Sizes of the three factors of a cell label: shape (or empty, or sign), colour (or none), letter (or none)."""
+
+
+def factors(label: int) -> tuple[int, int, int]:
+    """A cell label as (shape, colour, letter), each below its size in FACTORS; 0 stands for empty or none."""
+    objects_ = len(SHAPES) * len(COLOURS)
+    if label == 0:
+        return 0, 0, 0
+    if label <= objects_:
+        shape, colour = divmod(label - 1, len(COLOURS))
+        return shape + 1, colour + 1, 0
+    return len(SHAPES) + 1, 0, label - objects_
+
+
 # --- drawing a scene -------------------------------------------------------------------------------------------------
 
 

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import torch
 
-from clear.config import Config, apply_runtime
-from clear.records import read_samples, sha256, write_json
+from clear.config import Config
+from clear.records import file_sha256, read_samples, write_json
+from clear.runtime import apply_runtime
 
 OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
 
@@ -21,14 +22,15 @@ def run(config: Config) -> None:
     from clear.model.images import ImageBank
     from clear.model.vae import AutoEncoder
     from clear.reasoning.tokenizer import word_tokenizer
-    from clear.sources.scenes import CELL_CLASSES, cell_labels
+    from clear.sources.scenes import FACTORS, cell_labels, factors
     from clear.stages.paths import checkpoint_dir
     from clear.training import pretrain
     from clear.training.build import bagel_config, scene_words
     from clear.training.trainer import StageRun, optimise
 
     samples = list(read_samples("data/samples/pretrain"))
-    degraded = [s.degraded for s in read_samples("data/degraded/sft", ["id", "degraded"])]
+    pairs = list(read_samples("data/degraded/sft", ["id", "degraded", "corruption", "severity"]))
+    degraded, unlabelled = [s.seen for s in pairs], [s.key for s in pairs]
     work = StageRun("base", config, ["data/samples/pretrain", "data/degraded/sft"], checkpoint_dir("base"))
     names = [s.id for s in samples]
     bank = ImageBank([s.image for s in samples], config.model, names)
@@ -38,24 +40,26 @@ def run(config: Config) -> None:
     model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
     model.initialise()
 
-    probe = pretrain.DenseProbe(model.vit_model, CELL_CLASSES)
-    labels = torch.tensor([cell_labels(s.annotation) for s in samples])
+    probe = pretrain.DenseProbe(model.vit_model, FACTORS)
+    cells = [[factors(label) for label in cell_labels(s.annotation)] for s in samples]
+    labels = torch.tensor(cells).unflatten(1, (3, 3))
     optimise(work, "vit", probe, pretrain.dense_label_loss(probe, bank, labels), len(bank), config.base.vit)
 
     share = config.base.vae_degraded
     extra = degraded[: int(len(samples) * share / max(1e-6, 1 - share))]
-    mixed = ImageBank([s.image for s in samples] + extra, config.model)
+    mixed = ImageBank([s.image for s in samples] + extra, config.model, names + unlabelled[: len(extra)])
     optimise(work, "vae", vae, pretrain.reconstruction_loss(vae, mixed), len(mixed), config.base.vae)
     vae = pretrain.normalise_latents(vae, bank).eval().requires_grad_(False)
     model.config = bagel_config(config, tokenizer, vae.config)
     bank.encode(vae)
 
     data = pretrain.JointData(tokenizer, samples)
-    loss = pretrain.joint_loss(model, vae, bank, data, config.base, config.model.latent_patch)
+    model.vit_model.requires_grad_(False)
+    loss = pretrain.joint_loss(model, bank, data, config.base)
     optimise(work, "joint", model, loss, len(bank), config.base.joint)
     save_bagel(OUT, model, vae, tokenizer)
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in (("model", model), ("vae", vae))}
-    last = {phase: next(r for r in reversed(work.curve) if r["phase"] == phase) for phase in ("vit", "vae", "joint")}
+    last = {row["phase"]: row for row in work.curve}
     figures = {f"{phase}_{k}": v for phase, row in last.items() for k, v in row.items() if k not in ("phase", "step")}
     write_json(METRICS, {"parameters": count, "training": figures})
     work.finish(CURVE)
@@ -66,7 +70,7 @@ def _manifest(folder: Path) -> None:
     from clear.model.checkpoint import read_config
 
     read_config(folder)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p.read_bytes())} for p in sorted(folder.glob("*.*"))}
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.glob("*.*"))}
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})
     write_json(METRICS, {"files": len(files)})

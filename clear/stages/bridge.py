@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from clear.config import Config, apply_runtime
+from clear.config import Config
 from clear.records import write_json
+from clear.runtime import apply_runtime
 
 
 def run(config: Config) -> None:
@@ -23,7 +24,7 @@ def run(config: Config) -> None:
 
     model, vae, tokenizer = load_bagel("data/models/sft")
     data = trace_data(tokenizer, vae, config)
-    work = StageRun("bridge", config, ["data/models/sft", "data/traces"], checkpoint_dir("bridge"))
+    work = StageRun("bridge", config, ["data/models/sft", "data/traces", "data/degraded/sft"], checkpoint_dir("bridge"))
     mlp = config.bridge.kind == "mlp"
     if mlp:
         torch.manual_seed(config.seed)
@@ -39,7 +40,8 @@ def run(config: Config) -> None:
         pairs = [(i, None) for i in range(len(data.clean))] + [(data.image[n], z) for n, z in own.items()]
         loss = bridge.imitation_loss(model, data, pairs)
         optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
-    sft.set_trainable(model, never=(*sft.FROZEN, *sft.GENERATION))
+    # With the direct bridge the generation expert reads the latent and is what the distillation trains.
+    sft.set_trainable(model, never=(*sft.FROZEN, *sft.GENERATION) if mlp else sft.FROZEN)
     weights = sft.TraceWeights(
         feedback=BRIDGE if mlp else LATENT,
         mse=0.0,

@@ -7,9 +7,10 @@ from tqdm import tqdm
 
 from clear.bench import predictions
 from clear.bench.scoring import is_correct
-from clear.config import Config, apply_runtime
+from clear.config import Config
 from clear.errors import ClearError
 from clear.records import Sample, encode_image, read_samples, write_json
+from clear.runtime import apply_runtime
 
 MODELS = {
     "base": ("base", "plain", "bridge"),
@@ -29,12 +30,12 @@ def run(config: Config, model: str) -> None:
         raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
     apply_runtime(config)
     from clear.reasoning.answering import Answerer
-    from clear.stages.paths import record_run
+    from clear.stages.paths import model_folder, record_run
 
     folder, restore, feedback = MODELS[model]
     if model == "sft" and config.bridge.kind == "direct":
         feedback = "bridge"
-    answerer = Answerer.load(Path("data/models") / folder, config)
+    answerer = Answerer.load(model_folder(folder, config), config)
     samples = [*read_samples("data/bench/clean"), *read_samples("data/bench/degraded")]
     bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
     clean = {s.id: i for i, s in enumerate(samples) if s.degraded is None}

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from clear.bench.scoring import is_correct
-from clear.config import Config, apply_runtime
+from clear.config import Config
 from clear.records import read_samples, write_json
+from clear.runtime import apply_runtime
 
 
 def run(config: Config) -> None:
@@ -21,7 +22,9 @@ def run(config: Config) -> None:
 
     answerer = Answerer.load("data/models/bridge", config)
     model, tokenizer = answerer.model, answerer.tokenizer
-    work = StageRun("grpo", config, ["data/models/bridge", "data/degraded/rl"], checkpoint_dir("grpo"))
+    work = StageRun(
+        "grpo", config, ["data/models/bridge", "data/degraded/rl", "data/degraded/validation"], checkpoint_dir("grpo")
+    )
     samples = list(read_samples("data/degraded/rl"))
     clean = round(config.grpo.clean_share * len(samples))
     shown = [s.image if i < clean else s.seen for i, s in enumerate(samples)]

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clear.config import PARAMS
+from clear.config import PARAMS, Config
 from clear.errors import ClearError
 from clear.records import write_json
 
@@ -58,6 +58,12 @@ def report_dir(name: str | None = None) -> Path:
 def checkpoint_dir(stage: str) -> Path:
     """Folder for the resumable state of a stage under the current profile, created if need be."""
     return _made(home() / "checkpoints" / profile() / stage)
+
+
+def model_folder(stage: str, config: Config) -> Path:
+    """Where the weights of a stage lie: data/models/<stage>, or for `base` the checkpoint folder that params name."""
+    given = stage == "base" and config.model.checkpoint
+    return Path(config.model.checkpoint if given else f"data/models/{stage}")
 
 
 def _made(folder: Path) -> Path:

@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from clear.config import Config, Phase, apply_runtime
+from clear.config import Config, Phase
 from clear.records import write_json
+from clear.runtime import apply_runtime
 
 
 def run(config: Config, direct: bool = False) -> None:
@@ -12,15 +13,15 @@ def run(config: Config, direct: bool = False) -> None:
     apply_runtime(config)
     from clear.model.checkpoint import load_bagel, save_bagel
     from clear.model.sequence import LATENT, VIT
-    from clear.stages.paths import checkpoint_dir
+    from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import sft
     from clear.training.load import trace_data
     from clear.training.trainer import StageRun, optimise
 
     name = "sft_direct" if direct else "sft"
-    model, vae, tokenizer = load_bagel("data/models/base")
+    model, vae, tokenizer = load_bagel(model_folder("base", config))
     data = trace_data(tokenizer, vae, config)
-    work = StageRun(name, config, ["data/models/base", "data/traces"], checkpoint_dir(name))
+    work = StageRun(name, config, ["data/models/base", "data/traces", "data/degraded/sft"], checkpoint_dir(name))
     warm, traces = config.sft.restoration, config.sft.traces
     if direct:
         both = Phase(warm.steps + traces.steps, traces.batch, traces.lr, traces.warmup)

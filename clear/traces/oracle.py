@@ -5,6 +5,7 @@ directly, and so are clean images.
 """
 
 from clear.reasoning import grammar
+from clear.reasoning.prompts import question_text
 from clear.records import CLEAN, Question, Sample
 from clear.traces.records import TraceRow
 
@@ -12,11 +13,11 @@ from clear.traces.records import TraceRow
 def trace_row(sample: Sample, question: Question, restore: bool, base_correct: bool, clean: bool = False) -> TraceRow:
     """The demonstration for one question; `clean` shows the clean image of the sample."""
     direct = grammar.direct_trace(question.evidence, question.answer)
-    chosen = grammar.restore_trace(question.text, question.evidence, question.answer) if restore else direct
+    chosen = grammar.restore_trace(question_text(question), question.evidence, question.answer) if restore else direct
     return TraceRow(
         sample=sample.id,
         question=question.id,
-        text=question.text,
+        text=question_text(question),
         corruption=CLEAN if clean else sample.corruption,
         severity=CLEAN if clean else sample.severity,
         reply_1=chosen.replies[0],

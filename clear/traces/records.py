@@ -40,19 +40,28 @@ class TraceRow:
         return Trace((self.reply_1, self.reply_2) if self.reply_2 else (self.reply_1,))
 
 
+_SCHEMA = pa.schema([(f.name, pa.bool_() if f.type in (bool, "bool") else pa.string()) for f in fields(TraceRow)])
+
+
 def write_traces(folder: Path | str, rows: list[TraceRow]) -> None:
     """Write `<folder>/traces.parquet`."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist([asdict(row) for row in rows]), Path(folder) / FILE, compression="zstd")
+    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
+    pq.write_table(table, Path(folder) / FILE, compression="zstd")
 
 
 def read_traces(folder: Path | str) -> list[TraceRow]:
-    """Read the traces of a folder. Raises ClearError if the file or a column is missing."""
+    """Read the traces of a folder. Raises ClearError if the file or a column is missing or unreadable."""
     path = Path(folder) / FILE
     if not path.exists():
         raise ClearError(f"{path} is missing; run `dvc repro traces`.")
-    table = pq.read_table(path)
-    for field in fields(TraceRow):
-        if field.name not in table.column_names:
-            raise ClearError(f"{path}: column '{field.name}' is missing; remake it with `dvc repro traces`.")
-    return [TraceRow(**row) for row in table.to_pylist()]
+    try:
+        table = pq.read_table(path)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ClearError(
+            f"{path}: not a readable Parquet file ({error}); remake it with `dvc repro traces`."
+        ) from error
+    for name in _SCHEMA.names:
+        if name not in table.column_names:
+            raise ClearError(f"{path}: column '{name}' is missing; remake it with `dvc repro traces`.")
+    return [TraceRow(**row) for row in table.select(_SCHEMA.names).to_pylist()]

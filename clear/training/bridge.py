@@ -14,19 +14,18 @@ from torch import Tensor
 
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, denoise, prefill, text_reply
-from clear.reasoning.prompts import Prompt
 from clear.training.sft import TraceData
 from clear.training.trainer import Loss
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: Options, seed: int) -> dict[int, Tensor]:
     """The model's denoised latent (N, C) for each chosen trace, as inference would make it after the trigger."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, Tensor] = {}
     for start in range(0, len(chosen), options.batch):
         part = list(chosen[start : start + options.batch])
-        prompts = [_prompt(data, n) for n in part]
+        prompts = [data.prompt(n) for n in part]
         grid = prompts[0].latent_grid
         rows = prefill(model, prompts)
         text_reply(model, rows, data.trigger)
@@ -34,12 +33,6 @@ def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: O
         latents = denoise(model, rows.cache, rows.rope, grid, noise, options).x0
         found |= {n: latents[k].clone() for k, n in enumerate(part)}
     return found
-
-
-def _prompt(data: TraceData, n: int) -> Prompt:
-    bank, i = data.shown, data.image[n]
-    question = tuple(data.question[n])
-    return Prompt((), question, bank.latents[i], bank.latent_grid(i), bank.patches(i), bank.vit_grid(i))
 
 
 def imitation_loss(model: Bagel, data: TraceData, pairs: Sequence[tuple[int, Tensor | None]]) -> Loss:

@@ -20,8 +20,9 @@ from typing import Any
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
+from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.config import Grpo
@@ -32,7 +33,7 @@ from clear.reasoning.prompts import Prompt
 from clear.records import Question
 from clear.training import scoring
 from clear.training.rewards import advantages, rewards
-from clear.training.trainer import StageRun, _MarkComplete, curve_rows, last_complete, training_arguments
+from clear.training.trainer import MarkComplete, Progress, StageRun, curve_rows, last_complete, training_arguments
 
 
 class PolicyConfig(PretrainedConfig):
@@ -93,9 +94,9 @@ class InterleavedGRPO(GRPOTrainer):
             model=policy,
             reward_funcs=_no_reward,
             args=args,
-            train_dataset=[{"prompt": str(i)} for i in range(len(prompts))],
+            train_dataset=Dataset.from_dict({"prompt": _order(len(prompts), grpo, args.seed)}),
             processing_class=_processing_class(tokenizer, policy.bagel),
-            callbacks=[_MarkComplete()],
+            callbacks=[MarkComplete(), Progress("grpo")],
         )
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
@@ -174,6 +175,18 @@ class InterleavedGRPO(GRPOTrainer):
         return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
 
 
+def _order(count: int, grpo: Grpo, seed: int) -> list[str]:
+    """Prompt numbers of the whole run, one shuffled pass after the other.
+
+    trl's own sampler shuffles with a generator that a resumed run would start again in a later epoch.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < grpo.steps * grpo.prompts:
+        order += torch.randperm(count, generator=generator).tolist()
+    return [str(i) for i in order[: grpo.steps * grpo.prompts]]
+
+
 def _no_reward(completions, **_) -> list[float]:
     raise RuntimeError("Rewards are computed with the rollout; trl must not ask for them.")
 
@@ -202,8 +215,8 @@ def train(
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint."""
     grpo = run.config.grpo
     total = grpo.prompts * grpo.group_size
-    micro = min(micro_batch, total)
-    accumulation = max(1, total // micro)
+    micro = max(n for n in range(1, min(micro_batch, total) + 1) if total % n == 0)
+    accumulation = total // micro
     folder: Path = run.folder / "grpo"
     args = training_arguments(
         GRPOConfig,
@@ -220,9 +233,12 @@ def train(
         temperature=grpo.temperature,
         beta=0.0,
         bf16=False,
+        activation_checkpointing=False,
+        shuffle_dataset=False,
     )
     args.logging_steps = 1
     trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args)
+    trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()

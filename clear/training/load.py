@@ -3,6 +3,7 @@
 from clear.config import Config
 from clear.model.images import ImageBank
 from clear.model.vae import AutoEncoder
+from clear.reasoning.prompts import SYSTEM
 from clear.records import read_samples
 from clear.traces.records import read_traces
 from clear.training.sft import TraceData
@@ -13,4 +14,5 @@ def trace_data(tokenizer, vae: AutoEncoder, config: Config) -> TraceData:
     samples = list(read_samples("data/degraded/sft"))
     shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae)
     clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae)
-    return TraceData(tokenizer, read_traces("data/traces"), samples, shown, clean)
+    system = SYSTEM if config.sampling.system_prompt else ""
+    return TraceData(tokenizer, read_traces("data/traces"), samples, shown, clean, system)

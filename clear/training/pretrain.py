@@ -16,41 +16,47 @@ from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.images import ImageBank
 from clear.model.sequence import LATENT, VIT, Gap, Image, Text, layout
-from clear.model.vae import AutoEncoder, patchify, unpatchify
+from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.tokenizer import encode
 from clear.records import Sample
 from clear.training.trainer import Loss
 
-EDITS = ("copy", "mirror")
-"""Instructions of the identity/edit task."""
+EDITS = ("copy", "paint")
+"""Words of the identity/edit task: "copy", or "paint" and what is true of the minimal-pair partner."""
 
 
 class DenseProbe(nn.Module):
-    """The ViT with a throw-away head that labels each cell of a coarse grid."""
+    """The ViT with a throw-away linear head that tells every token what its cell holds, factor by factor.
 
-    def __init__(self, tower: nn.Module, classes: int) -> None:
+    Separate factors (shape, colour, letter) and not one joint class: with joint classes the language model must learn
+    each of the 36 pairs apart before it can ask for "the circle" (docs/LOG.md).
+    """
+
+    def __init__(self, tower: nn.Module, sizes: Sequence[int]) -> None:
         super().__init__()
-        self.tower = tower
-        self.head = nn.Linear(tower.config.hidden, classes)
+        self.tower, self.sizes = tower, list(sizes)
+        self.head = nn.Linear(tower.config.hidden, sum(sizes))
 
-    def forward(self, patches: Tensor, grid: tuple[int, int], cells: int) -> Tensor:
-        """Patches (B, N, F) of one grid → logits (B, cells², classes)."""
+    def forward(self, patches: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+        """Patches (B, N, F) of one grid → logits (B·N, size) per factor."""
         rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
         features = self.tower(patches, (rows * self.tower.config.side + columns).flatten())
-        pooled = F.adaptive_avg_pool2d(features.transpose(1, 2).unflatten(2, grid), cells)
-        return self.head(pooled.flatten(2).transpose(1, 2))
+        return list(self.head(features).float().flatten(0, 1).split(self.sizes, dim=-1))
 
 
 def dense_label_loss(probe: DenseProbe, bank: ImageBank, labels: Tensor) -> Loss:
-    """Cross-entropy of the cell labels (images, cells²)."""
-    cells = int(labels.shape[1] ** 0.5)
+    """Cross-entropy of the labels (images, rows, columns, factors) of a coarse grid, spread over the tokens."""
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
-        logits = probe(torch.stack([bank.patches(i) for i in index]), bank.vit_grid(index[0]), cells).float()
-        target = labels[index]
-        hit = (logits.argmax(-1) == target).float().mean().item()
-        return F.cross_entropy(logits.flatten(0, 1), target.flatten()), {"accuracy": hit}
+        grid = bank.vit_grid(index[0])
+        row = torch.arange(grid[0]) * labels.shape[1] // grid[0]
+        column = torch.arange(grid[1]) * labels.shape[2] // grid[1]
+        target = labels[index][:, row][:, :, column].flatten(0, 2)
+        logits = probe(torch.stack([bank.patches(i) for i in index]), grid)
+        total = sum(F.cross_entropy(found, target[:, k]) for k, found in enumerate(logits))
+        right = torch.stack([found.argmax(-1) == target[:, k] for k, found in enumerate(logits)]).all(0)
+        return total, {"accuracy": right.float().mean().item()}
 
     return loss
 
@@ -85,23 +91,39 @@ def normalise_latents(vae: AutoEncoder, bank: ImageBank, count: int = 512) -> Au
 
 
 class JointData:
-    """Tokenised questions and replies of the clean pretraining samples, by sample number."""
+    """Tokenised questions, replies and edits of the clean pretraining samples, by sample number.
+
+    An edit is (instruction, number of the sample it leads to): a copy of itself, or the minimal-pair partner, which
+    differs in one object's colour.
+    """
 
     def __init__(self, tokenizer, samples: Sequence[Sample]) -> None:
-        self.edits = [encode(tokenizer, name) for name in EDITS]
         self.pairs: list[list[tuple[list[int], list[int]]]] = []
-        for sample in samples:
+        partners: dict[str, list[tuple[int, str]]] = {}
+        for i, sample in enumerate(samples):
             replies = [(q.text, grammar.plain_reply(q.evidence, q.answer)) for q in sample.questions]
             self.pairs.append([(encode(tokenizer, text), encode(tokenizer, reply)) for text, reply in replies])
+            for question in sample.questions:
+                if question.pair:
+                    partners.setdefault(question.pair, []).append((i, question.evidence))
+        self.copy = encode(tokenizer, EDITS[0])
+        self.paint: dict[int, tuple[list[int], int]] = {}
+        for (i, fact_i), (j, fact_j) in (halves for halves in partners.values() if len(halves) == 2):
+            self.paint[i] = (encode(tokenizer, f"{EDITS[1]} {fact_j}"), j)
+            self.paint[j] = (encode(tokenizer, f"{EDITS[1]} {fact_i}"), i)
+
+    def edit(self, i: int, paint: bool) -> tuple[list[int], int]:
+        """Instruction and target sample for sample i."""
+        return self.paint[i] if paint and i in self.paint else (self.copy, i)
 
 
-def joint_loss(model: Bagel, vae: AutoEncoder, bank: ImageBank, data: JointData, base, patch: int) -> Loss:
+def joint_loss(model: Bagel, bank: ImageBank, data: JointData, base) -> Loss:
     """Answer loss of all question branches plus the velocity loss of the identity/edit branch (`base`: config.Base)."""
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         rows, contents = [], Contents(vit=[], latent=[], time=[])
-        edits = (torch.rand(len(index)) < 0.2).long().tolist()
-        targets = _edit_targets(vae, bank, index, edits, patch)
+        edits = [data.edit(i, paint) for i, paint in zip(index, (torch.rand(len(index)) < 0.3).tolist(), strict=True)]
+        targets = torch.stack([bank.latents[target] for _, target in edits])
         times = flow.draw_times(len(index))
         noise = torch.randn_like(targets)
         noised = flow.interpolate(targets, noise, times)
@@ -119,7 +141,7 @@ def joint_loss(model: Bagel, vae: AutoEncoder, bank: ImageBank, data: JointData,
             for b, (question, reply) in enumerate(data.pairs[i][: base.questions], start=1):
                 row += [Text(question, branch=b), Text(reply, scored=True, branch=b)]
             b = base.questions + 1
-            row += [Text(data.edits[edits[n]], branch=b), Image(LATENT, latent_grid, noise=True, branch=b)]
+            row += [Text(edits[n][0], branch=b), Image(LATENT, latent_grid, noise=True, branch=b)]
             contents.latent.append(noised[n])
             contents.time.append(times[n].item())
             rows.append(row)
@@ -132,21 +154,3 @@ def joint_loss(model: Bagel, vae: AutoEncoder, bank: ImageBank, data: JointData,
         return ce + base.flow_weight * mse, {"ce": ce.item(), "mse": mse.item(), "token_accuracy": hit}
 
     return loss
-
-
-def _edit_targets(vae: AutoEncoder, bank: ImageBank, index: list[int], edits: list[int], patch: int) -> Tensor:
-    """Latent tokens (B, N, C) of the edited images: a copy, or a left-right mirror image."""
-    found = [bank.latents[i] for i in index]
-    mirrored = [n for n, edit in enumerate(edits) if EDITS[edit] == "mirror"]
-    if mirrored:
-        with torch.no_grad():
-            z = vae.encode(torch.stack([bank.pixels(index[n]).flip(-1) for n in mirrored]))
-        for n, tokens in zip(mirrored, patchify(z.float(), patch), strict=True):
-            found[n] = tokens
-    return torch.stack(found)
-
-
-def decode_latents(vae: AutoEncoder, latents: Tensor, grid: tuple[int, int], patch: int) -> Tensor:
-    """Latent tokens (B, N, C) of one grid to images (B, 3, H, W) in about [−1, 1]."""
-    with torch.inference_mode():
-        return vae.decode(unpatchify(latents, grid, patch))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
-from clear.model.sequence import BRIDGE, LATENT, Image, layout
+from clear.model.sequence import BRIDGE, IGNORE, LATENT, Image, layout
 from clear.reasoning.engine import Trajectory, text_segment
 from clear.reasoning.prompts import Prompt
 
@@ -80,14 +80,13 @@ def score(
                 row.append(Image(LATENT, restoration.grid))
         rows.append(row)
     built, _ = layout(rows, model.config.special)
-    built = built.to(model.vae2llm.weight.device)
     hidden = model(built, contents)
     logits, target = model.scored_logits(hidden, built)
     log_probs = torch.log_softmax(logits / temperature, dim=-1)
     text = log_probs.gather(1, target[:, None]).squeeze(1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
-    owner = torch.arange(len(rows), device=target.device)[:, None].expand_as(built.target)
-    text_row = owner[built.target != -100]
+    owner = torch.arange(len(rows))[:, None].expand_as(built.target)
+    text_row = owner[built.target != IGNORE].to(target.device)
     velocity = model.velocities(hidden, built)
     image = _image_log_probs(velocity, states, times, sigma)
     return Scores(text, entropy, text_row, image, torch.tensor([s[0] for s in states], dtype=torch.long), velocity)

@@ -21,8 +21,9 @@ from clear.model.bagel import Bagel, Contents
 from clear.model.bridge import distilled_layers, layer_weights, token_distillation
 from clear.model.images import ImageBank
 from clear.model.mot import Hidden
-from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Text, layout
+from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Segment, Text, layout
 from clear.reasoning import grammar
+from clear.reasoning.prompts import Prompt
 from clear.reasoning.tokenizer import encode
 from clear.records import CLEAN, Sample
 from clear.traces.records import TraceRow
@@ -61,17 +62,20 @@ class TraceData:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def prompt(self, n: int, contents: Contents, drop_vit: bool = False) -> list:
+    def prompt(self, n: int) -> Prompt:
+        """The prompt of trace n, as inference would make it."""
+        bank, i = self.clean if self.rows[n].severity == CLEAN else self.shown, self.image[n]
+        question = tuple(self.question[n])
+        return Prompt(self.system, question, bank.latents[i], bank.latent_grid(i), bank.patches(i), bank.vit_grid(i))
+
+    def open_row(self, n: int, contents: Contents, drop_vit: bool = False) -> list[Segment]:
         """Segments of trace n's prompt; its pictures are appended to `contents`."""
-        bank = self.clean if self.rows[n].severity == CLEAN else self.shown
-        i = self.image[n]
-        contents.latent.append(bank.latents[i])
+        prompt = self.prompt(n)
+        contents.latent.append(prompt.latent)
         contents.time.append(0.0)
-        segments = [Image(LATENT, bank.latent_grid(i))]
         if not drop_vit:
-            contents.vit.append(bank.patches(i))
-            segments.append(Image(VIT, bank.vit_grid(i)))
-        return [*segments, Text(self.question[n])]
+            contents.vit.append(prompt.patches)
+        return prompt.segments(drop_vit)
 
 
 def restoration_loss(model: Bagel, data: TraceData) -> Loss:
@@ -84,7 +88,7 @@ def restoration_loss(model: Bagel, data: TraceData) -> Loss:
         noised = flow.interpolate(clean, noise, times)
         rows, contents = [], Contents(vit=[], latent=[], time=[])
         for k, n in enumerate(index):
-            row = [*data.prompt(n, contents), Text(data.trigger)]
+            row = [*data.open_row(n, contents), Text(data.trigger)]
             row.append(Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True))
             contents.latent.append(noised[k])
             contents.time.append(times[k].item())
@@ -102,7 +106,7 @@ def direct_loss(model: Bagel, data: TraceData) -> Loss:
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         contents = Contents(vit=[], latent=[], time=[])
-        rows = [[*data.prompt(n, contents), Text(data.direct[n], scored=True)] for n in index]
+        rows = [[*data.open_row(n, contents), Text(data.direct[n], scored=True)] for n in index]
         built, _ = layout(rows, model.config.special)
         logits, target = model.scored_logits(model(built, contents), built)
         ce = F.cross_entropy(logits, target)
@@ -140,7 +144,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         targets = []
         draws = torch.rand(len(index), 2).tolist()
         for n, (drop, use_own) in zip(index, draws, strict=True):
-            row = [*data.prompt(n, contents, drop < weights.drop_vit), Text(data.reply_1[n], scored=True)]
+            row = [*data.open_row(n, contents, drop < weights.drop_vit), Text(data.reply_1[n], scored=True)]
             if data.reply_2[n] is not None:
                 i = data.image[n]
                 grid, clean = data.clean.latent_grid(i), data.clean.latents[i]
@@ -163,7 +167,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         if targets:
             mse = F.mse_loss(model.velocities(hidden, built), torch.cat(targets))
             total, figures["mse"] = total + weights.mse * mse, mse.item()
-        if teach and targets:
+        if teach and any(data.reply_2[n] is not None for n in index):
             distilled = distillation(hidden, built, collect, weights.stride)
             total, figures["distill"] = total + weights.distill * distilled, distilled.item()
         return total, figures

@@ -10,6 +10,7 @@ a resumed run continues with the same numbers.
 import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from clear.config import Config, Phase
 
@@ -31,6 +33,8 @@ class StageRun:
 
     def __init__(self, stage: str, config: Config, inputs: Sequence[Path | str], home: Path) -> None:
         """`inputs` are the files or folders whose content, with the parameters, identifies this run."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
         self.config = config
         digest = hashlib.sha256(json.dumps([stage, _relevant(config)], sort_keys=True).encode())
         for path in inputs:
@@ -98,7 +102,33 @@ class _Trainer(Trainer):
         super().log(logs, start_time)
 
 
-class _MarkComplete(TrainerCallback):
+class Progress(TrainerCallback):
+    """A progress bar on a terminal; elsewhere (DVC's log, CI) one line per tenth of the steps."""
+
+    def __init__(self, name: str) -> None:
+        self._bar = None
+        self._name = name
+        self._figures: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._name, disable=None, mininterval=1)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self._bar.update(1)
+        if self._bar.disable and state.global_step % max(1, state.max_steps // 10) == 0:
+            shown = " ".join(f"{k} {v:.4g}" for k, v in self._figures.items() if isinstance(v, float))
+            print(f"{self._name} {state.global_step}/{state.max_steps} {shown}", file=sys.stderr, flush=True)
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        hidden = ("epoch", "learning_rate", "grad_norm")
+        self._figures = {k: float(v) for k, v in (logs or {}).items() if k not in hidden and isinstance(v, int | float)}
+        self._bar.set_postfix({k: f"{v:.3g}" for k, v in list(self._figures.items())[:4]}, refresh=False)
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        self._bar.close()
+
+
+class MarkComplete(TrainerCallback):
     """Write the mark of a complete checkpoint last, so that a kill inside a save leaves none."""
 
     def on_save(self, args, state, control, **_) -> None:
@@ -133,13 +163,15 @@ def training_arguments(kind: type, run: StageRun, folder: Path, steps: int, batc
         logging_steps=min(runtime.log_every, steps),
         logging_nan_inf_filter=False,
         save_steps=runtime.checkpoint_every,
-        save_total_limit=1,
+        save_total_limit=2,
         seed=run.config.seed,
         data_seed=run.config.seed,
         use_cpu=runtime.device == "cpu" or not torch.cuda.is_available(),
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         report_to=[],
+        disable_tqdm=True,
+        log_level="error",
         **more,
     )
 
@@ -166,8 +198,9 @@ def optimise(run: StageRun, name: str, module: nn.Module, loss: Loss, samples: i
         args=args,
         train_dataset=list(range(samples)),
         data_collator=lambda batch: {"index": torch.tensor(batch)},
-        callbacks=[_MarkComplete()],
+        callbacks=[MarkComplete(), Progress(name)],
     )
+    trainer.remove_callback(PrinterCallback)
     module.train()
     checkpoint = last_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -1,0 +1,89 @@
+"""How fast the corruptions are, against the formulas of METHOD §6 written down one by one (transcription.py).
+
+Sixteen corruptions at three severities on one 512x512 picture, on one thread and at the published pixel sizes. The
+draws of the random corruptions come in the same order on both sides, so both draw the same discs, lines and blocks,
+and their results are compared before anything is timed.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import cv2
+import numpy as np
+
+from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.protocol import SEVERITIES
+from clear.errors import ClearError
+from clear.records import decode_image
+from clear.sources.scenes import couple
+from tests.bench.transcription import FORMULAS
+
+SIZE, REPEATS, SLOW_REPEATS = 512, 7, 3
+SLOW = 0.1  # s, from here on a cell is timed SLOW_REPEATS times
+NOISE = "gaussian_noise"  # the two draw from different streams, so their means and deviations are compared
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """OpenCV on one thread, and as it was afterwards."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(1)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)
+
+
+def timed(work: Callable[[], np.ndarray]) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def cell_seconds(name: str, intensity: float, image: np.ndarray) -> tuple[float, float]:
+    """Median seconds per image of (ours, transcription), alternating. Raises ClearError if they differ in outcome."""
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+
+    def ours() -> np.ndarray:
+        return CORRUPTIONS[name](image, intensity, np.random.default_rng(1), 1.0)
+
+    def plain() -> np.ndarray:
+        return FORMULAS[name](bgr, intensity, np.random.default_rng(1))
+
+    start = time.perf_counter()
+    one, other = ours().astype(float), plain()[:, :, ::-1].astype(float)
+    seconds = time.perf_counter() - start
+    if name == NOISE:
+        off = max(abs(one.mean() - other.mean()), abs(one.std() - other.std()))
+    else:
+        off = np.abs(one - other).mean()
+    if off > 1:
+        raise ClearError(f"{name} at {intensity}: the transcription differs by {off:.2f} grey levels; mend it.")
+    pairs = [(timed(ours), timed(plain)) for _ in range(SLOW_REPEATS if seconds > SLOW else REPEATS)]
+    return statistics.median(p[0] for p in pairs), statistics.median(p[1] for p in pairs)
+
+
+def cells() -> dict[str, list[tuple[float, float]]]:
+    """Seconds of (ours, transcription) per corruption, one pair per severity."""
+    image = decode_image(couple("bench", 0, 0, SIZE, 4)[0].image)
+    with one_thread():
+        return {name: [cell_seconds(name, level, image) for level in SEVERITIES.values()] for name in CORRUPTIONS}
+
+
+def _row(found: list[tuple[float, float]]) -> dict:
+    ours, plain = (len(found) / sum(pair[side] for pair in found) for side in (0, 1))
+    return {"value": ours, "unit": "images/s", "baseline": plain, "ratio": ours / plain}
+
+
+def bench_corruptions() -> dict[str, dict]:
+    """All corruptions, and all but the mean shift: both sides spend nearly all their time in its one library call."""
+    found = cells()
+    return {
+        "corruptions_all": _row([pair for pairs in found.values() for pair in pairs]),
+        "corruptions_without_mean_shift": _row(
+            [p for name, pairs in found.items() if name != "mean_shift" for p in pairs]
+        ),
+    }

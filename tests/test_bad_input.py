@@ -1,0 +1,171 @@
+"""Bad input and interruptions, end to end through the real command: one line that names what is wrong, no traceback."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from clear.config import load
+from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.protocol import degrade
+from clear.errors import ClearError
+from clear.records import read_samples, shards, write_samples
+from clear.scratch import write_params
+from tests.conftest import ROOT
+
+COUNTS = {"pretrain": 4, "sft": 4, "rl": 4, "validation": 4, "bench": 16}  # fewer in bench would miss corruptions
+
+
+def workspace(folder: Path, workers: int = 1, **counts: int) -> Path:
+    """A folder with the parameters of the smoke profile for very few images."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sizes = [f"source.{split}={count}" for split, count in (COUNTS | counts).items()]
+    write_params(folder / "params.yaml", ["profile=smoke", f"degrade.workers={workers}", *sizes])
+    return folder
+
+
+def run_here(folder: Path, *stages: str) -> Path:
+    """Run stages in this process, as the uninterrupted and undisturbed run."""
+    from clear.stages import degrade, mmd_bench, source
+
+    modules = {"source": source, "degrade": degrade, "mmd_bench": mmd_bench}
+    with contextlib.chdir(folder):
+        for stage in stages:
+            modules[stage].run(load())
+    return folder
+
+
+def environment() -> dict[str, str]:
+    return {key: value for key, value in os.environ.items() if key != "CLEAR_HOME"} | {"PYTHONPATH": str(ROOT)}
+
+
+def start(folder: Path, stage: str) -> subprocess.Popen:
+    """`python -m clear <stage>` in a workspace."""
+    command = [sys.executable, "-m", "clear", stage]
+    return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+
+
+def refusal(folder: Path, stage: str) -> str:
+    """The one line with which a stage refuses; progress lines aside, nothing else is on stderr."""
+    with start(folder, stage) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1, stderr
+    said = [line for line in stderr.splitlines() if line and not line.startswith((f"{stage}: ", f"{stage} "))]
+    assert len(said) == 1 and said[0].startswith("error: "), stderr
+    return said[0]
+
+
+def truncate_last(folder: Path, field: str) -> str:
+    """Cut the last sample's image in half; returns its key."""
+    *rest, last = read_samples(folder)
+    data = getattr(last, field)
+    write_samples(folder, [*rest, replace(last, **{field: data[: len(data) // 2]})])
+    return last.key
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    """Content of every file below a folder, by relative path."""
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module")
+def _made(tmp_path_factory) -> Path:
+    return run_here(workspace(tmp_path_factory.mktemp("made")), "source", "degrade", "mmd_bench")
+
+
+@pytest.fixture
+def made(_made, tmp_path) -> Path:
+    """A copy of a workspace in which the data stages have run."""
+    return Path(shutil.copytree(_made, tmp_path / "made"))
+
+
+def test_validate_names_the_sample_whose_degraded_image_is_truncated(made):
+    key = truncate_last(made / "data/degraded/sft", "degraded")
+    line = refusal(made, "validate")
+    assert f"for 1 samples: {key}" in line and "degraded_sft" in line and "repair" in line
+    rejects = pd.read_parquet(made / "data/rejects/validate.parquet")
+    assert rejects["id"].tolist() == [key]
+    assert "not a complete image" in rejects["reason"][0]
+
+
+def test_degrade_names_the_sample_whose_clean_image_is_truncated(made):
+    workspace(made, workers=2)  # the error comes out of a worker process
+    before = bytes_of(made / "data/degraded")
+    sample = truncate_last(made / "data/samples/rl", "image").split("/")[0]
+    line = refusal(made, "degrade")
+    assert f"sample {sample}" in line and "not a complete image; replace or remove" in line
+    after = {name: data for name, data in bytes_of(made / "data/degraded").items() if ".partial" not in name}
+    assert after == before
+
+
+def test_a_shard_without_a_column_is_named_with_the_column(made):
+    shard = shards(made / "data/samples/sft")[0]
+    pq.write_table(pq.read_table(shard).drop_columns(["questions"]), shard)
+    line = refusal(made, "degrade")
+    assert f"{shard.relative_to(made)}: column 'questions' is missing" in line
+
+
+def test_a_shard_that_is_no_parquet_file_is_named(made):
+    shard = shards(made / "data/samples/sft")[0]
+    shard.write_bytes(shard.read_bytes()[:-100])
+    assert str(shard.relative_to(made)) in refusal(made, "degrade")
+
+
+@pytest.mark.parametrize("corruption", ["fog", "", "JPEG"])
+def test_an_unknown_corruption_is_named_with_the_sample_and_the_choice(corruption):
+    with pytest.raises(ClearError, match=f"sample scene-7: '{corruption}' is no corruption") as refused:
+        degrade(np.zeros((64, 64, 3), np.uint8), corruption, "low", "scene-7", 1.0)
+    assert all(name in str(refused.value) for name in CORRUPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value", "said"),
+    [
+        ("source", "image_size", 8, "source.image_size = 8 is outside [256, 2048]"),
+        ("source", "sft", 3, "source.sft = 3 is odd"),
+        ("degrade", "workres", 2, "workres"),
+        ("runtime", "threads", "many", "runtime.threads"),
+    ],
+)
+def test_wrong_parameters_are_named_and_nothing_is_written(tmp_path, section, key, value, said):
+    folder = workspace(tmp_path / "work")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params[section][key] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    assert said in refusal(folder, "source")
+    assert not list(folder.glob("data/**/*.parquet"))
+
+
+def test_an_interrupted_run_leaves_nothing_half_written_and_the_same_command_completes_it(tmp_path):
+    counts = {"sft": 400}
+    reference = bytes_of(run_here(workspace(tmp_path / "whole", **counts), "source") / "data")
+    folder = workspace(tmp_path / "interrupted", workers=2, **counts)
+    with start(folder, "source") as process:
+        deadline = time.monotonic() + 60
+        while not (folder / "data/samples/sft.partial").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        _, stderr = process.communicate(timeout=30)  # ends once the workers, too, have closed stderr
+    assert process.returncode == 130
+    assert stderr.endswith("interrupted; run the same command again to resume from the last checkpoint\n")
+    assert "Traceback" not in stderr
+    left = {name: data for name, data in bytes_of(folder / "data").items() if ".partial" not in name}
+    assert {name.split("/")[1] for name in left} == {"pretrain"}, "only what was complete has its final name"
+    assert left.items() <= reference.items()
+
+    with start(folder, "source") as process:
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 0, stderr
+    assert bytes_of(folder / "data") == reference

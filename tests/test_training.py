@@ -1,0 +1,95 @@
+"""Optimisation resumes exactly, and training moves what it should and nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clear.config import Phase, compose, from_dict
+from clear.training.sft import FROZEN, GENERATION, set_trainable
+from clear.training.trainer import StageRun, last_complete, optimise
+from tests.tiny import tiny_model
+
+PHASE = Phase(steps=12, batch=4, lr=0.01, warmup=2)
+
+
+class Interrupted(Exception):
+    """Stands for the kill of the process."""
+
+
+@pytest.fixture
+def config():
+    return from_dict(
+        compose(["profile=smoke", "runtime.checkpoint_every=3", "runtime.device=cpu", "runtime.log_every=1"])
+    )
+
+
+def _train(config, folder: Path, stop_after: int | None = None) -> tuple[torch.Tensor, list]:
+    torch.manual_seed(7)
+    module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 1))
+    data = torch.randn(40, 5)
+    calls = 0
+
+    def loss(index):
+        nonlocal calls
+        calls += 1
+        if stop_after is not None and calls > stop_after:
+            raise Interrupted
+        x = data[index]
+        return (module(x + 0.1 * torch.randn_like(x)) - x.sum(1, keepdim=True)).pow(2).mean(), {"figure": float(calls)}
+
+    inputs = folder.parent / "input.txt"
+    inputs.write_text("data")
+    run = StageRun("test", config, [inputs], folder)
+    try:
+        optimise(run, "phase", module, loss, len(data), PHASE)
+    finally:
+        optimise_state = torch.cat([p.detach().flatten() for p in module.parameters()])
+    return optimise_state, run.curve
+
+
+@pytest.mark.parametrize("stop", [1, 4, 7, 11])
+def test_an_interrupted_run_ends_with_the_same_weights(config, tmp_path, stop):
+    expected, curve = _train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        _train(config, tmp_path / "killed", stop_after=stop)
+    found, again = _train(config, tmp_path / "killed")
+    assert torch.equal(found, expected)
+    assert [row["loss"] for row in again] == [row["loss"] for row in curve]
+
+
+def test_a_finished_phase_is_not_repeated(config, tmp_path):
+    expected, _ = _train(config, tmp_path / "run")
+    found, curve = _train(config, tmp_path / "run", stop_after=0)
+    assert torch.equal(found, expected) and len(curve) == PHASE.steps
+
+
+def test_an_incomplete_checkpoint_is_ignored(tmp_path):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "checkpoint-3" / "complete").touch()
+    (tmp_path / "checkpoint-6").mkdir()
+    assert last_complete(tmp_path) == tmp_path / "checkpoint-3"
+    assert not (tmp_path / "checkpoint-6").exists()
+
+
+def test_other_inputs_or_parameters_get_another_folder(config, tmp_path):
+    file = tmp_path / "input.txt"
+    file.write_text("one")
+    first = StageRun("s", config, [file], tmp_path / "runs").folder
+    file.write_text("two")
+    second = StageRun("s", config, [file], tmp_path / "runs").folder
+    config.sft.ce_weight = 0.5
+    third = StageRun("s", config, [file], tmp_path / "runs").folder
+    assert len({first, second, third}) == 3
+
+
+def test_trainable_parameters():
+    model, _ = tiny_model()
+    set_trainable(model)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if any(part in n for part in FROZEN))
+    assert model.connector.fc1.weight.requires_grad
+    set_trainable(model, only=GENERATION)
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trained and all(any(part in n for part in GENERATION) for n in trained)
+    assert not any("lm_head" in n for n in trained)

@@ -1,0 +1,47 @@
+"""A small random model and prompts for the tests of the engine and of GRPO: the real architecture, no training."""
+
+import torch
+
+from clear.model.bagel import Bagel, BagelConfig
+from clear.model.mot import LlmConfig
+from clear.model.sequence import SpecialTokens
+from clear.model.vae import VaeConfig
+from clear.model.vit import VitConfig
+from clear.reasoning import grammar
+from clear.reasoning.prompts import Prompt
+from clear.reasoning.tokenizer import encode, word_tokenizer
+
+WORDS = [*grammar.WORDS, *"abcdefghij"]
+
+
+def tiny_model(bridge: str = "mlp", seed: int = 0) -> tuple[Bagel, object]:
+    """A random Bagel with a closed vocabulary; the velocity head is random too, so that latents matter."""
+    torch.manual_seed(seed)
+    tokenizer = word_tokenizer(WORDS)
+    config = BagelConfig(
+        llm=LlmConfig(tokenizer.get_vocab_size(), 32, 2, 4, 2, 64, rope_theta=1e4),
+        vit=VitConfig(16, 1, 2, 32, 4, 4),
+        vae=VaeConfig(8, (1, 2), 1, 4, 4),
+        special=SpecialTokens(0, 1, 2, 3),
+        latent_patch=1,
+        max_latent_size=4,
+        bridge=bridge,
+    )
+    model = Bagel(config).initialise()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "_moe_gen" in name or "llm2vae" in name:
+                value.add_(0.3 * torch.randn_like(value))
+    return model.eval(), tokenizer
+
+
+def tiny_prompts(tokenizer, count: int, seed: int = 0, lengths: tuple[int, ...] = (3, 5, 4)) -> list[Prompt]:
+    """Prompts with random images and questions of different lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    prompts = []
+    for i in range(count):
+        letters = torch.randint(10, (lengths[i % len(lengths)],), generator=generator).tolist()
+        question = tuple(encode(tokenizer, " ".join("abcdefghij"[k] for k in letters)))
+        latent, patches = torch.randn(9, 4, generator=generator), torch.randn(4, 48, generator=generator)
+        prompts.append(Prompt((), question, latent, (3, 3), patches, (2, 2)))
+    return prompts
