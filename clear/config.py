@@ -131,10 +131,10 @@ class Base:
     vae: Phase
     joint: Phase
     vae_degraded: float = between(0, 1)  # share of unlabelled degraded images shown to the autoencoder
-    drop_vit: float = between(0, 1)  # chance that a row loses its ViT context
+    flow_share: float = between(0, 1)  # batches of the identity/edit task; the others answer questions
+    drop_vit: float = between(0, 1)  # chance that a batch loses its ViT context
     drop_vae: float = between(0, 1)
     questions: int = between(1, 12)  # packed per image
-    flow_weight: float = between(0, 100)
 
 
 @dataclass

@@ -106,13 +106,15 @@ def evidence_is_true(question: Question, labels: list[int]) -> bool:
     if words[1] == ":":
         named = {n for n, (_, _, v) in seen.items() if n != "sign" and v == words[0]}
         return words[0] in question.text and (set(words[2:]) == named or (words[2:] == ["none"] and not named))
+    if question.task == "reasoning":
+        pattern = r"(\w+) row (\d) column (\d) (\w+)(?: of)? row (\d) column (\d) (\w+) is (\w+)"
+        anchor, row, column, relation, there, across, shape, colour = re.fullmatch(pattern, question.evidence).groups()
+        place, target = (int(row) - 1, int(column) - 1), (int(there) - 1, int(across) - 1)
+        assert seen[anchor][:2] == place and colour == question.answer
+        return seen[shape] == (*target, colour) and tuple(np.subtract(target, place)) == STEPS[relation]
     if words[1] in ("row", "column"):
         axis = ("row", "column").index(words[1])
         return all(str(seen[name][axis] + 1) == place for name, place in zip(words[0::3], words[2::3], strict=True))
-    if question.task == "reasoning":
-        match = re.fullmatch(r"(\w+)(?: of)? (\w+) is (\w+) (\w+) is (\w+)", question.evidence)
-        place = tuple(a + b for a, b in zip(seen[match[2]][:2], STEPS[match[1]], strict=True))
-        return match[3] == match[4] and seen[match[3]] == (*place, match[5]) and match[5] == question.answer
     return words[1] == "is" and seen[words[0]][2] == words[2] and words[0] in question.text.split()
 
 

@@ -112,12 +112,14 @@ def _reasoning(cells: Cells, target: str, rng: Random) -> Draft | None:
         for relation, (down, right) in RELATIONS.items():
             row, column = i // 3 - down, i % 3 - right
             if 0 <= row < 3 and 0 <= column < 3 and cells[3 * row + column] is not None:
-                fitting.append((relation, cells[3 * row + column][0], shape))
+                fitting.append((relation, cells[3 * row + column][0], (row, column), shape, i))
     if not fitting:
         return None
-    relation, anchor, shape = rng.choice(fitting)
+    relation, anchor, (row, column), shape, i = rng.choice(fitting)
     words = relation if relation in ("above", "below") else f"{relation} of"
-    evidence = f"{words} {anchor} is {shape} {shape} is {target}"
+    # One step per look: where the anchor is, which cell that points to, what is there.
+    evidence = f"{anchor} row {row + 1} column {column + 1} {words} row {i // 3 + 1} column {i % 3 + 1}"
+    evidence += f" {shape} is {target}"
     return Draft(f"which colour is the shape {words} the {anchor} ?", target, evidence)
 
 

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clear.config import Base
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.images import ImageBank
-from clear.model.sequence import LATENT, VIT, Gap, Image, Text, layout
+from clear.model.sequence import LATENT, VIT, Gap, Image, Segment, Text, layout
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.tokenizer import encode
@@ -117,40 +118,60 @@ class JointData:
         return self.paint[i] if paint and i in self.paint else (self.copy, i)
 
 
-def joint_loss(model: Bagel, bank: ImageBank, data: JointData, base) -> Loss:
-    """Answer loss of all question branches plus the velocity loss of the identity/edit branch (`base`: config.Base)."""
+def joint_loss(model: Bagel, bank: ImageBank, data: JointData, base: Base) -> Loss:
+    """Two kinds of batches at random: question answering, and the identity/edit flow task.
+
+    Kinds and dropped context are drawn per batch and not per row, because a row costs as much as its longest
+    neighbour.
+    """
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
-        rows, contents = [], Contents(vit=[], latent=[], time=[])
-        edits = [data.edit(i, paint) for i, paint in zip(index, (torch.rand(len(index)) < 0.3).tolist(), strict=True)]
-        targets = torch.stack([bank.latents[target] for _, target in edits])
-        times = flow.draw_times(len(index))
-        noise = torch.randn_like(targets)
-        noised = flow.interpolate(targets, noise, times)
-        drops = torch.rand(len(index), 2).tolist()
-        for n, i in enumerate(index):
-            no_vit, no_vae = drops[n][0] < base.drop_vit, drops[n][1] < base.drop_vae
-            no_vae = no_vae and not no_vit
-            latent_grid = bank.latent_grid(i)
-            row = [Gap() if no_vae else Image(LATENT, latent_grid), Gap() if no_vit else Image(VIT, bank.vit_grid(i))]
-            if not no_vae:
-                contents.latent.append(bank.latents[i])
-                contents.time.append(0.0)
-            if not no_vit:
-                contents.vit.append(bank.patches(i))
-            for b, (question, reply) in enumerate(data.pairs[i][: base.questions], start=1):
-                row += [Text(question, branch=b), Text(reply, scored=True, branch=b)]
-            b = base.questions + 1
-            row += [Text(edits[n][0], branch=b), Image(LATENT, latent_grid, noise=True, branch=b)]
-            contents.latent.append(noised[n])
-            contents.time.append(times[n].item())
-            rows.append(row)
-        built, _ = layout(rows, model.config.special)
-        hidden = model(built, contents)
-        logits, target = model.scored_logits(hidden, built)
-        ce = F.cross_entropy(logits, target)
-        mse = F.mse_loss(model.velocities(hidden, built), (noise - targets).flatten(0, 1))
-        hit = (logits.argmax(-1) == target).float().mean().item()
-        return ce + base.flow_weight * mse, {"ce": ce.item(), "mse": mse.item(), "token_accuracy": hit}
+        flow_batch, no_vit, no_vae = (
+            torch.rand(3) < torch.tensor([base.flow_share, base.drop_vit, base.drop_vae])
+        ).tolist()
+        if flow_batch:
+            return _flow_step(model, bank, data, index, no_vit)
+        return _answer_step(model, bank, data, index, no_vit, no_vae and not no_vit, base.questions)
 
     return loss
+
+
+def _context(bank: ImageBank, i: int, contents: Contents, no_vit: bool, no_vae: bool) -> list[Segment]:
+    if not no_vae:
+        contents.latent.append(bank.latents[i])
+        contents.time.append(0.0)
+    if not no_vit:
+        contents.vit.append(bank.patches(i))
+    latent = Gap() if no_vae else Image(LATENT, bank.latent_grid(i))
+    return [latent, Gap() if no_vit else Image(VIT, bank.vit_grid(i))]
+
+
+def _answer_step(model, bank, data, index, no_vit: bool, no_vae: bool, questions: int):
+    rows, contents = [], Contents(vit=[], latent=[], time=[])
+    for i in index:
+        row = _context(bank, i, contents, no_vit, no_vae)
+        for b, (question, reply) in enumerate(data.pairs[i][:questions], start=1):
+            row += [Text(question, branch=b), Text(reply, scored=True, branch=b)]
+        rows.append(row)
+    built, _ = layout(rows, model.config.special)
+    logits, target = model.scored_logits(model(built, contents), built)
+    ce = F.cross_entropy(logits, target)
+    hit = (logits.argmax(-1) == target).float().mean().item()
+    return ce, {"ce": ce.item(), "token_accuracy": hit}
+
+
+def _flow_step(model, bank, data, index, no_vit: bool):
+    rows, contents = [], Contents(vit=[], latent=[], time=[])
+    edits = [data.edit(i, paint) for i, paint in zip(index, (torch.rand(len(index)) < 0.3).tolist(), strict=True)]
+    targets = torch.stack([bank.latents[target] for _, target in edits])
+    times, noise = flow.draw_times(len(index)), torch.randn_like(targets)
+    noised = flow.interpolate(targets, noise, times)
+    for n, i in enumerate(index):
+        row = _context(bank, i, contents, no_vit, no_vae=False)
+        rows.append([*row, Text(edits[n][0]), Image(LATENT, bank.latent_grid(i), noise=True)])
+        contents.latent.append(noised[n])
+        contents.time.append(times[n].item())
+    built, _ = layout(rows, model.config.special)
+    found = model.velocities(model(built, contents), built)
+    mse = F.mse_loss(found, (noise - targets).flatten(0, 1).to(found.device))
+    return mse, {"mse": mse.item()}

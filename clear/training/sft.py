@@ -46,10 +46,17 @@ class TraceData:
     """Tokenised traces over two banks: what is shown, and the clean image each restoration should reach."""
 
     def __init__(
-        self, tokenizer, rows: Sequence[TraceRow], samples: Sequence[Sample], shown: ImageBank, clean: ImageBank
-    ):
+        self,
+        tokenizer,
+        rows: Sequence[TraceRow],
+        samples: Sequence[Sample],
+        shown: ImageBank,
+        clean: ImageBank,
+        system: str = "",
+    ) -> None:
         """`shown` and `clean` hold the degraded and the clean image of `samples`, in their order."""
         self.shown, self.clean = shown, clean
+        self.system = tuple(encode(tokenizer, system)) if system else ()
         number = {sample.id: i for i, sample in enumerate(samples)}
         self.rows = list(rows)
         self.image = [number[row.sample] for row in rows]
