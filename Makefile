@@ -35,10 +35,10 @@ else
 	@python -m clear results
 endif
 
-test: $(READY)  ## run the fast tests
+test: $(READY)  ## run the suite, the smoke pipeline from end to end included
 	@python -m pytest -m "not slow" --durations=15
 
-test-all: $(READY)  ## run every test, the pipeline from end to end included
+test-all: $(READY)  ## run the slow tests too: reproducibility and resumption of the whole pipeline
 	@python -m pytest --durations=15
 
 lint: $(READY)  ## ruff: rules and format

@@ -139,10 +139,10 @@ class Base:
 
 @dataclass
 class Traces:
-    """Demonstrations. `restore_when` is the paper's rule: restore where the base fails on the degraded image."""
+    """Demonstrations. `restore_when`: the paper's rule is "base_wrong" (see clear/traces/oracle.py)."""
 
     kind: str = one_of("oracle")
-    restore_when: str = one_of("base_wrong", "always", "never")
+    restore_when: str = one_of("base_wrong", "degradation", "always", "never")
     questions: int = between(1, 12)  # per degraded image
     clean_share: float = between(0, 1)  # clean traces per degraded one
 
@@ -158,6 +158,7 @@ class Sft:
     distill_weight: float = between(0, 100)
     distill_stride: int = between(0, 1000)  # layers between distilled ones; 0 = final_mse
     drop_vit: float = between(0, 1)
+    other_path: float = between(0, 1)  # share of direct traces that also learn to answer after a restoration
 
 
 @dataclass

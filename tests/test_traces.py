@@ -15,18 +15,20 @@ SAMPLE = Sample("s1", "scenes", "sft", b"", "", (QUESTION,), degraded=b"x", corr
 
 
 @pytest.mark.parametrize(
-    ("rule", "base_correct", "expected"),
+    ("rule", "base_correct", "clean_correct", "expected"),
     [
-        ("base_wrong", False, True),
-        ("base_wrong", True, False),
-        ("always", True, True),
-        ("always", False, True),
-        ("never", True, False),
-        ("never", False, False),
+        ("base_wrong", False, True, True),
+        ("base_wrong", False, False, True),
+        ("base_wrong", True, True, False),
+        ("degradation", False, True, True),
+        ("degradation", False, False, False),
+        ("degradation", True, True, False),
+        ("always", True, True, True),
+        ("never", False, True, False),
     ],
 )
-def test_the_rule(rule, base_correct, expected):
-    assert restores(rule, base_correct) is expected
+def test_the_rule_decides_the_pathway(rule, base_correct, clean_correct, expected):
+    assert restores(rule, base_correct, clean_correct) is expected
 
 
 def test_a_restoring_trace_asks_and_then_restates_the_question():

@@ -4,8 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config
-from clear.records import write_json
+from clear.records import CLEAN, write_json
 from clear.runtime import apply_runtime
+
+OWN_LATENTS = 4096
+"""About how many of the model's own denoised latents are made for the distillation and the answers."""
 
 
 def run(config: Config) -> None:
@@ -31,10 +34,11 @@ def run(config: Config) -> None:
         model.bridge = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
     model.config = replace(model.config, bridge=config.bridge.kind)
 
-    restoring = [n for n in range(len(data)) if data.reply_2[n] is not None]
+    degraded = [n for n, row in enumerate(data.rows) if row.severity != CLEAN]
+    chosen = degraded[:: max(1, len(degraded) // OWN_LATENTS)]
     s = config.sampling
     options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch)
-    own = bridge.own_latents(model, data, restoring, options, config.seed)
+    own = bridge.own_latents(model, data, chosen, options, config.seed)
     if mlp:
         sft.set_trainable(model, only=["bridge."])
         pairs = [(i, None) for i in range(len(data.clean))] + [(data.image[n], z) for n, z in own.items()]
@@ -48,6 +52,7 @@ def run(config: Config) -> None:
         distill=0.0 if mlp else config.sft.distill_weight,
         stride=config.sft.distill_stride,
         own=config.bridge.own_latents,
+        other_path=config.sft.other_path,
     )
     optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
     save_bagel(Path("data/models/bridge"), model, vae, tokenizer)

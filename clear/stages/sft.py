@@ -38,6 +38,7 @@ def run(config: Config, direct: bool = False) -> None:
             distill=config.sft.distill_weight,
             stride=config.sft.distill_stride,
             drop_vit=config.sft.drop_vit,
+            other_path=config.sft.other_path,
         )
         optimise(work, "traces", model, sft.trace_loss(model, data, weights), len(data), traces)
     model.config = replace(model.config, bridge="direct")

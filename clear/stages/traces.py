@@ -23,27 +23,28 @@ def run(config: Config) -> None:
 
     degraded = list(read_samples("data/degraded/sft"))
     asked = [(i, q) for i, s in enumerate(degraded) for q in s.questions[: config.traces.questions]]
-    clean = asked[:: max(1, round(1 / config.traces.clean_share))] if config.traces.clean_share else []
     answerer = Answerer.load(model_folder("base", config), config)
+    right: dict[bool, list[bool]] = {}
+    with tqdm(total=2 * len(asked), desc="traces", unit="question", mininterval=2) as bar:
+        for is_clean in (True, False):
+            bank = answerer.bank([s.image if is_clean else s.seen for s in degraded], [s.key for s in degraded])
+            answers = answerer.answer(bank, asked, restore="plain", progress=bar.update)
+            right[is_clean] = [is_correct(a.prediction, q) for a, (_, q) in zip(answers, asked, strict=True)]
     rows = []
-    with tqdm(total=len(asked) + len(clean), desc="traces", unit="question", mininterval=2) as bar:
-        for questions, is_clean in ((asked, False), (clean, True)):
-            images = [s.image if is_clean else s.seen for s in degraded]
-            bank = answerer.bank(images, [s.key for s in degraded])
-            answers = answerer.answer(bank, questions, restore="plain", progress=bar.update)
-            for (i, question), answer in zip(questions, answers, strict=True):
-                good = is_correct(answer.prediction, question)
-                restore = not is_clean and restores(config.traces.restore_when, good)
-                rows.append(trace_row(degraded[i], question, restore, good, is_clean))
+    for (i, question), clean, seen in zip(asked, right[True], right[False], strict=True):
+        rows.append(trace_row(degraded[i], question, restores(config.traces.restore_when, seen, clean), seen))
+    step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
+    for (i, question), clean in list(zip(asked, right[True], strict=True))[::step]:
+        rows.append(trace_row(degraded[i], question, False, clean, clean=True))
     write_traces(OUT, rows)
     seen = Counter(row.severity for row in rows)
     restored = Counter(row.severity for row in rows if row.reply_2)
-    right = Counter(row.severity for row in rows if row.base_correct)
+    answered = Counter(row.severity for row in rows if row.base_correct)
     write_json(
         METRICS,
         {
             "traces": len(rows),
             "restoring_share": {s: restored[s] / seen[s] for s in sorted(seen)},
-            "base_accuracy": {s: right[s] / seen[s] for s in sorted(seen)},
+            "base_accuracy": {s: answered[s] / seen[s] for s in sorted(seen)},
         },
     )

@@ -1,7 +1,9 @@
 """Generate-then-answer traces from a source that knows the evidence (scenes), by the paper's rule (METHOD §6).
 
-A degraded image on which the base model fails is restored before the answer; one on which it succeeds is answered
-directly, and so are clean images.
+Rule `base_wrong` (the paper's): a degraded image on which the base model fails is restored before the answer; one on
+which it succeeds is answered directly, and so are clean images. Rule `degradation` adds that the base must answer the
+clean image: a question that the base cannot answer at all says nothing about the image, and teaches the model to
+restore hard questions instead of bad pictures (docs/LOG.md).
 """
 
 from clear.reasoning import grammar
@@ -13,7 +15,8 @@ from clear.traces.records import TraceRow
 def trace_row(sample: Sample, question: Question, restore: bool, base_correct: bool, clean: bool = False) -> TraceRow:
     """The demonstration for one question; `clean` shows the clean image of the sample."""
     direct = grammar.direct_trace(question.evidence, question.answer)
-    chosen = grammar.restore_trace(question_text(question), question.evidence, question.answer) if restore else direct
+    restored = grammar.restore_trace(question_text(question), question.evidence, question.answer)
+    chosen = restored if restore else direct
     return TraceRow(
         sample=sample.id,
         question=question.id,
@@ -23,10 +26,12 @@ def trace_row(sample: Sample, question: Question, restore: bool, base_correct: b
         reply_1=chosen.replies[0],
         reply_2=chosen.replies[1] if chosen.restores else "",
         direct=direct.replies[0],
+        restored=restored.replies[1],
         base_correct=base_correct,
     )
 
 
-def restores(rule: str, base_correct: bool) -> bool:
+def restores(rule: str, base_correct: bool, clean_correct: bool) -> bool:
     """Whether a degraded sample gets a restoration under `rule` (config.Traces.restore_when)."""
-    return {"always": True, "never": False, "base_wrong": not base_correct}[rule]
+    failed = not base_correct
+    return {"always": True, "never": False, "base_wrong": failed, "degradation": failed and clean_correct}[rule]

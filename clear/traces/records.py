@@ -20,8 +20,8 @@ FILE = "traces.parquet"
 class TraceRow:
     """A trace of a question about a sample. `severity` "clean" means the clean image is shown.
 
-    `reply_2` is empty for a direct trace. `direct` is the reply that never restores, for the baseline.
-    `base_correct` says whether the base model answered this very image.
+    `reply_2` is empty for a direct trace. `direct` is the reply that never restores, `restored` the one after a
+    restoration, whichever the trace takes. `base_correct` says whether the base model answered this very image.
     """
 
     sample: str
@@ -32,6 +32,7 @@ class TraceRow:
     reply_1: str
     reply_2: str
     direct: str
+    restored: str
     base_correct: bool
 
     @property

@@ -64,6 +64,7 @@ class TraceData:
         self.reply_1 = [encode(tokenizer, row.reply_1) for row in rows]
         self.reply_2 = [encode(tokenizer, row.reply_2) if row.reply_2 else None for row in rows]
         self.direct = [encode(tokenizer, row.direct) for row in rows]
+        self.restored = [encode(tokenizer, row.restored) for row in rows]
         self.trigger = encode(tokenizer, grammar.restore_reply())
 
     def __len__(self) -> int:
@@ -134,13 +135,16 @@ class TraceWeights:
     stride: int = 1
     drop_vit: float = 0.0
     own: float = 0.0
+    other_path: float = 0.0
 
 
 def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[int, Tensor] | None = None) -> Loss:
     """CE of the replies + MSE of the velocity + distillation (direct bridge only).
 
     `own` maps trace numbers to the model's own denoised latents; with probability `weights.own` a restoring row
-    reads it instead of the clean latent.
+    reads it instead of the clean latent. With probability `weights.other_path` a direct trace of a degraded image
+    shows the restoring path instead, its first reply unscored: the model learns to answer after any restoration,
+    while the decision to restore is learned from the rule's own traces only.
     """
     teach = weights.distill > 0 and weights.feedback == LATENT
     layers = model.config.llm.layers
@@ -149,10 +153,15 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
         targets = []
-        draws = torch.rand(len(index), 2).tolist()
-        for n, (drop, use_own) in zip(index, draws, strict=True):
-            row = [*data.open_row(n, contents, drop < weights.drop_vit), Text(data.reply_1[n], scored=True)]
-            if data.reply_2[n] is not None:
+        draws = torch.rand(len(index), 3).tolist()
+        restored = 0
+        for n, (drop, use_own, other) in zip(index, draws, strict=True):
+            degraded, direct = data.rows[n].severity != CLEAN, data.reply_2[n] is None
+            shown_only = direct and degraded and other < weights.other_path
+            first = Text(data.trigger) if shown_only else Text(data.reply_1[n], scored=True)
+            row = [*data.open_row(n, contents, drop < weights.drop_vit), first]
+            if shown_only or not direct:
+                restored += 1
                 i = data.image[n]
                 grid, clean = data.clean.latent_grid(i), data.clean.latents[i]
                 if weights.mse > 0:
@@ -163,7 +172,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
                     row.append(Image(LATENT, grid, noise=True))
                 fed = own[n] if own and n in own and use_own < weights.own else clean
                 row += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
-                row.append(Text(data.reply_2[n], scored=True))
+                row.append(Text(data.restored[n], scored=True))
             rows.append(row)
         built, _ = layout(rows, model.config.special)
         hidden = model(built, contents, collect=collect)
@@ -174,7 +183,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         if targets:
             mse = F.mse_loss(model.velocities(hidden, built), torch.cat(targets))
             total, figures["mse"] = total + weights.mse * mse, mse.item()
-        if teach and any(data.reply_2[n] is not None for n in index):
+        if teach and restored:
             distilled = distillation(hidden, built, collect, weights.stride)
             total, figures["distill"] = total + weights.distill * distilled, distilled.item()
         return total, figures
