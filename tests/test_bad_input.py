@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
+import psutil
 import pytest
 import yaml
 
@@ -147,13 +148,19 @@ def test_wrong_parameters_are_named_and_nothing_is_written(tmp_path, section, ke
     assert not list(folder.glob("data/**/*.parquet"))
 
 
+def _workers_are_up(pid: int) -> bool:
+    """Both workers of a run have imported their code; one that is still starting has words of its own for a kill."""
+    workers = [p for p in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+    return len(workers) == 2 and all(p.cpu_times().user > 0.4 for p in workers)
+
+
 def test_an_interrupted_run_leaves_nothing_half_written_and_the_same_command_completes_it(tmp_path):
-    counts = {"sft": 400}
+    counts = {"sft": 2400}
     reference = bytes_of(run_here(workspace(tmp_path / "whole", **counts), "source") / "data")
     folder = workspace(tmp_path / "interrupted", workers=2, **counts)
     with start(folder, "source") as process:
         deadline = time.monotonic() + 60
-        while not (folder / "data/samples/sft.partial").exists():
+        while not ((folder / "data/samples/sft.partial").exists() and _workers_are_up(process.pid)):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.005)
         process.send_signal(signal.SIGTERM)

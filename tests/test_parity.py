@@ -104,7 +104,7 @@ def test_prefill_then_greedy_decoding(bagel, golden):
         sequence = golden["greedy_vae_vit.sequence"].tolist()
         for step, token in enumerate(sequence):
             one, _ = layout([[Text([token], bos=False, eos=False)]], model.config.special, rope=[ends[0] + step])
-            logits = model.last_logits(model(one, Contents(), cache, write=True), one)[0]
+            logits = model.language_model.lm_head(model(one, Contents(), cache, write=True).und[-1])
             close(logits, golden["greedy_vae_vit.logits"][step], 1e-4)
             assert int(logits.argmax()) == int(golden["greedy_vae_vit.argmax"][step])
 
