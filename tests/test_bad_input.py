@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import pyarrow.parquet as pq
 import psutil
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
