@@ -49,7 +49,9 @@ def test_vae(bagel, golden):
     image = golden["inputs.vae_pixels"][None]
     with torch.no_grad():
         sampled = vae.encode(image, golden["inputs.vae_noise"])
+        decoded = vae.decode(golden["vae.latent_sample"])
     close(sampled, golden["prefill_vae_vit.vae_latent"], 2e-5)
+    close(decoded, golden["vae.decoded"], 2e-5)
 
 
 def _train_segments(golden):

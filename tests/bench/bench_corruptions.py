@@ -7,12 +7,11 @@ and their results are compared before anything is timed.
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
-import cv2
 import numpy as np
 
+from clear.degradation.build import _one_thread
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES
 from clear.errors import ClearError
@@ -23,17 +22,6 @@ from tests.bench.transcription import FORMULAS
 SIZE, REPEATS, SLOW_REPEATS = 512, 7, 3
 SLOW = 0.1  # s, from here on a cell is timed SLOW_REPEATS times
 NOISE = "gaussian_noise"  # the two draw from different streams, so their means and deviations are compared
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """OpenCV on one thread, and as it was afterwards."""
-    before = cv2.getNumThreads()
-    cv2.setNumThreads(1)
-    try:
-        yield
-    finally:
-        cv2.setNumThreads(before)
 
 
 def timed(work: Callable[[], np.ndarray]) -> float:
@@ -69,7 +57,7 @@ def cell_seconds(name: str, intensity: float, image: np.ndarray) -> tuple[float,
 def cells() -> dict[str, list[tuple[float, float]]]:
     """Seconds of (ours, transcription) per corruption, one pair per severity."""
     image = decode_image(couple("bench", 0, 0, SIZE, 4)[0].image)
-    with one_thread():
+    with _one_thread():
         return {name: [cell_seconds(name, level, image) for level in SEVERITIES.values()] for name in CORRUPTIONS}
 
 
