@@ -86,6 +86,39 @@ def params(
 
 
 @app.command(rich_help_panel=TOOLS)
+def memory(
+    profile: Annotated[str, typer.Option(help="smoke, tiny, bagel_7b_lora or bagel_7b; default: params.yaml.")] = "",
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --profile: sft.traces.batch=1.")
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Devices that share weights and batch (FSDP).")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Bytes, machine-readable.")] = False,
+) -> None:
+    """Estimate the memory each stage needs, before anything is loaded."""
+    import json
+    from dataclasses import asdict
+
+    from clear.config import compose, from_dict, load
+
+    if overrides and not profile:
+        raise ClearError("--set changes a composed profile; name it with --profile, or edit params.yaml.")
+    config = from_dict(compose([f"profile={profile}", *(overrides or [])])) if profile else load()
+    module = importlib.import_module("clear.memory")
+    vocab = module.BAGEL_VOCABULARY
+    if config.base.joint.steps:  # trained from scratch, on a closed vocabulary
+        from clear.reasoning.tokenizer import word_tokenizer
+        from clear.training.build import scene_words
+
+        vocab = word_tokenizer(scene_words()).get_vocab_size()
+    found = [module.estimate(config, stage, vocab, gpus) for stage in module.STAGES]
+    if as_json:
+        content = {"profile": config.profile, "gpus": gpus, "stages": [asdict(one) for one in found]}
+        typer.echo(json.dumps(content, indent=2))
+    else:
+        typer.echo(module.report(found, config.profile, gpus))
+
+
+@app.command(rich_help_panel=TOOLS)
 def scratch(
     profile: Annotated[str, typer.Argument(help="smoke, tiny, bagel_7b_lora or bagel_7b.")],
     overrides: Annotated[
@@ -126,6 +159,26 @@ def ask(
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
         save.write_bytes(encode_image(answer.picture))
         typer.echo(f"restored image: {save}")
+
+
+@app.command(rich_help_panel=TOOLS)
+def merge(
+    folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as data/models/grpo.")],
+    out: Annotated[Path, typer.Argument(help="The new folder, with all weights.")],
+    base: Annotated[Path | None, typer.Option(help="The weights it adapts, if they have moved.")] = None,
+    weights: Annotated[str, typer.Option(help="float32 or bfloat16 in the new folder; default: runtime.weights.")] = "",
+) -> None:
+    """Add an adapter to the weights it was trained on."""
+    from clear.config import load
+
+    if not folder.is_dir():
+        raise ClearError(f"{folder}: no folder here; name one that a training stage wrote with lora.rank > 0.")
+    kind = weights or load().runtime.weights
+    if kind not in ("float32", "bfloat16"):
+        raise ClearError(f"--weights {kind}: choose float32 or bfloat16.")
+    types = importlib.import_module("clear.training.load").TYPES
+    importlib.import_module("clear.model.lora").merge(folder, out, types[kind], base)
+    typer.echo(f"{out} written.")
 
 
 def _add_stage(name: str, summary: str) -> None:

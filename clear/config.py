@@ -33,10 +33,12 @@ def count() -> Any:
 
 @dataclass
 class Runtime:
-    """How every stage uses the machine. None of it may change a result on one machine except `precision`."""
+    """How every stage uses the machine. Only `precision` and `weights` may change a result on one machine."""
 
     threads: int = between(0, 1024)  # 0 = all cores
     precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
+    weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
+    gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()
     device: str = one_of("auto", "cpu", "cuda")
@@ -111,6 +113,8 @@ class ModelSize:
     vae_min: int = count()
     latent_patch: int = count()
     max_latent_size: int = count()
+    posterior: str = one_of("mean", "sample")  # latents of images (clear/model/vae.py)
+    resize: str = one_of("direct", "reference")  # way to the ViT's input (clear/model/images.py)
 
 
 @dataclass
@@ -148,6 +152,17 @@ class Traces:
 
 
 @dataclass
+class Lora:
+    """Low-rank adapters on the decoder's projections; `rank` 0 fine-tunes the weights themselves."""
+
+    rank: int = between(0, 1024)
+    alpha: float = between(0.001, 10**4)  # the update is scaled by alpha / rank
+    dropout: float = between(0, 0.99)  # off in GRPO, whose rollouts and scoring must agree
+    targets: list[str] = field()  # linear layers: q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj
+    experts: str = one_of("both", "und", "gen")
+
+
+@dataclass
 class Sft:
     """Supervised fine-tuning (METHOD §3). `restoration` warms up on unlabelled pairs (0 steps = as published)."""
 
@@ -159,6 +174,7 @@ class Sft:
     distill_stride: int = between(0, 1000)  # layers between distilled ones; 0 = final_mse
     drop_vit: float = between(0, 1)
     other_path: float = between(0, 1)  # share of direct traces that also learn to answer after a restoration
+    ema: float = between(0, 0.999999)  # decay of the averaged weights the stage ends with; 0 = the last weights
 
 
 @dataclass
@@ -206,6 +222,12 @@ class Sampling:
     max_restorations: int = between(0, 16)
     batch: int = count()  # rows generated together
     system_prompt: bool = field()  # a closed vocabulary has no words for it
+    text_guidance: float = between(1, 100)  # 1 = off; scales of classifier-free guidance when answering
+    image_guidance: float = between(1, 100)  # 1 = off; acts on top of text_guidance
+    guidance_from: float = between(0, 1)  # guided where guidance_from < shifted t <= guidance_to
+    guidance_to: float = between(0, 1)
+    guidance_renorm: str = one_of("global", "channel", "text_channel")
+    guidance_renorm_min: float = between(0, 1)
 
 
 @dataclass
@@ -237,6 +259,7 @@ class Config:
     model: ModelSize
     base: Base
     traces: Traces
+    lora: Lora
     sft: Sft
     bridge: Bridge
     grpo: Grpo
@@ -260,9 +283,28 @@ def check(value: Any, name: str = "") -> None:
                     raise ClearError(f"params: {full} = {number} is outside [{rule['low']}, {rule['high']}].")
     if isinstance(value, ModelSize):
         _check_shapes(value)
+    if isinstance(value, Sampling):
+        _check_guidance(value, name)
+    if isinstance(value, Lora) and value.rank and not value.targets:
+        raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
+    if isinstance(value, Runtime) and value.weights == "bfloat16" and value.precision != "bfloat16":
+        raise ClearError(f"params: {name}.weights = bfloat16 runs under autocast; set {name}.precision = bfloat16.")
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
         # A log line that averages over a checkpoint would lose its first half on resume.
         raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
+
+
+def _check_guidance(sampling: Sampling, name: str) -> None:
+    if sampling.image_guidance > 1 >= sampling.text_guidance:
+        raise ClearError(
+            f"params: {name}.image_guidance = {sampling.image_guidance} does nothing at {name}.text_guidance = "
+            f"{sampling.text_guidance}: it acts on top of it. Raise text_guidance above 1, or set image_guidance to 1."
+        )
+    if sampling.guidance_from >= sampling.guidance_to:
+        raise ClearError(
+            f"params: {name}.guidance_from = {sampling.guidance_from} must be below {name}.guidance_to = "
+            f"{sampling.guidance_to}."
+        )
 
 
 def _check_shapes(model: ModelSize) -> None:

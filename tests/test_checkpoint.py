@@ -1,17 +1,40 @@
 """Model folders: what is saved is loaded bit for bit, and a wrong or broken folder is refused by name."""
 
 import json
+import os
+import subprocess
+import sys
+import unicodedata
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from clear.errors import ClearError
-from clear.model.checkpoint import BRIDGE, MODEL, TOKENIZER, VAE, load_bagel, save_bagel
+from clear.model.bagel import Bagel
+from clear.model.checkpoint import (
+    BRIDGE,
+    INDEX,
+    MODEL,
+    PLAIN,
+    TOKENIZER,
+    VAE,
+    load_bagel,
+    load_tokenizer,
+    read_config,
+    read_header,
+    save_bagel,
+    special_tokens,
+)
 from clear.model.vae import AutoEncoder
-from clear.reasoning.tokenizer import word_tokenizer
+from clear.reasoning.tokenizer import MARKERS, decode, encode, word_tokenizer
 from tests.tiny import WORDS, tiny_model
 
+GOLDEN = Path(__file__).parent / "golden"
 KEY = "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
 
 
@@ -65,6 +88,222 @@ def test_what_is_frozen_after_loading(folder):
     assert not any(value.requires_grad for value in vae.parameters())
 
 
+def _same_files(a: Path, b: Path) -> None:
+    for name in (MODEL, VAE):
+        found, expected = load_file(b / name), load_file(a / name)
+        assert found.keys() == expected.keys()
+        assert all(found[k].dtype == v.dtype and torch.equal(found[k], v) for k, v in expected.items())
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32])
+def test_the_reference_files_survive_load_and_save(tmp_path, dtype):
+    model, vae, tokenizer = load_bagel(GOLDEN, dtype)
+    assert tokenizer is None
+    save_bagel(tmp_path, model, vae)
+    _same_files(GOLDEN, tmp_path)
+
+
+def test_a_bfloat16_folder_keeps_its_type_and_bits(folder, tmp_path):
+    model, vae, tokenizer = load_bagel(folder, torch.bfloat16)
+    save_bagel(tmp_path / "a", model, vae, tokenizer)
+    again, vae_again, _ = load_bagel(tmp_path / "a", dtype=None)
+    assert {value.dtype for value in again.parameters()} == {torch.bfloat16}
+    save_bagel(tmp_path / "b", again, vae_again, tokenizer)
+    assert all((tmp_path / "a" / n).read_bytes() == (tmp_path / "b" / n).read_bytes() for n in (MODEL, VAE, BRIDGE))
+
+
+def test_saving_over_the_files_the_weights_are_mapped_from(folder):
+    model, vae, tokenizer = load_bagel(folder)
+    expected = {key: value.clone() for key, value in model.state_dict().items()}
+    with torch.no_grad():
+        model.vae2llm.bias.add_(1.0)  # writes to the private mapping, not to the file
+    assert torch.equal(load_file(folder / MODEL)["vae2llm.bias"], expected["vae2llm.bias"])
+    save_bagel(folder, model, vae, tokenizer)
+    again, _, _ = load_bagel(folder)
+    assert torch.equal(again.vae2llm.bias, expected.pop("vae2llm.bias") + 1.0)
+    assert all(torch.equal(again.state_dict()[key], value) for key, value in expected.items())
+    assert all(torch.equal(model.state_dict()[key], value) for key, value in expected.items())
+
+
+def test_a_save_that_fails_leaves_the_old_folder(folder, monkeypatch):
+    model, vae, tokenizer = load_bagel(folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        model.vae2llm.bias.add_(1.0)
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", full)  # the tensors are written first, the texts fail
+        with pytest.raises(OSError, match="No space"):
+            save_bagel(folder, model, vae, tokenizer)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_kill_between_the_files_is_refused_until_saved_again(folder, monkeypatch):
+    model, vae, tokenizer = load_bagel(folder)
+    rename = Path.replace
+
+    def killed(self, target):
+        if Path(target).name == VAE:
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            save_bagel(folder, model, vae, tokenizer)
+    with pytest.raises(ClearError, match="half-written"):
+        load_bagel(folder)
+    save_bagel(folder, model, vae, tokenizer)
+    _equal(load_bagel(folder)[0], model)
+    assert not [path.name for path in folder.iterdir() if "partial" in path.name]
+
+
+def test_the_bridge_and_tokenizer_of_an_earlier_model_do_not_stay(folder):
+    model, tokenizer = tiny_model("direct")
+    save_bagel(folder, model, AutoEncoder(model.config.vae))
+    assert not (folder / BRIDGE).exists() and load_bagel(folder)[2] is None
+
+
+PEAKS = """
+import os, sys
+import torch
+from clear.model.bagel import Bagel
+from clear.model.checkpoint import load_bagel, read_config
+
+with torch.device("meta"):
+    Bagel(read_config(sys.argv[1]))  # torch imports the machinery of the meta device on its first use
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+for kind in ("none", "stored", "float32"):
+    if os.fork() == 0:
+        if kind != "none":
+            model, vae, _ = load_bagel(sys.argv[1], None if kind == "stored" else torch.float32)
+            loaded = peak()
+            for value in [*model.parameters(), *vae.parameters()]:
+                value.view(torch.int16).max()  # touch every page
+            print(kind, loaded, peak(), flush=True)
+        else:
+            print(kind, 0, peak(), flush=True)
+        os._exit(0)
+    os.wait()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_loading_holds_the_weights_once(tmp_path):
+    shapes = tiny_model("direct")[0].config
+    shapes = replace(shapes, llm=replace(shapes.llm, vocab=8192, hidden=1024, layers=6, heads=8, kv_heads=2, mlp=4096))
+    with torch.device("meta"):
+        model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
+    for module in (model, vae):
+        state = {key: torch.rand(value.shape, dtype=torch.bfloat16) for key, value in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+    save_bagel(tmp_path, model, vae)
+    size = sum((tmp_path / name).stat().st_size for name in (MODEL, VAE))
+    assert size >= 400e6
+    del model, state
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=GOLDEN.parent.parent,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    found = {kind: (int(a), int(b)) for kind, a, b in (line.split() for line in done.stdout.splitlines())}
+    base = found["none"][1]
+    assert found["stored"][0] - base < 0.1 * size  # nothing is read before it is used
+    assert 0.9 * size < found["stored"][1] - base <= 1.1 * size
+    assert 1.9 * size < found["float32"][1] - base <= 2.2 * size  # the converted weights once, not the stored ones too
+
+
+def test_the_stored_type_is_mapped_from_the_file(folder):
+    model, _, _ = load_bagel(folder, dtype=None)
+    maps = [line.split() for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(MODEL)]
+    ranges = [tuple(int(x, 16) for x in line[0].split("-")) for line in maps if str(folder) in line[-1]]
+    outside = [
+        name
+        for name, value in model.named_parameters()
+        if "bridge." not in name and not any(a <= value.data_ptr() < b for a, b in ranges)
+    ]
+    assert ranges and not outside
+
+
+def _shard(folder: Path, count: int = 3) -> dict[str, str]:
+    """Split the model file into shards with an index; returns the index's weight map."""
+    state = load_file(folder / MODEL)
+    (folder / MODEL).unlink()
+    names = sorted(state)
+    places = {key: f"model-{i * count // len(names) + 1:05d}-of-{count:05d}.safetensors" for i, key in enumerate(names)}
+    for name in set(places.values()):
+        save_file({key: state[key].clone() for key, place in places.items() if place == name}, folder / name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    return places
+
+
+def test_shards_hold_the_same_model(folder):
+    expected, _, _ = load_bagel(folder)
+    _shard(folder)
+    _equal(load_bagel(folder)[0], expected)
+
+
+def test_an_index_without_its_shards_does_not_hide_the_whole_file(folder):
+    (folder / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00002.safetensors"}}))
+    load_bagel(folder)
+
+
+def test_ema_wins_over_model(folder):
+    expected, _, _ = load_bagel(folder)
+    (folder / PLAIN).write_bytes((folder / MODEL).read_bytes())
+    _edit(folder / PLAIN, lambda state: state["vae2llm.bias"].add_(1.0))
+    _equal(load_bagel(folder)[0], expected)
+    (folder / MODEL).unlink()
+    found = load_bagel(folder)[0]
+    assert torch.equal(found.vae2llm.bias, expected.vae2llm.bias + 1.0)
+
+
+def test_a_missing_shard_is_named(folder):
+    name = _shard(folder)[KEY]
+    (folder / name).unlink()
+    with pytest.raises(ClearError, match=rf"{name} is missing"):
+        load_bagel(folder)
+
+
+def test_shards_without_their_index_are_refused(folder):
+    _shard(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(ClearError, match=r"model\.safetensors\.index\.json is missing"):
+        load_bagel(folder)
+
+
+@pytest.mark.parametrize("content", [{}, {"weight_map": {"a": "../elsewhere.safetensors"}}, {"weight_map": {"a": 1}}])
+def test_an_index_that_maps_nothing_is_refused(folder, content):
+    _shard(folder)
+    (folder / INDEX).write_text(json.dumps(content))
+    with pytest.raises(ClearError, match="weight_map"):
+        load_bagel(folder)
+
+
+def test_an_index_of_another_model_is_refused(folder):
+    places = _shard(folder)
+    places["surplus.weight"] = places.pop(KEY)
+    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+    with pytest.raises(ClearError, match=r"q_proj_moe_gen.*missing.*surplus\.weight is not part"):
+        load_bagel(folder)
+
+
+def test_a_shard_that_lacks_what_the_index_promises_is_named(folder):
+    name = _shard(folder)[KEY]
+    _edit(folder / name, lambda state: state.pop(KEY))
+    with pytest.raises(ClearError, match=rf"{name}.*q_proj_moe_gen.*missing"):
+        load_bagel(folder)
+
+
 def test_weights_can_be_loaded_in_another_type(folder):
     model, vae, _ = load_bagel(folder, dtype=torch.bfloat16)
     assert {value.dtype for value in [*model.parameters(), *vae.parameters()]} == {torch.bfloat16}
@@ -101,6 +340,77 @@ def test_a_wrong_shape_is_named_with_both_shapes(folder, file, key):
         load_bagel(folder)
     said = str(refused.value)
     assert file in said and key in said and str(shape) in said and str((shape[0] - 1, *shape[1:])) in said
+
+
+def test_all_problems_of_a_file_are_in_one_message(folder):
+    def spoil(state):
+        for key in [key for key in state if "mlp_moe_gen" in key]:
+            del state[key]
+        state["surplus.weight"] = torch.zeros(2)
+        state["vae2llm.bias"] = torch.zeros(5)
+
+    _edit(folder / MODEL, spoil)
+    with pytest.raises(ClearError) as refused:
+        load_bagel(folder)
+    said = str(refused.value)
+    assert "8 problems" in said and "and 3 more" in said and said.count("mlp_moe_gen") == 5
+
+
+@pytest.mark.parametrize("stated", [2, 8])
+def test_a_wrong_max_latent_size_is_refused_with_the_right_one(folder, stated):
+    content = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(content | {"max_latent_size": stated}))
+    with pytest.raises(ClearError) as refused:
+        load_bagel(folder)
+    said = str(refused.value)
+    assert "latent_pos_embed.pos_embed has shape (16, 32)" in said and f"({stated**2}, 32)" in said
+    assert "set max_latent_size to 4 in config.json" in said
+
+
+def test_a_convolution_patch_embedding_is_refused_with_the_remedy(folder):
+    key = "vit_model.vision_model.embeddings.patch_embedding.weight"
+    _edit(folder / MODEL, lambda state: state.update({key: state[key].reshape(-1, 3, 4, 4)}))
+    with pytest.raises(ClearError, match=r"permute\(0, 2, 3, 1\)"):
+        load_bagel(folder)
+
+
+def test_quantised_weights_are_refused(folder):
+    _edit(folder / MODEL, lambda state: state.update({KEY: state[KEY].to(torch.int8)}))
+    with pytest.raises(ClearError, match=r"q_proj_moe_gen.*I8.*bfloat16"):
+        load_bagel(folder)
+
+
+@pytest.mark.parametrize("file", [MODEL, VAE, TOKENIZER, "config.json"])
+def test_a_git_lfs_pointer_is_refused(folder, file):
+    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 29200000000\n")
+    with pytest.raises(ClearError, match=rf"{file} is .*a git-lfs pointer.*git lfs pull"):
+        load_bagel(folder)
+
+
+def test_a_pickle_in_place_of_the_weights_is_refused(folder):
+    state = load_file(folder / MODEL)
+    (folder / MODEL).unlink()
+    torch.save(state, folder / "ema.pt")
+    with pytest.raises(ClearError, match=r"ema\.safetensors is missing; ema\.pt is a pickle.*convert"):
+        load_bagel(folder)
+    (folder / "ema.pt").rename(folder / MODEL)
+    with pytest.raises(ClearError, match=r"ema\.safetensors is not safetensors but a pickle"):
+        load_bagel(folder)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors.incomplete", ".cache/huggingface/download/abc.incomplete"])
+def test_an_unfinished_download_is_refused(folder, name):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / MODEL).rename(folder / name)
+    with pytest.raises(ClearError, match=r"ema\.safetensors is missing: the folder is half-written"):
+        load_bagel(folder)
+
+
+def test_the_header_tells_shapes_and_types_without_the_data():
+    entries = read_header(GOLDEN / MODEL)
+    assert {key: (entry.shape, entry.kind) for key, entry in entries.items()} == {
+        key: (tuple(value.shape), "F32") for key, value in load_file(GOLDEN / MODEL).items()
+    }
 
 
 @pytest.mark.parametrize("file", [MODEL, VAE, BRIDGE])
@@ -153,4 +463,153 @@ def test_a_config_of_another_size_is_refused_by_key_and_shape(folder):
     content = json.loads((folder / "llm_config.json").read_text())
     (folder / "llm_config.json").write_text(json.dumps(content | {"intermediate_size": 96}))
     with pytest.raises(ClearError, match=r"mlp.*\(64, 32\)|mlp.*\(32, 64\)"):
+        load_bagel(folder)
+
+
+END = "<|endoftext|>"
+CORPUS = [
+    "the circle is red",
+    "which colour is the circle ?",
+    "größer als 128 Bäume",
+    "don't blur it 😀\n\n  twice",
+] * 9
+
+
+def _byte_pairs(folder: Path) -> int:
+    """Write a small byte-pair vocabulary as vocab.json and merges.txt; returns its size."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.model.save(str(folder))
+    return tokenizer.get_vocab_size()
+
+
+def _state_tokens(folder: Path, first: int, tokens: list[str]) -> None:
+    """Write tokenizer_config.json with these added tokens from id `first` on."""
+    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
+    stated = {str(first + i): {"content": token, **flags} for i, token in enumerate(tokens)}
+    content = {"added_tokens_decoder": stated, "tokenizer_class": "Qwen2Tokenizer", "eos_token": MARKERS[1]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """A folder with Qwen2's files over a small vocabulary, our tokenizer of it and transformers' own."""
+    from transformers import Qwen2Tokenizer
+
+    folder = tmp_path_factory.mktemp("qwen")
+    first = _byte_pairs(folder)
+    _state_tokens(folder, first, [END, *MARKERS[:2], "<|box_start|>", *MARKERS[2:]])
+    return folder, load_tokenizer(folder), Qwen2Tokenizer.from_pretrained(folder)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(max_size=40) | st.lists(st.sampled_from([*CORPUS, *MARKERS, "'LL", " \n", "²"])).map("".join))
+def test_ids_are_those_of_transformers_own_tokenizer(qwen, text):
+    _, ours, theirs = qwen
+    assert encode(ours, text) == theirs.encode(text, add_special_tokens=False)
+
+
+@settings(max_examples=100, deadline=None)
+@given(text=st.text(max_size=40))
+def test_encoding_and_decoding_return_the_text(qwen, text):
+    assert decode(qwen[1], encode(qwen[1], text)) == unicodedata.normalize("NFC", text)
+
+
+def test_merges_are_used_and_markers_are_found_by_name(qwen):
+    _, ours, theirs = qwen
+    assert len(encode(ours, "the circle")) < len("the circle") / 2
+    assert [ours.token_to_id(marker) for marker in MARKERS] == theirs.convert_tokens_to_ids(list(MARKERS))
+    special = special_tokens(ours)
+    text = f"{MARKERS[0]}red{MARKERS[1]}"
+    assert encode(ours, text)[0] == special.bos and encode(ours, text)[-1] == special.eos
+    assert decode(ours, encode(ours, text)) == "red"
+
+
+def test_what_no_file_states_is_appended_in_the_published_order(tmp_path):
+    from transformers import Qwen2Tokenizer
+
+    first = _byte_pairs(tmp_path)
+    theirs = Qwen2Tokenizer.from_pretrained(tmp_path)
+    theirs.add_tokens(list(MARKERS))
+    ours = load_tokenizer(tmp_path)
+    assert [ours.token_to_id(token) for token in (END, *MARKERS)] == list(range(first, first + 5))
+    assert ours.get_vocab() == theirs.get_vocab()
+    _state_tokens(tmp_path, first, [END, MARKERS[2]])
+    ours = load_tokenizer(tmp_path)
+    order = (END, MARKERS[2], MARKERS[0], MARKERS[1], MARKERS[3])
+    assert [ours.token_to_id(token) for token in order] == list(range(first, first + 5))
+
+
+def test_tokenizer_json_gives_the_same_ids(qwen, tmp_path):
+    folder, ours, _ = qwen
+    (tmp_path / TOKENIZER).write_text(ours.to_str(), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_bytes((folder / "tokenizer_config.json").read_bytes())
+    again = load_tokenizer(tmp_path)
+    assert again.get_vocab() == ours.get_vocab()
+    assert all(encode(again, text) == encode(ours, text) for text in [*CORPUS, "".join(MARKERS)])
+    assert again.to_str() == ours.to_str()
+
+
+def test_a_stated_id_that_the_vocabulary_does_not_give_is_refused(tmp_path):
+    first = _byte_pairs(tmp_path)
+    _state_tokens(tmp_path, first + 1, [END, *MARKERS])
+    with pytest.raises(ClearError, match=rf"tokenizer_config\.json.*endoftext.*{first + 1}.*{first}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("merges.txt", None, r"merges\.txt is missing, but vocab\.json is here"),
+        ("vocab.json", None, r"vocab\.json is missing, but merges\.txt is here"),
+        ("vocab.json", '{"a": ', "no byte-pair tokenizer"),
+        ("merges.txt", "#version: 0.2\nnot known\n", "no byte-pair tokenizer"),
+        ("tokenizer_config.json", "{", r"tokenizer_config\.json.*cannot be read"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', r"tokenizer_config\.json.*cannot be read"),
+        (TOKENIZER, "{}", r"tokenizer\.json is not a tokenizer"),
+    ],
+)
+def test_broken_tokenizer_files_are_named(tmp_path, file, content, said):
+    _byte_pairs(tmp_path)
+    (tmp_path / file).unlink() if content is None else (tmp_path / file).write_text(content)
+    with pytest.raises(ClearError, match=said):
+        load_tokenizer(tmp_path)
+
+
+def _with_byte_pairs(folder: Path, spare: int) -> None:
+    """A model folder whose embedding has `spare` rows beyond a byte-pair vocabulary with <|endoftext|>."""
+    first = _byte_pairs(folder)
+    model, _ = tiny_model("direct")
+    config = replace(model.config, llm=replace(model.config.llm, vocab=first + 1 + spare))
+    save_bagel(folder, Bagel(config), AutoEncoder(config.vae))
+    content = json.loads((folder / "config.json").read_text())
+    del content["special_tokens"]  # the published folder states none
+    (folder / "config.json").write_text(json.dumps(content))
+
+
+def test_a_folder_with_byte_pair_files_loads_and_looks_its_markers_up(tmp_path):
+    _with_byte_pairs(tmp_path, spare=7)
+    model, _, tokenizer = load_bagel(tmp_path)
+    assert model.config.special == special_tokens(tokenizer) == read_config(tmp_path).special
+    assert model.config.special.image_end == tokenizer.token_to_id("<|vision_end|>") == model.config.llm.vocab - 4
+
+
+def test_markers_beyond_the_embedding_are_refused(tmp_path):
+    _with_byte_pairs(tmp_path, spare=3)
+    with pytest.raises(ClearError, match=r"<\|vision_end\|> the id (\d+).*has \1 rows"):
+        load_bagel(tmp_path)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder):
+    raw = json.loads(word_tokenizer(WORDS).to_str())
+    vocabulary = raw["model"]["vocab"]
+    vocabulary[MARKERS[0]], vocabulary[MARKERS[1]] = vocabulary[MARKERS[1]], vocabulary[MARKERS[0]]
+    (folder / TOKENIZER).write_text(json.dumps(raw))
+    with pytest.raises(ClearError, match="belongs to another model"):
         load_bagel(folder)

@@ -7,7 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
+from clear.degradation.filters import add_noise, gaussian_blur, sparse_filter
+from clear.degradation.mean_shift import mean_shift_filter
 from clear.errors import ClearError
+from tests.bench.transcription import FORMULAS
 
 LEVELS = (0.23, 0.45, 0.9)
 RANDOM = ("motion_blur", "gaussian_noise", "block_exchange", "dirty_lens", "graffiti", "watermark_damage", "lens_flare")
@@ -155,10 +158,155 @@ def test_deterministic_types_follow_the_published_formula(name, intensity):
     assert difference.max() <= 1
 
 
-def test_noise_has_the_published_deviation():
-    grey = np.full((200, 200, 3), 128, np.uint8)
-    noise = apply("gaussian_noise", grey, 0.45).astype(float) - 128
-    assert abs(noise.std() - 75 * 0.45) < 1 and abs(noise.mean()) < 0.5
+OTHER_DRAWS = ("gaussian_noise", "block_exchange")  # the same distributions, drawn in another way
+
+
+def hard_picture(kind: str, height: int, width: int, seed: int) -> np.ndarray:
+    """Contents on which an approximate filter would show: noise, stripes near the finest, edges, one flat colour."""
+    rng = np.random.default_rng(seed)
+    if kind == "noise":
+        return rng.integers(0, 256, (height, width, 3), np.uint8)
+    if kind == "black and white":
+        return (rng.integers(0, 2, (height, width, 3)) * 255).astype(np.uint8)
+    if kind == "stripes":
+        row = (np.sin(np.pi * np.arange(width) * rng.uniform(0.3, 1)) > 0) * 255
+        return np.broadcast_to(row[None, :, None], (height, width, 3)).astype(np.uint8)
+    if kind == "flat":
+        return np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
+    return picture(height, width, seed)
+
+
+KINDS = st.sampled_from(["noise", "black and white", "stripes", "flat", "smooth"])
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    name=st.sampled_from([name for name in CORRUPTIONS if name not in OTHER_DRAWS]),
+    kind=KINDS,
+    height=st.integers(1, 150),
+    width=st.integers(1, 150),
+    intensity=st.sampled_from(LEVELS) | st.floats(0.01, 0.9),
+    seed=st.integers(0, 999),
+)
+def test_every_formula_is_followed_on_any_picture(name, kind, height, width, intensity, seed):
+    if name == "mean_shift":
+        height, width = min(height, 40), min(width, 40)
+    if name == "watermark_damage":  # the plain formula knows no rectangle larger than the image
+        height, width = height + 80, width + 200
+    image = hard_picture(kind, height, width, seed)
+    bgr = np.ascontiguousarray(image[:, :, ::-1])
+    expected = FORMULAS[name](bgr, intensity, np.random.default_rng(seed))[:, :, ::-1]
+    found = apply(name, image, intensity, seed=seed)
+    assert np.abs(found.astype(int) - expected).max() <= 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(kind=KINDS, shape=st.tuples(st.integers(1, 200), st.integers(1, 200)), seed=st.integers(0, 999), data=st.data())
+def test_a_reduced_blur_is_within_one_grey_level(kind, shape, seed, data):
+    image = hard_picture(kind, *shape, seed)
+    sigma = data.draw(st.floats(0.5, 40))
+    size = 2 * data.draw(st.integers(1, int(4 * sigma) + 1)) + 1
+    kernel = cv2.getGaussianKernel(size, sigma)
+    expected = cv2.sepFilter2D(image.astype(float), -1, kernel, kernel)
+    assert np.abs(gaussian_blur(image, size, sigma) - expected).max() <= 1.5  # a level, and the rounding
+    assert np.abs(gaussian_blur(image[:, :, 0], size, sigma, gain=0.5) - expected[:, :, 0] / 2).max() <= 1.25
+
+
+def test_a_kernel_in_tiles_is_the_same_kernel():
+    rng = np.random.default_rng(0)
+    for size in (1, 3, 10, 11, 12, 19, 20, 21, 27, 40):
+        kernel = (rng.random((size, size)) * (rng.random((size, size)) < 0.1) + np.eye(size)).astype(np.float32)
+        kernel /= kernel.sum()
+        for shape in ((1, 1), (7, 300), (90, 33)):
+            image = rng.integers(0, 256, (*shape, 3), np.uint8)
+            expected = cv2.filter2D(image.astype(float), -1, kernel.astype(float))
+            assert np.abs(sparse_filter(image, kernel) - expected).max() <= 0.51
+
+
+@pytest.mark.parametrize("deviation", [0.2, 3.0, 33.75, 75.0])
+def test_noise_has_the_published_distribution(deviation):
+    from math import erfc
+
+    grey = np.full((400, 400, 3), 128, np.uint8)
+    noise = add_noise(grey, deviation, np.random.default_rng(5)).astype(int).reshape(-1) - 128
+    edges = np.arange(-128.5, 128)
+    below = np.array([0.5 * erfc(-e / (deviation * 2**0.5)) for e in edges])
+    share = np.diff([0, *below[1:-1], 1])  # the two ends take what saturates
+    expected, found = noise.size * share, np.bincount(noise + 128, minlength=256)
+    # Results expected fewer than 30 times are counted together, for a statistic that follows chi-square.
+    often = expected >= 30
+    pooled = np.append(expected[often], expected[~often].sum()), np.append(found[often], found[~often].sum())
+    statistic = ((pooled[1] - pooled[0]) ** 2 / np.maximum(pooled[0], 1)).sum()
+    freedom = often.sum()
+    assert statistic < freedom + 4 * (2 * freedom) ** 0.5 + 8
+    assert abs(found - expected)[~often].max(initial=0) < 30 + 5 * 30**0.5
+
+
+def test_neighbouring_noise_is_independent():
+    grey = np.full((300, 300, 3), 128, np.uint8)
+    noise = apply("gaussian_noise", grey, 0.3).astype(float) - 128
+    for one, two in ((noise[1:], noise[:-1]), (noise[:, 1:], noise[:, :-1]), (noise[..., 1:], noise[..., :-1])):
+        assert abs((one * two).mean() / noise.var()) < 5 / one.size**0.5
+
+
+@pytest.mark.parametrize("intensity", LEVELS)
+@pytest.mark.parametrize("name", OTHER_DRAWS)
+def test_other_draws_damage_as_much_as_the_plain_formula(name, intensity):
+    image, ours, plain = picture(128, 128), [], []
+    for seed in range(40):
+        ours.append(cv2.PSNR(image, apply(name, image, intensity, seed=seed)))
+        plain.append(cv2.PSNR(image, FORMULAS[name](image, intensity, np.random.default_rng(1000 + seed))))
+    error = ((np.var(ours, ddof=1) + np.var(plain, ddof=1)) / 40) ** 0.5
+    assert error < 0.6, "dB, the standard error of the difference of the two means"
+    assert abs(np.mean(ours) - np.mean(plain)) < 4 * error + 1e-3
+
+
+def test_all_pairs_of_blocks_are_exchanged_equally_often():
+    image = np.repeat(np.arange(4, dtype=np.uint8) * 60, 5)[None, :, None].repeat(5, 0).repeat(3, 2)  # four blocks
+    counts = {}
+    for seed in range(600):
+        out = corrupt("block_exchange", image, 0.03, np.random.default_rng(seed))  # one swap of 5 px blocks
+        places = tuple(np.flatnonzero(out[0, ::5, 0] != image[0, ::5, 0]).tolist())
+        counts[places] = counts.get(places, 0) + 1
+    assert len(counts) == 6 and all(len(places) == 2 for places in counts)
+    assert max(abs(n - 100) for n in counts.values()) < 4.5 * (100 * 5 / 6) ** 0.5
+
+
+UNTOUCHED_AT_ZERO = (
+    *("lens_blur", "gaussian_noise", "color_diffusion", "dark", "hsv_saturation"),
+    *("turbulence", "dirty_lens", "graffiti", "watermark_damage", "lens_flare"),
+)
+
+
+@pytest.mark.parametrize("name", UNTOUCHED_AT_ZERO)
+def test_intensity_zero_is_the_identity_where_the_formula_says_so(name):
+    image = hard_picture("noise", 90, 210, 4)
+    difference = np.abs(apply(name, image, 0.0).astype(int) - image)
+    # Through HSV, in whole degrees of hue, a colour cannot come back exactly.
+    assert difference.max() <= (6 if name == "hsv_saturation" else 0)
+
+
+@settings(max_examples=60, deadline=None)
+@given(name=st.sampled_from(["dark", "gaussian_noise", "hsv_saturation"]), seed=st.integers(0, 99), data=st.data())
+def test_more_intensity_is_more_damage_where_the_formula_says_so(name, seed, data):
+    image = hard_picture("smooth", 64, 64, seed)
+    less = data.draw(st.floats(0.1, 0.8))
+    more = data.draw(st.floats(less + 0.1, 0.9))
+    error = [((apply(name, image, i, seed=seed) - image.astype(float)) ** 2).mean() for i in (less, more)]
+    assert error[0] < error[1]
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(list(CORRUPTIONS)), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
+def test_the_smallest_images_work_or_are_refused_by_name(name, height, width, data):
+    intensity, seed = data.draw(st.floats(0, 1)), data.draw(st.integers(0, 99))
+    image = hard_picture("noise", height, width, seed)
+    if name == "watermark_damage" or (name == "block_exchange" and width * height < 50):
+        with pytest.raises(ClearError, match=rf"{name} needs .* px; the image has {width}x{height} px"):
+            apply(name, image, intensity, seed=seed)
+    elif name != "block_exchange":
+        out = apply(name, image, intensity, seed=seed)
+        assert out.shape == image.shape and out.dtype == np.uint8
 
 
 def test_colours_are_rgb():
@@ -210,3 +358,15 @@ def test_unknown_names_and_wrong_input_are_refused():
     for intensity, scale in ((1.5, 1), (float("nan"), 1), (0.5, 0)):
         with pytest.raises(ClearError, match="must lie in"):
             apply("dark", picture(), intensity, scale)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 40), (129, 96), (200, 131)])
+@pytest.mark.parametrize(("spatial", "color"), [(1, 3), (7, 18), (36, 36), (70, 20)])
+def test_the_mean_shift_kernel_has_the_pixels_of_opencv(height, width, spatial, color):
+    rng = np.random.default_rng(height + spatial)
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
+    for image in (noise, smooth, cv2.convertScaleAbs(smooth, alpha=3, beta=-250)):
+        assert np.array_equal(
+            mean_shift_filter(image, spatial, color), cv2.pyrMeanShiftFiltering(image, spatial, color)
+        )

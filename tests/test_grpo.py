@@ -1,14 +1,21 @@
 """Contract 2 and the objective: ratio 1 on a fresh policy, KL 0 at step 0, both gradients real."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from clear.model import flow
+from clear.config import Lora, compose, from_dict
+from clear.errors import ClearError
+from clear.model import flow, lora
 from clear.reasoning.engine import Options, generate
+from clear.records import Question
 from clear.training import scoring
+from clear.training.load import trainable
 from clear.training.rewards import advantages, format_reward
+from clear.training.trainer import StageRun
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=8, batch=64)
@@ -83,3 +90,83 @@ def test_advantages_are_centred_and_equal_rewards_give_none():
 )
 def test_format_reward(text, expected):
     assert format_reward([text]) == pytest.approx(expected)
+
+
+class Interrupted(Exception):
+    """Stands for the kill of the process."""
+
+
+def _train(folder: Path, rank: int, stop_at: int | None = None):
+    """A short run of the real trainer; returns its curve, the trained state and the StageRun."""
+    from clear.training.grpo import train
+
+    overrides = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
+    more = ["grpo.steps=4", "grpo.prompts=2", "grpo.lr=0.01", "grpo.warmup=0", "grpo.scale_advantages=group"]
+    config = from_dict(compose([*overrides, *more, "grpo.holdout_every=1", "grpo.reward_format=1.0"]))
+    model, tokenizer = tiny_model("mlp")
+    if rank:
+        lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both"))
+        with torch.no_grad():
+            for name, value in model.named_parameters():
+                if "lora_" in name:
+                    value.normal_(std=0.2)
+    trainable(model)
+    prompts = tiny_prompts(tokenizer, 6)
+    questions = [Question(str(i), "test", "a b", "abcdef"[i]) for i in range(6)]
+    folder.mkdir(exist_ok=True)
+    (folder / "input.txt").write_text("data")
+    run = StageRun("grpo", config, [folder / "input.txt"], folder / "runs")
+    asked = 0
+
+    def holdout(_) -> float:
+        nonlocal asked
+        asked += 1
+        if stop_at is not None and asked == stop_at:
+            raise Interrupted
+        return 0.5
+
+    torch.manual_seed(3)
+    train(
+        run,
+        model,
+        tokenizer,
+        prompts,
+        questions,
+        replace(OPTIONS, flow_steps=3, restore="always"),
+        holdout,
+        micro_batch=4,
+    )
+    state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return run.curve, state, run
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, monkeypatch):
+    import clear.training.grpo as module
+
+    def uneven(texts, restored, question, config):
+        value = float(len(texts[-1]) % 3)
+        return {"reward": value, "reward_accuracy": value}
+
+    monkeypatch.setattr(module, "rewards", uneven)  # a random model never answers; any reward with variance will do
+    curve, expected, _ = _train(tmp_path / "whole", rank)
+    assert len(curve) == 4 and curve[0]["kl"] == 0.0 and curve[0]["ratio_error"] <= 1e-3
+    assert max(row["kl"] for row in curve[1:]) > 0
+    assert bool(rank) == any("lora_" in name for name in expected)
+    with pytest.raises(Interrupted):
+        _train(tmp_path / "killed", rank, stop_at=4)
+    checkpoint = next((tmp_path / "killed").rglob("model.safetensors"))
+    with safe_open(checkpoint, "pt") as file:
+        assert {name.removeprefix("bagel.") for name in file.keys()} == set(expected), "only what is trained"  # noqa: SIM118
+    again, found, _ = _train(tmp_path / "killed", rank)
+    assert again == curve
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_sharded_weights_and_uneven_prompts_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ClearError, match=r"grpo.prompts = 2 must divide by the 3"):
+        _train(tmp_path, 0)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ClearError, match="without FSDP"):
+        _train(tmp_path, 0)

@@ -1,5 +1,7 @@
 """From encoded images to model inputs: sizes, normalisation, patches, and images that are not whole."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,17 @@ from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
-from clear.model.images import MAX_PIXELS, ImageBank, resize, target_size, to_uint8
+from clear.model.images import (
+    MAX_PIXELS,
+    ImageBank,
+    posterior_generator,
+    resize,
+    target_size,
+    to_uint8,
+    vae_array,
+    vit_array,
+    vit_patches,
+)
 from clear.model.vae import AutoEncoder, VaeConfig, patchify, unpatchify
 from clear.records import encode_image
 
@@ -39,8 +51,8 @@ def test_target_size_is_whole_strides_within_the_caps(height, width, stride, lon
 @given(height=SIDE, width=SIDE)
 def test_the_pixel_cap_holds_up_to_the_rounding(height, width):
     h, w = target_size(height, width, 4096, 224, 14)
-    # Each side is rounded to the nearest stride, or raised to one stride where the image is a thin line.
-    assert (h - 7) * (w - 7) <= MAX_PIXELS or 14 in (h, w)
+    # Each side is rounded to whole px and to the nearest stride, or raised to one stride where the image is a line.
+    assert (h - 7.5) * (w - 7.5) <= MAX_PIXELS or 14 in (h, w)
 
 
 @given(height=SIDE, width=SIDE)
@@ -141,3 +153,69 @@ def test_a_bank_of_different_grids(size):
         alone = patchify(vae.encode(bank.pixels(i)[None]), size.latent_patch)[0].detach()
         torch.testing.assert_close(bank.latents[i], alone, atol=1e-5, rtol=0)
     assert not torch.equal(bank.latents[0], bank.latents[3]), "images of one size keep their order"
+
+
+def _vae(size):
+    torch.manual_seed(0)
+    return AutoEncoder(VaeConfig(8, tuple(size.vae_mult), 1, 4, 4)).eval()
+
+
+def test_a_sampled_posterior_depends_on_the_image_alone(size):
+    arrays = [_image(64, 64, seed) for seed in range(3)]
+    encoded, vae = [encode_image(a) for a in arrays], _vae(size)
+    sampled = ImageBank(encoded, replace(size, posterior="sample")).encode(vae)
+    again = ImageBank(encoded[::-1], replace(size, posterior="sample")).encode(vae, batch=1)
+    mean = ImageBank(encoded, size).encode(vae)
+    noises = []
+    for i in range(3):
+        torch.testing.assert_close(sampled.latents[i], again.latents[2 - i], atol=1e-5, rtol=0)
+        noise = torch.randn(
+            1, 4, 6, 6, generator=posterior_generator(torch.from_numpy(sampled.uint8(i)).permute(2, 0, 1))
+        )
+        with torch.no_grad():
+            expected = patchify(vae.encode(sampled.pixels(i)[None], noise), size.latent_patch)[0]
+        torch.testing.assert_close(sampled.latents[i], expected, atol=1e-5, rtol=0)
+        assert (sampled.latents[i] - mean.latents[i]).abs().max() > 1e-2
+        noises.append(noise)
+    assert not torch.equal(noises[0], noises[1])
+
+
+def test_the_reference_way_to_the_vision_tower_resizes_twice(size):
+    array = _image(90, 60)
+    direct = ImageBank([encode_image(array)], replace(size, vit_size=32))
+    twice = ImageBank([encode_image(array)], replace(size, vit_size=32, resize="reference"))
+    assert torch.equal(direct.pixels(0), twice.pixels(0))
+    once = vit_array(array, direct.size)
+    assert (resize(array, once.shape[:2]) == once).all()
+    assert (vit_array(array, twice.size) == resize(vae_array(array, size), (32, 24))).all()
+    assert twice.vit_grid(0) == (4, 3)
+    assert not torch.equal(direct.patches(0)[:1], twice.patches(0)[:1])
+    patches, grid = vit_patches(array, twice.size)
+    assert grid == twice.vit_grid(0) and torch.equal(patches, twice.patches(0))
+
+
+@pytest.mark.parametrize("way", ["direct", "reference"])
+def test_paired_patches_stand_on_the_latent_grid(size, way, monkeypatch):
+    arrays = [_image(64, 32), _image(48, 48, 1)]
+    bank = ImageBank([encode_image(a) for a in arrays], replace(size, vit_size=24, resize=way))
+    for i, array in enumerate(arrays):
+        grid = bank.latent_grid(i)
+        assert grid != bank.vit_grid(i)
+        source = vae_array(array, size) if way == "reference" else array
+        expected = torch.from_numpy(resize(source, (grid[0] * 8, grid[1] * 8)).copy()).permute(2, 0, 1)
+        assert torch.equal(bank.paired_patches(i), patchify(expected[None].float() / 127.5 - 1, 8)[0])
+    kept = bank.paired_patches(0)
+    monkeypatch.setattr("clear.model.images.decode_image", None)
+    assert torch.equal(bank.paired_patches(0), kept), "made once and kept"
+
+
+def test_equal_grids_need_no_second_copy(size):
+    bank = ImageBank([encode_image(_image(64, 64))], size)
+    assert bank.latent_grid(0) == bank.vit_grid(0)
+    assert torch.equal(bank.paired_patches(0), bank.patches(0))
+
+
+def test_a_latent_grid_beyond_the_position_table_is_refused(size):
+    bank = ImageBank([encode_image(_image(64, 64))], replace(size, vit_size=16, vit_side=2), ["photo-1"])
+    with pytest.raises(ClearError, match=r"photo-1: .*6 x 6 .*model.vit_side = 2"):
+        bank.paired_patches(0)

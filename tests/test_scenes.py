@@ -16,12 +16,15 @@ from clear.records import Question, Sample, decode_image, read_samples
 from clear.sources.questions import TASKS, blind_baseline, chance, compose, draw_targets
 from clear.sources.scenes import (
     CELL_CLASSES,
+    FACTORS,
     Scene,
     annotation,
+    captions,
     cell_labels,
     couple,
     draw_cells,
     draw_scene,
+    factors,
     families,
     render,
     scenes,
@@ -96,6 +99,11 @@ def solve(text: str, labels: list[int]) -> str:
     return "yes" if match[3] in seen and seen[match[3]][2] == match[2] else "no"
 
 
+def square(name: str) -> tuple[int, int]:
+    """Row and column of a chess-board name."""
+    return int(name[1]) - 1, ord(name[0]) - ord("a")
+
+
 def evidence_is_true(question: Question, labels: list[int]) -> bool:
     """Check every statement of the evidence against the labels."""
     seen, words = things(labels), question.evidence.split()
@@ -107,14 +115,13 @@ def evidence_is_true(question: Question, labels: list[int]) -> bool:
         named = {n for n, (_, _, v) in seen.items() if n != "sign" and v == words[0]}
         return words[0] in question.text and (set(words[2:]) == named or (words[2:] == ["none"] and not named))
     if question.task == "reasoning":
-        pattern = r"(\w+) row (\d) column (\d) (\w+)(?: of)? row (\d) column (\d) (\w+) is (\w+)"
-        anchor, row, column, relation, there, across, shape, colour = re.fullmatch(pattern, question.evidence).groups()
-        place, target = (int(row) - 1, int(column) - 1), (int(there) - 1, int(across) - 1)
+        pattern = r"(\w+) at (\w\d) (\w+)(?: of)? (\w\d) (\w+) is (\w+)"
+        anchor, here, relation, there, shape, colour = re.fullmatch(pattern, question.evidence).groups()
+        place, target = square(here), square(there)
         assert seen[anchor][:2] == place and colour == question.answer
         return seen[shape] == (*target, colour) and tuple(np.subtract(target, place)) == STEPS[relation]
-    if words[1] in ("row", "column"):
-        axis = ("row", "column").index(words[1])
-        return all(str(seen[name][axis] + 1) == place for name, place in zip(words[0::3], words[2::3], strict=True))
+    if words[1] == "at":
+        return all(seen[name][:2] == square(place) for name, place in zip(words[0::3], words[2::3], strict=True))
     return words[1] == "is" and seen[words[0]][2] == words[2] and words[0] in question.text.split()
 
 
@@ -123,6 +130,24 @@ def test_answers_and_evidence_are_true(samples, asked):
     for labels, question in [*rendered, *asked]:
         assert solve(question.text, labels) == question.answer, question
         assert evidence_is_true(question, labels), question
+
+
+def test_captions_and_factors_say_what_the_labels_say(samples):
+    for sample in samples:
+        seen = things(cell_labels(sample.annotation))
+        by_shape, by_colour = captions(sample.annotation)
+        facts = re.findall(r"(\w+) at (\w\d) (?:is|says) (\w+)", by_shape)
+        assert {name: (*square(place), value) for name, place, value in facts} == seen and len(facts) == len(seen)
+        assert set(f"{by_shape} {by_colour}".split()) <= set(VOCABULARY)
+        groups = re.findall(r"(\w+) :((?: (?!\w+ :)\w+)+)", by_colour)
+        assert [colour for colour, _ in groups] == list(COLOURS)
+        for colour, named in groups:
+            assert set(named.split()) == ({n for n, (_, _, value) in seen.items() if value == colour} or {"none"})
+        for i, numbers in enumerate(factors(sample.annotation)):
+            assert all(0 <= n < size for n, size in zip(numbers, FACTORS, strict=True)) and numbers[3:] == divmod(i, 3)
+            name = ("", *SHAPES, "sign")[numbers[0]]
+            found = ("", *COLOURS)[numbers[1]] + ("", *LETTERS)[numbers[2]]
+            assert (name, found) == next(((n, v) for n, (r, c, v) in seen.items() if (r, c) == numbers[3:]), ("", ""))
 
 
 def test_scenes_hold_one_sign_and_four_to_six_different_shapes(samples):

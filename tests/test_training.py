@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from clear.config import Phase, compose, from_dict
+from clear.errors import ClearError
 from clear.training.sft import FROZEN, GENERATION, set_trainable
 from clear.training.trainer import StageRun, last_complete, optimise
 from tests.tiny import tiny_model
@@ -93,3 +95,44 @@ def test_trainable_parameters():
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained and all(any(part in n for part in GENERATION) for n in trained)
     assert not any("lm_head" in n for n in trained)
+
+
+def _averaged(config, folder: Path, ema: float, stop_after: int | None = None) -> tuple[list, torch.Tensor, Path]:
+    """The trained weight before each step, the weight at the end, and the run's folder; the bias is frozen."""
+    torch.manual_seed(1)
+    module = nn.Linear(3, 1)
+    module.bias.requires_grad_(False)
+    data, seen = torch.randn(20, 3), []
+
+    def loss(index):
+        if len(seen) == stop_after:
+            raise Interrupted
+        seen.append(module.weight.detach().clone())
+        return (module(data[index]) - 1).pow(2).mean(), {}
+
+    folder.mkdir(exist_ok=True)
+    (folder / "input.txt").write_text("data")
+    run = StageRun("test", config, [folder / "input.txt"], folder / "runs")
+    optimise(run, "phase", module, loss, len(data), PHASE, ema)
+    return seen, module.weight.detach(), run.folder
+
+
+def test_the_average_is_that_of_the_steps_and_survives_a_kill(config, tmp_path):
+    seen, last, _ = _averaged(config, tmp_path / "plain", 0.0)
+    expected = seen[0].clone()
+    for weight in [*seen[1:], last]:
+        expected = 0.75 * expected + 0.25 * weight
+    _, found, folder = _averaged(config, tmp_path / "ema", 0.75)
+    torch.testing.assert_close(found, expected)
+    assert (found - last).abs().max() > 1e-3
+    assert set(load_file(folder / "phase.safetensors")) == {"weight"}, "what is frozen is not stored"
+    with pytest.raises(Interrupted):
+        _averaged(config, tmp_path / "killed", 0.75, stop_after=7)
+    assert torch.equal(_averaged(config, tmp_path / "killed", 0.75)[1], found)
+
+
+def test_a_phase_with_nothing_to_train_is_refused(config, tmp_path):
+    (tmp_path / "input.txt").write_text("data")
+    run = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
+    with pytest.raises(ClearError, match="nothing to train"):
+        optimise(run, "phase", nn.Linear(2, 2).requires_grad_(False), lambda _: None, 4, PHASE)

@@ -7,7 +7,9 @@ Departures:
 - `scale` multiplies every absolute pixel length (kernel sizes, sigmas, radii, block size, line spacing, wave length),
   so that severity can follow the image size; 1 is exactly the published formula. Grey levels, counts, JPEG's 8-pixel
   blocks and the colour radius of the mean shift are no pixel lengths. Scaled kernels stay at 3 pixels or more.
-- Gaussian kernels are applied as two one-dimensional passes.
+- Wide kernels are computed by `clear.degradation.filters`, within one grey level of the dense ones.
+- Noise is drawn as the whole numbers that the rounding would leave, and the grid blocks are exchanged by number and
+  copied once: other draws of the same distributions.
 - Too small images are refused (`watermark_damage`, `block_exchange`), where the published generator silently kept
   them clean; swaps of two blocks that cancel are completed by one more, and rectangles that leave no known pixel free
   the border, for the same reason.
@@ -21,6 +23,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
+from clear.degradation.filters import add_noise, bands, gaussian_blur, sparse_filter
+from clear.degradation.mean_shift import mean_shift_filter
 from clear.errors import ClearError
 
 DIFFUSION_DISCS = (5, 15)  # px, radius of the discs drawn above intensity 0.9
@@ -50,31 +54,24 @@ def _saturate(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
-def _gaussian(image: np.ndarray, size: int, sigma: float) -> np.ndarray:
-    """Gaussian blur in float32; cv2.GaussianBlur's fixed-point path for uint8 takes twice to five times as long."""
-    kernel = cv2.getGaussianKernel(size, sigma, cv2.CV_32F)
-    return cv2.convertScaleAbs(cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel))
-
-
 def motion_blur(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Blur along a line of random direction: a rotated diagonal kernel of sum 1."""
     size = _px(max(5, int(30 * intensity)), scale, least=3)
     turn = cv2.getRotationMatrix2D((size / 2, size / 2), rng.uniform(0, 360), 1.0)
-    kernel = cv2.warpAffine(np.eye(size, dtype=np.float32), turn, (size, size))
-    return cv2.filter2D(image, -1, kernel / kernel.sum())
+    kernel = cv2.warpAffine(np.eye(size), turn, (size, size))
+    return sparse_filter(image, (kernel / kernel.sum()).astype(np.float32))
 
 
 def lens_blur(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Out of focus: the image blended with a strong Gaussian blur of itself. Deterministic."""
     size = _px(min(101, int(3 + 300 * intensity)) | 1, scale, least=3) | 1
-    blurred = _gaussian(image, size, 20 * intensity * scale)
+    blurred = gaussian_blur(image, size, 20 * intensity * scale)
     return cv2.addWeighted(image, 1 - 0.7 * intensity, blurred, 0.9 * intensity, 0)
 
 
 def gaussian_noise(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Additive noise of standard deviation 75·intensity grey levels in every channel."""
-    noise = rng.standard_normal(image.shape, dtype=np.float32) * np.float32(75 * intensity)
-    return _saturate(image + noise)
+    return add_noise(image, 75 * intensity, rng)
 
 
 def block_exchange(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
@@ -86,18 +83,20 @@ def block_exchange(image: np.ndarray, intensity: float, rng: np.random.Generator
             f"block_exchange needs two blocks of {block} px, at least {block}x{2 * block} px; "
             f"the image has {image.shape[1]}x{image.shape[0]} px. Remove it or choose another corruption."
         )
-    order, swaps = np.arange(rows * columns), int(35 * intensity)
+    home, swaps = np.arange(rows * columns), int(35 * intensity)
+    order = home.copy()
     while swaps > 0:
-        one, two = rng.choice(rows * columns, 2, replace=False)
+        one, two = int(rng.integers(len(home))), int(rng.integers(len(home) - 1))
+        two += two >= one  # all pairs of two different blocks are equally likely
         order[[one, two]] = order[[two, one]]
         swaps -= 1
-        if not swaps and (order == np.arange(rows * columns)).all():
+        if not swaps and (order == home).all():
             swaps = 1  # everything is back in its place: one more swap
-    height, width = rows * block, columns * block
-    tiles = image[:height, :width].reshape(rows, block, columns, block, 3).swapaxes(1, 2).reshape(-1, block, block, 3)
     out = image.copy()
-    mixed = tiles[order].reshape(rows, columns, block, block, 3).swapaxes(1, 2)
-    out[:height, :width] = mixed.reshape(height, width, 3)
+    for place in np.flatnonzero(order != home):
+        (y, x), (v, u) = divmod(int(place), columns), divmod(int(order[place]), columns)
+        moved = image[v * block : (v + 1) * block, u * block : (u + 1) * block]
+        out[y * block : (y + 1) * block, x * block : (x + 1) * block] = moved
     return out
 
 
@@ -111,14 +110,13 @@ def jpeg(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: f
 def mean_shift(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Pyramid mean-shift filter: flat colour regions without texture. Deterministic."""
     radius = int(40 * intensity)
-    return cv2.pyrMeanShiftFiltering(image, _px(radius, scale), radius)
+    return mean_shift_filter(image, _px(radius, scale), radius)
 
 
 def color_diffusion(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Colours bleed into a darkened blur; above intensity 0.9 also random discs. Deterministic up to 0.9."""
     size = _px(3 + 2 * int(20 * intensity), scale, least=3) | 1
-    kernel = cv2.getGaussianKernel(size, max(50 * intensity * scale, 1e-6)) * intensity  # 2-D kernel times intensity²
-    blurred = _saturate(cv2.sepFilter2D(image, cv2.CV_32F, kernel, kernel))
+    blurred = gaussian_blur(image, size, max(50 * intensity * scale, 1e-6), gain=intensity**2)
     out = cv2.addWeighted(image, max(0.1, 1 - 0.9 * intensity), blurred, min(0.9, 0.9 * intensity), 0)
     if intensity > 0.9:
         for _ in range(int(100 * intensity)):
@@ -135,14 +133,14 @@ def sharpness(image: np.ndarray, intensity: float, rng: np.random.Generator, sca
 
 def dark(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Under-exposure: every value times 1 − intensity². Deterministic."""
-    return cv2.LUT(image, _saturate(np.arange(256) * (1 - intensity**2)))
+    return cv2.convertScaleAbs(image, alpha=1 - intensity**2)
 
 
 def hsv_saturation(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Faded colours: HSV saturation times 1 − intensity. Deterministic."""
     hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    hsv[..., 1] = _saturate(hsv[..., 1] * (1 - intensity))
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    faded = cv2.convertScaleAbs(cv2.extractChannel(hsv, 1), alpha=1 - intensity)
+    return cv2.cvtColor(cv2.insertChannel(faded, hsv, 1), cv2.COLOR_HSV2RGB)
 
 
 def turbulence(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
@@ -150,10 +148,14 @@ def turbulence(image: np.ndarray, intensity: float, rng: np.random.Generator, sc
     height, width = image.shape[:2]
     rows = np.arange(height)
     shift = 40 * intensity * scale * np.sin(rows / (30 * scale) + 5 * intensity)
-    x = np.clip(np.arange(width)[None, :] + shift[:, None], 0, width - 1)
-    y = np.clip(rows + 0.7 * shift, 0, height - 1)
-    y = np.broadcast_to(y[:, None], (height, width))
-    return cv2.remap(image, x.astype(np.float32), np.ascontiguousarray(y, np.float32), cv2.INTER_LINEAR)
+    columns, out = np.arange(width), np.empty_like(image)
+    down = np.clip(rows + 0.7 * shift, 0, height - 1).astype(np.float32)
+    for first, end in bands(height, width):
+        # Added in float64 and rounded once to float32: a position that is off in its last digit can show at an edge.
+        across = np.clip(columns + shift[first:end, None], 0, width - 1).astype(np.float32)
+        lines = np.repeat(down[first:end, None], width, axis=1)
+        out[first:end] = cv2.remap(image, across, lines, cv2.INTER_LINEAR)
+    return out
 
 
 def dirty_lens(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
@@ -163,16 +165,21 @@ def dirty_lens(image: np.ndarray, intensity: float, rng: np.random.Generator, sc
         for _ in range(int(10 * intensity)):
             axes = _between(rng, 150, 300, scale), _between(rng, 100, 200, scale)
             cv2.ellipse(dirt, _point(rng, dirt.shape), axes, rng.uniform(0, 360), 0, 360, 50, -1)
-    for _ in range(int(300 * intensity)):
-        grey = int(rng.integers(50, 101))
-        cv2.circle(dirt, _point(rng, dirt.shape), _between(rng, 4, 20, scale), grey, -1)
+    smallest, largest = _px(4, scale), _px(20, scale)
+    # Grey, x, y and radius of all discs in one call: 1,080 single draws take longer than the drawing.
+    count, (height, width) = int(300 * intensity), dirt.shape
+    for grey, x, y, radius in rng.integers(
+        [50, 0, 0, smallest], [101, width, height, largest + 1], (count, 4)
+    ).tolist():
+        cv2.circle(dirt, (x, y), radius, grey, -1)
     if intensity > 0.5:
         for _ in range(int(5 * intensity)):
             center = _point(rng, dirt.shape)
             cv2.circle(dirt, center, _between(rng, 20, 50, scale), 80, -1)
             cv2.circle(dirt, center, _between(rng, 10, 30, scale), 120, -1)
-    dirt = _gaussian(dirt, round(180 * scale + 1) | 1, 30 * scale)
-    return cv2.addWeighted(image, 1 - 0.7 * intensity, cv2.merge([dirt] * 3), 0.8 * intensity, 0)
+    layer = gaussian_blur(dirt, round(180 * scale + 1) | 1, 30 * scale)
+    layer = cv2.cvtColor(layer, cv2.COLOR_GRAY2RGB)
+    return cv2.addWeighted(image, 1 - 0.7 * intensity, layer, 0.8 * intensity, 0)
 
 
 def scan_lines(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
@@ -181,8 +188,8 @@ def scan_lines(image: np.ndarray, intensity: float, rng: np.random.Generator, sc
     # A scaled distance that does not exceed the thickness would blacken the whole image.
     spacing = _px(max(3, int(20 / (intensity + 0.1))), scale, least=thickness + 1)
     out = image.copy()
-    hit = np.arange(image.shape[0]) % spacing < thickness
-    out[hit] = _saturate(out[hit] * 0.01)
+    for top in range(0, image.shape[0], spacing):
+        out[top : top + thickness] = cv2.convertScaleAbs(image[top : top + thickness], alpha=0.01)
     return out
 
 

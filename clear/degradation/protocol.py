@@ -12,7 +12,7 @@ import numpy as np
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
 
-PROTOCOL_VERSION = "1"
+PROTOCOL_VERSION = "2"
 """Part of every seed: change it whenever a formula or the order of random draws changes."""
 
 SEVERITIES = {"low": 0.23, "mid": 0.45, "high": 0.9}

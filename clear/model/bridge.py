@@ -47,5 +47,5 @@ def layer_weights(layers: list[int]) -> dict[int, float]:
 
 
 def distilled_layers(count: int, stride: int) -> list[int]:
-    """Every `stride`-th layer counted so that the last one is always among them."""
-    return sorted({*range(0, count, stride), count - 1})
+    """Layers stride−1, 2·stride−1, … of `count`, and always the last one."""
+    return sorted({*range(stride - 1, count, stride), count - 1})

@@ -1,19 +1,27 @@
 """Model folders in the layout of BAGEL-7B-MoT: safetensors and JSON only (METHOD §1 "Checkpoint folder").
 
-`ema.safetensors` (the model), `ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json`, `config.json`
-and, where there is one, `tokenizer.json`. This project adds `bridge.safetensors` for the mlp bridge and
-`vae_config.json` for autoencoders of another size than FLUX's. Loading builds on the meta device and adopts the
-memory-mapped tensors, so the host holds the weights once; every key and shape is checked.
+The model is `ema.safetensors`, else `model.safetensors`, else the shards that `model.safetensors.index.json` lists;
+beside it lie `ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json` and the tokenizer's files. The
+published folder has an index without the shards it names, so the index counts only where no whole file is. This
+project adds `bridge.safetensors` for the mlp bridge, `vae_config.json` for autoencoders of another size than FLUX's
+and `config.json`, which states what the published code hard-codes.
+
+Loading builds on the meta device, checks every key, shape and type against the file's header, and adopts the
+memory-mapped tensors: in the stored type nothing is copied; another type or device is read tensor by tensor. Saving
+writes every file under a temporary name and renames, so the file that the weights are mapped from may be
+overwritten, and a kill leaves either the old folder or one that is refused as half-written.
 """
 
 import json
-from dataclasses import asdict
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from clear.errors import ClearError
 from clear.model.bagel import Bagel, BagelConfig
@@ -21,41 +29,70 @@ from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
+from clear.reasoning.tokenizer import LFS, MARKERS, TOKENIZER, read_text, read_tokenizer
 
-MODEL, VAE, BRIDGE, TOKENIZER = "ema.safetensors", "ae.safetensors", "bridge.safetensors", "tokenizer.json"
-_SPECIAL = {
-    "bos_token_id": "<|im_start|>",
-    "eos_token_id": "<|im_end|>",
-    "start_of_image": "<|vision_start|>",
-    "end_of_image": "<|vision_end|>",
+MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
+PLAIN, INDEX = "model.safetensors", "model.safetensors.index.json"
+_SPECIAL = dict(zip(("bos_token_id", "eos_token_id", "start_of_image", "end_of_image"), MARKERS, strict=True))
+_TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_TABLES = {
+    "latent_pos_embed.pos_embed": ("max_latent_size", "config.json"),
+    "vit_pos_embed.pos_embed": ("vit_max_num_patch_per_side", "config.json"),
+    "vit_model.vision_model.embeddings.position_embedding.weight": ("vit_max_num_patch_per_side", "config.json"),
 }
+"""Position tables, and the setting that says how many rows they have (its square)."""
+_PARTIAL, _SAVING = ".partial", "saving.partial"
+_UNFINISHED = (_PARTIAL, ".incomplete", ".part", ".crdownload", ".aria2", ".tmp")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SHOWN = 5
+_LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
 
-def special_tokens(tokenizer) -> SpecialTokens:
-    """Look the four markers up in a `tokenizers.Tokenizer`. Raises ClearError for one that is missing."""
-    ids = {}
-    for name, token in _SPECIAL.items():
-        ids[name] = tokenizer.token_to_id(token)
-        if ids[name] is None:
-            raise ClearError(f"tokenizer.json: marker {token} is missing; use the tokenizer of the checkpoint.")
-    return SpecialTokens(*ids.values())
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a safetensors file: shape, stored type (F32, BF16, …) and its bytes' place in the file."""
+
+    shape: tuple[int, ...]
+    kind: str
+    start: int
+    stop: int
 
 
 def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=None) -> None:
-    """Write a model folder. The bytes depend on weights and configuration only."""
+    """Write a model folder. The bytes depend on weights, configuration and tokenizer only.
+
+    The weights may be mapped from the very files that are overwritten. Until the last file is in place, the folder
+    holds a mark with which `load_bagel` refuses it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     bridge = {k.removeprefix("bridge."): state.pop(k) for k in list(state) if k.startswith("bridge.")}
-    save_file(state, folder / MODEL)
-    save_file({k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}, folder / VAE)
-    (folder / BRIDGE).unlink(missing_ok=True)
+    autoencoder = {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
+    writers: dict[str, Callable[[Path], object]] = {
+        MODEL: lambda path: save_file(state, path),
+        VAE: lambda path: save_file(autoencoder, path),
+    }
     if bridge:
-        save_file(bridge, folder / BRIDGE)
+        writers[BRIDGE] = lambda path: save_file(bridge, path)
     if tokenizer is not None:
-        (folder / TOKENIZER).write_text(tokenizer.to_str(pretty=True))
+        writers[TOKENIZER] = lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
     for name, content in _config_files(model.config).items():
-        (folder / name).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
+        text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+        writers[name] = lambda path, text=text: path.write_text(text)
+    try:
+        for name, write in writers.items():
+            write(folder / (name + _PARTIAL))
+    except BaseException:  # a full disk or Ctrl-C: what was there before is still whole
+        for name in writers:
+            (folder / (name + _PARTIAL)).unlink(missing_ok=True)
+        raise
+    (folder / _SAVING).touch()
+    for name in writers:
+        (folder / (name + _PARTIAL)).replace(folder / name)
+    for name in {BRIDGE, TOKENIZER} - writers.keys():
+        (folder / name).unlink(missing_ok=True)
+    (folder / _SAVING).unlink()
 
 
 def _config_files(config: BagelConfig) -> dict[str, dict]:
@@ -95,23 +132,40 @@ def _config_files(config: BagelConfig) -> dict[str, dict]:
     }
 
 
+def special_tokens(tokenizer) -> SpecialTokens:
+    """Look the four markers up in a `tokenizers.Tokenizer`. Raises ClearError for one that is missing."""
+    ids = [tokenizer.token_to_id(marker) for marker in MARKERS]
+    if None in ids:
+        raise ClearError(
+            f"{TOKENIZER}: marker {MARKERS[ids.index(None)]} is missing; use the tokenizer of the checkpoint."
+        )
+    return SpecialTokens(*ids)
+
+
 def _read_json(folder: Path, name: str, required: bool = True) -> dict:
     path = folder / name
     if not path.exists():
         if required:
             raise ClearError(
-                f"{path} is missing; a model folder has the files of BAGEL-7B-MoT (README, 'Your weights')."
+                f"{path} is missing; a model folder has the files of BAGEL-7B-MoT (README, 'With BAGEL-7B'). "
+                "A training checkpoint holds weights alone: put it beside the JSON files of the model it came from."
             )
         return {}
     try:
-        return json.loads(path.read_text())
+        content = json.loads(read_text(path))
     except json.JSONDecodeError as error:
         raise ClearError(f"{path} is not JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again.")
+    return content
 
 
 def read_config(folder: Path | str, special: SpecialTokens | None = None) -> BagelConfig:
-    """The configuration of a model folder. Markers come from the tokenizer, else from config.json."""
+    """The configuration of a model folder. Markers come from `special`, else the tokenizer, else config.json."""
     folder = Path(folder)
+    if special is None:
+        tokenizer = load_tokenizer(folder)
+        special = None if tokenizer is None else special_tokens(tokenizer)
     try:
         return _config_of(folder, special)
     except KeyError as error:
@@ -125,13 +179,10 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
     known = {k: vae[k] for k in VaeConfig.__dataclass_fields__ if k in vae}
     if "ch_mult" in known:
         known["ch_mult"] = tuple(known["ch_mult"])
+    special = special or _stated_markers(folder)
     if special is None:
-        if "special_tokens" not in own:
-            raise ClearError(
-                f"{folder}: neither tokenizer.json nor special_tokens in config.json say which ids mark images."
-            )
-        special = SpecialTokens(*(own["special_tokens"][name] for name in _SPECIAL))
-    return BagelConfig(
+        raise ClearError(f"{folder}: neither a tokenizer nor special_tokens in config.json say which ids mark images.")
+    config = BagelConfig(
         llm=LlmConfig(
             vocab=llm["vocab_size"],
             hidden=llm["hidden_size"],
@@ -156,62 +207,236 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
         max_latent_size=own.get("max_latent_size", 64),
         bridge=own.get("bridge", "direct"),
     )
-
-
-def load_weights(module: nn.Module, file: Path, dtype: torch.dtype, device: str) -> None:
-    """Adopt the tensors of a safetensors file into a (meta) module. Raises ClearError on any key or shape mismatch."""
-    if not file.exists():
-        raise ClearError(f"{file} is missing; only safetensors are read (no .bin, .pt or .pth).")
-    expected = {k: tuple(v.shape) for k, v in module.state_dict().items()}
-    try:
-        with safe_open(file, "pt") as source:
-            found = {k: tuple(source.get_slice(k).get_shape()) for k in source.keys()}  # noqa: SIM118
-            _compare(file, expected, found)
-            state = {k: source.get_tensor(k).to(device=device, dtype=dtype) for k in found}
-    except SafetensorError as error:
-        raise ClearError(f"{file} is truncated or not safetensors ({error}); fetch it again.") from error
-    module.load_state_dict(state, strict=True, assign=True)
-
-
-def _compare(file: Path, expected: dict, found: dict) -> None:
-    for key in sorted(expected.keys() | found.keys()):
-        if key not in found:
-            raise ClearError(f"{file}: key {key} {expected[key]} is missing; the configs belong to another model.")
-        if key not in expected:
-            raise ClearError(
-                f"{file}: key {key} {found[key]} is not part of this model; the configs belong to another one."
-            )
-        if expected[key] != found[key]:
-            raise ClearError(f"{file}: key {key} has shape {found[key]}, the configs say {expected[key]}.")
+    if config.llm.hidden % config.llm.heads or config.llm.heads % config.llm.kv_heads:
+        raise ClearError(
+            f"{folder / 'llm_config.json'}: hidden_size {config.llm.hidden} must divide by num_attention_heads "
+            f"{config.llm.heads}, and that by num_key_value_heads {config.llm.kv_heads}; fetch the file again."
+        )
+    return config
 
 
 def load_tokenizer(folder: Path | str):
-    """The `tokenizers.Tokenizer` of a model folder, or None."""
-    path = Path(folder) / TOKENIZER
-    if not path.exists():
+    """The `tokenizers.Tokenizer` of a model folder, or None (see `clear.reasoning.tokenizer.read_tokenizer`)."""
+    return read_tokenizer(folder)
+
+
+def _stated_markers(folder: Path) -> SpecialTokens | None:
+    stated = _read_json(folder, "config.json", False).get("special_tokens")
+    if stated is None:
         return None
-    from tokenizers import Tokenizer
+    if not isinstance(stated, dict) or stated.keys() < _SPECIAL.keys():
+        raise ClearError(f"{folder / 'config.json'}: special_tokens must name {', '.join(_SPECIAL)}; fetch it again.")
+    return SpecialTokens(*(stated[name] for name in _SPECIAL))
 
+
+def _check_tokenizer(folder: Path, tokenizer, config: BagelConfig) -> None:
+    """The tokenizer belongs to the weights, as far as the configs tell: ids fit the embedding, markers agree."""
+    last, token = max((number, text) for text, number in tokenizer.get_vocab(with_added_tokens=True).items())
+    if last >= config.llm.vocab:
+        raise ClearError(
+            f"{folder}: the tokenizer ({TOKENIZER} or vocab.json) gives token {token} the id {last}, but the "
+            f"embedding has {config.llm.vocab} rows (vocab_size in llm_config.json); take both from one checkpoint."
+        )
+    stated = _stated_markers(folder)
+    if stated not in (None, config.special):
+        raise ClearError(
+            f"{folder}: the tokenizer gives the markers the ids {asdict(config.special)}, config.json says "
+            f"{asdict(stated)}; the tokenizer belongs to another model, copy the one this model was trained with."
+        )
+
+
+def read_header(file: Path) -> dict[str, Entry]:
+    """Keys, shapes and types of a safetensors file, without its data.
+
+    Raises ClearError for a missing or truncated file, a git-lfs pointer, and a pickle under a safetensors name.
+    """
+    if not file.is_file():
+        raise ClearError(_missing(file))
+    size = file.stat().st_size
+    with file.open("rb") as source:
+        start = source.read(8)
+        length = int.from_bytes(start, "little")
+        if len(start) == 8 and length > _LONGEST_HEADER:
+            raise ClearError(f"{file} is not safetensors{_what(start, file)}")
+        if len(start) < 8 or 8 + length > size:
+            raise ClearError(f"{file} is truncated: it has {size} bytes and not even its whole header; fetch it again.")
+        try:
+            raw = json.loads(source.read(length))
+            raw.pop("__metadata__", None)
+            first = 8 + length
+            entries = {
+                key: Entry(tuple(value["shape"]), value["dtype"], *(first + at for at in value["data_offsets"]))
+                for key, value in raw.items()
+            }
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ClearError(f"{file} is not safetensors (header: {error!r}); fetch it again.") from error
+    end = max((entry.stop for entry in entries.values()), default=first)
+    if size < end:
+        raise ClearError(f"{file} is truncated: it has {size} bytes, its header says {end}; fetch it again.")
+    return entries
+
+
+def _what(start: bytes, file: Path) -> str:
+    """What a file is that is no safetensors, from its first bytes, and the remedy."""
+    if LFS.encode().startswith(start):
+        return f" but a git-lfs pointer; run `git lfs pull` in {file.parent}."
+    if start.startswith((b"PK\x03\x04", b"\x80")):
+        return f" but a pickle, whatever its name. {_CONVERT}"
+    return "; fetch it again."
+
+
+_CONVERT = (
+    "Take the safetensors release, or convert it: torch.load(…, weights_only=True), then safetensors.torch.save_file."
+)
+
+
+def _missing(file: Path) -> str:
+    """Why a file is not there, as far as the folder tells."""
+    text = f"{file} is missing"
+    folders = (file.parent, file.parent / ".cache/huggingface/download")  # the second is where `hf download` works
+    here = sorted(path.name for folder in folders if folder.is_dir() for path in folder.iterdir())
+    unfinished = [name for name in here if name.endswith(_UNFINISHED)]
+    if unfinished:
+        return f"{text}: the folder is half-written ({', '.join(unfinished)}); finish the download or stage again."
+    pickles = [name for name in here if name.endswith(_PICKLES)]
+    if pickles:
+        return f"{text}; {', '.join(pickles)} is a pickle, and only safetensors are read. {_CONVERT}"
+    return f"{text}; copy it from the model folder or release that the other files came from (only safetensors)."
+
+
+def load_weights(module: nn.Module, file: Path, dtype: torch.dtype | None, device: str) -> None:
+    """Adopt the tensors of a safetensors file (or of an index's shards) into a (meta) module.
+
+    dtype None keeps the stored type. On the CPU tensors of the wanted type stay memory-mapped. Raises ClearError with
+    every problem of a file: missing, surplus and mis-shaped keys, types that are no floats.
+    """
+    expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
+    parts = _shards(file, expected) if file.name == INDEX else {file: expected}
+    state = {}
+    for part, wanted in parts.items():
+        entries = read_header(part)
+        _compare(part, wanted, entries)
+        state |= dict(_tensors(part, entries, dtype, device))
+    module.load_state_dict(state, strict=True, assign=True)
+
+
+def _shards(index: Path, expected: dict[str, tuple]) -> dict[Path, dict[str, tuple]]:
+    """Per shard of an index the keys and shapes it must hold, all shards present."""
+    places = _read_json(index.parent, index.name).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(v, str) and v == Path(v).name for v in places.values()):
+        raise ClearError(f"{index} has no weight_map of keys to files in its own folder; fetch it again.")
+    absent = sorted({name for name in places.values() if not (index.parent / name).is_file()})
+    if absent:
+        raise ClearError(f"{_missing(index.parent / absent[0])} {index.name} lists {len(absent)} file(s) not here.")
+    _refuse(
+        index,
+        [f"key {key} {expected[key]} is missing" for key in sorted(expected.keys() - places.keys())]
+        + [f"key {key} is not part of this model" for key in sorted(places.keys() - expected.keys())],
+    )
+    return {
+        index.parent / name: {key: expected[key] for key, place in places.items() if place == name}
+        for name in sorted(set(places.values()))
+    }
+
+
+def _compare(file: Path, expected: dict[str, tuple], entries: dict[str, Entry]) -> None:
+    problems, hints = [], []
+    for key in sorted(expected.keys() | entries.keys()):
+        if key not in entries:
+            problems.append(f"key {key} {expected[key]} is missing")
+        elif key not in expected:
+            problems.append(f"key {key} {entries[key].shape} is not part of this model")
+        elif expected[key] != entries[key].shape:
+            problems.append(f"key {key} has shape {entries[key].shape}, the configs say {expected[key]}")
+            hints += _hint(key, entries[key].shape, expected[key])
+        elif entries[key].kind not in _TYPES:
+            problems.append(f"key {key} has type {entries[key].kind}, expected one of {', '.join(_TYPES)}")
+            hints.append("Quantised weights are not read; take the bfloat16 release.")
+    _refuse(file, problems, hints)
+
+
+def _hint(key: str, found: tuple, expected: tuple) -> list[str]:
+    """The remedy of a shape that is wrong for a known reason."""
+    if key in _TABLES and len(found) == 2 and found[1] == expected[1] and math.isqrt(found[0]) ** 2 == found[0]:
+        name, place = _TABLES[key]
+        sides = math.isqrt(expected[0]), math.isqrt(found[0])
+        return [f"{name} is {sides[0]}, but the file's table is {sides[1]}²: set {name} to {sides[1]} in {place}."]
+    if key.endswith("patch_embedding.weight") and len(found) == 4:
+        return ["The patch embedding is a convolution; store weight.permute(0, 2, 3, 1).reshape(len(weight), -1)."]
+    return []
+
+
+def _refuse(file: Path, problems: list[str], hints: list[str] = ()) -> None:
+    """Raise one ClearError for all problems of a file, if there are any."""
+    if not problems:
+        return
+    more = len(problems) - _SHOWN
+    listed = "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    remedy = " ".join(dict.fromkeys(hints)) or (
+        "The weights and the config files (llm_config.json, vit_config.json, config.json, vae_config.json) belong to "
+        "different models; take both from one folder."
+    )
+    count = f"{len(problems)} problems: " if len(problems) > 1 else ""
+    raise ClearError(f"{file}: {count}{listed}. {remedy}")
+
+
+def _tensors(file: Path, entries: dict[str, Entry], dtype, device) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a file: mapped where type and device are the stored ones, else read and converted one by one."""
+    on_host = torch.device(device).type == "cpu"
     try:
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for a file it cannot parse
-        raise ClearError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
+        with safe_open(file, "pt") as mapped, file.open("rb") as source:
+            for key, entry in entries.items():
+                stored = _TYPES[entry.kind]
+                if on_host and dtype in (None, stored):
+                    yield key, mapped.get_tensor(key)
+                    continue
+                # Read, not mapped: pages of the whole file would count beside the converted weights.
+                source.seek(entry.start)
+                raw = bytearray(entry.stop - entry.start)
+                source.readinto(raw)
+                tensor = torch.frombuffer(raw, dtype=stored).reshape(entry.shape)
+                yield key, tensor.to(device).to(dtype or stored)
+    except SafetensorError as error:
+        raise ClearError(f"{file} is not safetensors ({error}); fetch it again.") from error
 
 
-def load_bagel(folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu"):
-    """Model, autoencoder and tokenizer (None where the folder has none) of a folder in BAGEL-7B-MoT's layout."""
+def model_file(folder: Path | str) -> Path:
+    """The file of the model weights: ema, else model (CLEAR's checkpoints hold both), else the index of shards.
+
+    A folder with none gives the name of the file that is missed.
+    """
+    folder = Path(folder)
+    present = [folder / name for name in (MODEL, PLAIN, INDEX) if (folder / name).is_file()]
+    shards = sorted(folder.glob("model-*-of-*.safetensors"))
+    if shards and not present:
+        raise ClearError(f"{folder / INDEX} is missing, but {shards[0].name} is here; fetch the index of the shards.")
+    if present and present[0].name == INDEX and not shards:
+        return folder / MODEL
+    return present[0] if present else folder / MODEL
+
+
+def load_bagel(folder: Path | str, dtype: torch.dtype | None = torch.float32, device: str = "cpu"):
+    """Model, autoencoder and tokenizer (None where the folder has none) of a folder in BAGEL-7B-MoT's layout.
+
+    dtype None keeps each tensor's stored type. With the stored type on the CPU the weights stay mapped from the file
+    (private: training does not write to it). Raises ClearError for whatever does not fit.
+    """
     folder = Path(folder)
     if not folder.is_dir():
         raise ClearError(f"{folder} is not a folder with model weights; run the stage that makes it or `dvc pull` it.")
+    if (folder / _SAVING).exists():
+        raise ClearError(f"{folder} is half-written ({_SAVING} is still there); run the stage that makes it again.")
     tokenizer = load_tokenizer(folder)
-    config = read_config(folder, special_tokens(tokenizer) if tokenizer is not None else None)
+    config = read_config(folder, None if tokenizer is None else special_tokens(tokenizer))
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, config)
     with torch.device("meta"):
         model, vae = Bagel(config), AutoEncoder(config.vae)
     bridge = getattr(model, "bridge", None)
     if bridge is not None:
         del model.bridge
         load_weights(bridge, folder / BRIDGE, dtype, device)
-    load_weights(model, folder / MODEL, dtype, device)
+    load_weights(model, model_file(folder), dtype, device)
     load_weights(vae, folder / VAE, dtype, device)
     if bridge is not None:
         model.bridge = bridge

@@ -1,15 +1,74 @@
-"""Rectified flow as small pure functions (METHOD §1 "Flow matching", §4 "SDE step").
+"""Rectified flow as small pure functions (METHOD §1 "Flow matching" and "CFG", §4 "SDE step").
 
 x_t = (1−t)·x0 + t·ε, t ∈ [0, 1], t = 1 is noise; the network predicts the velocity v = ε − x0. Rollout and scoring
 of GRPO share `sde_step`, so that a fresh policy has ratio 1 by construction.
+
+Guidance pushes the velocity away from what contexts with something left out predict. It serves the ODE only: the
+published log-probabilities are those of the plain velocity.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 SCORE_LIMIT = 100.0
+RENORMS = ("global", "channel", "text_channel")
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Classifier-free guidance: scales (1 = off), the interval (low, high] of shifted times, and the renorm.
+
+    The image scale acts on top of the text scale and does nothing where that is off, as in the reference. renorm: over
+    which part of the velocity its norm is held at most at the plain one's, see `guide`; `renorm_min` bounds the factor.
+    """
+
+    text: float = 1.0
+    image: float = 1.0
+    low: float = 0.4
+    high: float = 1.0
+    renorm: str = "global"
+    renorm_min: float = 0.0
+
+    @property
+    def on(self) -> bool:
+        """Whether any time is guided."""
+        return self.text > 1
+
+    @property
+    def contexts(self) -> int:
+        """How many contexts the velocity is predicted in: 1 unguided, 2 with text, 3 with image guidance too."""
+        return 1 if not self.on else 2 if self.image <= 1 else 3
+
+    def active(self, t: float) -> bool:
+        """Whether the shifted time t lies in the guided interval, open below and closed above."""
+        # In float32, the type of the grid: a bound written as 0.4 is the grid's 0.4.
+        t, low, high = torch.tensor([t, self.low, self.high], dtype=torch.float32).tolist()
+        return self.on and low < t <= high
+
+
+def guide(v: Tensor, without_text: Tensor, without_image: Tensor | None, guidance: Guidance) -> Tensor:
+    """The guided velocity from those of the full context and of the two with something left out, all (B, N, C).
+
+    v₁ = v_text + s_text·(v − v_text), v₂ = v_image + s_image·(v₁ − v_image); without image guidance v₂ = v₁ and
+    `without_image` is not read. Renorm: the result is scaled by ‖v‖/‖·‖ clamped to [renorm_min, 1], with the norm of
+    v₂ over the row ("global") or per token ("channel"), or of v₁ per token before image guidance ("text_channel").
+    """
+
+    def renormed(x: Tensor, over: tuple[int, ...]) -> Tensor:
+        factor = v.norm(dim=over, keepdim=True) / (x.norm(dim=over, keepdim=True) + 1e-8)
+        return x * factor.clamp(guidance.renorm_min, 1.0)
+
+    found = without_text + guidance.text * (v - without_text)
+    if guidance.renorm == "text_channel":
+        found = renormed(found, (-1,))
+    if guidance.image > 1:
+        found = without_image + guidance.image * (found - without_image)
+    if guidance.renorm == "text_channel":
+        return found
+    return renormed(found, (-1,) if guidance.renorm == "channel" else (-2, -1))
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -17,9 +76,14 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
+def training_times(normal: Tensor, shift: float = 1.0) -> Tensor:
+    """Standard normal draws to training times: sigmoid, then shifted. −∞ stands for a clean latent and gives 0."""
+    return shift_time(torch.sigmoid(normal), shift)
+
+
 def draw_times(n: int, shift: float = 1.0, generator: torch.Generator | None = None) -> Tensor:
-    """n training times (n,) float32: sigmoid of a standard normal, then shifted. One per image."""
-    return shift_time(torch.sigmoid(torch.randn(n, generator=generator)), shift)
+    """n training times (n,) float32, one per image."""
+    return training_times(torch.randn(n, generator=generator), shift)
 
 
 def time_grid(steps: int, shift: float) -> Tensor:

@@ -1,9 +1,18 @@
 """From encoded images to model inputs: resizing, normalisation, patches, latents (METHOD §1 "Image resize").
 
-The ViT input is resized from the original in training and at inference alike; the reference's inference resizes
-twice, once through the autoencoder's size.
+Two settings where the reference disagrees with itself; training and inference always share one here:
+
+- `model.resize`: "direct" (default) resizes the source straight to the ViT's size, as the reference does in training;
+  "reference" goes through the autoencoder's size first, as it does at inference. That resamples twice and, for about
+  one size in five, gives another patch grid.
+- `model.posterior`: "mean" (default) or "sample" latents, see clear/model/vae.py. A sample's noise comes from a
+  generator seeded by the image's own pixels, so a latent depends neither on the batch nor on the order.
+
+Departure: the pixel cap scales the sides by the square root of what is too much (the reference over-shrinks). With
+the published sizes only images more than about seven times as long as wide reach it.
 """
 
+import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -12,20 +21,32 @@ import torch
 from torch import Tensor
 
 from clear.config import ModelSize
+from clear.errors import ClearError
 from clear.model.vae import AutoEncoder, patchify
 from clear.records import decode_image
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
+ENCODE_IMAGES, ENCODE_PIXELS = 64, 2**20
+"""The autoencoder reads at most so many images at once, and so many pixels (but always one image)."""
 
 
 def target_size(height: int, width: int, max_side: int, min_side: int, stride: int) -> tuple[int, int]:
     """Height and width in px after the resize: the long side at most `max_side`, the short one at least `min_side`.
 
-    Sides are rounded to `stride`; the pixel cap scales by the square root (the reference over-shrinks).
+    Sides are multiples of `stride`. Where both bounds cannot hold (a long, thin image), the long side's wins.
     """
+
+    def scaled(h: int, w: int, factor: float) -> tuple[int, int]:
+        # Whole pixels first, then whole strides: the reference rounds twice, and halves to even.
+        return tuple(max(stride, round(round(side * factor) / stride) * stride) for side in (h, w))
+
     scale = max(min(max_side / max(height, width), 1.0), min_side / min(height, width))
-    scale = min(scale, (MAX_PIXELS / (height * width)) ** 0.5, max(max_side, min_side) / max(height, width))
-    h, w = (max(stride, round(side * scale / stride) * stride) for side in (height, width))
+    h, w = scaled(height, width, scale)
+    if h * w > MAX_PIXELS:
+        h, w = scaled(h, w, (MAX_PIXELS / (h * w)) ** 0.5)
+    limit = max(max_side, min_side)
+    if max(h, w) > limit:
+        h, w = scaled(h, w, limit / max(h, w))
     return h, w
 
 
@@ -38,9 +59,62 @@ def resize(array: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(Image.fromarray(array).resize(size[::-1], Image.Resampling.BICUBIC))
 
 
+def vae_array(array: np.ndarray, size: ModelSize) -> np.ndarray:
+    """The autoencoder's input of a uint8 image (H, W, 3), before normalisation."""
+    return resize(array, target_size(*array.shape[:2], size.vae_size, size.vae_min, latent_stride(size)))
+
+
+def vit_array(array: np.ndarray, size: ModelSize, grid: tuple[int, int] | None = None) -> np.ndarray:
+    """The ViT's input of a uint8 image (H, W, 3), before normalisation; with `grid`, of that many patches.
+
+    With `size.resize` = "reference" it is made from the autoencoder's input instead of from the image itself.
+    """
+    if size.resize == "reference":
+        array = vae_array(array, size)
+    if grid is not None:
+        return resize(array, (grid[0] * size.vit_patch, grid[1] * size.vit_patch))
+    return resize(array, _vit_size(array, size))
+
+
+def _vit_size(array: np.ndarray, size: ModelSize) -> tuple[int, int]:
+    return target_size(*array.shape[:2], size.vit_size, size.vit_min, size.vit_patch)
+
+
+def vit_patches(array: np.ndarray, size: ModelSize) -> tuple[Tensor, tuple[int, int]]:
+    """ViT patches (N, 3p²) float32 of a uint8 image (H, W, 3), and their grid."""
+    made = vit_array(array, size)
+    grid = (made.shape[0] // size.vit_patch, made.shape[1] // size.vit_patch)
+    return _patches(_tensor(made), size.vit_patch), grid
+
+
+def latent_stride(size: ModelSize) -> int:
+    """Pixels per latent token."""
+    return 2 ** (len(size.vae_mult) - 1) * size.latent_patch
+
+
+def posterior_generator(image: Tensor) -> torch.Generator:
+    """The generator of an image's posterior noise, seeded by its pixels (uint8, any shape)."""
+    digest = hashlib.sha256(image.contiguous().numpy().tobytes()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def _tensor(array: np.ndarray) -> Tensor:
+    """uint8 (H, W, 3) to (3, H, W), copied."""
+    return torch.from_numpy(array.copy()).permute(2, 0, 1)
+
+
+def _patches(pack: Tensor, patch: int) -> Tensor:
+    return patchify(pack[None].float() / 127.5 - 1, patch)[0]
+
+
 def to_uint8(image: Tensor) -> np.ndarray:
     """Float (3, H, W) in about [−1, 1] to uint8 (H, W, 3)."""
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+
+def encode_batch(height: int, width: int) -> int:
+    """How many images of this size (px) the autoencoder reads at once."""
+    return max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // (height * width)))
 
 
 class ImageBank:
@@ -50,25 +124,26 @@ class ImageBank:
     """
 
     def __init__(self, images: Sequence[bytes], size: ModelSize, names: Sequence[str] | None = None) -> None:
+        """Decode and resize `images` (PNG or JPEG). Raises ClearError with the name of one that cannot be read."""
         self.size = size
-        stride = 2 ** (len(size.vae_mult) - 1) * size.latent_patch
-        names = names or [f"image {i}" for i in range(len(images))]
+        self.latent_stride = latent_stride(size)
+        self._images = images
+        self._names = names or [f"image {i}" for i in range(len(images))]
 
         def load(i: int) -> tuple[Tensor, Tensor]:
-            array = decode_image(images[i], names[i])
-            shape = array.shape[:2]
-            vae = resize(array, target_size(*shape, size.vae_size, size.vae_min, stride))
-            vit_shape = target_size(*shape, size.vit_size, size.vit_min, size.vit_patch)
-            vit = vae if vit_shape == vae.shape[:2] else resize(array, vit_shape)
-            pack = torch.from_numpy(vae.copy()).permute(2, 0, 1)
-            return pack, pack if vit is vae else torch.from_numpy(vit.copy()).permute(2, 0, 1)
+            array = decode_image(images[i], self._names[i])
+            vae = vae_array(array, size)
+            pack = _tensor(vae)
+            if _vit_size(vae if size.resize == "reference" else array, size) == vae.shape[:2]:
+                return pack, pack
+            return pack, _tensor(vit_array(array, size))
 
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
             loaded = list(pool.map(load, range(len(images))))
         self._vae = [pair[0] for pair in loaded]
         self._vit = [pair[1] for pair in loaded]
+        self._paired: dict[int, Tensor] = {}
         self.latents: list[Tensor | None] = [None] * len(images)
-        self.latent_stride = stride
 
     def __len__(self) -> int:
         return len(self._vae)
@@ -83,7 +158,25 @@ class ImageBank:
 
     def patches(self, i: int) -> Tensor:
         """ViT patches (N, 3p²) float32."""
-        return patchify(self._vit[i][None].float() / 127.5 - 1, self.size.vit_patch)[0]
+        return _patches(self._vit[i], self.size.vit_patch)
+
+    def paired_patches(self, i: int) -> Tensor:
+        """ViT patches (N, 3p²) float32 of the image on its *latent* grid, so that they pair with latent tokens.
+
+        The resized image is made on first use and kept. Raises ClearError if the ViT has no positions for the grid.
+        """
+        grid, side = self.latent_grid(i), self.size.vit_side
+        if grid == self.vit_grid(i):
+            return self.patches(i)
+        if max(grid) > side:
+            raise ClearError(
+                f"{self._names[i]}: its latent grid of {grid[0]} x {grid[1]} tokens exceeds the ViT's "
+                f"model.vit_side = {side} positions per side; lower model.vae_size or raise model.vit_side."
+            )
+        if i not in self._paired:
+            array = decode_image(self._images[i], self._names[i])
+            self._paired[i] = _tensor(vit_array(array, self.size, grid))
+        return _patches(self._paired[i], self.size.vit_patch)
 
     def vit_grid(self, i: int) -> tuple[int, int]:
         """Rows and columns of ViT patches."""
@@ -96,16 +189,27 @@ class ImageBank:
         return h // self.latent_stride, w // self.latent_stride
 
     @torch.no_grad()
-    def encode(self, vae: AutoEncoder, batch: int = 64) -> "ImageBank":
-        """Fill `latents` with posterior means as tokens (N, C), in batches of equal size."""
+    def encode(self, vae: AutoEncoder, batch: int = ENCODE_IMAGES) -> "ImageBank":
+        """Fill `latents` with tokens (N, C) of the posterior (`size.posterior`), in batches of one image size."""
         groups: dict[tuple, list[int]] = {}
         for i, image in enumerate(self._vae):
             groups.setdefault(tuple(image.shape), []).append(i)
         device = next(vae.parameters()).device
-        for members in groups.values():
-            for start in range(0, len(members), batch):
-                chunk = members[start : start + batch]
-                z = vae.encode(torch.stack([self.pixels(i) for i in chunk]).to(device))
+        for (_, h, w), members in groups.items():
+            step = min(batch, encode_batch(h, w))
+            for start in range(0, len(members), step):
+                chunk = members[start : start + step]
+                x = torch.stack([self.pixels(i) for i in chunk]).to(device)
+                z = vae.encode(x, self._posterior_noise(vae, chunk, device))
                 for i, tokens in zip(chunk, patchify(z, self.size.latent_patch).cpu(), strict=True):
                     self.latents[i] = tokens
         return self
+
+    def _posterior_noise(self, vae: AutoEncoder, chunk: Sequence[int], device: torch.device) -> Tensor | None:
+        """Noise for images of one size, or None where the mean is wanted."""
+        if self.size.posterior == "mean":
+            return None
+        _, h, w = self._vae[chunk[0]].shape
+        shape = (vae.config.z_channels, h // vae.config.downsample, w // vae.config.downsample)
+        noise = [torch.randn(shape, generator=posterior_generator(self._vae[i])) for i in chunk]
+        return torch.stack(noise).to(device)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from clear.model.cache import KVCache
 
@@ -153,6 +154,7 @@ class MoTLayer(nn.Module):
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
         self.config = config
+        self.always_both = False  # sharded training: both experts get gradients, if need be zeros
         self.self_attn = Attention(config)
         for suffix in ("", "_moe_gen"):
             setattr(self, f"mlp{suffix}", Mlp(config))
@@ -174,8 +176,12 @@ class MoTLayer(nn.Module):
     def forward(self, und, gen, routing: Routing, rope, attention):
         """Streams (U, D), (G, D); `attention(q, k, v) -> (B, H, L, E)` sees rotated q, k, v of the whole batch."""
         qkv = torch.cat(self._project(und, ""), dim=1)
-        if len(routing.gen):
-            qkv = routing.merge(qkv, torch.cat(self._project(gen, "_moe_gen"), dim=1))
+        both = self.always_both or len(routing.gen)
+        if both:
+            qkv_gen = torch.cat(self._project(gen, "_moe_gen"), dim=1)
+            qkv = routing.merge(qkv, qkv_gen)
+            if self.always_both:
+                qkv = qkv + 0.0 * qkv_gen[:1].sum()
         else:
             qkv = routing.merge(qkv, gen)
         heads, kv = self.config.heads, self.config.kv_heads
@@ -183,7 +189,11 @@ class MoTLayer(nn.Module):
         mixed = attention(rotate(q, *rope), rotate(k, *rope), v)
         mixed_und, mixed_gen = routing.split(mixed.transpose(1, 2).flatten(2))
         und = self._finish(und, mixed_und, "")
-        return und, self._finish(gen, mixed_gen, "_moe_gen") if len(routing.gen) else gen
+        if both:
+            gen = self._finish(gen, mixed_gen, "_moe_gen")
+            if self.always_both:
+                und, gen = und + 0.0 * gen[:1].sum(), gen + 0.0 * und[:1].sum()
+        return und, gen
 
 
 class _Decoder(nn.Module):
@@ -206,13 +216,18 @@ class Hidden:
 
 
 class LanguageModel(nn.Module):
-    """Token embedding, MoT layers, routed final norms and the language head."""
+    """Token embedding, MoT layers, routed final norms and the language head.
+
+    With `gradient_checkpointing` a training forward keeps only what enters each layer and computes the layer again,
+    with the same random numbers, in the backward pass; a forward with a cache never does.
+    """
 
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
         self.config = config
         self.model = _Decoder(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
+        self.gradient_checkpointing = False
 
     def forward(
         self,
@@ -235,8 +250,10 @@ class LanguageModel(nn.Module):
         rope = rotary(rope_BL, self.config.head_dim, self.config.rope_theta, compute_dtype(x_BLD))
         plan = _attention_plan(allowed_BLL, cache, valid_BL, write)
         kept = {}
+        recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for i, layer in enumerate(self.model.layers):
-            und, gen = layer(und, gen, routing, rope, lambda q, k, v, i=i: plan(i, q, k, v))
+            given = (und, gen, routing, rope, lambda q, k, v, i=i: plan(i, q, k, v))
+            und, gen = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
             if i in collect:
                 kept[i] = routing.merge(und, gen)
         if cache is not None and write:

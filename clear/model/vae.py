@@ -1,7 +1,11 @@
 """The image autoencoder: FLUX's convolutional VAE, with the key names of `ae.safetensors` (METHOD §1).
 
 Departure: `groups` of the group norm is a parameter (32 in the published model), so that narrow models exist.
-Conditioning images use the posterior mean by default; the reference samples the posterior even at inference.
+
+Posterior, two modes (`model.posterior`): "mean" (default) encodes an image to the mean of its posterior, so the same
+image is the same latent wherever it is read; "sample" adds the posterior's own noise, as the reference does
+everywhere, at inference too. Here the noise of an image is drawn once, from its own generator (`ImageBank.encode`);
+the reference draws anew each time.
 """
 
 from dataclasses import dataclass
@@ -171,12 +175,17 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
 
+    def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and log-variance of the posterior of images (B, 3, H, W), both (B, z, H/d, W/d), not normalised."""
+        mean, log_var = self.encoder(x).chunk(2, dim=1)
+        return mean, log_var
+
     def encode(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         """Images (B, 3, H, W) in [−1, 1] to normalised latents (B, z, H/d, W/d).
 
-        The posterior mean, or with `noise` (same shape as the latents) a sample, as the reference takes.
+        The posterior mean, or with `noise` (standard normal, same shape as the latents) a sample of it.
         """
-        mean, log_var = self.encoder(x).chunk(2, dim=1)
+        mean, log_var = self.moments(x)
         if noise is not None:
             mean = mean + torch.exp(0.5 * log_var) * noise
         return self.config.scale_factor * (mean - self.config.shift_factor)

@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear.config import Config
+from clear.config import Config, Sampling
 from clear.errors import ClearError
+from clear.model import lora
 from clear.model.bagel import Bagel
-from clear.model.checkpoint import load_bagel
-from clear.model.images import ImageBank, resize, target_size, to_uint8
-from clear.model.vae import AutoEncoder, patchify, unpatchify
+from clear.model.flow import Guidance
+from clear.model.images import ImageBank, to_uint8, vit_patches
+from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import SYSTEM, make_prompt, question_text
@@ -44,6 +45,13 @@ class Answer:
         return "\n[restored image]\n".join(self.replies)
 
 
+def guidance(sampling: Sampling) -> Guidance:
+    """Classifier-free guidance of a configuration; off where `text_guidance` is 1."""
+    s = sampling
+    scales = s.text_guidance, s.image_guidance
+    return Guidance(*scales, s.guidance_from, s.guidance_to, s.guidance_renorm, s.guidance_renorm_min)
+
+
 @dataclass
 class Answerer:
     """A model ready to answer."""
@@ -55,9 +63,10 @@ class Answerer:
 
     @classmethod
     def load(cls, folder: Path | str, config: Config) -> "Answerer":
-        """Load a model folder. Raises ClearError if it has no tokenizer."""
+        """Load a folder with weights, or with an adapter on weights. Raises ClearError if it has no tokenizer."""
         device = "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
-        model, vae, tokenizer = load_bagel(folder, device=device)
+        kind = torch.bfloat16 if config.runtime.weights == "bfloat16" else torch.float32
+        model, vae, tokenizer = lora.load_model(folder, kind, device, config.model.checkpoint or None)
         if tokenizer is None:
             raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
         return cls(model, vae, tokenizer, config)
@@ -72,6 +81,7 @@ class Answerer:
             max_tokens=s.max_think_tokens,
             max_restorations=s.max_restorations,
             batch=s.batch,
+            guidance=guidance(s),
         )
 
     @property
@@ -94,14 +104,15 @@ class Answerer:
         """Answer (image number, question) pairs in order. Noise depends on the seed and the place in the list only."""
         prompts = [make_prompt(self.tokenizer, bank, i, question_text(q), self.system) for i, q in asked]
         options = replace(self.options, restore=restore, feedback=feedback, noise_seed=self.config.seed)
-        done = generate(
-            self.model,
-            self.tokenizer,
-            prompts,
-            options,
-            reencode=self.reencode,
-            progress=progress,
-        )
+        with lora.autocast(self.model):
+            done = generate(
+                self.model,
+                self.tokenizer,
+                prompts,
+                options,
+                reencode=self.reencode,
+                progress=progress,
+            )
         return [self._answer(trajectory) for trajectory in done]
 
     def _answer(self, trajectory: Trajectory) -> Answer:
@@ -123,9 +134,5 @@ class Answerer:
 
     def reencode(self, latents: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Decode-reencode (the bridge's alternative): latents (B, N, C) → ViT patches (B, M, F) and their grid."""
-        m = self.config.model
-        arrays = self.pictures(latents, grid)
-        size = target_size(*arrays[0].shape[:2], m.vit_size, m.vit_min, m.vit_patch)
-        pixels = torch.stack([torch.from_numpy(resize(a, size).copy()).permute(2, 0, 1) for a in arrays])
-        patches = patchify(pixels.float() / 127.5 - 1, m.vit_patch)
-        return patches.to(latents.device), (size[0] // m.vit_patch, size[1] // m.vit_patch)
+        made = [vit_patches(array, self.config.model) for array in self.pictures(latents, grid)]
+        return torch.stack([patches for patches, _ in made]).to(latents.device), made[0][1]

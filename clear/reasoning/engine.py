@@ -4,7 +4,14 @@ A prompt is prefilled once and its cache is copied to the `group` rows sampled f
 that emit the trigger denoise together, the bridge feeds the latent back, and rows that have answered leave. The same
 engine serves evaluation (greedy, ODE) and GRPO rollouts (sampling, SDE, everything recorded).
 
-Departure from the published loop: batch 1 there, batched here; the picture is decoded to pixels only on request.
+Guidance (METHOD §1 "CFG") denoises in up to three contexts at once: the conditional one, one without the reply that
+asked for the restoration, and one without any image. Each has its own cache and rope position; inside the guided
+interval they are one batch, outside it and without guidance only the conditional one runs.
+
+Sampling is over the tokenizer's ids: a model's vocabulary may be padded beyond them, and a padding id is no token.
+
+Departures from the published loop: batch 1 there, batched here; the picture is decoded to pixels only on request; on
+a second restoration the image-free context is still free of images (the reference's is then a copy of the whole one).
 """
 
 import itertools
@@ -14,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from clear.errors import ClearError
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.cache import KVCache
@@ -30,7 +38,7 @@ class Options:
     restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
     is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
     pixels, read by the ViT). noise_seed gives every prompt its own starting noise, whatever the batch. sigma > 0
-    records an SDE trajectory instead of the ODE. temperature 0 is greedy.
+    records an SDE trajectory instead of the ODE, and excludes guidance (ClearError). temperature 0 is greedy.
     """
 
     restore: str = "auto"
@@ -43,6 +51,14 @@ class Options:
     max_restorations: int = 1
     batch: int = 64
     noise_seed: int | None = None
+    guidance: flow.Guidance = field(default_factory=flow.Guidance)
+
+    def __post_init__(self) -> None:
+        if self.sigma > 0 and self.guidance.on:
+            raise ClearError(
+                f"sigma = {self.sigma} with text guidance {self.guidance.text}: the log-probabilities of a stochastic "
+                "rollout are those of the unguided velocity. Set sigma to 0, or the guidance scales to 1."
+            )
 
 
 @dataclass
@@ -66,9 +82,13 @@ class Restoration:
 
 @dataclass
 class Trajectory:
-    """Everything one row produced: replies and the restorations between them."""
+    """Everything one row produced: replies and the restorations between them.
+
+    `vocabulary` is the number of ids its tokens were sampled from (0: all of the model's).
+    """
 
     prompt: int
+    vocabulary: int = 0
     replies: list[Reply] = field(default_factory=list)
     restorations: list[Restoration] = field(default_factory=list)
 
@@ -112,17 +132,24 @@ def generate(
     `progress` is called with the number of finished prompts.
     """
     per_chunk = max(1, options.batch // group)
+    known = vocabulary(tokenizer)
     done: list[Trajectory] = []
     for start in range(0, len(prompts), per_chunk):
         chunk = prompts[start : start + per_chunk]
         rows = prefill(model, chunk, group)
         for trajectory in rows.trajectories:
             trajectory.prompt += start
+            trajectory.vocabulary = known
         done += rows.trajectories
         _run(model, tokenizer, rows, chunk, options, generator, reencode)
         if progress:
             progress(len(chunk))
     return done
+
+
+def vocabulary(tokenizer) -> int:
+    """How many ids a tokenizer can decode: its highest id + 1. Logits beyond are cut off in sampling and scoring."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
 def prefill(model: Bagel, prompts: Sequence[Prompt], group: int = 1) -> _Rows:
@@ -160,7 +187,8 @@ def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
             groups.setdefault(prompts[trajectory.prompt - first].latent_grid, []).append(i)
         parts = [rows.select(members) for members in groups.values()]
         for grid, part in zip(groups, parts, strict=True):
-            _restore(model, part, grid, options, generator, reencode)
+            owners = [prompts[t.prompt - first] for t in part.trajectories]
+            _restore(model, part, owners, grid, options, generator, reencode)
         rows = _Rows.join(parts)
 
 
@@ -173,10 +201,11 @@ def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, options: Options,
     if whole:
         return rows
     parked: list[_Rows] = []
+    known = rows.trajectories[0].vocabulary or None
     live = torch.ones(len(rows.trajectories), dtype=torch.bool, device=device)
     waiting = torch.zeros_like(live)
     for _ in range(options.max_tokens):
-        token, log_prob = _sample(logits, options.temperature, generator)
+        token, log_prob = _sample(logits[:, :known], options.temperature, generator)
         ended = torch.zeros_like(live)
         for i, (t, lp, alive) in enumerate(zip(token.tolist(), log_prob.tolist(), live.tolist(), strict=True)):
             if not alive:
@@ -224,7 +253,7 @@ def _sample(logits: Tensor, temperature: float, generator) -> tuple[Tensor, Tens
     return token, log_probs.gather(1, token[:, None]).squeeze(1)
 
 
-def _restore(model: Bagel, rows: _Rows, grid, options: Options, generator, reencode) -> None:
+def _restore(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], grid, options: Options, generator, reencode) -> None:
     """Denoise a latent for every row and feed it back; the rows advance by one rope position."""
     shape = (len(rows.trajectories), grid[0] * grid[1], model.config.latent_channels)
     if options.noise_seed is None:
@@ -233,21 +262,76 @@ def _restore(model: Bagel, rows: _Rows, grid, options: Options, generator, reenc
         own = [torch.Generator().manual_seed(options.noise_seed + t.prompt) for t in rows.trajectories]
         noise = torch.stack([torch.randn(shape[1:], generator=g) for g in own])
     noise = noise.to(rows.rope.device)
-    found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator)
+    dropped = dropped_contexts(model, rows, prompts, options.guidance)
+    found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator, dropped)
     for i, trajectory in enumerate(rows.trajectories):
         states = None if found.states is None else found.states[:, i]
         log_probs = None if found.log_probs is None else found.log_probs[:, i]
         trajectory.restorations.append(Restoration(found.x0[i], grid, states, log_probs))
-    if options.feedback == "reencode":
-        patches, grid = reencode(found.x0, grid)
+    feed_back(model, rows, found.x0, grid, options.feedback, reencode)
+
+
+def feed_back(model: Bagel, rows: _Rows, latents: Tensor, grid, feedback: str = "bridge", reencode=None) -> None:
+    """Write restored latents (B, N, C) into the rows' context, as `Options.feedback` says; rope advances by one."""
+    if feedback == "reencode":
+        patches, grid = reencode(latents, grid)
         kind, contents = VIT, Contents(vit=patches)
     elif model.config.bridge == "mlp":
-        kind, contents = BRIDGE, Contents(bridge=found.x0)
+        kind, contents = BRIDGE, Contents(bridge=latents)
     else:
-        kind, contents = LATENT, Contents(latent=found.x0, time=[0.0] * shape[0])
+        kind, contents = LATENT, Contents(latent=latents, time=[0.0] * len(latents))
     one, _ = layout([[Image(kind, grid)]], model.config.special)
     model(one.to(rows.rope.device).repeat(rows.rope), contents, rows.cache, write=True)
     rows.rope = rows.rope + 1
+
+
+@dataclass
+class Context:
+    """What a velocity is predicted in: B cached rows and the rope position (B,) at which each continues."""
+
+    cache: KVCache
+    rope: Tensor
+
+
+def dropped_contexts(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], guidance: flow.Guidance) -> list[Context]:
+    """The contexts that `guidance` needs beside the rows' own: none, without the last reply, and without images.
+
+    `prompts` are the rows' own, one each. The last reply of every row must be in its cache as a whole (bos … eos).
+    """
+    found = []
+    if guidance.contexts > 1:
+        # The cache only ever grows, so the context before the last reply is the same entries, fewer of them counted.
+        said = [1 + len(t.replies[-1].ids) for t in rows.trajectories]
+        said = torch.tensor(said, device=rows.rope.device)
+        cache = rows.cache.select(torch.arange(rows.cache.rows, device=rows.rope.device))
+        cache.lengths = cache.lengths - said
+        found.append(Context(cache, rows.rope - said))
+    if guidance.contexts > 2:
+        talks = []
+        for prompt, trajectory in zip(prompts, rows.trajectories, strict=True):
+            texts = [*([prompt.system] if prompt.system else []), prompt.question]
+            replies = [Text(reply.ids, eos=False) for reply in trajectory.replies]
+            talks.append([*(Text(ids) for ids in texts), *replies])
+        built, ends = layout(talks, model.config.special)
+        cache = model.new_cache(len(talks), built.ids.shape[1])
+        model(built, Contents(), cache, write=True)
+        found.append(Context(cache, torch.tensor(ends, device=rows.rope.device)))
+    return found
+
+
+def join_contexts(contexts: Sequence[Context]) -> Context:
+    """Several contexts of the same rows as one batch, context after context."""
+    if len(contexts) == 1:
+        return contexts[0]
+    return Context(KVCache.concatenate([c.cache for c in contexts]), torch.cat([c.rope for c in contexts]))
+
+
+def velocities(model: Bagel, context: Context, grid: tuple[int, int], x: Tensor, t: float) -> Tensor:
+    """Predicted velocities (B, N, C) of the states x (B, N, C) at time t; the context is read and not written."""
+    one, _ = layout([[Image(LATENT, grid, noise=True)]], model.config.special)
+    built = one.to(x.device).repeat(context.rope)
+    hidden = model(built, Contents(latent=x, time=[t] * len(x)), context.cache)
+    return model.velocities(hidden, built).reshape(x.shape)
 
 
 @dataclass
@@ -259,15 +343,36 @@ class Denoised:
     log_probs: Tensor | None
 
 
-def denoise(model: Bagel, cache: KVCache, rope: Tensor, grid, x: Tensor, options: Options, generator=None) -> Denoised:
-    """Integrate the flow from noise x (B, N, C) at the rows' next position, reading but not writing the cache."""
-    one, _ = layout([[Image(LATENT, grid, noise=True)]], model.config.special)
-    built = one.to(x.device).repeat(rope)
+def denoise(
+    model: Bagel,
+    cache: KVCache,
+    rope: Tensor,
+    grid: tuple[int, int],
+    x: Tensor,
+    options: Options,
+    generator: torch.Generator | None = None,
+    dropped: Sequence[Context] = (),
+) -> Denoised:
+    """Integrate the flow from noise x (B, N, C) at the rows' next position, reading but not writing the cache.
+
+    `dropped` are the contexts of `dropped_contexts` for `options.guidance`. Raises ClearError if one is missing.
+    """
+    own, guidance = Context(cache, rope), options.guidance
+    if len(dropped) + 1 < guidance.contexts:
+        raise ClearError(
+            f"denoise: guidance needs {guidance.contexts - 1} more contexts and got {len(dropped)}; pass those of "
+            "dropped_contexts, or an Options without guidance."
+        )
+    joint = join_contexts([own, *dropped][: guidance.contexts])
     times = flow.time_grid(options.flow_steps, options.shift).tolist()
     states, log_probs = [x], []
     for t, t_next in itertools.pairwise(times):
-        contents = Contents(latent=x, time=[t] * len(x))
-        v = model.velocities(model(built, contents, cache), built).reshape(x.shape)
+        if guidance.active(t):
+            every = velocities(model, joint, grid, x.repeat(guidance.contexts, 1, 1), t)
+            v, without_text, *rest = every.chunk(guidance.contexts)
+            v = flow.guide(v, without_text, rest[0] if rest else None, guidance)
+        else:
+            v = velocities(model, own, grid, x, t)
         if options.sigma > 0:
             z = torch.randn(x.shape, generator=generator).to(x.device)
             x, log_prob = flow.sde_step(x, v, z, t, t_next, options.sigma)
@@ -282,7 +387,10 @@ def denoise(model: Bagel, cache: KVCache, rope: Tensor, grid, x: Tensor, options
 
 def text_reply(model: Bagel, rows: _Rows, ids: Sequence[int]) -> None:
     """Append the same complete reply (bos, ids, eos) to every row, as if it had been generated."""
-    whole = [model.config.special.bos, *ids, model.config.special.eos]
+    body = [*ids, model.config.special.eos]
+    for trajectory in rows.trajectories:
+        trajectory.replies.append(Reply(list(body), [0.0] * len(body), len(body)))
+    whole = [model.config.special.bos, *body]
     _feed(model, rows, torch.tensor([whole] * len(rows.trajectories), device=rows.rope.device))
 
 

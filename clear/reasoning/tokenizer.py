@@ -1,14 +1,28 @@
-"""Tokenizers: a closed word-level one for models trained from scratch, and text handling that fits any.
+"""Tokenizers: the files of a model folder, a closed word-level one for models trained from scratch, and text to ids.
 
-Real checkpoints bring Qwen2's byte-pair tokenizer; both are `tokenizers.Tokenizer`.
+Every tokenizer here is a `tokenizers.Tokenizer`. BAGEL's folder brings Qwen2's byte-pair tokenizer twice, as
+`tokenizer.json` and as `vocab.json` + `merges.txt` (METHOD §1 "Checkpoint folder", "Special tokens"); either is
+enough. Ids of special tokens are never assumed: `tokenizer_config.json` names them, and a marker that no file has is
+appended in the order of `MARKERS`, as BAGEL's code does.
 """
 
+import json
 from collections.abc import Iterable
+from pathlib import Path
 
 from clear.errors import ClearError
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
+"""Text start and end, image start and end; BAGEL appends missing ones in this order."""
 UNKNOWN = "<unk>"
+TOKENIZER, VOCABULARY, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
+LFS = "version https://git-lfs.github.com/spec/"
+"""What a git-lfs pointer starts with."""
+_END = "<|endoftext|>"
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Qwen2's split into words: contractions, letter runs with one leading sign, single digits, sign runs, white space."""
 
 
 def word_tokenizer(words: Iterable[str]):
@@ -21,6 +35,108 @@ def word_tokenizer(words: Iterable[str]):
     tokenizer = Tokenizer(WordLevel({word: i for i, word in enumerate(entries)}, unk_token=UNKNOWN))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     return tokenizer
+
+
+def read_tokenizer(folder: Path | str):
+    """The `tokenizers.Tokenizer` of a model folder with all four markers, or None where the folder has none.
+
+    `tokenizer.json` wins over `vocab.json` + `merges.txt`. Raises ClearError for a file that is broken, half of a
+    pair, or at odds with the ids that `tokenizer_config.json` states.
+    """
+    folder = Path(folder)
+    if (folder / TOKENIZER).exists():
+        tokenizer, origin = _parse(folder / TOKENIZER), folder / TOKENIZER
+    elif (folder / VOCABULARY).exists() or (folder / MERGES).exists():
+        tokenizer, origin = _byte_pairs(folder), folder / VOCABULARY
+    else:
+        return None
+    _append(tokenizer, _stated_tokens(folder), folder / SETTINGS)
+    if origin.name == VOCABULARY:
+        _append(tokenizer, {_END: None}, origin)  # Qwen2's tokenizer class adds it before anybody else adds a token
+    _append(tokenizer, dict.fromkeys(MARKERS), origin)
+    return tokenizer
+
+
+def _parse(path: Path):
+    from tokenizers import Tokenizer
+
+    text = read_text(path)
+    try:
+        return Tokenizer.from_str(text)
+    except Exception as error:  # the library raises bare Exception for a file it cannot parse
+        raise ClearError(f"{path} is not a tokenizer ({error}); fetch it again.") from error
+
+
+def _byte_pairs(folder: Path):
+    """Qwen2's pipeline over the folder's vocabulary and merges: NFC, the word split, bytes, byte pairs."""
+    from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+    from tokenizers.models import BPE
+
+    for name, other in ((VOCABULARY, MERGES), (MERGES, VOCABULARY)):
+        if not (folder / name).exists():
+            raise ClearError(f"{folder / name} is missing, but {other} is here; fetch both, or {TOKENIZER}.")
+        read_text(folder / name)
+    try:
+        model = BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES))
+    except Exception as error:  # as above
+        raise ClearError(
+            f"{folder}: {VOCABULARY} and {MERGES} are no byte-pair tokenizer ({error}); fetch both again."
+        ) from error
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(_WORDS), behavior="isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _stated_tokens(folder: Path) -> dict:
+    """The added tokens of tokenizer_config.json with the ids it states, in the order of the ids."""
+    from tokenizers import AddedToken
+
+    path = folder / SETTINGS
+    if not path.exists():
+        return {}
+    try:
+        settings = json.loads(read_text(path))
+        stated = sorted((int(i), entry) for i, entry in settings.get("added_tokens_decoder", {}).items())
+        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+        return {
+            AddedToken(entry["content"], **{name: bool(entry[name]) for name in flags if name in entry}): number
+            for number, entry in stated
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ClearError(f"{path}: added_tokens_decoder cannot be read ({error!r}); fetch it again.") from error
+
+
+def _append(tokenizer, tokens: dict, origin: Path) -> None:
+    """Add `tokens` in order where they are new, and check each against the id its file states."""
+    from tokenizers import AddedToken
+
+    for token, number in tokens.items():
+        text = token if isinstance(token, str) else token.content
+        known = tokenizer.token_to_id(text)
+        if known is None or not isinstance(token, str):
+            entry = AddedToken(text, special=True) if isinstance(token, str) else token
+            (tokenizer.add_special_tokens if entry.special else tokenizer.add_tokens)([entry])
+        found = tokenizer.token_to_id(text)
+        if number is not None and found != number:
+            raise ClearError(
+                f"{origin}: token {text} is stated as id {number}, but the vocabulary gives it {found}; "
+                "the tokenizer files belong to different models, fetch all of them again."
+            )
+
+
+def read_text(path: Path) -> str:
+    """A small text file of a model folder. Raises ClearError for a git-lfs pointer or bytes that are no UTF-8."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ClearError(f"{path} is not a text file ({error}); fetch it again.") from error
+    if text.startswith(LFS):
+        raise ClearError(f"{path} is a git-lfs pointer, not the file itself; run `git lfs pull` in its repository.")
+    return text
 
 
 def encode(tokenizer, text: str) -> list[int]:

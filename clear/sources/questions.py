@@ -16,6 +16,7 @@ from random import Random
 from clear.errors import ClearError
 from clear.records import Question, Sample
 from clear.sources.words import (
+    CELLS,
     COLOURS,
     LETTERS,
     OPTION_LETTERS,
@@ -81,7 +82,7 @@ def _spatial(cells: Cells, target: int | str, rng: Random) -> Draft | None:
 
 def _count(cells: Cells, target: int, rng: Random) -> Draft | None:
     by_colour: dict[str, list[str]] = {colour: [] for colour in COLOURS}
-    for shape, (_, colour) in objects(cells).items():
+    for shape, (_, colour) in sorted(objects(cells).items(), key=lambda item: SHAPES.index(item[0])):
         by_colour[colour].append(shape)
     fitting = [colour for colour, shapes in by_colour.items() if len(shapes) == target]
     if not fitting:
@@ -92,15 +93,15 @@ def _count(cells: Cells, target: int, rng: Random) -> Draft | None:
 
 def _relation(cells: Cells, target: str, rng: Random) -> Draft | None:
     across = target in ("left", "right")
-    lines = {shape: i % 3 if across else i // 3 for shape, (i, _) in objects(cells).items()}
+    places = {shape: i for shape, (i, _) in objects(cells).items()}
+    lines = {shape: i % 3 if across else i // 3 for shape, i in places.items()}
     sign = sum(RELATIONS[target])
     fitting = [(a, b) for a in lines for b in lines if (lines[a] - lines[b]) * sign > 0]
     if not fitting:
         return None
     a, b = rng.choice(fitting)
     text = f"is the {a} left or right of the {b} ?" if across else f"is the {a} above or below the {b} ?"
-    axis = "column" if across else "row"
-    return Draft(text, target, f"{a} {axis} {lines[a] + 1} {b} {axis} {lines[b] + 1}")
+    return Draft(text, target, f"{a} at {CELLS[places[a]]} {b} at {CELLS[places[b]]}")
 
 
 def _reasoning(cells: Cells, target: str, rng: Random) -> Draft | None:
@@ -111,15 +112,15 @@ def _reasoning(cells: Cells, target: str, rng: Random) -> Draft | None:
             continue
         for relation, (down, right) in RELATIONS.items():
             row, column = i // 3 - down, i % 3 - right
-            if 0 <= row < 3 and 0 <= column < 3 and cells[3 * row + column] is not None:
-                fitting.append((relation, cells[3 * row + column][0], (row, column), shape, i))
+            place = 3 * row + column
+            if 0 <= row < 3 and 0 <= column < 3 and cells[place] is not None:
+                fitting.append((relation, cells[place][0], place, shape, i))
     if not fitting:
         return None
-    relation, anchor, (row, column), shape, i = rng.choice(fitting)
+    relation, anchor, place, shape, i = rng.choice(fitting)
     words = relation if relation in ("above", "below") else f"{relation} of"
     # One step per look: where the anchor is, which cell that points to, what is there.
-    evidence = f"{anchor} row {row + 1} column {column + 1} {words} row {i // 3 + 1} column {i % 3 + 1}"
-    evidence += f" {shape} is {target}"
+    evidence = f"{anchor} at {CELLS[place]} {words} {CELLS[i]} {shape} is {target}"
     return Draft(f"which colour is the shape {words} the {anchor} ?", target, evidence)
 
 

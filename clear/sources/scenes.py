@@ -22,19 +22,20 @@ import numpy as np
 from clear.errors import ClearError
 from clear.records import Question, Sample, encode_image, sha256
 from clear.sources.questions import TASKS, Draft, compose, draw_targets, objects
-from clear.sources.words import COLOURS, LETTERS, SHAPES, SIGN, Cells
+from clear.sources.words import CELLS, COLOURS, LETTERS, SHAPES, SIGN, Cells
 
 CELL_CLASSES = 1 + len(SHAPES) * len(COLOURS) + len(LETTERS)
 """Number of labels a cell can have: empty, shape and colour, sign letter."""
 
 RGB = {
-    "red": (214, 32, 40),
-    "green": (34, 150, 58),
-    "blue": (32, 78, 214),
-    "yellow": (250, 214, 30),
-    "purple": (146, 52, 186),
-    "orange": (250, 128, 14),
+    "red": (175, 66, 71),
+    "green": (65, 134, 79),
+    "blue": (69, 96, 178),
+    "yellow": (211, 189, 79),
+    "purple": (141, 85, 165),
+    "orange": (204, 131, 63),
 }
+"""Muted on purpose: like real surfaces, they are told apart with ease in a good picture and not in a faded one."""
 _PLATE, _INK = (246, 246, 238), (28, 30, 40)
 _ATTEMPTS = 20_000  # scenes tried for one couple; with all six families 14 are needed on average
 
@@ -89,19 +90,43 @@ def cell_labels(annotation: str) -> list[int]:
     return cells
 
 
-FACTORS = (len(SHAPES) + 2, len(COLOURS) + 1, len(LETTERS) + 1)
-"""Sizes of the three factors of a cell label: shape (or empty, or sign), colour (or none), letter (or none)."""
+FACTORS = (len(SHAPES) + 2, len(COLOURS) + 1, len(LETTERS) + 1, 3, 3)
+"""Sizes of what there is to know about a cell: shape (or empty, or sign), colour, letter, row, column."""
 
 
-def factors(label: int) -> tuple[int, int, int]:
-    """A cell label as (shape, colour, letter), each below its size in FACTORS; 0 stands for empty or none."""
+def factors(annotation: str) -> list[tuple[int, int, int, int, int]]:
+    """The nine cells of an annotation as numbers below FACTORS; 0 stands for empty, no colour, no letter."""
+    found = []
+    for i, cell in enumerate(_cells(annotation)):
+        kind, value = cell or ("", "")
+        shape = 0 if cell is None else len(SHAPES) + 1 if kind == SIGN else SHAPES.index(kind) + 1
+        colour = COLOURS.index(value) + 1 if kind in SHAPES else 0
+        letter = LETTERS.index(value) + 1 if kind == SIGN else 0
+        found.append((shape, colour, letter, i // 3, i % 3))
+    return found
+
+
+def captions(annotation: str) -> tuple[str, str]:
+    """Everything the picture shows, in words of the vocabulary: shape by shape (the sign last), and colour by colour."""
+    named = {cell[0]: (CELLS[i], cell[1]) for i, cell in enumerate(_cells(annotation)) if cell is not None}
+    facts = [f"{shape} at {named[shape][0]} is {named[shape][1]}" for shape in SHAPES if shape in named]
+    by_shape = " ".join([*facts, f"{SIGN} at {named[SIGN][0]} says {named[SIGN][1]}"])
+    groups = {colour: [s for s in SHAPES if s in named and named[s][1] == colour] for colour in COLOURS}
+    return by_shape, " ".join(f"{colour} : {' '.join(group) or 'none'}" for colour, group in groups.items())
+
+
+def _cells(annotation: str) -> Cells:
     objects_ = len(SHAPES) * len(COLOURS)
-    if label == 0:
-        return 0, 0, 0
-    if label <= objects_:
+
+    def cell(label: int) -> tuple[str, str] | None:
+        if label == 0:
+            return None
+        if label > objects_:
+            return SIGN, LETTERS[label - objects_ - 1]
         shape, colour = divmod(label - 1, len(COLOURS))
-        return shape + 1, colour + 1, 0
-    return len(SHAPES) + 1, 0, label - objects_
+        return SHAPES[shape], COLOURS[colour]
+
+    return tuple(cell(label) for label in cell_labels(annotation))
 
 
 # --- drawing a scene -------------------------------------------------------------------------------------------------

@@ -14,6 +14,8 @@ OPTION_LETTERS = ("A", "B", "C", "D")
 RELATIONS = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}
 """Relation word to the (row, column) step from the anchor to the cell it names."""
 SIGN = "sign"
+CELLS = tuple(f"{column}{row}" for row in "123" for column in "abc")
+"""Names of the nine cells in raster order, as on a chess board: one word says both coordinates."""
 
 Cell = tuple[str, str] | None
 """What a cell holds: None, (SIGN, letter) or (shape, colour)."""
@@ -29,7 +31,8 @@ VOCABULARY: tuple[str, ...] = (
     *RELATIONS,
     *("yes", "no", "none"),
     *("which", "how", "many", "is", "there", "an", "the", "on", "of", "or", "says"),
-    *("colour", "letter", "sign", "shape", "shapes", "row", "column"),
+    *("colour", "letter", "sign", "shape", "shapes", "at"),
+    *CELLS,
 )
 """Every word that can occur in a question, an answer or evidence, each once; the order is part of a trained model."""
 

@@ -22,7 +22,7 @@ def run(config: Config) -> None:
     from clear.model.images import ImageBank
     from clear.model.vae import AutoEncoder
     from clear.reasoning.tokenizer import word_tokenizer
-    from clear.sources.scenes import FACTORS, cell_labels, factors
+    from clear.sources.scenes import FACTORS, factors
     from clear.stages.paths import checkpoint_dir
     from clear.training import pretrain
     from clear.training.build import bagel_config, scene_words
@@ -41,8 +41,7 @@ def run(config: Config) -> None:
     model.initialise()
 
     probe = pretrain.DenseProbe(model.vit_model, FACTORS)
-    cells = [[factors(label) for label in cell_labels(s.annotation)] for s in samples]
-    labels = torch.tensor(cells).unflatten(1, (3, 3))
+    labels = torch.tensor([factors(s.annotation) for s in samples]).unflatten(1, (3, 3))
     optimise(work, "vit", probe, pretrain.dense_label_loss(probe, bank, labels), len(bank), config.base.vit)
 
     share = config.base.vae_degraded

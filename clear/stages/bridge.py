@@ -16,36 +16,40 @@ def run(config: Config) -> None:
     apply_runtime(config)
     import torch
 
+    from clear.model import lora
     from clear.model.bridge import LatentBridge
-    from clear.model.checkpoint import load_bagel, save_bagel
     from clear.model.sequence import BRIDGE, LATENT
     from clear.reasoning.engine import Options
-    from clear.stages.paths import checkpoint_dir
+    from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import bridge, sft
-    from clear.training.load import trace_data
+    from clear.training.load import incoming, save, trace_data, trainable
+    from clear.training.parallel import rank
     from clear.training.trainer import StageRun, optimise
 
-    model, vae, tokenizer = load_bagel("data/models/sft")
-    data = trace_data(tokenizer, vae, config)
+    start = incoming(model_folder("sft", config), config)
+    model = start.model
+    data = trace_data(start.tokenizer, start.vae, config)
     work = StageRun("bridge", config, ["data/models/sft", "data/traces", "data/degraded/sft"], checkpoint_dir("bridge"))
     mlp = config.bridge.kind == "mlp"
     if mlp:
         torch.manual_seed(config.seed)
-        model.bridge = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
+        fresh = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
+        model.bridge = fresh.to(model.vae2llm.weight.device)
     model.config = replace(model.config, bridge=config.bridge.kind)
 
     degraded = [n for n, row in enumerate(data.rows) if row.severity != CLEAN]
     chosen = degraded[:: max(1, len(degraded) // OWN_LATENTS)]
     s = config.sampling
     options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch)
-    own = bridge.own_latents(model, data, chosen, options, config.seed)
+    with lora.autocast(model):
+        own = bridge.own_latents(model, data, chosen, options, config.seed)
     if mlp:
-        sft.set_trainable(model, only=["bridge."])
+        trainable(model, only=("bridge.",))
         pairs = [(i, None) for i in range(len(data.clean))] + [(data.image[n], z) for n, z in own.items()]
         loss = bridge.imitation_loss(model, data, pairs)
         optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
     # With the direct bridge the generation expert reads the latent and is what the distillation trains.
-    sft.set_trainable(model, never=(*sft.FROZEN, *sft.GENERATION) if mlp else sft.FROZEN)
+    trainable(model, never=(*sft.FROZEN, *sft.GENERATION) if mlp else sft.FROZEN)
     weights = sft.TraceWeights(
         feedback=BRIDGE if mlp else LATENT,
         mse=0.0,
@@ -55,8 +59,10 @@ def run(config: Config) -> None:
         other_path=config.sft.other_path,
     )
     optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
-    save_bagel(Path("data/models/bridge"), model, vae, tokenizer)
+    save(Path("data/models/bridge"), start, config)
     last = {row["phase"]: row for row in work.curve}
     figures = {f"{p}_{k}": v for p, row in last.items() for k, v in row.items() if k not in ("phase", "step")}
-    write_json("data/metrics/bridge.json", {"kind": config.bridge.kind, "own_latents": len(own), "training": figures})
+    if rank() == 0:
+        kind = config.bridge.kind
+        write_json("data/metrics/bridge.json", {"kind": kind, "own_latents": len(own), "training": figures})
     work.finish("data/plots/bridge.csv")

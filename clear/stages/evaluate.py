@@ -1,5 +1,6 @@
 """Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary."""
 
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ def run(config: Config, model: str) -> None:
         answers = answerer.answer(bank, asked, restore, feedback, bar.update)
         record_run(f"evaluate_{model}", milliseconds_per_question=1000 * bar.format_dict["elapsed"] / len(asked))
     pictures = _pictures(answerer, answers)
-    shown = set(_gallery(samples, config.report.pictures))
+    kept = _kept([samples[i] for i, _ in asked], pictures)
     rows = []
     for n, ((i, question), answer) in enumerate(zip(asked, answers, strict=True)):
         sample = samples[i]
@@ -62,7 +63,7 @@ def run(config: Config, model: str) -> None:
             "restored": answer.restored,
             "correct": is_correct(answer.prediction, question),
             "tokens": answer.tokens,
-            "restored_png": encode_image(pictures[n]) if n in pictures and i in shown else None,
+            "restored_png": encode_image(pictures[n]) if n in kept else None,
         }
         rows.append(row | _quality(bank.uint8(clean[sample.id]), bank.uint8(i), pictures.get(n), sample))
     out = Path("data/predictions") / f"{model}.parquet"
@@ -89,15 +90,13 @@ def _pictures(answerer, answers) -> dict[int, np.ndarray]:
     return found
 
 
-def _gallery(samples: list[Sample], count: int) -> list[int]:
-    """Numbers of hard samples spread over the corruptions, the same for every model."""
-    hard = [i for i, s in enumerate(samples) if s.severity == "high"]
-    hard.sort(key=lambda i: (samples[i].id, samples[i].corruption))
-    first: dict[str, int] = {}
-    for i in hard:
-        first.setdefault(samples[i].corruption, i)
-    spread = list(first.values())
-    return (spread + [i for i in hard if i not in set(spread)])[:count]
+def _kept(samples: list[Sample], restored: Container[int]) -> set[int]:
+    """Numbers of the restored pictures that are stored with the predictions: the first of each corruption and level."""
+    first: dict[tuple[str, str], int] = {}
+    for n, sample in enumerate(samples):
+        if n in restored:
+            first.setdefault((sample.corruption, sample.severity), n)
+    return set(first.values())
 
 
 def _quality(clean: np.ndarray, shown: np.ndarray, restored: np.ndarray | None, sample: Sample) -> dict:

@@ -11,17 +11,20 @@ from clear.runtime import apply_runtime
 def run(config: Config) -> None:
     """Train and write data/models/grpo, its curves and the first and last figures."""
     apply_runtime(config)
-    from clear.model.checkpoint import save_bagel
+    from clear.model import lora
     from clear.reasoning.answering import Answerer
     from clear.reasoning.engine import Options
     from clear.reasoning.prompts import make_prompt, question_text
-    from clear.stages.paths import checkpoint_dir
-    from clear.training import sft
+    from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training.grpo import train
+    from clear.training.load import incoming, save, trainable
+    from clear.training.parallel import rank
     from clear.training.trainer import StageRun
 
-    answerer = Answerer.load("data/models/bridge", config)
-    model, tokenizer = answerer.model, answerer.tokenizer
+    start = incoming(model_folder("bridge", config), config)
+    model, tokenizer = start.model, start.tokenizer
+    lora.set_dropout(model, 0.0)
+    answerer = Answerer(model, start.vae, tokenizer, config)
     work = StageRun(
         "grpo", config, ["data/models/bridge", "data/degraded/rl", "data/degraded/validation"], checkpoint_dir("grpo")
     )
@@ -50,15 +53,15 @@ def run(config: Config) -> None:
         max_restorations=s.max_restorations,
         batch=s.batch,
     )
-    sft.set_trainable(model)
+    trainable(model)
     before = holdout(model)
     train(work, model, tokenizer, prompts, [q for _, q in asked], options, holdout)
-    save_bagel(Path("data/models/grpo"), model, answerer.vae, tokenizer)
+    save(Path("data/models/grpo"), start, config)
     first, last = work.curve[0], work.curve[-1]
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")
     figures = {f"{when}_{n}": row.get(n) for when, row in (("first", first), ("last", last)) for n in names}
-    write_json(
-        "data/metrics/grpo.json",
-        {"holdout_before": before, "holdout_after": holdout(model), "steps": g.steps, **figures},
-    )
+    after = holdout(model)
+    if rank() == 0:
+        found = {"holdout_before": before, "holdout_after": after, "steps": g.steps, **figures}
+        write_json("data/metrics/grpo.json", found)
     work.finish("data/plots/grpo.csv")

@@ -61,7 +61,10 @@ def checkpoint_dir(stage: str) -> Path:
 
 
 def model_folder(stage: str, config: Config) -> Path:
-    """Where the weights of a stage lie: data/models/<stage>, or for `base` the checkpoint folder that params name."""
+    """Where the model of a stage lies: data/models/<stage>, or for `base` the checkpoint folder that params name.
+
+    The folder holds weights, or an adapter that names the folder with its weights (clear/model/lora.py).
+    """
     given = stage == "base" and config.model.checkpoint
     return Path(config.model.checkpoint if given else f"data/models/{stage}")
 
@@ -101,6 +104,9 @@ def stage_run(stage: str) -> Iterator[None]:
     and `children_peak_mb` that of its largest child (MiB). The last one and the children's CPU time count only
     children that have ended. A run resumed from a checkpoint records its own part.
     """
+    if int(os.environ.get("RANK", 0)):  # one record per run, by the first of several processes
+        yield
+        return
     (_runs() / f"{stage}.json").unlink(missing_ok=True)
     start, cpu_start = time.perf_counter(), _cpu_seconds()
     yield

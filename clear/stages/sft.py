@@ -11,26 +11,27 @@ from clear.runtime import apply_runtime
 def run(config: Config, direct: bool = False) -> None:
     """Fine-tune the base on the traces. `direct` answers every trace directly for as many steps as both phases."""
     apply_runtime(config)
-    from clear.model.checkpoint import load_bagel, save_bagel
     from clear.model.sequence import LATENT, VIT
     from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import sft
-    from clear.training.load import trace_data
+    from clear.training.load import incoming, save, trace_data, trainable
+    from clear.training.parallel import rank
     from clear.training.trainer import StageRun, optimise
 
     name = "sft_direct" if direct else "sft"
-    model, vae, tokenizer = load_bagel(model_folder("base", config))
-    data = trace_data(tokenizer, vae, config)
+    start = incoming(model_folder("base", config), config)
+    model, ema = start.model, config.sft.ema
+    data = trace_data(start.tokenizer, start.vae, config)
     work = StageRun(name, config, ["data/models/base", "data/traces", "data/degraded/sft"], checkpoint_dir(name))
     warm, traces = config.sft.restoration, config.sft.traces
     if direct:
         both = Phase(warm.steps + traces.steps, traces.batch, traces.lr, traces.warmup)
-        sft.set_trainable(model)
-        optimise(work, "direct", model, sft.direct_loss(model, data), len(data), both)
+        trainable(model)
+        optimise(work, "direct", model, sft.direct_loss(model, data), len(data), both, ema)
     else:
-        sft.set_trainable(model, only=sft.GENERATION)
-        optimise(work, "restoration", model, sft.restoration_loss(model, data), len(data), warm)
-        sft.set_trainable(model)
+        trainable(model, only=sft.GENERATION)
+        optimise(work, "restoration", model, sft.restoration_loss(model, data), len(data), warm, ema)
+        trainable(model)
         weights = sft.TraceWeights(
             feedback=VIT if config.bridge.kind == "mlp" else LATENT,
             ce=config.sft.ce_weight,
@@ -40,8 +41,9 @@ def run(config: Config, direct: bool = False) -> None:
             drop_vit=config.sft.drop_vit,
             other_path=config.sft.other_path,
         )
-        optimise(work, "traces", model, sft.trace_loss(model, data, weights), len(data), traces)
+        optimise(work, "traces", model, sft.trace_loss(model, data, weights), len(data), traces, ema)
     model.config = replace(model.config, bridge="direct")
-    save_bagel(Path("data/models") / name, model, vae, tokenizer)
-    write_json(f"data/metrics/{name}.json", {"traces": len(data), "steps": warm.steps + traces.steps})
+    save(Path("data/models") / name, start, config)
+    if rank() == 0:
+        write_json(f"data/metrics/{name}.json", {"traces": len(data), "steps": warm.steps + traces.steps})
     work.finish(f"data/plots/{name}.csv")

@@ -24,27 +24,35 @@ def run(config: Config) -> None:
     degraded = list(read_samples("data/degraded/sft"))
     asked = [(i, q) for i, s in enumerate(degraded) for q in s.questions[: config.traces.questions]]
     answerer = Answerer.load(model_folder("base", config), config)
-    right: dict[bool, list[bool]] = {}
-    with tqdm(total=2 * len(asked), desc="traces", unit="question", mininterval=2) as bar:
-        for is_clean in (True, False):
-            bank = answerer.bank([s.image if is_clean else s.seen for s in degraded], [s.key for s in degraded])
-            answers = answerer.answer(bank, asked, restore="plain", progress=bar.update)
-            right[is_clean] = [is_correct(a.prediction, q) for a, (_, q) in zip(answers, asked, strict=True)]
-    rows = []
-    for (i, question), clean, seen in zip(asked, right[True], right[False], strict=True):
-        rows.append(trace_row(degraded[i], question, restores(config.traces.restore_when, seen, clean), seen))
     step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
-    for (i, question), clean in list(zip(asked, right[True], strict=True))[::step]:
-        rows.append(trace_row(degraded[i], question, False, clean, clean=True))
+    shown_clean = set(range(0, len(asked), step))
+
+    def right(images: list[bytes], chosen: list[int]) -> dict[int, bool]:
+        """Whether the base answers each chosen question from these images."""
+        bank = answerer.bank(images, [s.key for s in degraded])
+        with tqdm(total=len(chosen), desc="traces", unit="question", mininterval=2) as bar:
+            answers = answerer.answer(bank, [asked[n] for n in chosen], restore="plain", progress=bar.update)
+        return {n: is_correct(a.prediction, asked[n][1]) for n, a in zip(chosen, answers, strict=True)}
+
+    seen = right([s.seen for s in degraded], list(range(len(asked))))
+    # The clean image is asked only where its answer matters: in a clean trace, or after a failure.
+    clean = right([s.image for s in degraded], [n for n in range(len(asked)) if n in shown_clean or not seen[n]])
+    rows = []
+    for n, (i, question) in enumerate(asked):
+        restore = restores(config.traces.restore_when, seen[n], clean.get(n, True))
+        rows.append(trace_row(degraded[i], question, restore, seen[n]))
+    for n in sorted(shown_clean):
+        i, question = asked[n]
+        rows.append(trace_row(degraded[i], question, False, clean[n], clean=True))
     write_traces(OUT, rows)
-    seen = Counter(row.severity for row in rows)
+    shown = Counter(row.severity for row in rows)
     restored = Counter(row.severity for row in rows if row.reply_2)
     answered = Counter(row.severity for row in rows if row.base_correct)
     write_json(
         METRICS,
         {
             "traces": len(rows),
-            "restoring_share": {s: restored[s] / seen[s] for s in sorted(seen)},
-            "base_accuracy": {s: answered[s] / seen[s] for s in sorted(seen)},
+            "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
+            "base_accuracy": {s: answered[s] / shown[s] for s in sorted(shown)},
         },
     )

@@ -6,14 +6,14 @@ training sees what inference will see. The generation expert stays frozen, so th
 The `direct` bridge has no parameters; its distillation runs inside the trace loss.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from clear.model.bagel import Bagel
-from clear.reasoning.engine import Options, denoise, prefill, text_reply
+from clear.reasoning.engine import Options, denoise, dropped_contexts, prefill, text_reply
 from clear.training.sft import TraceData
 from clear.training.trainer import Loss
 
@@ -25,36 +25,48 @@ def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: O
     found: dict[int, Tensor] = {}
     for start in range(0, len(chosen), options.batch):
         part = list(chosen[start : start + options.batch])
-        prompts = [data.prompt(n) for n in part]
-        grid = prompts[0].latent_grid
-        rows = prefill(model, prompts)
-        text_reply(model, rows, data.trigger)
-        noise = torch.randn(len(part), grid[0] * grid[1], model.config.latent_channels, generator=generator)
-        latents = denoise(model, rows.cache, rows.rope, grid, noise, options).x0
-        found |= {n: latents[k].clone() for k, n in enumerate(part)}
-    return found
+        for grid, members in grouped([data.prompt(n).latent_grid for n in part]).items():
+            prompts = [data.prompt(part[k]) for k in members]
+            rows = prefill(model, prompts)
+            text_reply(model, rows, data.trigger)
+            noise = torch.randn(len(members), grid[0] * grid[1], model.config.latent_channels, generator=generator)
+            dropped = dropped_contexts(model, rows, prompts, options.guidance)
+            latents = denoise(model, rows.cache, rows.rope, grid, noise.to(rows.rope.device), options, None, dropped).x0
+            found |= {part[k]: latents[j].clone() for j, k in enumerate(members)}
+    return {n: found[n] for n in chosen}
 
 
 def imitation_loss(model: Bagel, data: TraceData, pairs: Sequence[tuple[int, Tensor | None]]) -> Loss:
     """Squared distance (relative to the targets' variance) and cosine to the clean image's ViT tokens.
 
-    `pairs` lists image numbers of `data.clean` with the latent to read, or None for the clean latent itself.
+    `pairs` lists image numbers of `data.clean` with the latent to read, or None for the clean latent itself. The
+    targets are those of the image on its latent grid, so that each token of the bridge has its own.
     """
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
-        images = [pairs[n][0] for n in index]
-        latents = [
-            data.clean.latents[i] if pairs[n][1] is None else pairs[n][1] for n, i in zip(index, images, strict=True)
-        ]
-        place = _places(data.clean.vit_grid(images[0])).repeat(len(index), 1)
-        with torch.no_grad():
-            target = model.vit_tokens(torch.stack([data.clean.patches(i) for i in images]), place).float()
-        found = model.bridge_tokens(torch.stack(latents), place).float()
+        found, target = [], []
+        for grid, members in grouped([data.clean.latent_grid(pairs[n][0]) for n in index]).items():
+            chosen = [pairs[index[k]] for k in members]
+            place = _places(grid).repeat(len(chosen), 1)
+            patches = torch.stack([data.clean.paired_patches(i) for i, _ in chosen])
+            latents = torch.stack([data.clean.latents[i] if own is None else own for i, own in chosen])
+            with torch.no_grad():
+                target.append(model.vit_tokens(patches, place).float())
+            found.append(model.bridge_tokens(latents, place).float())
+        found, target = torch.cat(found), torch.cat(target)
         mse = F.mse_loss(found, target) / target.var()
         cosine = F.cosine_similarity(found, target, dim=-1).mean()
         return mse + 1 - cosine, {"cosine": cosine.item(), "relative_mse": mse.item()}
 
     return loss
+
+
+def grouped(keys: Sequence[Hashable]) -> dict[Hashable, list[int]]:
+    """Places of equal keys together, keys in order of first occurrence."""
+    found: dict[Hashable, list[int]] = {}
+    for place, key in enumerate(keys):
+        found.setdefault(key, []).append(place)
+    return found
 
 
 def _places(grid: tuple[int, int]) -> Tensor:

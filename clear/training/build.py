@@ -12,9 +12,9 @@ def scene_words() -> list[str]:
     """The closed vocabulary of models trained on scenes: grammar, questions and edit instructions."""
     from clear.reasoning.grammar import WORDS
     from clear.sources.words import VOCABULARY
-    from clear.training.pretrain import EDITS
+    from clear.training.pretrain import DESCRIBE, EDITS
 
-    return [*WORDS, *VOCABULARY, *EDITS]
+    return [*WORDS, *VOCABULARY, *EDITS, DESCRIBE[0].split()[0]]
 
 
 def bagel_config(config: Config, tokenizer, vae: VaeConfig | None = None) -> BagelConfig:

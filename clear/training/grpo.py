@@ -4,13 +4,19 @@ What stays trl's: sampler (each prompt repeated for its group), generation buffe
 schedule, checkpoints, metric averaging. What is replaced, because trl's machinery carries text completions only:
 `_generate_and_score_completions` (our engine rolls out text and images, our rewards score them) and `_compute_loss`
 (one forward per trajectory scores text tokens and SDE steps together). trl's own reference model is off (it would be
-reloaded by name); the reference here is a frozen copy of the incoming policy, so the KL is exactly 0 at step 0.
+reloaded by name); the reference here is a frozen copy of the incoming policy (of its adapter, where it has one), so
+the KL is exactly 0 at step 0.
+
+Several processes share the prompts of a step, each with a sampling stream of its own; the loss is normalised by the
+tokens and steps of all. Sharded weights (FSDP) are refused: a rollout runs as long as its longest reply, and every
+process would have to gather each layer the same number of times.
 
 Departures from the published code: the text loss is normalised by the real number of scored tokens; groups without
 reward variance are skipped and counted; the image term may be anchored by the squared distance of the velocity to
 the reference's (no pixel supervision).
 """
 
+import contextlib
 import copy
 import os
 from collections.abc import Callable, Sequence
@@ -26,14 +32,24 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.config import Grpo
-from clear.model import flow
+from clear.errors import ClearError
+from clear.model import flow, lora
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.prompts import Prompt
 from clear.records import Question
 from clear.training import scoring
+from clear.training.parallel import gathered, rank, world
 from clear.training.rewards import advantages, rewards
-from clear.training.trainer import MarkComplete, Progress, StageRun, curve_rows, last_complete, training_arguments
+from clear.training.trainer import (
+    MarkComplete,
+    Progress,
+    StageRun,
+    TrainedOnly,
+    curve_rows,
+    last_complete,
+    training_arguments,
+)
 
 
 class PolicyConfig(PretrainedConfig):
@@ -66,12 +82,13 @@ class Policy(PreTrainedModel):
         """The language head."""
         return self.bagel.language_model.lm_head
 
-    def forward(self, *args: Any, **kwargs: Any):
-        """See Bagel.forward."""
-        return self.bagel(*args, **kwargs)
+    def forward(self, call: Callable[[Bagel], Any]) -> Any:
+        """`call(bagel)`: gradients of several processes meet only in what runs inside the policy's forward."""
+        with lora.autocast(self.bagel):
+            return call(self.bagel)
 
 
-class InterleavedGRPO(GRPOTrainer):
+class InterleavedGRPO(TrainedOnly, GRPOTrainer):
     """GRPO over trajectories of text and restorations."""
 
     def __init__(
@@ -85,7 +102,11 @@ class InterleavedGRPO(GRPOTrainer):
         holdout: Callable[[Bagel], float] | None,
         args: GRPOConfig,
     ) -> None:
-        self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
+        self.reference = None
+        if lora.has_adapter(policy.bagel):
+            lora.add_reference(policy.bagel)
+        else:
+            self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
         self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
@@ -98,6 +119,17 @@ class InterleavedGRPO(GRPOTrainer):
             processing_class=_processing_class(tokenizer, policy.bagel),
             callbacks=[MarkComplete(), Progress("grpo")],
         )
+        if self.reference is not None:
+            self.reference.to(self.accelerator.device)
+
+    def _incoming(self, bagel: Bagel) -> contextlib.AbstractContextManager[Bagel]:
+        """The policy as it came in, for the length of a with block."""
+        return lora.reference(bagel) if self.reference is None else contextlib.nullcontext(self.reference)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Average the figures over the processes."""
+        self._metrics["train"].update(gathered(dict(self._metrics["train"])))
+        super().log(logs, start_time)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
         """Roll out all groups of a generation batch; returns numbers into `self.rollout` and their advantages."""
@@ -107,9 +139,10 @@ class InterleavedGRPO(GRPOTrainer):
         if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
             self._metrics["train"]["accuracy_holdout"].append(self.holdout(bagel))
         seed = int(torch.randint(2**31, (1,)))
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed((seed + rank()) % 2**31)
         prompts = [self.prompts[i] for i in numbers]
-        self.rollout = generate(bagel, self.text_tokenizer, prompts, self.options, group, generator)
+        with lora.autocast(bagel):
+            self.rollout = generate(bagel, self.text_tokenizer, prompts, self.options, group, generator)
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
         parts = []
         for trajectory in self.rollout:
@@ -125,9 +158,16 @@ class InterleavedGRPO(GRPOTrainer):
         flat = [found[s : s + group] for s in range(0, len(found), group)]
         log["groups_with_variance"].append(sum(any(g) for g in flat) / len(flat))
         counted = [n for n, a in enumerate(found) if a != 0.0]
-        self.tokens = max(1, sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
-        self.images = max(1, sum(len(self.rollout[n].restorations) * len(self.steps[n]) for n in counted))
+        self.tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
+        self.images = self._per_process(sum(len(self.rollout[n].restorations) * len(self.steps[n]) for n in counted))
         return {"index": torch.arange(len(found)), "advantages": torch.tensor(found)}
+
+    def _per_process(self, count: int) -> float:
+        """Mean of a count over the processes, as the mean of their gradients asks for it; at least one in all."""
+        if world() == 1:
+            return max(1, count)
+        total = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device)).item()
+        return max(1, total) / world()
 
     def _chosen_steps(self, generator: torch.Generator) -> list[int]:
         """K distinct SDE steps, in order."""
@@ -139,15 +179,15 @@ class InterleavedGRPO(GRPOTrainer):
         bagel = self.accelerator.unwrap_model(model).bagel
         kept = [(int(n), float(a)) for n, a in zip(inputs["index"], inputs["advantages"], strict=True) if a != 0]
         if not kept:
-            return sum(p.sum() for p in bagel.parameters() if p.requires_grad) * 0.0
+            return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
         numbers = [n for n, _ in kept]
         chosen = [self.rollout[n] for n in numbers]
         steps = [self.steps[n] for n in numbers]
         request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
-        new = scoring.score(bagel, *request, self.grpo.temperature)
-        old_text, old_image = scoring.recorded(chosen, steps)
-        with torch.no_grad():
-            reference = scoring.score(self.reference, *request, self.grpo.temperature)
+        new = model(lambda policy: scoring.score(policy, *request, self.grpo.temperature))
+        old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
+        with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
+            reference = scoring.score(incoming, *request, self.grpo.temperature)
         advantage = torch.tensor([a for _, a in kept], device=new.text.device)
         ratio = torch.exp(new.text - old_text)
         gap = reference.text - new.text
@@ -212,9 +252,18 @@ def train(
     holdout: Callable[[Bagel], float] | None,
     micro_batch: int = 32,
 ) -> None:
-    """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint."""
-    grpo = run.config.grpo
-    total = grpo.prompts * grpo.group_size
+    """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
+
+    Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
+    """
+    grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise ClearError(
+            "grpo: its rollouts need whole weights; launch it without FSDP (--multi_gpu), with lora.rank > 0."
+        )
+    if grpo.prompts % processes:
+        raise ClearError(f"params: grpo.prompts = {grpo.prompts} must divide by the {processes} processes.")
+    total = grpo.prompts // processes * grpo.group_size
     micro = max(n for n in range(1, min(micro_batch, total) + 1) if total % n == 0)
     accumulation = total // micro
     folder: Path = run.folder / "grpo"

@@ -1,12 +1,105 @@
-"""Loading what the training stages share: degraded pairs and their traces."""
+"""Loading what the training stages share, and writing what they leave: model folders, degraded pairs, traces.
+
+Which model a stage starts from is decided here and nowhere else: the folder of the stage before it, which for `base`
+is `model.checkpoint` where params name one (clear/stages/paths.py); as weights or as an adapter on weights.
+"""
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
 
 from clear.config import Config
+from clear.errors import ClearError
+from clear.model import lora
+from clear.model.bagel import Bagel
+from clear.model.checkpoint import save_bagel
 from clear.model.images import ImageBank
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
 from clear.records import read_samples
 from clear.traces.records import read_traces
-from clear.training.sft import TraceData
+from clear.training.parallel import rank
+from clear.training.sft import FROZEN, TraceData, set_trainable
+
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+MANIFEST = Path("data/models/base/manifest.json")
+"""Written by the base stage for a given checkpoint: its files with sizes and hashes."""
+
+
+@dataclass
+class Incoming:
+    """The model a training stage starts from, and for an adapter the folder and files with the weights under it."""
+
+    model: Bagel
+    vae: AutoEncoder
+    tokenizer: Any
+    weights: Path
+    files: dict[str, dict[str, Any]]
+
+
+def device(config: Config) -> str:
+    """Where this process computes: the GPU of its local rank, if there is one and `runtime.device` allows it."""
+    if config.runtime.device == "cpu" or not torch.cuda.is_available():
+        if config.runtime.device == "cuda":
+            raise ClearError("params: runtime.device = cuda, but torch sees no GPU; set it to auto or cpu.")
+        return "cpu"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cuda"
+
+
+def incoming(folder: Path, config: Config) -> Incoming:
+    """Load the model folder a stage starts from, ready to be trained as `config.lora` says.
+
+    With `lora.rank` > 0 a folder with weights gets a fresh adapter and one with an adapter continues it. Sharded
+    training (FSDP) starts from weights in host memory. Raises ClearError if folder and `config.lora` disagree.
+    """
+    place = device(config)
+    base = config.model.checkpoint or None
+    adapted = lora.is_adapter(folder)
+    if adapted and not config.lora.rank:
+        raise ClearError(
+            f"{folder} holds an adapter and lora.rank = 0 trains all weights; set lora.rank, or `clear merge` it first."
+        )
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    kind = TYPES[config.runtime.weights]
+    model, vae, tokenizer = lora.load_model(folder, kind, "cpu" if sharded else place, base)
+    if tokenizer is None:
+        raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
+    weights, files = Path(folder), {}
+    if adapted:
+        lora.check_same(model, config.lora, folder)
+        lora.set_dropout(model, config.lora.dropout)
+        weights = lora.base_of(folder, base)
+        files = json.loads((Path(folder) / lora.BASE).read_text())["files"]
+    elif config.lora.rank:
+        torch.manual_seed(config.seed)
+        lora.attach(model, config.lora)
+        given = base is not None and Path(base) == Path(folder) and MANIFEST.exists()
+        files = json.loads(MANIFEST.read_text())["files"] if given else lora.fingerprint(folder)
+    model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
+    return Incoming(model, vae.to(place), tokenizer, weights, files)
+
+
+def trainable(model: nn.Module, only: tuple[str, ...] = (), never: tuple[str, ...] = FROZEN) -> None:
+    """`sft.set_trainable`; in a model with adapters only these and the bridge, under the same name rule."""
+    set_trainable(model, only, never)
+    if lora.has_adapter(model):
+        lora.freeze_base(model)
+
+
+def save(folder: Path | str, start: Incoming, config: Config) -> None:
+    """Write the finished model of a stage: its adapter if it has one, else all weights. Only the first process does."""
+    if rank():
+        return
+    if lora.has_adapter(start.model):
+        lora.save_adapter(folder, start.model, start.weights, start.files, TYPES[config.runtime.weights])
+    else:
+        save_bagel(folder, start.model, start.vae, start.tokenizer)
 
 
 def trace_data(tokenizer, vae: AutoEncoder, config: Config) -> TraceData:

@@ -39,7 +39,8 @@ def recorded(trajectories: Sequence[Trajectory], steps: Sequence[Sequence[int]])
     image = [
         r.log_probs[k] for t, chosen in zip(trajectories, steps, strict=True) for r in t.restorations for k in chosen
     ]
-    return torch.tensor(text), torch.stack(image) if image else torch.zeros(0)
+    steps_taken = torch.stack(image) if image else torch.zeros(0)
+    return torch.tensor(text, device=steps_taken.device), steps_taken
 
 
 def score(
@@ -53,7 +54,8 @@ def score(
 ) -> Scores:
     """Log-probabilities of trajectories (with their prompts) under `model`.
 
-    `steps[i]` are the SDE steps scored in every restoration of trajectory i; `times` is the rollout's grid.
+    `steps[i]` are the SDE steps scored in every restoration of trajectory i; `times` is the rollout's grid. Logits
+    are cut to the ids the trajectories were sampled from; all must come from one tokenizer.
     """
     rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
     states: list[tuple[int, Tensor, Tensor, int]] = []
@@ -82,14 +84,16 @@ def score(
     built, _ = layout(rows, model.config.special)
     hidden = model(built, contents)
     logits, target = model.scored_logits(hidden, built)
-    log_probs = torch.log_softmax(logits / temperature, dim=-1)
+    known = trajectories[0].vocabulary or None
+    log_probs = torch.log_softmax(logits[:, :known] / temperature, dim=-1)
     text = log_probs.gather(1, target[:, None]).squeeze(1)
     entropy = -(log_probs.exp() * log_probs).sum(-1).detach()
     owner = torch.arange(len(rows))[:, None].expand_as(built.target)
     text_row = owner[built.target != IGNORE].to(target.device)
     velocity = model.velocities(hidden, built)
     image = _image_log_probs(velocity, states, times, sigma)
-    return Scores(text, entropy, text_row, image, torch.tensor([s[0] for s in states], dtype=torch.long), velocity)
+    image_row = torch.tensor([s[0] for s in states], dtype=torch.long, device=target.device)
+    return Scores(text, entropy, text_row, image, image_row, velocity)
 
 
 def _image_log_probs(velocity: Tensor, states, times: Sequence[float], sigma: float) -> Tensor:
@@ -98,6 +102,7 @@ def _image_log_probs(velocity: Tensor, states, times: Sequence[float], sigma: fl
     for _, x, x_next, k in states:
         v = velocity[start : start + len(x)]
         start += len(x)
+        x, x_next = x.to(v.device), x_next.to(v.device)
         mean = flow.sde_mean(x, v, times[k], times[k + 1], sigma)
         found.append(flow.sde_log_prob(x_next, mean, sigma, times[k] - times[k + 1]))
     return torch.stack(found) if found else velocity.new_zeros(0)

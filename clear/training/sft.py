@@ -3,7 +3,8 @@
 Sequence of a restoring trace: degraded latent | degraded ViT | question | reply 1 (CE) | clean latent, noisy (MSE) |
 feedback | reply 2 (CE). The feedback is what the bridge will put there: for the `direct` bridge the clean latent at
 t = 0 with, behind it, a ViT copy that only serves as teacher of the distillation (per-layer KL) and is visible to
-nobody; for the `mlp` bridge the clean ViT tokens, which that bridge is later trained to imitate.
+nobody else (the reference's next text reads it, and at inference it is not there); its grid is the latent's, so that
+tokens pair; for the `mlp` bridge the clean ViT tokens, which that bridge is later trained to imitate.
 
 Departures: reply segments are never dropped; the text loss is the mean over the scored tokens of the batch; the
 restoration warm-up on unlabelled pairs is an option whose neutral value (0 steps) is the published recipe.
@@ -90,10 +91,11 @@ def restoration_loss(model: Bagel, data: TraceData) -> Loss:
     """Velocity loss alone on degraded → clean pairs; no answer and no reply is learned."""
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
-        clean = torch.stack([data.clean.latents[data.image[n]] for n in index])
+        latents = [data.clean.latents[data.image[n]] for n in index]
+        sizes, clean = [len(z) for z in latents], torch.cat(latents)
         times = flow.draw_times(len(index))
         noise = torch.randn_like(clean)
-        noised = flow.interpolate(clean, noise, times)
+        noised = flow.interpolate(clean, noise, times.repeat_interleave(torch.tensor(sizes))).split(sizes)
         rows, contents = [], Contents(vit=[], latent=[], time=[])
         for k, n in enumerate(index):
             row = [*data.open_row(n, contents), Text(data.trigger)]
@@ -103,7 +105,7 @@ def restoration_loss(model: Bagel, data: TraceData) -> Loss:
             rows.append(row)
         built, _ = layout(rows, model.config.special)
         hidden = model(built, contents)
-        mse = F.mse_loss(model.velocities(hidden, built), (noise - clean).flatten(0, 1))
+        mse = F.mse_loss(model.velocities(hidden, built), noise - clean)
         return mse, {"mse": mse.item()}
 
     return loss
@@ -202,34 +204,47 @@ def _feedback(kind: int, contents: Contents, data: TraceData, i: int, grid, fed:
     contents.time.append(0.0)
     if not teach:
         return [Image(LATENT, grid)]
-    contents.vit.append(data.clean.patches(i))
-    return [Image(LATENT, grid), Image(VIT, data.clean.vit_grid(i), noise=True)]
+    contents.vit.append(data.clean.paired_patches(i))
+    return [Image(LATENT, grid), Image(VIT, grid, noise=True)]
 
 
-def distillation(hidden: Hidden, built: Layout, layers: Sequence[int], stride: int) -> Tensor:
-    """Distillation of the fed-back latent from its ViT teacher (METHOD §2); grids must be equal so that tokens pair.
+def distillation(
+    hidden: Hidden,
+    built: Layout,
+    layers: Sequence[int],
+    stride: int,
+    pairs: Sequence[tuple[int, int, int]] | None = None,
+) -> Tensor:
+    """Distillation of fed-back latents from their ViT teachers (METHOD §2), a mean over the pairs.
 
-    stride ≥ 1: weighted per-layer KL of raw layer outputs; stride 0: squared distance of the pooled last hidden states
-    after the final norm (`final_mse`), averaged over channels and images.
+    `pairs` are (row, image segment of the latent, image segment of the ViT), image segments counted from 1 in each
+    row; by default those of `taught_pairs`. Both must have one grid, so that token n pairs with token n.
+
+    stride ≥ 1: weighted per-layer KL of the raw outputs of `layers`, which `hidden` must hold; stride 0: squared
+    distance of the pooled last hidden states after the final norm (`final_mse`), averaged over channels.
     """
-    teacher = (built.kind == VIT) & (built.noise > 0)
-    before = torch.zeros_like(built.block)
-    for b in range(len(built.block)):
-        for block in built.block[b][teacher[b]].unique():
-            before[b][built.block[b] == block - 1] = block
-    student = (built.kind == LATENT) & (before > 0)
-    if stride == 0:
-        merged = hidden.routing.merge(hidden.und, hidden.gen).float()
-        sizes = [int((teacher[b] & (built.block[b] == k)).sum()) for b, k in _blocks(built, teacher)]
-        pooled_teacher = torch.stack([part.mean(0) for part in merged[teacher].detach().split(sizes)])
-        pooled_student = torch.stack([part.mean(0) for part in merged[student].split(sizes)])
-        return F.mse_loss(pooled_student, pooled_teacher)
+    found = []
+    normed = hidden.routing.merge(hidden.und, hidden.gen).float() if stride == 0 else None
     share = layer_weights(list(layers))
-    return sum(
-        share[layer] * token_distillation(hidden.layers[layer][student], hidden.layers[layer][teacher])
-        for layer in layers
-    )
+    for row, latent, vit in taught_pairs(built) if pairs is None else pairs:
+        block, kind = built.block[row], built.kind[row]
+        student, teacher = (block == latent) & (kind == LATENT), (block == vit) & (kind == VIT)
+        if not torch.equal(built.place[row][student], built.place[row][teacher]):
+            raise ValueError(f"distillation: image segments {latent} and {vit} of row {row} have different grids")
+        if stride == 0:
+            found.append(F.mse_loss(normed[row, student].mean(0), normed[row, teacher].detach().mean(0)))
+        else:
+            found.append(
+                sum(
+                    share[n] * token_distillation(hidden.layers[n][row, student], hidden.layers[n][row, teacher])
+                    for n in layers
+                )
+            )
+    return torch.stack(found).mean()
 
 
-def _blocks(built: Layout, mask: Tensor) -> list[tuple[int, int]]:
-    return [(b, int(k)) for b in range(len(mask)) for k in built.block[b][mask[b]].unique()]
+def taught_pairs(built: Layout) -> list[tuple[int, int, int]]:
+    """(row, latent segment, teacher segment) of every ViT segment that nobody else sees and the latent before it."""
+    teacher = (built.kind == VIT) & (built.noise > 0)
+    rows = (built.block[row][teacher[row]].unique().tolist() for row in range(len(teacher)))
+    return [(row, block - 1, block) for row, blocks in enumerate(rows) for block in blocks]

@@ -5,10 +5,19 @@ folder keyed by the stage's inputs so that the same command resumes and another 
 checkpoints, checkpoints that count only once they are complete, and phases whose finished weights are kept until
 the stage succeeds. All randomness of a loss comes from torch's global generator, whose state the Trainer stores, so
 a resumed run continues with the same numbers.
+
+Several processes (accelerate launch). Every process is given the whole batch and draws for all of it, so that the
+numbers are those of one process; `parallel.share_batch` then leaves it its own rows, and `Share.weight` makes means
+over the batch's tokens of the processes' own means. A loss that does not share computes the whole batch everywhere,
+which is right and saves nothing. The random state of the first process is everybody's after each step and in
+checkpoints, so a run may resume on another number of processes. Only the first process writes. Checkpoints hold what
+is trained; under FSDP they are sharded.
 """
 
 import hashlib
 import json
+import os
+import random
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -16,16 +25,22 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from clear.config import Config, Phase
+from clear.errors import ClearError
+from clear.model.mot import LanguageModel
+from clear.training.parallel import barrier, copy_whole, gathered, one_random_state, rank, whole, world
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 _COMPLETE = "complete"
+_WEIGHTS, _EMA = "model.safetensors", "ema.safetensors"
 
 
 class StageRun:
@@ -47,8 +62,10 @@ class StageRun:
 
     def finish(self, curve: Path | str) -> None:
         """Write the training curves as CSV and delete the working folder: the stage has succeeded."""
-        write_curve(curve, self.curve)
-        shutil.rmtree(self.folder)
+        barrier()
+        if rank() == 0:
+            write_curve(curve, self.curve)
+            shutil.rmtree(self.folder)
 
 
 def _relevant(config: Config) -> dict:
@@ -79,6 +96,7 @@ class Objective(nn.Module):
         self.module = module
         self._loss = loss
         self._bf16 = precision == "bfloat16"
+        self.anchored = False
         self.logged: dict[str, list[float]] = {}
 
     def forward(self, index: Tensor) -> dict[str, Tensor]:
@@ -87,19 +105,124 @@ class Objective(nn.Module):
             loss, figures = self._loss(index.tolist())
         for name, value in figures.items():
             self.logged.setdefault(name, []).append(value)
+        if world() > 1:
+            one_random_state(index.device)
+        if self.anchored:
+            # Sharded gradients are exchanged for a group of parameters at once, so each must have one everywhere.
+            loss = loss + 0.0 * sum(
+                p.float().sum() for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)
+            )
         return {"loss": loss}
 
 
-class _Trainer(Trainer):
-    """The Trainer, with the objective's side figures in every log line."""
+class TrainedOnly:
+    """For a Trainer: checkpoints hold only what is trained, and one random state for all processes."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained_state(self.accelerator.unwrap_model(self.model)), Path(output_dir) / _WEIGHTS)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:  # there the optimiser's checkpoint brings the sharded weights along
+            self._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            adopt_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        found = [Path(checkpoint) / name for name in ("rng_state.pth", "rng_state_0.pth")]
+        file = next((path for path in found if path.exists()), None)
+        if file is None:
+            raise ClearError(f"{checkpoint} has no random state; delete it, and the phase starts from the one before.")
+        if self.args.world_size == 1 and file.name == "rng_state.pth":
+            super()._load_rng_state(checkpoint)
+            return
+        numpy_parts = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+        with torch.serialization.safe_globals(numpy_parts):
+            state = torch.load(file, weights_only=True)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and "cuda" in state:
+            first = state["cuda"][0] if isinstance(state["cuda"], list) else state["cuda"]
+            torch.cuda.set_rng_state(first)
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a module: its state without the frozen parameters, whole, on the CPU."""
+    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    return {k: whole(v).contiguous() for k, v in module.state_dict().items() if k not in frozen}
+
+
+def adopt_trained(module: nn.Module, file: Path) -> None:
+    """Load a `trained_state`. Raises ClearError if the file is of another set of parameters."""
+    state = load_file(file)
+    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    found = module.load_state_dict(state, strict=False)
+    if set(found.missing_keys) - frozen or found.unexpected_keys:
+        raise ClearError(f"{file} belongs to another set of trained parameters; delete it and repeat the command.")
+
+
+class _Trainer(TrainedOnly, Trainer):
+    """The Trainer, with the objective's side figures in every log line and the whole batch in every process."""
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         objective = self.accelerator.unwrap_model(self.model)
         if "loss" in logs:
-            for name, values in objective.logged.items():
+            for name, values in gathered(objective.logged).items():
                 logs[name] = sum(values) / len(values)
             objective.logged = {}
         super().log(logs, start_time)
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if world() > 1:  # accelerate has made this a sampler of every n-th batch; here all processes take every one
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
+
+
+class Ema(TrainerCallback):
+    """Exponential moving average of the trained parameters, float32, saved with the checkpoints."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._module, self._decay = module, decay
+        self._mean: dict[str, Tensor] = {}
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self._mean = {name: p.float().clone() for name, p in self._trained().items()}
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA
+        if state.global_step and file.exists():
+            for name, value in load_file(file).items():
+                copy_whole(self._mean[name], value)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **_) -> None:
+        for name, value in self._trained().items():
+            self._mean[name].lerp_(value.float(), 1 - self._decay)
+
+    def on_save(self, args, state, control, **_) -> None:
+        found = {name: whole(value) for name, value in self._mean.items()}
+        if rank() == 0:
+            save_file(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average into the module."""
+        for name, value in self._trained().items():
+            value.copy_(self._mean[name])
 
 
 class Progress(TrainerCallback):
@@ -111,11 +234,13 @@ class Progress(TrainerCallback):
         self._figures: dict[str, float] = {}
 
     def on_train_begin(self, args, state, control, **_) -> None:
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._name, disable=None, mininterval=1)
+        hidden = None if rank() == 0 else True  # None: shown on a terminal
+        total, first = state.max_steps, state.global_step
+        self._bar = tqdm(total=total, initial=first, desc=self._name, disable=hidden, mininterval=1)
 
     def on_step_end(self, args, state, control, **_) -> None:
         self._bar.update(1)
-        if self._bar.disable and state.global_step % max(1, state.max_steps // 10) == 0:
+        if rank() == 0 and self._bar.disable and state.global_step % max(1, state.max_steps // 10) == 0:
             shown = " ".join(f"{k} {v:.4g}" for k, v in self._figures.items() if isinstance(v, float))
             print(f"{self._name} {state.global_step}/{state.max_steps} {shown}", file=sys.stderr, flush=True)
 
@@ -132,24 +257,30 @@ class MarkComplete(TrainerCallback):
     """Write the mark of a complete checkpoint last, so that a kill inside a save leaves none."""
 
     def on_save(self, args, state, control, **_) -> None:
-        (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+        barrier()
+        if rank() == 0:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
 
 
 def last_complete(folder: Path) -> Path | None:
     """The newest complete checkpoint of a phase; incomplete ones are removed."""
+    barrier()
     found = []
     for path in folder.glob("checkpoint-*"):
         if (path / _COMPLETE).exists():
             found.append(path)
-        else:
+        elif rank() == 0:
             shutil.rmtree(path)
+    barrier()
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def training_arguments(kind: type, run: StageRun, folder: Path, steps: int, batch: int, lr: float, warmup: int, **more):
     """The arguments every optimisation here shares, as `kind` (TrainingArguments or a subclass)."""
     runtime = run.config.runtime
-    return kind(
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        more["accelerator_config"] = {"even_batches": False}
+    args = kind(
         output_dir=str(folder),
         max_steps=steps,
         per_device_train_batch_size=batch,
@@ -174,44 +305,83 @@ def training_arguments(kind: type, run: StageRun, folder: Path, steps: int, batc
         log_level="error",
         **more,
     )
+    args._n_gpu = min(1, args.n_gpu)  # one process uses one GPU; several are accelerate's business
+    return args
 
 
-def optimise(run: StageRun, name: str, module: nn.Module, loss: Loss, samples: int, phase: Phase) -> None:
+def optimise(
+    run: StageRun, name: str, module: nn.Module, loss: Loss, samples: int, phase: Phase, ema: float = 0.0
+) -> None:
     """Train `module` in place for one phase: `loss(sample numbers) -> (scalar, figures)` over `samples` samples.
 
-    Resumes from the last complete checkpoint of the same run; a finished phase is loaded, not repeated.
+    `phase.batch` is the batch of all processes together. Resumes from the last complete checkpoint of the same run;
+    a finished phase is loaded, not repeated. With `ema` the module ends with averaged weights. Raises ClearError if
+    nothing is trainable, or for a second phase in one process under FSDP.
     """
     if phase.steps == 0:
         return
     finished, curve = run.folder / f"{name}.safetensors", run.folder / f"{name}.json"
     if finished.exists():
-        module.load_state_dict(load_file(finished))
+        adopt_trained(module, finished)
         run.curve += json.loads(curve.read_text())
         return
-    folder = run.folder / name
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ClearError(f"phase {name} has nothing to train; lora.experts or lora.targets leave nothing for it.")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and any(hasattr(part, "unshard") for part in module.modules()):
+        raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command, it goes on here.")
+    folder = run.folder / (f"{name}_sharded" if sharded else name)
     args = training_arguments(
         TrainingArguments, run, folder, phase.steps, phase.batch, phase.lr, phase.warmup, label_names=[]
     )
     objective = Objective(module, loss, run.config.runtime.precision)
+    average = [Ema(objective, ema)] if ema else []
     trainer = _Trainer(
         model=objective,
         args=args,
         train_dataset=list(range(samples)),
         data_collator=lambda batch: {"index": torch.tensor(batch)},
-        callbacks=[MarkComplete(), Progress(name)],
+        callbacks=[*average, MarkComplete(), Progress(name)],
     )
     trainer.remove_callback(PrinterCallback)
     module.train()
+    _always_both_experts(objective, sharded)
     checkpoint = last_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for one in average:
+        one.apply()
+    _unshard(module)
     module.eval()
     rows = curve_rows(name, trainer.state.log_history)
     run.curve += rows
-    curve.write_text(json.dumps(rows))
-    partial = finished.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in module.state_dict().items()}, partial)
-    partial.rename(finished)
-    shutil.rmtree(folder, ignore_errors=True)
+    if rank() == 0:
+        curve.write_text(json.dumps(rows))
+        partial = finished.with_suffix(".partial")
+        save_file(trained_state(module), partial)
+        partial.rename(finished)
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+
+
+def _always_both_experts(objective: Objective, sharded: bool) -> None:
+    """Under FSDP every parameter takes part in every step, if need be with no token.
+
+    So weights that no row of a batch uses get a zero gradient there, and AdamW goes on with their momentum; elsewhere
+    they get none and stay as they are.
+    """
+    objective.anchored = sharded
+    for part in objective.modules():
+        if isinstance(part, LanguageModel):
+            for layer in part.model.layers:
+                layer.always_both = sharded
+
+
+def _unshard(module: nn.Module) -> None:
+    """Replace sharded parameters by whole ones on the CPU; the module can then be saved, in every process."""
+    for part in module.modules():
+        for name, value in list(part._parameters.items()):
+            if isinstance(value, DTensor):
+                part._parameters[name] = nn.Parameter(whole(value), requires_grad=value.requires_grad)
 
 
 def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:

@@ -1,0 +1,445 @@
+"""How much accelerator memory each stage needs, from the parameters alone: what `clear memory` prints.
+
+Exact: the number of parameters (the model is built on the meta device) and of trained ones, hence weights, gradients
+and optimiser. Exact given the number of tokens: the key-value cache. Estimates: the tokens of a row (`prompt_tokens`
+says what is assumed), activations (each term counts the tensors that one line of `mot.py` saves for the backward
+pass; a test holds the sum to within 25 % of what is measured) and temporaries (the largest working set among the
+known ones). Not counted: the CUDA context and kernels (about 1 GiB) and the allocator's fragmentation.
+
+Symbols: T tokens of a micro-batch with padding, L its longest row, D hidden, I mlp width, Q = heads · head size,
+K = key-value heads · head size, H heads, V vocabulary, a bytes of the compute type (2 under bfloat16 autocast).
+All quantities are bytes unless said otherwise.
+"""
+
+import functools
+import math
+from dataclasses import dataclass, fields
+
+import torch
+
+from clear.config import Config, Lora
+from clear.model.bagel import Bagel, BagelConfig
+from clear.model.bridge import distilled_layers
+from clear.model.images import encode_batch
+from clear.model.mot import LlmConfig
+from clear.model.sequence import SpecialTokens
+from clear.model.vae import AutoEncoder, VaeConfig
+from clear.model.vit import VitConfig
+
+STAGES = ("sft", "bridge", "grpo", "evaluate")
+FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
+GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
+"""Name parts of what no stage trains, and of what the stage `bridge` leaves alone with the mlp bridge."""
+BAGEL_VOCABULARY = 152064
+"""Rows of BAGEL's token embedding."""
+SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS = 160, 64, 300
+"""Assumed text lengths under Qwen2's vocabulary; replies are shorter where `sampling.max_think_tokens` is."""
+MICRO_BATCH = 32
+"""Trajectories that GRPO scores at once, at most."""
+LIMIT = 80e9
+"""The memory of one large accelerator; more than that is worth a note."""
+_GROUPS = (
+    ("hidden", ("q_proj", "k_proj", "v_proj")),
+    ("hidden", ("o_proj",)),
+    ("hidden", ("gate_proj", "up_proj")),
+    ("mlp", ("down_proj",)),
+)
+"""Linear layers of a decoder layer that share one input, and the width of that input."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of one micro-batch.
+
+    und, gen: tokens of the two experts (padding is understanding); scored: with a text loss; noisy: with a velocity
+    loss; pairs: distilled token pairs; vit: ViT tokens.
+    """
+
+    rows: int
+    length: int
+    gen: int
+    scored: int
+    noisy: int
+    pairs: int = 0
+    vit: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """All tokens, padding included."""
+        return self.rows * self.length
+
+    @property
+    def und(self) -> int:
+        """Tokens of the understanding expert."""
+        return self.tokens - self.gen
+
+
+@dataclass(frozen=True)
+class Training:
+    """What decides which tensors are kept. compute, weights: bytes per number; fused: one attention kernel (GPU)."""
+
+    compute: int
+    weights: int
+    lora: Lora
+    checkpointing: bool = False
+    fused: bool = False
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage: numbers of parameters, then bytes per device."""
+
+    stage: str
+    parameters: int
+    trainable: int
+    weights: int
+    gradients: int
+    optimiser: int
+    activations: int
+    kv_cache: int
+    temporary: int
+    peak: int
+
+
+def shapes(config: Config, vocab: int = BAGEL_VOCABULARY) -> BagelConfig:
+    """The shapes of `config.model`, with the bridge of `config.bridge`, for counting only.
+
+    `vocab`: rows of the embedding; the default is BAGEL's.
+    """
+    m = config.model
+    return BagelConfig(
+        llm=LlmConfig(vocab, m.hidden, m.layers, m.heads, m.kv_heads, m.mlp),
+        vit=VitConfig(m.vit_hidden, m.vit_layers, m.vit_heads, m.vit_mlp, m.vit_patch, m.vit_side),
+        vae=VaeConfig(m.vae_channels, tuple(m.vae_mult), m.vae_blocks, m.vae_z, m.vae_groups),
+        special=SpecialTokens(0, 1, 2, 3),
+        latent_patch=m.latent_patch,
+        max_latent_size=m.max_latent_size,
+        bridge=config.bridge.kind,
+    )
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers of parameters: base (without bridge and adapters), bridge, adapter, vae, trained; all exact.
+
+    cast: weights of linear layers that autocast would copy to the compute type.
+    """
+
+    base: int
+    bridge: int
+    adapter: int
+    vae: int
+    trained: int
+    cast: int
+
+
+@functools.cache
+def _parameters(model: BagelConfig) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Names and shapes of all parameters, from the model on the meta device, and the autoencoder's number."""
+    with torch.device("meta"):
+        module, vae = Bagel(model), AutoEncoder(model.vae)
+    found = {name: tuple(value.shape) for name, value in module.named_parameters()}
+    return found, sum(value.numel() for value in vae.parameters())
+
+
+def count(model: BagelConfig, lora: Lora, never: tuple[str, ...] = FROZEN, bridge: bool = True) -> Counts:
+    """Count the parameters of a model.
+
+    With `lora.rank` r every target linear layer (out, in) gets r · (in + out) adapter parameters, and only these and
+    the bridge are trained. `never`: name parts of what is not trained. `bridge`: the mlp bridge is there already.
+    """
+    found, vae = _parameters(model)
+    sizes = {"base": 0, "bridge": 0, "adapter": 0, "trained": 0, "cast": 0}
+    for name, shape in found.items():
+        part = "bridge" if name.startswith("bridge.") else "base"
+        if part == "bridge" and not bridge:
+            continue
+        allowed = not any(rule in name for rule in never)
+        sizes[part] += math.prod(shape)
+        if allowed and (part == "bridge" or not lora.rank):
+            sizes["trained"] += math.prod(shape)
+        if name.startswith("language_model") and len(shape) == 2 and "embed_tokens" not in name:
+            sizes["cast"] += math.prod(shape)
+        if _adapted(name, lora):
+            sizes["adapter"] += lora.rank * sum(shape)
+            sizes["trained"] += lora.rank * sum(shape) * allowed
+    return Counts(vae=vae, **sizes)
+
+
+def _adapted(name: str, lora: Lora) -> bool:
+    """Whether the parameter `name` is the weight of a linear layer that gets an adapter."""
+    if not (lora.rank and name.startswith("language_model.model.layers.") and name.endswith(".weight")):
+        return False
+    target = name.removesuffix(".weight").rpartition(".")[2].removesuffix("_moe_gen")
+    return target in lora.targets and lora.experts in ("both", "gen" if "_moe_gen" in name else "und")
+
+
+def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
+    """What one decoder layer saves for its backward pass.
+
+    - two norms: the float32 input 4TD each (the residual itself or its float32 copy) and, if the norm's weight is
+      trained, the normed value 4TD; the reciprocal root 4T;
+    - query and key norms likewise over Q + K channels;
+    - linear layers: the input they need for their own gradient. Trained in full, layers that read the same tensor
+      share it (D for q/k/v, D for o, D for gate/up, I for down; a bytes each). Frozen ones save nothing, an adapter
+      saves its input (shared in float32; under autocast peft's casts give each target a copy) and r · a per token;
+    - where both experts have tokens, bringing them together keeps what each projected: Q + 2K channels, a bytes each;
+    - attention: q, k and v, the latter two repeated to all heads, 3TQa. Plain (CPU): the float32 softmax 4HL² per row
+      and under autocast its copy for the product with v. Fused (GPU): the output, 4 bytes of log-sum per head, and
+      the additive mask in the compute type aL² per row;
+    - SwiGLU: the gate before and after its activation, and the other factor, 3TIa.
+    """
+    t, a, d = batch.tokens, train.compute, llm.hidden
+    q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
+    trained_norms = 1 if train.lora.rank else 2
+    total = 2 * t * (4 * d * trained_norms + 4)
+    total += t * (q + kv) * 4 * trained_norms + 4 * t * (llm.heads + llm.kv_heads)
+    for width, names in _GROUPS:
+        size = getattr(llm, width)
+        if not train.lora.rank:
+            total += t * size * a
+            continue
+        chosen = sum(name in train.lora.targets for name in names)
+        tokens = {"both": t, "und": batch.und, "gen": batch.gen}[train.lora.experts]
+        total += tokens * a * (size * (chosen if a < 4 else min(1, chosen)) + chosen * train.lora.rank)
+    total += t * (q + 2 * kv) * a * bool(batch.gen)
+    total += 3 * t * q * a + 3 * t * llm.mlp * a
+    if train.fused:
+        return total + t * (q * a + 4 * llm.heads) + a * batch.rows * batch.length**2
+    return total + batch.rows * llm.heads * batch.length**2 * (4 + (a if a < 4 else 0))
+
+
+def activations(model: BagelConfig, batch: Batch, train: Training, stride: int = 1) -> int:
+    """What a training forward holds at its end, ready for the backward pass.
+
+    Without gradient checkpointing every layer's `layer_activations`. With it the two streams that enter each layer
+    (TD in the type of the residual, which is that of the weights) and the one attention mask of 4L² per row.
+    To this come: the final norms (as in a layer); the language head, per scored token its input Da (if trained) and
+    the float32 log-softmax 4V; the velocity head, per noisy token its input Da (if trained) and prediction and target
+    4C each; per distilled pair and layer (every `stride`-th) two float32 distributions 8D; the rotary table, two
+    numbers per channel of a head and token; with full training the connector (vit, D and D per ViT token), the
+    latent embedding (C per latent token), and both where they enter the residual (D per token).
+    """
+    llm, t, a = model.llm, batch.tokens, train.compute
+    full = not train.lora.rank
+    if train.checkpointing:
+        kept = llm.layers * t * llm.hidden * train.weights + 4 * batch.rows * batch.length**2
+    else:
+        kept = llm.layers * layer_activations(llm, batch, train)
+    head = t * (4 * llm.hidden * (2 if full else 1) + 4) + 2 * t * llm.head_dim * a
+    head += batch.scored * (4 * llm.vocab + llm.hidden * a * full)
+    head += batch.noisy * (8 * model.latent_channels + llm.hidden * a * full)
+    if batch.pairs:
+        layers = len(distilled_layers(llm.layers, stride)) if stride else 1
+        head += layers * batch.pairs * 8 * llm.hidden
+    if full:
+        head += batch.vit * (model.vit.hidden + 2 * llm.hidden) * a + batch.gen * model.latent_channels * a
+        head += (batch.vit + batch.gen) * llm.hidden * train.weights
+    return kept + head
+
+
+def kv_bytes(llm: LlmConfig, rows: int, capacity: int, number: int) -> int:
+    """Keys and values of all layers: 2 · layers · rows · capacity · K numbers of `number` bytes."""
+    return 2 * llm.layers * rows * capacity * llm.kv_heads * llm.head_dim * number
+
+
+def kv_capacity(prompt: int, total: int) -> int:
+    """Places per row of a cache that starts with the prompt and 128 spare places and doubles when it is full."""
+    capacity = prompt + 128
+    while capacity < total:
+        capacity *= 2
+    return capacity
+
+
+def grids(config: Config) -> tuple[int, int]:
+    """Latent and ViT tokens of one image at the largest size of the profile."""
+    m = config.model
+    stride = 2 ** (len(m.vae_mult) - 1) * m.latent_patch
+    return (m.vae_size // stride) ** 2, (m.vit_size // m.vit_patch) ** 2
+
+
+def prompt_tokens(config: Config) -> int:
+    """Tokens of a prompt: system text, latent and ViT of the largest image, question; two markers each."""
+    latent, vit = grids(config)
+    system = SYSTEM_TOKENS + 2 if config.sampling.system_prompt else 0
+    return system + latent + 2 + vit + 2 + _question(config) + 2
+
+
+def _question(config: Config) -> int:
+    return min(QUESTION_TOKENS, max(1, config.sampling.max_think_tokens // 4))
+
+
+def _reply(config: Config) -> int:
+    return min(REPLY_TOKENS, config.sampling.max_think_tokens)
+
+
+def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
+    """The micro-batch of a training stage on one of `gpus` devices, every row a restoring trace of full size.
+
+    Rows have the layout of the stage's loss: prompt, reply, the noisy latents (sft: one, grpo: `sde_steps`, bridge:
+    none), the feedback (clean ViT tokens in sft with the mlp bridge, else the latent; with distillation its ViT
+    teacher on the same grid), reply; grpo repeats this for every allowed restoration.
+    """
+    latent, vit = grids(config)
+    mlp, reply = config.bridge.kind == "mlp", _reply(config)
+    noisy = {"sft": 1 if config.sft.mse_weight else 0, "bridge": 0, "grpo": config.grpo.sde_steps}[stage]
+    rounds = max(1, config.sampling.max_restorations) if stage == "grpo" else 1
+    teacher = latent + 2 if not mlp and config.sft.distill_weight and stage != "grpo" else 0
+    by_vit = mlp and stage == "sft"
+    feedback = (vit if by_vit else latent) + 2 + teacher
+    length = prompt_tokens(config) + reply + 2 + rounds * (noisy * (latent + 2) + feedback + reply + 2)
+    if stage == "grpo":
+        completions = config.grpo.prompts * config.grpo.group_size
+        rows = max(n for n in range(1, min(MICRO_BATCH, completions) + 1) if completions % n == 0)
+    else:
+        rows = -(-(config.sft.traces if stage == "sft" else config.bridge.answer).batch // gpus)
+    gen = latent * (1 + rounds * (noisy + (not mlp)))
+    return Batch(
+        rows=rows,
+        length=length,
+        gen=rows * gen,
+        scored=rows * (rounds + 1) * (reply + 1),
+        noisy=rows * rounds * noisy * latent,
+        pairs=rows * (teacher - 2) if teacher else 0,
+        vit=rows * (vit + (vit if by_vit else 0) + max(0, teacher - 2)),
+    )
+
+
+def encode_workspace(config: Config) -> int:
+    """Encoding images with the autoencoder: three full-resolution feature maps of its first width, float32."""
+    m = config.model
+    return 3 * 4 * encode_batch(m.vae_size, m.vae_size) * m.vae_channels * m.vae_size**2
+
+
+def training_workspace(model: BagelConfig, batch: Batch, train: Training, cast: int) -> int:
+    """Temporary memory of a step, the largest of three working sets, plus what autocast copies.
+
+    Building the mask: three bools and a float32 per pair of tokens in a row. The loss: logits in the compute type,
+    in float32, and their gradient, (a + 8) V per scored token. The backward of one layer: with checkpointing what the
+    layer saves, computed again, and the gradients of its widest part in either case. float32 weights under
+    autocast have a copy in the compute type, `cast` numbers.
+    """
+    llm = model.llm
+    mask = 7 * batch.rows * batch.length**2
+    loss = batch.scored * llm.vocab * (train.compute + 8)
+    widest = 3 * batch.tokens * llm.mlp * train.compute
+    if not train.fused:
+        widest = max(widest, 8 * batch.rows * llm.heads * batch.length**2)
+    layer = widest + (layer_activations(llm, batch, train) if train.checkpointing else 0)
+    return max(mask, loss, layer) + (cast * train.compute if train.compute < train.weights else 0)
+
+
+def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: int = 1) -> Estimate:
+    """Memory of one stage on one of `gpus` devices.
+
+    Trained parameters, gradients and moments have the type of the weights; adapters and the bridge beside them are
+    float32, the autoencoder always is. AdamW keeps two moments per trained parameter and `sft.ema` adds an average
+    in float32. GRPO keeps the incoming policy: a copy of the model in full training, of adapter and bridge else.
+    Over several devices (FSDP) weights, gradients and optimiser are divided; the micro-batch is divided too.
+
+    peak = weights + the largest of: encoding the images; training (gradients, optimiser, activations, temporary);
+    generation (optimiser, cache, temporary).
+    """
+    model, lora, runtime = shapes(config, vocab), config.lora, config.runtime
+    mlp = config.bridge.kind == "mlp"
+    never = (*FROZEN, *GENERATION) if stage == "bridge" and mlp else FROZEN
+    counts = count(model, lora, never, bridge=stage != "sft")
+    number = 2 if runtime.weights == "bfloat16" else 4
+    trains, fused = stage != "evaluate", runtime.device == "cuda"
+    beside = 4 * (counts.adapter + counts.bridge) if lora.rank else number * counts.bridge
+    policy = counts.base * number + beside
+    weights = policy + 4 * counts.vae
+    if stage == "grpo":
+        weights += beside if lora.rank else policy
+    trained = (4 if lora.rank else number) * counts.trained if trains else 0
+    optimiser = 2 * trained + (4 * counts.trained if stage == "sft" and config.sft.ema else 0)
+    shares = [-(-part // gpus) for part in (weights, trained, optimiser)]
+    weights, gradients, optimiser = shares
+
+    compute = 2 if runtime.precision == "bfloat16" and (stage != "grpo" or number == 2) else 4
+    kept = stepping = cache = prefill = 0
+    if trains:
+        train = Training(compute, number, lora, runtime.gradient_checkpointing, fused)
+        batch = stage_batch(config, stage, gpus)
+        stride = config.sft.distill_stride
+        kept = activations(model, batch, train, stride)
+        stepping = training_workspace(model, batch, train, counts.cast)
+    if stage != "sft":
+        cache, prefill = _generation(config, stage, model, number, fused)
+    encoding = encode_workspace(config)
+    peak = weights + max(encoding, gradients + optimiser + kept + stepping, optimiser + cache + prefill)
+    temporary = max(encoding, stepping, prefill)
+    parameters = counts.base + counts.bridge + counts.adapter + counts.vae
+    return Estimate(
+        stage,
+        parameters,
+        counts.trained if trains else 0,
+        weights,
+        gradients,
+        optimiser,
+        kept,
+        cache,
+        temporary,
+        peak,
+    )
+
+
+def _generation(config: Config, stage: str, model: BagelConfig, number: int, fused: bool) -> tuple[int, int]:
+    """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
+
+    The stage `bridge` only denoises behind the prompt. Prefill works through one layer at a time; GRPO prefills each
+    prompt once for its group.
+    """
+    s, prompt = config.sampling, prompt_tokens(config)
+    latent, _ = grids(config)
+    rows = s.batch
+    total = prompt + (s.max_restorations + 1) * (s.max_think_tokens + 1) + s.max_restorations * (latent + 2)
+    capacity = prompt + 128 if stage == "bridge" else kv_capacity(prompt, total)
+    prefilled = max(1, rows // config.grpo.group_size) if stage == "grpo" else rows
+    batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
+    plain = Lora(0, 1.0, 0.0, [], "both")
+    compute = 2 if number == 2 else 4
+    work = layer_activations(model.llm, batch, Training(compute, number, plain, fused=fused))
+    return kv_bytes(model.llm, rows, capacity, number), work + 7 * prefilled * prompt**2
+
+
+def report(found: list[Estimate], profile: str, gpus: int) -> str:
+    """The estimates as a table in GiB (parameters in millions), with a note on what exceeds one device."""
+    names = [field.name for field in fields(Estimate)]
+    lines = [[name.replace("_", " ") for name in names]]
+    for one in found:
+        values = [getattr(one, name) for name in names[1:]]
+        millions = [f"{value / 1e6:.2f} M" for value in values[:2]]
+        lines.append([one.stage, *millions, *(f"{value / 2**30:.3f}" for value in values[2:])])
+    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
+    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text.append(f"GiB per device, profile {profile}, {gpus} device{'s' if gpus > 1 else ''}.")
+    text.append(
+        "Exact: parameters, weights, gradients, optimiser. Estimated: the rest, for images of the largest size."
+    )
+    over = [one for one in found if one.peak > LIMIT]
+    if over:
+        worst = max(over, key=lambda one: one.peak)
+        text.append(
+            f"note: {', '.join(one.stage for one in over)} exceed{'s' if len(over) == 1 else ''} 80 GB on one device "
+            f"({worst.stage}: {math.ceil(worst.peak / 1e9)} GB). {_advice(worst)}"
+        )
+    return "\n".join(text)
+
+
+def _advice(one: Estimate) -> str:
+    """What to change, after the largest part of the peak."""
+    parts = {
+        "the weights and their optimiser": one.weights + one.gradients + one.optimiser,
+        "activations": one.activations,
+        "the cache": one.kv_cache,
+        "temporary memory": one.temporary,
+    }
+    remedies = {
+        "the weights and their optimiser": "shard over more devices (--gpus) or train adapters (lora.rank)",
+        "activations": "set runtime.gradient_checkpointing, smaller batches or smaller images (model.vae_size)",
+        "the cache": "lower sampling.batch or sampling.max_think_tokens",
+        "temporary memory": "use smaller batches or smaller images (model.vae_size)",
+    }
+    largest = max(parts, key=parts.get)
+    return f"Most is for {largest}: {remedies[largest]}."

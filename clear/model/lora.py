@@ -1,0 +1,358 @@
+"""LoRA adapters on both experts of a model folder, and folders that hold adapters instead of weights.
+
+Adapters are peft's, injected into the decoder's linear layers in place, so a Bagel stays a Bagel. One adapter is
+carried through the stages: sft starts it, bridge and grpo load it and train it further. An adapter folder holds
+
+    adapter_model.safetensors, adapter_config.json   the adapter, in peft's own layout (PeftModel reads it)
+    bridge.safetensors                               the mlp bridge, if there is one
+    base.json                                        folder, sizes and SHA-256 of the files it adapts; kind of bridge
+
+and loading it loads that base first. The vision tower and the autoencoder are never adapted. The reference of GRPO
+is a second, frozen adapter with the incoming weights: no copy of the base weights is made.
+
+Departure: METHOD §3 trains all weights; this is the single-GPU path that users of BAGEL ask for.
+"""
+
+import copy
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from clear.config import Lora
+from clear.errors import ClearError
+from clear.model.bagel import Bagel
+from clear.model.bridge import LatentBridge
+from clear.model.checkpoint import BRIDGE, load_bagel, load_weights, save_bagel
+
+ADAPTER, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
+TRAINED, REFERENCE = "default", "reference"
+"""peft's names of the adapter that is trained and of its frozen copy."""
+PREFIX = "base_model.model."
+"""What PeftModel puts before a parameter's name; kept in the files so that peft itself can read them."""
+HASHED_ON_LOAD = 2**28
+"""Base files up to this size (bytes) are hashed at every load; of larger ones the size is compared."""
+
+
+def is_adapter(folder: Path | str) -> bool:
+    """Whether a model folder holds an adapter and not weights of its own."""
+    return (Path(folder) / ADAPTER_CONFIG).exists()
+
+
+def has_adapter(model: nn.Module) -> bool:
+    """Whether adapters have been put into the model."""
+    return bool(getattr(model, "peft_config", None))
+
+
+def _layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The adapted linear layers, peft's LoraLayers, by name."""
+    if not has_adapter(model):
+        return []
+    from peft.tuners.lora import LoraLayer  # peft takes seconds to import; a model without adapters needs none of it
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def target_pattern(targets: Sequence[str], experts: str) -> str:
+    """Regular expression, as peft matches it, of the full names of the decoder's linear layers to adapt."""
+    names = "|".join(re.escape(name) for name in targets)
+    und, gen = rf"(self_attn|mlp)\.({names})", rf"(self_attn\.({names})_moe_gen|mlp_moe_gen\.({names}))"
+    chosen = {"und": und, "gen": gen, "both": f"({und}|{gen})"}[experts]
+    return rf"language_model\.model\.layers\.\d+\.{chosen}"
+
+
+def _check_targets(model: Bagel, targets: Sequence[str]) -> None:
+    layer = model.language_model.model.layers[0]
+    known = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    for target in targets:
+        if target not in known or target.endswith("_moe_gen"):
+            allowed = ", ".join(sorted(name for name in known if not name.endswith("_moe_gen")))
+            raise ClearError(
+                f"params: lora.targets: {target!r} is not a linear layer of the decoder; choose {allowed}."
+            )
+
+
+def attach(model: Bagel, lora: Lora) -> Bagel:
+    """Put a fresh adapter (A random, B zero: the model's outputs do not change) into `model`, in place.
+
+    The adapter is float32 whatever the type of the weights; everything else is frozen. Draws from torch's global
+    generator. Raises ClearError if a target is no linear layer of the decoder.
+    """
+    from peft import LoraConfig
+
+    _check_targets(model, lora.targets)
+    settings = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=target_pattern(lora.targets, lora.experts),
+        bias="none",
+    )
+    return _inject(model, settings, TRAINED)
+
+
+def _inject(model: Bagel, settings: Any, name: str) -> Bagel:
+    """Put an adapter described by a peft.LoraConfig into the model, float32."""
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(settings, model, adapter_name=name)
+    for key, value in model.named_parameters():
+        if _is_adapter_key(key, name):
+            value.data = value.data.float()
+    return model
+
+
+def _is_adapter_key(key: str, name: str) -> bool:
+    return ".lora_" in key and f".{name}." in key
+
+
+def _adapter_state(model: nn.Module, name: str = TRAINED) -> dict[str, Tensor]:
+    """The parameters of one adapter by module name and matrix, without the adapter's name."""
+    return {k.replace(f".{name}.", "."): v for k, v in model.named_parameters() if _is_adapter_key(k, name)}
+
+
+def freeze_base(model: nn.Module) -> None:
+    """Of the parameters that are trainable now, keep only those of the adapter and of the bridge."""
+    for name, value in model.named_parameters():
+        if not (_is_adapter_key(name, TRAINED) or name.startswith("bridge.")):
+            value.requires_grad_(False)
+
+
+def set_dropout(model: nn.Module, share: float) -> None:
+    """Set the adapter's dropout; GRPO needs none, because rollout and scoring must agree."""
+    for _, layer in _layers(model):
+        layer.lora_dropout[TRAINED] = nn.Dropout(share) if share else nn.Identity()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as source:
+        return hashlib.file_digest(source, "sha256").hexdigest()
+
+
+def fingerprint(folder: Path | str) -> dict[str, dict[str, Any]]:
+    """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them."""
+    files = sorted(p for p in Path(folder).glob("*.*") if p.is_file())
+    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
+
+
+def save_adapter(
+    folder: Path | str, model: Bagel, base: Path | str, files: dict[str, dict[str, Any]], dtype: torch.dtype
+) -> None:
+    """Write the adapter and the bridge of `model` in `dtype`, and what they belong to: `files` of the folder `base`.
+
+    The bytes depend on the adapter, the configuration and `base` only.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {k: v.detach().to(device="cpu", dtype=dtype).contiguous() for k, v in state.items()}
+
+    save_file(stored({PREFIX + k: v for k, v in _adapter_state(model).items()}), folder / ADAPTER, {"format": "pt"})
+    settings = copy.copy(model.peft_config[TRAINED])
+    settings.base_model_name_or_path, settings.inference_mode = str(base), True
+    content = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
+    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
+    (folder / BRIDGE).unlink(missing_ok=True)
+    if getattr(model, "bridge", None) is not None:
+        save_file(stored(model.bridge.state_dict()), folder / BRIDGE)
+    known = {"folder": str(base), "bridge": model.config.bridge, "files": files}
+    (folder / BASE).write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+def _read(file: Path) -> dict:
+    if not file.exists():
+        raise ClearError(f"{file} is missing; an adapter folder needs it, run the stage that makes it again.")
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ClearError(f"{file} is not JSON ({error}); run the stage that makes it again.") from error
+
+
+def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
+    """The folder with the weights an adapter folder belongs to (`base` overrides where it lies), checked.
+
+    Raises ClearError if it is absent or its files are not those the adapter was trained on. Files up to
+    HASHED_ON_LOAD bytes are hashed; of the larger ones the size is compared.
+    """
+    known = _read(Path(folder) / BASE)
+    try:
+        found, files = Path(base or known["folder"]), known["files"].items()
+    except (KeyError, AttributeError) as error:
+        raise ClearError(f"{Path(folder) / BASE} has no 'folder' and 'files'; run its stage again.") from error
+    if not found.is_dir():
+        raise ClearError(
+            f"{folder} adapts the weights in {found}, which is not here; name their folder in model.checkpoint."
+        )
+    for name, expected in files:
+        path = found / name
+        wrong = not path.is_file() or path.stat().st_size != expected["bytes"]
+        if not wrong and expected["bytes"] <= HASHED_ON_LOAD:
+            wrong = _sha256(path) != expected["sha256"]
+        if wrong:
+            raise ClearError(f"{path} is not the file that {folder} was trained on; restore it, or train again.")
+    return found
+
+
+def load_model(
+    folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", base: Path | str | None = None
+):
+    """Model, autoencoder and tokenizer of a folder with weights or with an adapter; the model is in eval mode.
+
+    The weights get `dtype`, adapter and bridge of an adapter folder stay float32, and so does the autoencoder, which
+    runs without autocast. `base` says where the weights of an adapter folder lie, if not where it says itself.
+    """
+    folder = Path(folder)
+    if not is_adapter(folder):
+        model, vae, tokenizer = load_bagel(folder, dtype, device)
+        return model, vae.float(), tokenizer
+    from peft import LoraConfig
+
+    weights = base_of(folder, base)
+    if is_adapter(weights):
+        raise ClearError(f"{folder} adapts {weights}, which is an adapter itself; merge that one first (clear merge).")
+    model, vae, tokenizer = load_bagel(weights, dtype, device)
+    kind = _read(folder / BASE).get("bridge", "direct")
+    model.config = replace(model.config, bridge=kind)
+    if kind == "mlp":
+        with torch.device("meta"):
+            bridge = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
+        load_weights(bridge, folder / BRIDGE, torch.float32, device)
+        model.bridge = bridge
+    try:
+        settings = LoraConfig(**{k: v for k, v in _read(folder / ADAPTER_CONFIG).items() if k in _FIELDS})
+    except (TypeError, ValueError) as error:
+        raise ClearError(f"{folder / ADAPTER_CONFIG} is no LoRA configuration ({error}).") from error
+    settings.inference_mode = False
+    _inject(model, settings, TRAINED)
+    _adopt(model, folder / ADAPTER)
+    return model.to(device).eval(), vae.float(), tokenizer
+
+
+_FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")
+"""What a folder's adapter_config.json decides; everything else keeps peft's default."""
+
+
+def _adopt(model: nn.Module, file: Path) -> None:
+    """Copy the adapter weights of a file into the model. Raises ClearError on any key or shape mismatch."""
+    if not file.exists():
+        raise ClearError(f"{file} is missing; run the stage that makes it again.")
+    try:
+        state = load_file(file)
+    except SafetensorError as error:
+        raise ClearError(f"{file} is truncated or not safetensors ({error}); run its stage again.") from error
+    expected = {PREFIX + k: v for k, v in _adapter_state(model).items()}
+    for key in sorted(state.keys() ^ expected.keys()):
+        side = "missing" if key in expected else "not part of this model"
+        raise ClearError(f"{file}: key {key} is {side}; {ADAPTER_CONFIG} or the base belong to another adapter.")
+    for key, value in expected.items():
+        if value.shape != state[key].shape:
+            raise ClearError(
+                f"{file}: key {key} has shape {tuple(state[key].shape)}, this model needs {tuple(value.shape)}."
+            )
+        value.data.copy_(state[key])
+
+
+def check_same(model: Bagel, lora: Lora, folder: Path | str) -> None:
+    """Raise ClearError if the adapter that came from `folder` is not the one `lora` describes."""
+    held = model.peft_config[TRAINED]
+    pairs = {
+        "rank": (held.r, lora.rank),
+        "alpha": (held.lora_alpha, lora.alpha),
+        "targets / lora.experts": (held.target_modules, target_pattern(lora.targets, lora.experts)),
+    }
+    for name, (found, wanted) in pairs.items():
+        if found != wanted:
+            raise ClearError(
+                f"{folder}: the adapter was trained with {found}, params say lora.{name} = {wanted}; "
+                "run sft again with these params, or set them back."
+            )
+
+
+def add_reference(model: Bagel) -> None:
+    """Remember the adapter and the bridge as they are now, frozen, for `reference`. Costs one adapter of memory."""
+    wanted = {name: value.requires_grad for name, value in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Already found a `peft_config`")  # a second adapter is meant
+        _inject(model, copy.deepcopy(model.peft_config[TRAINED]), REFERENCE)
+    device = model.vae2llm.weight.device
+    trained = _adapter_state(model)
+    for key, value in _adapter_state(model, REFERENCE).items():
+        value.data = trained[key].detach().to(device).clone()
+    for name, value in model.named_parameters():
+        value.requires_grad_(wanted.get(name, False))
+    _activate(model, TRAINED)  # peft has switched to the adapter it has just injected
+    if getattr(model, "bridge", None) is not None:
+        # Not a child module: it is neither trained nor saved.
+        model.__dict__["reference_bridge"] = copy.deepcopy(model.bridge).requires_grad_(False)
+
+
+def _activate(model: nn.Module, name: str) -> None:
+    """Compute with this adapter. peft's own set_adapter would also change which one requires gradients."""
+    for _, layer in _layers(model):
+        layer._active_adapter = [name]
+
+
+@contextmanager
+def reference(model: Bagel) -> Iterator[Bagel]:
+    """The model as it was at `add_reference`, in eval mode, for as long as the block lasts."""
+    was_training, bridge = model.training, getattr(model, "bridge", None)
+    _activate(model, REFERENCE)
+    model.eval()
+    if bridge is not None:
+        model.bridge = model.reference_bridge.to(model.vae2llm.weight.device)
+    try:
+        yield model
+    finally:
+        _activate(model, TRAINED)
+        if bridge is not None:
+            model.bridge = bridge
+        model.train(was_training)
+
+
+def autocast(model: Bagel) -> torch.autocast:
+    """Autocast to bfloat16 where the weights are bfloat16: inputs and adapters are float32. Else nothing changes."""
+    weight = model.vae2llm.weight
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
+@torch.no_grad()
+def merge_adapter(model: Bagel) -> Bagel:
+    """Add the adapter to the weights and take it out, in place; the model is an ordinary Bagel again.
+
+    Raises ClearError if the sum is not finite.
+    """
+    for name, layer in _layers(model):
+        try:
+            layer.merge(safe_merge=True, adapter_names=[TRAINED])
+        except ValueError as error:
+            raise ClearError(f"layer {name}: {error}") from error
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, layer.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    return model
+
+
+def merge(folder: Path | str, out: Path | str, dtype: torch.dtype, base: Path | str | None = None) -> None:
+    """Write the full model folder `out` of an adapter folder: summed in float32, stored in `dtype`.
+
+    Raises ClearError if `folder` holds no adapter or `out` exists and is not empty.
+    """
+    folder, out = Path(folder), Path(out)
+    if not is_adapter(folder):
+        raise ClearError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing); there is nothing to merge.")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ClearError(f"{out} exists and is not empty; name a new folder.")
+    model, vae, tokenizer = load_model(folder, torch.float32, base=base)
+    save_bagel(out, merge_adapter(model).to(dtype), vae, tokenizer)

@@ -1,0 +1,261 @@
+"""The memory estimate against the model itself: counts exactly, activations as measured in a real training step."""
+
+import inspect
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from clear.config import compose, from_dict
+from clear.errors import ClearError
+from clear.model import lora, memory
+from clear.model.bagel import Bagel
+from clear.model.images import ImageBank
+from clear.model.sequence import IGNORE, LATENT, VIT
+from clear.model.vae import AutoEncoder
+from clear.reasoning.tokenizer import word_tokenizer
+from clear.records import Sample, encode_image
+from clear.traces.records import TraceRow
+from clear.training import sft
+from clear.training.build import scene_words
+from clear.training.load import trainable
+from clear.training.trainer import Objective
+
+ADAPTER = ["lora.rank=4", "lora.experts=both"]
+ROWS = 4
+
+
+def _config(*overrides: str, profile: str = "tiny"):
+    return from_dict(compose([f"profile={profile}", "runtime.device=cpu", *overrides]))
+
+
+def _model(config, tokenizer, bridge: str = "direct") -> Bagel:
+    """A random model of the configuration, trained as stage sft trains it."""
+    torch.manual_seed(0)
+    model = Bagel(replace(memory.shapes(config, tokenizer.get_vocab_size()), bridge=bridge)).initialise().train()
+    model = model.to(torch.bfloat16 if config.runtime.weights == "bfloat16" else torch.float32)
+    if config.lora.rank:
+        lora.attach(model, config.lora)
+    trainable(model)
+    model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
+    return model
+
+
+def _step(config, tokenizer, model: Bagel):
+    """The objective of stage sft over ROWS restoring traces of random pictures."""
+    rng = np.random.default_rng(0)
+    pictures = [encode_image(rng.integers(0, 255, (48, 48, 3), dtype=np.uint8)) for _ in range(2 * ROWS)]
+    shown, clean = (ImageBank(part, config.model) for part in (pictures[:ROWS], pictures[ROWS:]))
+    for bank in (shown, clean):  # what is encoded does not change what is held
+        bank.latents = list(torch.randn(ROWS, memory.grids(config)[0], model.config.latent_channels))
+    samples = [Sample(f"s{i}", "test", "sft", b"", "", (), "") for i in range(ROWS)]
+    question, reply = "which colour is the circle ?", "which colour is the shape above the star ?"
+    rows = [TraceRow(f"s{i}", "q", question, "dark", "high", reply, reply, reply, reply, False) for i in range(ROWS)]
+    data = sft.TraceData(tokenizer, rows, samples, shown, clean)
+    feedback = VIT if config.bridge.kind == "mlp" else LATENT
+    weights = sft.TraceWeights(feedback, distill=config.sft.distill_weight, stride=config.sft.distill_stride)
+    return Objective(model, sft.trace_loss(model, data, weights), config.runtime.precision)
+
+
+class Live(TorchDispatchMode):
+    """Every storage that an operation returns; `held` counts those still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[int, tuple[StorageWeakRef, int]] = {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for value in tree_leaves(out):
+            if isinstance(value, torch.Tensor):
+                reference = StorageWeakRef(value.untyped_storage())
+                self.seen[reference.cdata] = reference, value.untyped_storage().nbytes()
+        return out
+
+    def held(self, known: set[int]) -> int:
+        """Bytes of the storages alive now, without the `known` ones."""
+        return sum(size for key, (ref, size) in self.seen.items() if not ref.expired() and key not in known)
+
+
+def _measured_batch(model: Bagel, objective: Objective) -> tuple[memory.Batch, int]:
+    """The batch that the objective's forward builds, and the bytes alive between forward and backward."""
+    layouts = []
+    hook = model.register_forward_pre_hook(lambda module, args: layouts.append(args[0]))
+    known = {StorageWeakRef(p.untyped_storage()).cdata for p in model.parameters()}
+    with Live() as live:
+        loss = objective(torch.arange(ROWS))["loss"]
+        held = live.held(known)
+    loss.backward()
+    hook.remove()
+    built = layouts[0]
+    teacher = (built.kind == VIT) & (built.noise > 0)
+    return memory.Batch(
+        rows=built.ids.shape[0],
+        length=built.ids.shape[1],
+        gen=int(built.is_gen.sum()),
+        scored=int((built.target != IGNORE).sum()),
+        noisy=int(built.noisy.sum()),
+        pairs=int(teacher.sum()),
+        vit=int((built.kind == VIT).sum()),
+    ), held
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return word_tokenizer(scene_words())
+
+
+FEW = ["lora.rank=4", "lora.experts=gen", "lora.targets=[q_proj,down_proj]"]
+
+
+@pytest.mark.parametrize(
+    ("types", "adapter", "checkpointing", "bridge"),
+    [
+        (("float32", "float32"), [], "false", "mlp"),
+        (("float32", "float32"), ADAPTER, "false", "direct"),
+        (("float32", "bfloat16"), [], "false", "direct"),
+        (("float32", "bfloat16"), [], "true", "mlp"),
+        (("float32", "bfloat16"), [], "true", "direct"),
+        (("float32", "bfloat16"), ADAPTER, "false", "mlp"),
+        (("bfloat16", "bfloat16"), ADAPTER, "false", "direct"),
+        (("bfloat16", "bfloat16"), ADAPTER, "true", "direct"),
+        (("bfloat16", "bfloat16"), FEW, "false", "mlp"),
+    ],
+)
+def test_activations_are_within_a_quarter_of_what_a_training_step_holds(
+    tokenizer, types, adapter, checkpointing, bridge
+):
+    names = zip(("runtime.weights", "runtime.precision"), types, strict=True)
+    config = _config(
+        *adapter,
+        *(f"{name}={value}" for name, value in names),
+        f"bridge.kind={bridge}",
+        f"runtime.gradient_checkpointing={checkpointing}",
+    )
+    model = _model(config, tokenizer)
+    batch, held = _measured_batch(model, _step(config, tokenizer, model))
+    compute = 2 if types[1] == "bfloat16" else 4
+    train = memory.Training(compute, 2 if types[0] == "bfloat16" else 4, config.lora, checkpointing == "true")
+    found = memory.activations(model.config, batch, train, config.sft.distill_stride)
+    if compute < train.weights and not train.checkpointing:  # the layers hold autocast's copies of their weights
+        found += compute * memory.count(model.config, config.lora, bridge=False).cast
+    assert 0.75 <= found / held <= 1.25
+
+
+@pytest.mark.parametrize("adapter", [[], ADAPTER])
+def test_parameters_gradients_and_optimiser_are_exact(tokenizer, adapter):
+    config = _config(*adapter, "runtime.precision=float32")
+    model = _model(config, tokenizer)
+    vae = AutoEncoder(model.config.vae)
+    chosen = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(chosen, lr=1e-4)
+    _step(config, tokenizer, model)(torch.arange(ROWS))["loss"].backward()
+    optimiser.step()
+    found = memory.estimate(config, "sft", tokenizer.get_vocab_size())
+
+    def size(tensors) -> int:
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    moments = [value for state in optimiser.state.values() for name, value in state.items() if name != "step"]
+    whole = [*model.parameters(), *vae.parameters()]
+    assert found.weights == size(whole)
+    assert found.parameters == sum(p.numel() for p in whole)
+    assert found.trainable == sum(p.numel() for p in chosen)
+    assert found.gradients == size(p.grad for p in chosen)
+    assert found.optimiser == size(moments) == 2 * found.gradients
+
+
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("kind", ["mlp", "direct"])
+def test_the_stage_bridge_trains_what_is_counted(tokenizer, rank, kind):
+    config = _config(f"lora.rank={rank}", f"bridge.kind={kind}")
+    model = _model(config, tokenizer, kind)
+    never = (*sft.FROZEN, *sft.GENERATION) if kind == "mlp" else sft.FROZEN
+    trainable(model, never=never)
+    found = memory.estimate(config, "bridge", tokenizer.get_vocab_size())
+    assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = [*model.parameters(), *AutoEncoder(model.config.vae).parameters()]
+    assert found.weights == sum(p.numel() * p.element_size() for p in parts)
+
+
+def test_the_cache_is_exact(tokenizer):
+    model = _model(_config(), tokenizer)
+    cache = model.new_cache(3, memory.kv_capacity(50, 60))
+    assert sum(t.nbytes for t in [*cache.keys, *cache.values]) == memory.kv_bytes(model.config.llm, 3, 178, 4)
+    key = torch.zeros(3, model.config.llm.kv_heads, 150, model.config.llm.head_dim)
+    for total in (100, 200, 300, 400):  # grown in steps as a rollout grows it
+        cache.reserve(100)
+        valid = torch.ones(3, 100, dtype=torch.bool)
+        for layer in range(model.config.llm.layers):
+            cache.append(layer, key[:, :, :100], key[:, :, :100], valid)
+        cache.advance(valid)
+        assert cache.keys[0].shape[2] == memory.kv_capacity(50, total)
+
+
+def test_what_is_restated_here_is_what_the_training_does():
+    from clear.training import grpo
+
+    assert memory.FROZEN == sft.FROZEN and memory.GENERATION == sft.GENERATION
+    assert inspect.signature(grpo.train).parameters["micro_batch"].default == memory.MICRO_BATCH
+
+
+def test_bagel_has_the_published_number_of_parameters():
+    config = _config(profile="bagel_7b_lora")
+    counts = memory.count(memory.shapes(config), config.lora)
+    assert round(counts.base / 1e9, 3) == 14.607  # 29.2 GB in bfloat16, as published
+    assert counts.adapter == counts.trained == 16 * 5_046_272
+
+
+def test_more_memory_is_asked_for_where_more_is_used():
+    def of(*overrides, profile="bagel_7b_lora", stage="sft", gpus=1):
+        return memory.estimate(_config(*overrides, profile=profile), stage, gpus=gpus)
+
+    usual = of()
+    assert of("runtime.gradient_checkpointing=false").activations > 5 * usual.activations
+    assert of("lora.rank=32").optimiser == 2 * usual.optimiser
+    assert of("lora.experts=und").trainable * 2 == usual.trainable
+    assert of("sft.traces.batch=4").activations * 2 == usual.activations
+    full, sharded = of(profile="bagel_7b"), of(profile="bagel_7b", gpus=8)
+    assert full.optimiser > 100 * usual.optimiser and abs(8 * sharded.optimiser - full.optimiser) <= 8
+    assert of("sft.ema=0.0", profile="bagel_7b").optimiser == 2 * full.gradients == full.optimiser * 2 // 3
+    assert of(stage="grpo").weights - usual.weights == 4 * usual.trainable  # the frozen adapter of the reference
+    assert of("sampling.batch=4", stage="evaluate").kv_cache * 2 == of(stage="evaluate").kv_cache
+
+
+def test_the_command_prints_a_table_or_json(capsys, tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from clear.cli import app
+
+    monkeypatch.chdir(tmp_path)
+    shown = CliRunner().invoke(app, ["memory", "--profile", "bagel_7b", "--gpus", "8"])
+    assert shown.exit_code == 0, shown.output
+    lines = shown.output.splitlines()
+    assert [line.split()[0] for line in lines[1:5]] == list(memory.STAGES)
+    assert "note:" in shown.output and "80 GB" in shown.output
+    assert "note:" not in CliRunner().invoke(app, ["memory", "--profile", "tiny"]).output
+    plain = CliRunner().invoke(app, ["memory", "--profile", "tiny", "--json", "--set", "sft.traces.batch=1"])
+    content = json.loads(plain.output)
+    assert content["profile"] == "tiny" and content["gpus"] == 1
+    assert [one["stage"] for one in content["stages"]] == list(memory.STAGES)
+    assert all(one["peak"] > one["weights"] > 0 for one in content["stages"])
+
+
+def test_the_command_reads_the_parameters_of_the_folder(tmp_path, monkeypatch):
+    from typer.testing import CliRunner
+
+    from clear.cli import app
+    from clear.scratch import write_params
+
+    monkeypatch.chdir(tmp_path)
+    refused = CliRunner().invoke(app, ["memory"])
+    assert isinstance(refused.exception, ClearError) and "params.yaml" in str(refused.exception)
+    write_params(tmp_path / "params.yaml", ["profile=smoke"])
+    assert "profile smoke" in CliRunner().invoke(app, ["memory"]).output
+    refused = CliRunner().invoke(app, ["memory", "--gpus", "0"])
+    assert refused.exit_code == 2

@@ -1,0 +1,180 @@
+"""Images of different sizes, whose ViT and latent grids differ too, in one batch: losses, engine and scoring."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clear.config import compose, from_dict
+from clear.model import flow
+from clear.model.bagel import Contents
+from clear.model.images import ImageBank
+from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Text, layout
+from clear.model.vae import AutoEncoder
+from clear.reasoning import grammar
+from clear.reasoning.answering import Answerer
+from clear.reasoning.engine import Options, generate
+from clear.records import Question, Sample, encode_image, sha256
+from clear.traces.records import TraceRow
+from clear.training import scoring
+from clear.training.bridge import imitation_loss, own_latents
+from clear.training.sft import TraceData, TraceWeights, restoration_loss, trace_loss
+from tests.tiny import tiny_model
+
+SHAPES = [(40, 40), (20, 40), (40, 40), (40, 20)]
+OPTIONS = Options(flow_steps=3, max_tokens=6, batch=64)
+
+
+@pytest.fixture(scope="module")
+def config():
+    """The model section of `tests.tiny`: latents of up to 4 × 4 tokens, up to 3 × 3 ViT patches."""
+    found = from_dict(compose(["profile=smoke", "sampling.flow_steps=3", "sampling.max_think_tokens=6"]))
+    found.model = replace(
+        found.model, vae_mult=[1, 2], vae_size=8, vae_min=4, vae_z=4, vit_size=12, vit_min=4, vit_patch=4, vit_side=4
+    )
+    return found
+
+
+@pytest.fixture(scope="module")
+def images():
+    generator = np.random.default_rng(0)
+    return [encode_image(generator.integers(0, 256, (*shape, 3), dtype=np.uint8)) for shape in SHAPES]
+
+
+def parts(bridge, config, images):
+    """Model, tokenizer, autoencoder and restoring traces of the images."""
+    model, tokenizer = tiny_model(bridge)
+    vae = AutoEncoder(model.config.vae).eval().requires_grad_(False)
+    bank = ImageBank(images, config.model).encode(vae)
+    assert {bank.latent_grid(i) for i in range(len(bank))} == {(4, 4), (2, 4), (4, 2)}
+    assert all(bank.latent_grid(i) != bank.vit_grid(i) for i in range(len(bank)))
+    samples, rows = [], []
+    for i, image in enumerate(images):
+        samples.append(Sample(f"s{i}", "test", "sft", image, sha256(image), degraded=image))
+        replies = grammar.restore_reply(), "<think> b </think> <answer> c </answer>"
+        rows.append(TraceRow(f"s{i}", "q", "a b", "dark", "high", *replies, "<answer> c </answer>", replies[1], False))
+    return model, tokenizer, vae, TraceData(tokenizer, rows, samples, bank, bank)
+
+
+def test_restoration_loss_is_the_token_mean_over_all_images(config, images):
+    model, _, _, data = parts("direct", config, images)
+    index = [0, 1, 3]
+    torch.manual_seed(3)
+    found, _ = restoration_loss(model, data)(index)
+    torch.manual_seed(3)
+    times = flow.draw_times(len(index))
+    clean = [data.clean.latents[i] for i in index]
+    noise = torch.randn(sum(map(len, clean)), clean[0].shape[1]).split([len(z) for z in clean])
+    errors = []
+    for n, t, z, e in zip(index, times, clean, noise, strict=True):
+        contents = Contents(vit=[], latent=[], time=[])
+        noisy = Image(LATENT, data.clean.latent_grid(n), noise=True)
+        built, _ = layout([[*data.open_row(n, contents), Text(data.trigger), noisy]], model.config.special)
+        contents.latent.append((1 - t) * z + t * e)
+        contents.time.append(t.item())
+        errors.append(((model.velocities(model(built, contents), built) - (e - z)) ** 2).flatten())
+    torch.testing.assert_close(found, torch.cat(errors).mean(), atol=1e-5, rtol=1e-5)
+    found.backward()
+    assert model.llm2vae.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("stride", [0, 1])
+@pytest.mark.parametrize(("bridge", "feedback"), [("direct", LATENT), ("direct", VIT), ("mlp", BRIDGE)])
+def test_trace_loss_of_a_batch_is_the_mean_over_its_images(config, images, bridge, feedback, stride):
+    model, _, _, data = parts(bridge, config, images)
+    loss = trace_loss(model, data, TraceWeights(feedback, mse=0.0, distill=0.4, stride=stride))
+    total, figures = loss([0, 1, 3])
+    alone = [loss([n])[1] for n in (0, 1, 3)]
+    assert ("distill" in figures) == (feedback == LATENT)
+    for name in figures:
+        assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 3, rel=1e-4)
+    total.backward()
+    assert model.vae2llm.weight.grad.abs().sum() > 0
+
+
+def test_trace_loss_with_velocities(config, images):
+    model, _, _, data = parts("direct", config, images)
+    own = {1: torch.randn(8, 4)}
+    loss = trace_loss(model, data, TraceWeights(LATENT, distill=0.4, own=1.0), own)
+    total, figures = loss([0, 1, 2, 3])
+    assert figures.keys() == {"ce", "token_accuracy", "mse", "distill"}
+    expected = figures["ce"] + figures["mse"] + 0.4 * figures["distill"]
+    assert total.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_teacher_stands_on_the_latent_grid(config, images):
+    _, _, _, data = parts("direct", config, images)
+    for i in range(len(images)):
+        rows, columns = data.clean.latent_grid(i)
+        assert data.clean.paired_patches(i).shape == (rows * columns, 48)
+
+
+def test_own_latents_are_grouped_by_grid(config, images):
+    model, _, _, data = parts("mlp", config, images)
+    mixed = own_latents(model, data, [0, 1, 2, 3], OPTIONS, seed=5)
+    assert list(mixed) == [0, 1, 2, 3]
+    assert [mixed[n].shape for n in mixed] == [data.clean.latents[n].shape for n in mixed]
+    square = own_latents(model, data, [0, 2], OPTIONS, seed=5)
+    for n in square:
+        torch.testing.assert_close(mixed[n], square[n], atol=1e-5, rtol=0)
+    guided = own_latents(model, data, [0, 2], replace(OPTIONS, guidance=flow.Guidance(3.0, 2.0)), seed=5)
+    assert (guided[0] - square[0]).abs().max() > 1e-3, "they are made as inference makes them"
+
+
+def test_imitation_loss_pairs_tokens_of_one_grid(config, images):
+    model, _, _, data = parts("mlp", config, images)
+    pairs = [(0, None), (1, torch.randn(8, 4)), (3, None), (2, None)]
+    found, figures = imitation_loss(model, data, pairs)([0, 1, 2, 3])
+    made, target = [], []
+    for i, own in pairs:
+        rows, columns = data.clean.latent_grid(i)
+        place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        made.append(model.bridge_tokens([data.clean.latents[i] if own is None else own], place))
+        target.append(model.vit_tokens([data.clean.paired_patches(i)], place).detach())
+    made, target = torch.cat(made), torch.cat(target)
+    cosine = F.cosine_similarity(made, target, dim=-1).mean()
+    torch.testing.assert_close(found, F.mse_loss(made, target) / target.var() + 1 - cosine, atol=1e-5, rtol=1e-5)
+    assert figures["cosine"] == pytest.approx(cosine.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize("guidance", [flow.Guidance(), flow.Guidance(3.0, 2.0, low=0.0)])
+@pytest.mark.parametrize("bridge", ["mlp", "direct"])
+def test_a_mixed_batch_generates_what_each_image_does_alone(config, images, bridge, guidance):
+    model, tokenizer, _, data = parts(bridge, config, images)
+    prompts = [data.prompt(n) for n in range(4)]
+    options = replace(OPTIONS, restore="always", guidance=guidance, noise_seed=10)
+    batch = generate(model, tokenizer, prompts, options)
+    for n, together in enumerate(batch):
+        alone = generate(model, tokenizer, [prompts[n]], replace(options, noise_seed=10 + n))[0]
+        assert together.prompt == n and together.restorations[0].grid == prompts[n].latent_grid
+        assert [r.ids for r in together.replies] == [r.ids for r in alone.replies]
+        torch.testing.assert_close(together.restorations[0].x0, alone.restorations[0].x0, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "direct"])
+def test_a_fresh_policy_has_ratio_one(config, images, bridge):
+    model, tokenizer, _, data = parts(bridge, config, images)
+    prompts = [data.prompt(n) for n in range(4)]
+    options = replace(OPTIONS, restore="always", sigma=0.3, temperature=1.0)
+    found = generate(model, tokenizer, prompts, options, 2, torch.Generator().manual_seed(1))
+    steps, times = [[0, 2]] * len(found), flow.time_grid(3, options.shift).tolist()
+    with torch.no_grad():
+        new = scoring.score(model, [prompts[t.prompt] for t in found], found, steps, times, 0.3, 1.0)
+    text, image = scoring.recorded(found, steps)
+    assert len(image) == len(new.image) == 16
+    assert (torch.exp(new.text - text) - 1).abs().max() <= 1e-3
+    assert (torch.exp(new.image - image) - 1).abs().max() <= 1e-3
+
+
+@pytest.mark.parametrize("feedback", ["bridge", "reencode"])
+def test_answers_about_images_of_different_sizes(config, images, feedback):
+    model, tokenizer, vae, _ = parts("mlp", config, images)
+    answerer = Answerer(model, vae, tokenizer, config)
+    bank = answerer.bank(images, [f"image {i}" for i in range(4)])
+    asked = [(i, Question("q", "task", "a b", "")) for i in (3, 0, 1)]
+    answers = answerer.answer(bank, asked, "always", feedback)
+    assert [a.grid for a in answers] == [(4, 2), (4, 4), (2, 4)]
+    pictures = [answerer.pictures(a.latent[None], a.grid)[0] for a in answers]
+    assert [p.shape for p in pictures] == [(8, 4, 3), (8, 8, 3), (4, 8, 3)]
