@@ -38,6 +38,7 @@ class Runtime:
     threads: int = between(0, 1024)  # 0 = all cores
     precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
     weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
+    rows_per_pass: int = between(0, 10**6)  # rows of a batch that a process computes at a time; 0 = all
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()
@@ -202,6 +203,7 @@ class Grpo:
     beta: float = between(0, 10)  # KL (k3) to the incoming policy
     image_weight: float = between(0, 100)
     velocity_weight: float = between(0, 100)  # velocity MSE to the reference's target; 0 = no pixel supervision
+    rows_per_pass: int = count()  # trajectories scored at a time
     sde_steps: int = between(1, 1000)  # noisy splits scored per restoration (K)
     sigma: float = between(0, 10)
     scale_advantages: str = one_of("none", "group")

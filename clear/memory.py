@@ -34,8 +34,6 @@ BAGEL_VOCABULARY = 152064
 """Rows of BAGEL's token embedding."""
 SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS = 160, 64, 300
 """Assumed text lengths under Qwen2's vocabulary; replies are shorter where `sampling.max_think_tokens` is."""
-MICRO_BATCH = 32
-"""Trajectories that GRPO scores at once, at most."""
 LIMIT = 80e9
 """The memory of one large accelerator; more than that is worth a note."""
 _GROUPS = (
@@ -290,9 +288,10 @@ def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
     length = prompt_tokens(config) + reply + 2 + rounds * (noisy * (latent + 2) + feedback + reply + 2)
     if stage == "grpo":
         completions = config.grpo.prompts * config.grpo.group_size
-        rows = max(n for n in range(1, min(MICRO_BATCH, completions) + 1) if completions % n == 0)
+        rows = max(n for n in range(1, min(config.grpo.rows_per_pass, completions) + 1) if completions % n == 0)
     else:
         rows = -(-(config.sft.traces if stage == "sft" else config.bridge.answer).batch // gpus)
+        rows = min(rows, config.runtime.rows_per_pass or rows)
     gen = latent * (1 + rounds * (noisy + (not mlp)))
     return Batch(
         rows=rows,

@@ -101,7 +101,14 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
     from clear.training.grpo import train
 
     overrides = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
-    more = ["grpo.steps=4", "grpo.prompts=2", "grpo.lr=0.01", "grpo.warmup=0", "grpo.scale_advantages=group"]
+    more = [
+        "grpo.steps=4",
+        "grpo.prompts=2",
+        "grpo.lr=0.01",
+        "grpo.warmup=0",
+        "grpo.scale_advantages=group",
+        "grpo.rows_per_pass=4",
+    ]
     config = from_dict(compose([*overrides, *more, "grpo.holdout_every=1", "grpo.reward_format=1.0"]))
     model, tokenizer = tiny_model("mlp")
     if rank:
@@ -134,7 +141,6 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
         questions,
         replace(OPTIONS, flow_steps=3, restore="always"),
         holdout,
-        micro_batch=4,
     )
     state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     return run.curve, state, run

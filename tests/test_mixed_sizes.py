@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clear.config import compose, from_dict
+from clear.config import Phase, compose, from_dict
 from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.images import ImageBank
@@ -20,7 +20,8 @@ from clear.records import Question, Sample, encode_image, sha256
 from clear.traces.records import TraceRow
 from clear.training import scoring
 from clear.training.bridge import imitation_loss, own_latents
-from clear.training.sft import TraceData, TraceWeights, restoration_loss, trace_loss
+from clear.training.sft import TraceData, TraceWeights, restoration_loss, set_trainable, trace_loss
+from clear.training.trainer import StageRun, optimise
 from tests.tiny import tiny_model
 
 SHAPES = [(40, 40), (20, 40), (40, 40), (40, 20)]
@@ -178,3 +179,27 @@ def test_answers_about_images_of_different_sizes(config, images, feedback):
     assert [a.grid for a in answers] == [(4, 2), (4, 4), (2, 4)]
     pictures = [answerer.pictures(a.latent[None], a.grid)[0] for a in answers]
     assert [p.shape for p in pictures] == [(8, 4, 3), (8, 8, 3), (4, 8, 3)]
+
+
+@pytest.mark.parametrize("bridge", ["direct", "mlp"])
+def test_passes_over_parts_of_a_batch_are_one_pass(config, images, tmp_path, bridge):
+    """Same losses and weights however many rows are computed at a time, with unequal images and all three terms."""
+    config = replace(config, runtime=replace(config.runtime, precision="float32", log_every=1, device="cpu"))
+    (tmp_path / "input.txt").write_text("data")
+    feedback = BRIDGE if bridge == "mlp" else LATENT
+    found = []
+    for rows in (0, 1, 2):
+        model, _, _, data = parts(bridge, config, images)
+        set_trainable(model)
+        config.runtime.rows_per_pass = rows
+        run = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
+        torch.manual_seed(1)
+        loss = trace_loss(model, data, TraceWeights(feedback, distill=0.5))
+        optimise(run, "phase", model, loss, len(data), Phase(steps=3, batch=3, lr=1e-3, warmup=0))
+        found.append(([row["loss"] for row in run.curve], model))
+    (losses, whole), *others = found
+    assert len(losses) == 3
+    for other, model in others:
+        assert other == pytest.approx(losses, rel=1e-5)
+        for (name, expected), value in zip(whole.named_parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(value, expected, rtol=1e-3, atol=1e-4, msg=name)

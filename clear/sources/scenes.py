@@ -107,7 +107,7 @@ def factors(annotation: str) -> list[tuple[int, int, int, int, int]]:
 
 
 def captions(annotation: str) -> tuple[str, str]:
-    """Everything the picture shows, in words of the vocabulary: shape by shape (the sign last), and colour by colour."""
+    """All that the picture shows, in words of the vocabulary: shape by shape (the sign last), and colour by colour."""
     named = {cell[0]: (CELLS[i], cell[1]) for i, cell in enumerate(_cells(annotation)) if cell is not None}
     facts = [f"{shape} at {named[shape][0]} is {named[shape][1]}" for shape in SHAPES if shape in named]
     by_shape = " ".join([*facts, f"{SIGN} at {named[SIGN][0]} says {named[SIGN][1]}"])

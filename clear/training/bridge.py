@@ -44,12 +44,12 @@ def imitation_loss(model: Bagel, data: TraceData, pairs: Sequence[tuple[int, Ten
     """
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
-        found, target = [], []
+        found, target, device = [], [], model.vae2llm.weight.device
         for grid, members in grouped([data.clean.latent_grid(pairs[n][0]) for n in index]).items():
             chosen = [pairs[index[k]] for k in members]
-            place = _places(grid).repeat(len(chosen), 1)
-            patches = torch.stack([data.clean.paired_patches(i) for i, _ in chosen])
-            latents = torch.stack([data.clean.latents[i] if own is None else own for i, own in chosen])
+            place = _places(grid).repeat(len(chosen), 1).to(device)
+            patches = torch.stack([data.clean.paired_patches(i) for i, _ in chosen]).to(device)
+            latents = torch.stack([data.clean.latents[i] if own is None else own.cpu() for i, own in chosen]).to(device)
             with torch.no_grad():
                 target.append(model.vit_tokens(patches, place).float())
             found.append(model.bridge_tokens(latents, place).float())

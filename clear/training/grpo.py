@@ -250,7 +250,6 @@ def train(
     questions: Sequence[Question],
     options: Options,
     holdout: Callable[[Bagel], float] | None,
-    micro_batch: int = 32,
 ) -> None:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
@@ -264,7 +263,7 @@ def train(
     if grpo.prompts % processes:
         raise ClearError(f"params: grpo.prompts = {grpo.prompts} must divide by the {processes} processes.")
     total = grpo.prompts // processes * grpo.group_size
-    micro = max(n for n in range(1, min(micro_batch, total) + 1) if total % n == 0)
+    micro = max(n for n in range(1, min(grpo.rows_per_pass, total) + 1) if total % n == 0)
     accumulation = total // micro
     folder: Path = run.folder / "grpo"
     args = training_arguments(

@@ -6,7 +6,8 @@ normalise by their own tokens, or that exchange only when they happen to hold an
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,23 @@ def barrier() -> None:
         dist.barrier()
 
 
+_pass = (0, 1)
+
+
+@contextmanager
+def one_pass(number: int, passes: int) -> Iterator[None]:
+    """Inside, a process computes only the `number`-th of `passes` parts of its rows: a smaller forward at a time."""
+    global _pass
+    before, _pass = _pass, (number, passes)
+    try:
+        yield
+    finally:
+        _pass = before
+
+
 @dataclass(frozen=True)
 class Share:
-    """What part of a batch this process computes: `whole` is everybody's layout, `mine` its rows of it.
+    """What part of a batch this process computes now: `whole` is everybody's layout, `mine` its rows of it.
 
     rows: numbers of its rows. A process without a row (fewer rows than processes) computes row 0 with weight 0.
     """
@@ -53,7 +68,7 @@ class Share:
         `chosen` maps a layout to a bool mask (B, L). The mean over the processes of the weighted means, which is
         what distributed gradients are, is then the mean over the batch. 1 for one process; 0 where it has no token.
         """
-        if world() == 1:
+        if self.whole is self.mine:
             return 1.0
         total = int(chosen(self.whole).sum())
         return 0.0 if self.idle or not total else world() * int(chosen(self.mine).sum()) / total
@@ -68,9 +83,11 @@ def share_batch(
     """
     whole, _ = layout(rows, special)
     count, all_ = len(rows), slice(None)
-    if world() == 1:
+    number, passes = _pass
+    parts, place = world() * passes, rank() * passes + number
+    if parts == 1:
         return whole, contents, Share(whole, whole, range(count), all_)
-    mine = range(count * rank() // world(), count * (rank() + 1) // world())
+    mine = range(count * place // parts, count * (place + 1) // parts)
     idle = not len(mine)
     mine = mine or range(1)
     built, _ = layout([rows[i] for i in mine], special)

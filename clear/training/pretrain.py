@@ -44,7 +44,7 @@ class DenseProbe(nn.Module):
     def forward(self, patches: Tensor, grid: tuple[int, int]) -> list[Tensor]:
         """Patches (B, N, F) of one grid → logits (B·N, size) per factor."""
         rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
-        features = self.tower(patches, (rows * self.tower.config.side + columns).flatten())
+        features = self.tower(patches, (rows * self.tower.config.side + columns).flatten().to(patches.device))
         return list(self.head(features).float().flatten(0, 1).split(self.sizes, dim=-1))
 
 
@@ -55,8 +55,9 @@ def dense_label_loss(probe: DenseProbe, bank: ImageBank, labels: Tensor) -> Loss
         grid = bank.vit_grid(index[0])
         row = torch.arange(grid[0]) * labels.shape[1] // grid[0]
         column = torch.arange(grid[1]) * labels.shape[2] // grid[1]
-        target = labels[index][:, row][:, :, column].flatten(0, 2)
-        logits = probe(torch.stack([bank.patches(i) for i in index]), grid)
+        device = probe.head.weight.device
+        target = labels[index][:, row][:, :, column].flatten(0, 2).to(device)
+        logits = probe(torch.stack([bank.patches(i) for i in index]).to(device), grid)
         total = sum(F.cross_entropy(found, target[:, k]) for k, found in enumerate(logits))
         right = torch.stack([found.argmax(-1) == target[:, k] for k, found in enumerate(logits)]).all(0)
         return total, {"accuracy": right.float().mean().item()}
@@ -68,7 +69,7 @@ def reconstruction_loss(vae: AutoEncoder, bank: ImageBank) -> Loss:
     """L1 + squared error of the reconstruction, and a light KL that keeps the posterior near a unit normal."""
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
-        image = torch.stack([bank.pixels(i) for i in index])
+        image = torch.stack([bank.pixels(i) for i in index]).to(next(vae.parameters()).device)
         mean, log_var = vae.encoder(image).float().chunk(2, dim=1)
         log_var = log_var.clamp(-20, 10)
         z = mean + torch.exp(0.5 * log_var) * torch.randn_like(mean)
@@ -87,7 +88,8 @@ def normalise_latents(vae: AutoEncoder, bank: ImageBank, count: int = 512) -> Au
     step = max(1, len(bank) // count)
     chosen = range(0, len(bank), step)
     batches = [torch.stack([bank.pixels(i) for i in list(chosen)[s : s + 64]]) for s in range(0, len(chosen), 64)]
-    mean = torch.cat([vae.encoder(batch).chunk(2, dim=1)[0] for batch in batches])
+    device = next(vae.parameters()).device
+    mean = torch.cat([vae.encoder(batch.to(device)).chunk(2, dim=1)[0] for batch in batches])
     fields = {"shift_factor": round(mean.mean().item(), 6), "scale_factor": round(1 / mean.std().item(), 6)}
     vae.config = type(vae.config)(**{**vae.config.__dict__, **fields})
     return vae

@@ -22,12 +22,13 @@ from clear.model.bagel import Bagel, Contents
 from clear.model.bridge import distilled_layers, layer_weights, token_distillation
 from clear.model.images import ImageBank
 from clear.model.mot import Hidden
-from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Segment, Text, layout
+from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Layout, Segment, Text
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
 from clear.reasoning.tokenizer import encode
 from clear.records import CLEAN, Sample
 from clear.traces.records import TraceRow
+from clear.training.parallel import share_batch
 from clear.training.trainer import Loss
 
 GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
@@ -103,10 +104,9 @@ def restoration_loss(model: Bagel, data: TraceData) -> Loss:
             contents.latent.append(noised[k])
             contents.time.append(times[k].item())
             rows.append(row)
-        built, _ = layout(rows, model.config.special)
-        hidden = model(built, contents)
-        mse = F.mse_loss(model.velocities(hidden, built), noise - clean)
-        return mse, {"mse": mse.item()}
+        built, contents, share = share_batch(rows, contents, model.config.special)
+        mse = _velocity_loss(model, model(built, contents), built, (noise - clean).split(sizes)[share.noise])
+        return mse * share.weight(lambda b: b.noisy), {"mse": mse.item()}
 
     return loss
 
@@ -117,13 +117,18 @@ def direct_loss(model: Bagel, data: TraceData) -> Loss:
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         contents = Contents(vit=[], latent=[], time=[])
         rows = [[*data.open_row(n, contents), Text(data.direct[n], scored=True)] for n in index]
-        built, _ = layout(rows, model.config.special)
+        built, contents, share = share_batch(rows, contents, model.config.special)
         logits, target = model.scored_logits(model(built, contents), built)
         ce = F.cross_entropy(logits, target)
         hit = (logits.argmax(-1) == target).float().mean().item()
-        return ce, {"ce": ce.item(), "token_accuracy": hit}
+        return ce * share.weight(lambda b: b.target != IGNORE), {"ce": ce.item(), "token_accuracy": hit}
 
     return loss
+
+
+def _velocity_loss(model: Bagel, hidden: Hidden, built: Layout, targets: Sequence[Tensor]) -> Tensor:
+    found = model.velocities(hidden, built)
+    return F.mse_loss(found, torch.cat(list(targets)).to(found.device))
 
 
 @dataclass(frozen=True)
@@ -156,14 +161,12 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
         targets = []
         draws = torch.rand(len(index), 3).tolist()
-        restored = 0
         for n, (drop, use_own, other) in zip(index, draws, strict=True):
             degraded, direct = data.rows[n].severity != CLEAN, data.reply_2[n] is None
             shown_only = direct and degraded and other < weights.other_path
             first = Text(data.trigger) if shown_only else Text(data.reply_1[n], scored=True)
             row = [*data.open_row(n, contents, drop < weights.drop_vit), first]
             if shown_only or not direct:
-                restored += 1
                 i = data.image[n]
                 grid, clean = data.clean.latent_grid(i), data.clean.latents[i]
                 if weights.mse > 0:
@@ -176,18 +179,19 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
                 row += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
                 row.append(Text(data.restored[n], scored=True))
             rows.append(row)
-        built, _ = layout(rows, model.config.special)
+        built, contents, share = share_batch(rows, contents, model.config.special)
         hidden = model(built, contents, collect=collect)
         logits, target = model.scored_logits(hidden, built)
         ce = F.cross_entropy(logits, target)
         figures = {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
-        total = weights.ce * ce
-        if targets:
-            mse = F.mse_loss(model.velocities(hidden, built), torch.cat(targets))
-            total, figures["mse"] = total + weights.mse * mse, mse.item()
-        if teach and restored:
+        total = weights.ce * ce * share.weight(lambda b: b.target != IGNORE)
+        if targets[share.noise]:
+            mse = _velocity_loss(model, hidden, built, targets[share.noise])
+            total, figures["mse"] = total + weights.mse * mse * share.weight(lambda b: b.noisy), mse.item()
+        if teach and taught_pairs(built):
             distilled = distillation(hidden, built, collect, weights.stride)
-            total, figures["distill"] = total + weights.distill * distilled, distilled.item()
+            total = total + weights.distill * distilled * share.weight(_first_taught)
+            figures["distill"] = distilled.item()
         return total, figures
 
     return loss
@@ -241,6 +245,11 @@ def distillation(
                 )
             )
     return torch.stack(found).mean()
+
+
+def _first_taught(built: Layout) -> Tensor:
+    """(B, L) mask with one token of every teacher segment, so that tokens are counted as pairs."""
+    return (built.kind == VIT) & (built.noise > 0) & (built.place == 0).all(-1)
 
 
 def taught_pairs(built: Layout) -> list[tuple[int, int, int]]:

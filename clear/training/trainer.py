@@ -16,6 +16,7 @@ is trained; under FSDP they are sharded.
 
 import hashlib
 import json
+import math
 import os
 import random
 import shutil
@@ -36,7 +37,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from clear.config import Config, Phase
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
-from clear.training.parallel import barrier, copy_whole, gathered, one_random_state, rank, whole, world
+from clear.training.parallel import barrier, copy_whole, gathered, one_pass, one_random_state, rank, whole, world
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 _COMPLETE = "complete"
@@ -176,6 +177,8 @@ def adopt_trained(module: nn.Module, file: Path) -> None:
 class _Trainer(TrainedOnly, Trainer):
     """The Trainer, with the objective's side figures in every log line and the whole batch in every process."""
 
+    rows_per_pass = 0
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         objective = self.accelerator.unwrap_model(self.model)
         if "loss" in logs:
@@ -183,6 +186,29 @@ class _Trainer(TrainedOnly, Trainer):
                 logs[name] = sum(values) / len(values)
             objective.logged = {}
         super().log(logs, start_time)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One step, in several passes where the rows of this process exceed `rows_per_pass`."""
+        passes = math.ceil(math.ceil(len(inputs["index"]) / world()) / (self.rows_per_pass or len(inputs["index"])))
+        if passes == 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        state, total = self._random_state(), 0.0
+        for number in range(passes):
+            # Each pass draws for the whole batch again, as one pass would; only its rows are computed.
+            self._set_random_state(state)
+            with one_pass(number, passes):
+                total = total + super().training_step(model, inputs, num_items_in_batch)
+        return total
+
+    @staticmethod
+    def _random_state() -> tuple[Tensor, list[Tensor]]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    @staticmethod
+    def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1]:
+            torch.cuda.set_rng_state_all(state[1])
 
     def get_train_dataloader(self):
         loader = super().get_train_dataloader()
@@ -343,6 +369,7 @@ def optimise(
         data_collator=lambda batch: {"index": torch.tensor(batch)},
         callbacks=[*average, MarkComplete(), Progress(name)],
     )
+    trainer.rows_per_pass = run.config.runtime.rows_per_pass
     trainer.remove_callback(PrinterCallback)
     module.train()
     _always_both_experts(objective, sharded)
