@@ -6,18 +6,22 @@ large Parquet files (DVC and S3 suffer from many small ones). Nothing written he
 so equal samples give equal bytes.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from clear.errors import ClearError
+
+if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 CLEAN = "clean"
 """Value of `Sample.corruption` and `Sample.severity` for an image that was not degraded."""
@@ -25,34 +29,31 @@ CLEAN = "clean"
 EXIF_ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is turned."""
 
-_IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-_QUESTION = pa.struct(
-    [
-        ("id", pa.string()),
-        ("task", pa.string()),
-        ("text", pa.string()),
-        ("options", pa.list_(pa.string())),
-        ("answer", pa.string()),
-        ("evidence", pa.string()),
-        ("pair", pa.string()),
-    ]
-)
-SCHEMA = pa.schema(
-    [
-        ("id", pa.string()),
-        ("source", pa.string()),
-        ("split", pa.string()),
-        ("image", _IMAGE),
-        ("image_sha256", pa.string()),
-        ("questions", pa.list_(_QUESTION)),
-        ("annotation", pa.string()),
-        ("degraded", _IMAGE),
-        ("corruption", pa.string()),
-        ("severity", pa.string()),
-        ("intensity", pa.float64()),
-        ("seed", pa.uint64()),
-    ]
-)
+
+@functools.cache
+def schema() -> "pa.Schema":
+    """Columns of a shard of samples."""
+    import pyarrow as pa
+
+    image = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    text = ("id", "task", "text", "options", "answer", "evidence", "pair")
+    kind = {name: pa.list_(pa.string()) if name == "options" else pa.string() for name in text}
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("source", pa.string()),
+            ("split", pa.string()),
+            ("image", image),
+            ("image_sha256", pa.string()),
+            ("questions", pa.list_(pa.struct(list(kind.items())))),
+            ("annotation", pa.string()),
+            ("degraded", image),
+            ("corruption", pa.string()),
+            ("severity", pa.string()),
+            ("intensity", pa.float64()),
+            ("seed", pa.uint64()),
+        ]
+    )
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def encode_image(array: np.ndarray, kind: str = "png") -> bytes:
 
 
 def to_row(sample: Sample) -> dict:
-    """Sample to a dictionary in the layout of SCHEMA."""
+    """Sample to a dictionary in the layout of `schema`."""
     row = {f.name: getattr(sample, f.name) for f in fields(Sample)}
     row["questions"] = [asdict(q) | {"options": list(q.options)} for q in sample.questions]
     row["image"] = {"bytes": sample.image, "path": None}
@@ -252,7 +253,10 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        table = pa.Table.from_pylist(self._buffer, schema=SCHEMA)
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        table = pa.Table.from_pylist(self._buffer, schema=schema())
         pq.write_table(table, self._partial / f"{self._shards:05d}.parquet", compression="zstd", row_group_size=256)
         self._shards += 1
         self._buffer, self._bytes = [], 0
@@ -294,17 +298,22 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
 
     Raises ClearError naming the shard and the column when one is missing or of another type.
     """
-    wanted = list(columns) if columns is not None else SCHEMA.names
+    wanted = list(columns) if columns is not None else schema().names
     for file in shards(folder):
         parquet = open_shard(file)
         check_schema(file, parquet.schema_arrow)
         for batch in parquet.iter_batches(batch_size=256, columns=wanted):
             for row in batch.to_pylist():
+                if "image" in row and row["image"] is None:
+                    raise ClearError(f"{file}: sample {row.get('id', '?')} has no image; remake the shard without it.")
                 yield from_row(_EMPTY_ROW | row)
 
 
-def open_shard(file: Path) -> pq.ParquetFile:
+def open_shard(file: Path) -> "pq.ParquetFile":
     """Open one shard. Raises ClearError naming it if it is no Parquet file."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowInvalid, OSError) as error:
@@ -314,12 +323,12 @@ def open_shard(file: Path) -> pq.ParquetFile:
 _EMPTY_ROW = to_row(Sample(id="", source="", split="", image=b"", image_sha256=""))
 
 
-def check_schema(file: Path, found: pa.Schema) -> None:
-    """Raise ClearError unless `found` has every column of SCHEMA with its type."""
-    for column in SCHEMA:
+def check_schema(file: Path, found: "pa.Schema") -> None:
+    """Raise ClearError unless `found` has every column of `schema` with its type."""
+    for column in schema():
         if column.name not in found.names:
             raise ClearError(
-                f"{file}: column '{column.name}' is missing; a Sample shard has {', '.join(SCHEMA.names)}."
+                f"{file}: column '{column.name}' is missing; a Sample shard has {', '.join(schema().names)}."
             )
         if found.field(column.name).type != column.type:
             kind = found.field(column.name).type

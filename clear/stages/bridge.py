@@ -19,6 +19,7 @@ def run(config: Config) -> None:
     from clear.model import lora
     from clear.model.bridge import LatentBridge
     from clear.model.sequence import BRIDGE, LATENT
+    from clear.reasoning.answering import guidance
     from clear.reasoning.engine import Options
     from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import bridge, sft
@@ -40,7 +41,7 @@ def run(config: Config) -> None:
     degraded = [n for n, row in enumerate(data.rows) if row.severity != CLEAN]
     chosen = degraded[:: max(1, len(degraded) // OWN_LATENTS)]
     s = config.sampling
-    options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch)
+    options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch, guidance=guidance(s))
     with lora.autocast(model):
         own = bridge.own_latents(model, data, chosen, options, config.seed)
     if mlp:
