@@ -1,0 +1,225 @@
+"""BAGEL-7B's shapes with random weights on one GPU: `python tests/bench/gpu.py` (needs torch, peft, safetensors).
+
+Measures, in bfloat16 with a LoRA adapter on both experts and gradient checkpointing: an SFT step and a GRPO scoring
+step (tokens/s, model FLOPs utilisation, peak memory), and the seconds per restored image in batches of 1 and 8. Writes
+JSON to --out. `--small` runs the same program on a tiny model, so that it can be tried without a GPU.
+
+Model FLOPs of a step: every token costs 2 FLOPs per weight of the linear layers of the one expert it uses, and each
+visible pair of query and key 4 · hidden per layer; the head costs 2 · hidden · vocabulary per scored token. The
+backward pass of frozen weights needs the gradients of the inputs only, as much again as the forward's products, plus
+twice the forward's attention. So F = 2 · products + 3 · attention + 3 · the adapter's own products (+ the vision tower
+once, which is frozen and in front of every adapter). What gradient checkpointing computes again is not counted.
+Utilisation = F / (seconds · peak), with 989 TFLOP/s dense bfloat16 of an H100 or H200 unless --peak says otherwise.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from clear.config import Lora
+from clear.model import flow, lora
+from clear.model.bagel import Bagel, BagelConfig, Contents
+from clear.model.mot import LlmConfig
+from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
+from clear.model.vae import VaeConfig
+from clear.model.vit import VitConfig
+from clear.reasoning.engine import Options, Reply, Restoration, Trajectory, denoise, prefill
+from clear.reasoning.prompts import Prompt
+from clear.training import scoring
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+QUESTION, REPLY = 64, 300  # tokens
+
+
+def random_model(small: bool, device: str, rank: int) -> Bagel:
+    """A Bagel of the published shapes (or a tiny one) with random bfloat16 weights and a fresh adapter."""
+    llm = LlmConfig(600, 64, 2, 4, 2, 128) if small else LlmConfig()
+    vit = VitConfig(48, 1, 2, 96, 14, 70) if small else VitConfig()
+    config = BagelConfig(llm, vit, VaeConfig(), SpecialTokens(0, 1, 2, 3))
+    with torch.device("meta"):
+        model = Bagel(config)
+    model = model.to(torch.bfloat16).to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, value in model.named_parameters():
+        if value.ndim > 1:
+            value.data.normal_(std=0.02, generator=generator)
+        else:
+            value.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    model.requires_grad_(False)
+    lora.attach(model, Lora(rank, 2.0 * rank, 0.0, TARGETS, "both"))
+    model.language_model.gradient_checkpointing = True
+    return model.train()
+
+
+def prompt(model: Bagel, pixels: int) -> Prompt:
+    """One question about a random square image of so many pixels a side."""
+    vit, side = model.config.vit, pixels // model.config.latent_stride
+    grid = (min(518, pixels) // vit.patch,) * 2
+    ids = tuple((torch.arange(QUESTION) % 500 + 10).tolist())
+    latent, patches = torch.randn(side**2, model.config.latent_channels), torch.rand(grid[0] ** 2, 3 * vit.patch**2)
+    return Prompt((), ids, latent, (side, side), patches, grid)
+
+
+def sft_batch(model: Bagel, rows: int, pixels: int) -> tuple[Layout, Contents, torch.Tensor]:
+    """Restoring traces with the direct bridge: prompt, reply, noisy latent, clean latent, reply; velocity targets."""
+    contents, built, targets = Contents(vit=[], latent=[], time=[]), [], []
+    reply = Text(list(range(10, 10 + REPLY)), scored=True)
+    for _ in range(rows):
+        one = prompt(model, pixels)
+        noise, t = torch.randn_like(one.latent), torch.rand(1)
+        contents.vit.append(one.patches)
+        contents.latent += [one.latent, flow.interpolate(one.latent[None], noise[None], t)[0], one.latent]
+        contents.time += [0.0, t.item(), 0.0]
+        targets.append(noise - one.latent)
+        built.append(
+            [*one.segments(), reply, Image(LATENT, one.latent_grid, noise=True), Image(LATENT, one.latent_grid), reply]
+        )
+    return layout(built, model.config.special)[0], contents, torch.cat(targets)
+
+
+def model_flops(model: Bagel, built: Layout) -> float:
+    """FLOPs of one training step over a layout by the formula above."""
+    llm, kv = model.config.llm, model.config.llm.kv_heads * model.config.llm.head_dim
+    expert = 2 * llm.hidden**2 + 2 * llm.hidden * kv + 3 * llm.hidden * llm.mlp
+    adapter = sum(p.numel() for p in model.parameters() if p.requires_grad) / 2 / llm.layers
+    tokens = int(built.valid.sum())
+    pairs = int(built.allowed().sum())
+    head = 2 * llm.hidden * llm.vocab * int((built.target >= 0).sum())
+    vit = model.config.vit
+    patches = int((built.kind == VIT).sum())
+    tower = 2 * patches * vit.layers * (4 * vit.hidden**2 + 2 * vit.hidden * vit.mlp)  # frozen, before any adapter
+    products = 2 * tokens * llm.layers * expert
+    attention = 4 * pairs * llm.layers * llm.hidden
+    return tower + 2 * (products + head) + 3 * attention + 3 * 2 * tokens * llm.layers * adapter
+
+
+def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, float]:
+    """Median seconds of `work` after one unmeasured call, and the peak memory in GiB (0 on the CPU)."""
+    cuda = device == "cuda"
+    work()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    seconds = []
+    for _ in range(repeats):
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        work()
+        if cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
+
+
+def measure_sft(model: Bagel, rows: int, pixels: int, repeats: int, device: str, peak: float) -> dict:
+    """An SFT step: forward, backward, AdamW on the adapter."""
+    built, contents, targets = sft_batch(model, rows, pixels)
+    targets = targets.to(device)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+
+    def step() -> None:
+        with lora.autocast(model):
+            hidden = model(built, contents)
+            logits, target = model.scored_logits(hidden, built)
+            loss = F.cross_entropy(logits, target) + F.mse_loss(model.velocities(hidden, built), targets)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    return _figures(model, built, timed(step, repeats, device), peak)
+
+
+def measure_grpo(model: Bagel, pixels: int, sde_steps: int, repeats: int, device: str, peak: float) -> dict:
+    """Scoring one trajectory with K noisy splits, and the backward pass of all its log-probabilities."""
+    one, times = prompt(model, pixels), flow.time_grid(19, 3.0).tolist()
+    states = torch.randn(20, *one.latent.shape)
+    restoration = Restoration(states[-1], one.latent_grid, states, torch.zeros(19))
+    replies = [Reply(list(range(10, 10 + REPLY)), [0.0] * REPLY) for _ in range(2)]
+    trajectory = Trajectory(0, replies=replies, restorations=[restoration])
+    steps = [list(range(sde_steps))]
+
+    def step() -> None:
+        with lora.autocast(model):
+            found = scoring.score(model, [one], [trajectory], steps, times, 0.3, 1.0)
+        (found.text.sum() + found.image.sum()).backward()
+        model.zero_grad()
+
+    latent, text = Image(LATENT, one.latent_grid), Text(list(range(10, 10 + REPLY)), scored=True)
+    noisy = [Image(LATENT, one.latent_grid, noise=True)] * sde_steps
+    built, _ = layout([[*one.segments(), text, *noisy, latent, text]], model.config.special)
+    return _figures(model, built, timed(step, repeats, device), peak)
+
+
+def _figures(model: Bagel, built: Layout, measured: tuple[float, float], peak: float) -> dict:
+    seconds, memory = measured
+    tokens = int(built.valid.sum())
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "model_flops_utilisation": model_flops(model, built) / seconds / peak,
+        "peak_gib": memory,
+    }
+
+
+def measure_restoration(model: Bagel, batch: int, pixels: int, flow_steps: int, repeats: int, device: str) -> dict:
+    """Seconds per image of a denoising of `flow_steps` steps, the prompt's cache at hand."""
+    prompts = [prompt(model, pixels) for _ in range(batch)]
+    options = Options(flow_steps=flow_steps, shift=3.0)
+    model.eval()
+    with torch.inference_mode(), lora.autocast(model):
+        rows = prefill(model, prompts)
+        noise = torch.randn(batch, *prompts[0].latent.shape, device=device)
+        grid = prompts[0].latent_grid
+        work = lambda: denoise(model, rows.cache, rows.rope, grid, noise, options)  # noqa: E731
+        seconds, memory = timed(work, repeats, device)
+    model.train()
+    return {"seconds_per_image": seconds / batch, "peak_gib": memory}
+
+
+def main() -> None:
+    """Run everything that was asked for and print the figures as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
+    parser.add_argument("--small", action="store_true", help="a tiny model, to try the program without a GPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--rows", type=int, default=4, help="rows of an SFT step")
+    parser.add_argument("--pixels", type=int, default=512, help="side of the images")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--flow-steps", type=int, default=30)
+    parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s")
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    if given.device == "cpu" and not given.small:
+        parser.error("no GPU is here; the 7B shapes need one with 80 GB. `--small` tries the program on the CPU.")
+    torch.manual_seed(0)
+    model = random_model(given.small, given.device, given.rank)
+    common = (given.repeats, given.device)
+    found = {
+        "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "settings": {k: str(v) for k, v in sorted(vars(given).items()) if k not in ("out", "device")},
+        "sft_step": measure_sft(model, given.rows, given.pixels, *common, given.peak),
+        "grpo_scoring": measure_grpo(model, given.pixels, 2, *common, given.peak),
+    }
+    for batch in (1, 8):
+        found[f"restoration_batch_{batch}"] = measure_restoration(model, batch, given.pixels, given.flow_steps, *common)
+    text = json.dumps(found, indent=1, sort_keys=True)
+    print(text)
+    if given.out:
+        given.out.parent.mkdir(parents=True, exist_ok=True)
+        given.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""The program for GPU measurements runs, and its FLOP formula is that of a plain count."""
+
+import json
+import subprocess
+import sys
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from clear.model import lora
+from tests.bench import gpu
+from tests.conftest import ROOT
+
+
+def test_the_program_measures_a_small_model_on_the_cpu(tmp_path):
+    out = tmp_path / "deep/gpu.json"
+    command = [sys.executable, "tests/bench/gpu.py", "--small", "--device=cpu", "--repeats=1", "--pixels=64"]
+    done = subprocess.run([*command, "--flow-steps=2", f"--out={out}"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["sft_step"]["tokens"] > found["grpo_scoring"]["tokens"] > 0
+    assert found["restoration_batch_8"]["seconds_per_image"] > 0
+
+
+def test_the_formula_counts_what_a_step_without_recomputation_does():
+    """torch counts the whole dense attention and the gradients of the inputs' own embeddings; hence the margin."""
+    torch.manual_seed(0)
+    model = gpu.random_model(small=True, device="cpu", rank=4)
+    model.language_model.gradient_checkpointing = False
+    built, contents, _ = gpu.sft_batch(model, rows=2, pixels=64)
+    dense = torch.ones_like(built.allowed())
+    with FlopCounterMode(display=False) as counter, lora.autocast(model):
+        hidden = model(built, contents)
+        logits, _ = model.scored_logits(hidden, built)
+        (logits.sum() + model.velocities(hidden, built).sum()).backward()
+    formula = gpu.model_flops(model, built)
+    llm = model.config.llm
+    masked = 3 * 4 * llm.layers * llm.hidden * (int(dense.sum()) - int(built.allowed().sum()))
+    assert 0.85 < (formula + masked) / counter.get_total_flops() < 1.15
