@@ -72,6 +72,46 @@ def check() -> None:
 
 
 @app.command(rich_help_panel=TOOLS)
+def compare(
+    base: Annotated[str, typer.Argument(help="A revision (its merge base with HEAD counts), or a folder with data/.")],
+    head: Annotated[str, typer.Argument(help="A revision, or a folder with data/ (`.` is this one).")] = "HEAD",
+    out: Annotated[Path | None, typer.Option(help="Folder for the files; default: data/report/compare.")] = None,
+    form: Annotated[
+        str, typer.Option("--format", help="md (printed if --out is not given), html, json or all.")
+    ] = "md",
+) -> None:
+    """Compare the committed predictions, data and parameters of two revisions."""
+    from clear.compare import render
+    from clear.compare.load import read_sides
+    from clear.compare.verdict import decide
+
+    if form not in (*render.FORMATS, "all"):
+        raise ClearError(f"--format {form}: choose one of {', '.join(render.FORMATS)} or all.")
+    found, verdict = decide(*read_sides(Path(), base, head))
+    if form == "md" and out is None:
+        typer.echo(render.markdown(found, verdict), nl=False)
+        return
+    formats = render.FORMATS if form == "all" else (form,)
+    for file in render.write(found, verdict, out or Path("data/report/compare"), formats):
+        typer.echo(str(file))
+
+
+@app.command(rich_help_panel=TOOLS)
+def gate(
+    base: Annotated[str, typer.Argument(help="As in compare.")],
+    head: Annotated[str, typer.Argument(help="As in compare.")] = "HEAD",
+) -> None:
+    """Decide by the policy in params.yaml whether a change may pass: exit status 0 yes, 1 no, 2 not comparable."""
+    from clear.compare.load import read_sides
+    from clear.compare.verdict import decide, report_lines
+
+    _, verdict = decide(*read_sides(Path(), base, head), detail=False)
+    for line in report_lines(verdict):
+        typer.echo(line)
+    raise typer.Exit(verdict.status)
+
+
+@app.command(rich_help_panel=TOOLS)
 def params(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in Hydra: profile=smoke, grpo.lr=1e-5.")

@@ -248,6 +248,18 @@ class Report:
 
 
 @dataclass
+class Gate:
+    """What a change may cost: the policy of `clear gate` (clear/compare/verdict.py). Margins are shares of answers."""
+
+    model: str = one_of("base", "sft_direct", "sft", "reencode", "bridge", "grpo")  # the model the rules are about
+    clean_margin: float = between(0, 1)  # fall of the accuracy on clean images that is accepted
+    hard_margin: float = between(0, 1)  # the same at hard
+    confidence: float = between(0.5, 0.999)  # of every interval; a fall counts when the whole interval is below
+    bootstrap: int = between(10, 10**6)  # resamples per interval
+    pictures: int = between(0, 16)  # samples with a changed answer that are shown
+
+
+@dataclass
 class Config:
     """Everything in `params.yaml`."""
 
@@ -268,6 +280,7 @@ class Config:
     sampling: Sampling
     evaluate: Evaluate
     report: Report
+    gate: Gate
 
 
 def check(value: Any, name: str = "") -> None:
