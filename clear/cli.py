@@ -255,7 +255,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or gate undecided, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
