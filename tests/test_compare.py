@@ -371,6 +371,9 @@ def test_a_difference_is_the_mean_of_the_shared_rows_and_changes_sign_with_the_s
     assert (found.n, found.clusters) == (60, 15), "the two images of a minimal pair are one cluster"
     sides = there.robustness("grpo")
     assert sides["head"]["relative"] == pytest.approx(found.head / there.level("grpo", "clean").head)
+    one, other = there.relative["grpo"], back.relative["grpo"]
+    assert one.estimate == pytest.approx(sides["head"]["relative"] - sides["base"]["relative"])
+    assert (one.low, one.high) == pytest.approx((-other.high, -other.low)) and one.low < one.estimate < one.high
 
 
 def test_the_committed_predictions_against_themselves_differ_by_nothing(monkeypatch):
@@ -382,6 +385,7 @@ def test_the_committed_predictions_against_themselves_differ_by_nothing(monkeypa
     every = [*found.levels, *found.tasks, *found.corruptions, *found.calls]
     assert len(every) == 6 * (4 + 24 + 48 + 4)
     assert {(one.estimate, one.low, one.high, one.p, one.holm) for one in every} == {(0, 0, 0, 1, 1)}
+    assert {(one.estimate, one.low, one.high) for one in found.relative.values()} == {(0, 0, 0)}
     verdict = verdicts.judge(found, policy, notes)
     assert (verdict.kind, verdict.status) == ("not distinguishable", 0)
     assert "both sides gave every question the same output" in verdict.sentence

@@ -135,7 +135,11 @@ def to_json(found: Comparison, verdict: Verdict) -> dict:
             "tasks": [_difference(one) for one in found.tasks],
             "corruptions": [_difference(one) for one in found.corruptions],
             "call_rate": [_difference(one) for one in found.calls],
-            "robustness": {name: found.robustness(name) for name in found.joined},
+            "robustness": {
+                name: found.robustness(name)
+                | {"relative_difference": vars(found.relative[name]) if name in found.relative else None}
+                for name in found.joined
+            },
             "params": _triples(found.base.params, found.head.params),
             "metrics": {
                 name: _triples(found.base.metrics.get(name, {}), found.head.metrics.get(name, {}))

@@ -63,9 +63,7 @@ def write_summary(data: Path, frames: dict[str, "pd.DataFrame"], bootstrap: "Boo
         figures[model] = {LEVELS[level]: value for level, value in found["accuracy"].items()}
         if frame.restored.any():
             figures[model]["restores_hard"] = found["call_rate"].get("high")
-        rows += [
-            (model, LEVELS[level], value, *found["interval"][level]) for level, value in found["accuracy"].items()
-        ]
+        rows += [(model, LEVELS[level], value, *found["interval"][level]) for level, value in found["accuracy"].items()]
     write_json(data / "metrics" / "summary.json", figures)
     file = data / "plots" / "accuracy.csv"
     file.parent.mkdir(parents=True, exist_ok=True)
