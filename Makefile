@@ -67,6 +67,10 @@ deploy: $(READY)  ## send flows, schedules and the zombie automation to the Pref
 prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C
 	@python -m flows.local $(PORT)
 
+JUNK := .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+# With a lock file a run may be on its way; then the removal waits for nobody and happens as the only writer, or not.
+ALONE = $(if $(wildcard .clear/writer.lock .clear/scratch/.clear/writer.lock),python3 -m clear.writer . .clear/scratch --)
+
 clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
-	@rm -rf .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@$(ALONE) rm -rf $(JUNK)
 	@find clear flows tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
