@@ -20,6 +20,7 @@ allowed(q, k) = same sample ∧ (q ≥ k ∨ same image segment) ∧ (k not nois
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -163,6 +164,7 @@ class Layout:
     sample: Tensor
     target: Tensor
     place: Tensor
+    blocks: Any = field(default=None, repr=False, compare=False)  # clear/model/flex.py keeps its mask here
 
     @classmethod
     def stack(cls, rows: Sequence[Row]) -> "Layout":
@@ -196,32 +198,22 @@ class Layout:
     def allowed(self) -> Tensor:
         """(B, L, L) bool: the attention rule, queries by keys."""
         index = torch.arange(self.ids.shape[1], device=self.ids.device)
-        return self._rule(
-            (index[None, :, None], lambda tensor: tensor[:, :, None]),
-            (index[None, None, :], lambda tensor: tensor[:, None, :]),
-            bool(self.branch.any()),
-        )
+        parts = self._parts()
+        query, key = [part[:, :, None] for part in parts], [part[:, None, :] for part in parts]
+        return _rule(index[None, :, None], index[None, None, :], query, key)
 
     def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
         """The attention rule as flex_attention asks for it: (row, head, query, key) indices → bool."""
-        branched = bool(self.branch.any())
+        parts = [part.to(torch.int32).contiguous() for part in self._parts()]
 
         def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return self._rule(
-                (query, lambda tensor: tensor[row, query]), (key, lambda tensor: tensor[row, key]), branched
-            )
+            return _rule(query, key, [part[row, query] for part in parts], [part[row, key] for part in parts])
 
         return rule
 
-    def _rule(self, query, key, branched: bool) -> Tensor:
-        """The rule for pairs of tokens; of each side its index in the row, and what reads a (B, L) tensor there."""
-        (q, of_q), (k, of_k) = query, key
-        rule = (q >= k) | ((of_q(self.block) == of_k(self.block)) & (of_k(self.block) > 0))
-        rule = rule & (of_q(self.sample) == of_k(self.sample))
-        rule = rule & ((of_k(self.noise) == 0) | (of_q(self.noise) == of_k(self.noise)))
-        if branched:
-            rule = rule & ((of_k(self.branch) == 0) | (of_q(self.branch) == of_k(self.branch)))
-        return rule | (q == k)
+    def _parts(self) -> list[Tensor]:
+        """What the rule reads of each token; branches only where there are any."""
+        return [self.block, self.sample, self.noise, *([self.branch] if bool(self.branch.any()) else [])]
 
     @classmethod
     def tokens(cls, ids: Tensor, rope: Tensor, valid: Tensor) -> "Layout":
@@ -249,6 +241,18 @@ class Layout:
         if self.ids.device == torch.device(device):
             return self
         return Layout(**{name: getattr(self, name).to(device) for name in _FIELDS})
+
+
+def _rule(q: Tensor, k: Tensor, query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
+    """The attention rule for pairs of tokens: their indices in the row, and block, sample, noise (and branch) of each.
+
+    Written once, for whole tensors that broadcast and for the single pairs that a kernel asks about.
+    """
+    rule = ((q >= k) | ((query[0] == key[0]) & (key[0] > 0))) & (query[1] == key[1])
+    rule = rule & ((key[2] == 0) | (query[2] == key[2]))
+    if len(query) > 3:
+        rule = rule & ((key[3] == 0) | (query[3] == key[3]))
+    return rule | (q == k)
 
 
 _FIELDS = {
