@@ -51,11 +51,20 @@ class Runtime:
 
 @dataclass
 class Source:
-    """Clean samples. `scenes` are rendered here; the counts are images per split."""
+    """Clean samples. `scenes` are rendered here; the counts are images per split.
 
-    kind: str = one_of("scenes")
-    image_size: int = between(256, 2048)  # px, native
-    questions_per_image: int = between(1, 12)
+    The other kinds read `path` (docs/DATA.md): `shares` of the images go to the splits by the hash of their pixels.
+    """
+
+    kind: str = one_of("scenes", "llava_onevision", "lmudata", "folder")
+    path: str = field()  # below data/raw, where DVC sees changes; not for scenes
+    bench_path: str = field()  # a folder or file of VLMEvalKit TSVs that becomes the split bench; empty = split it off
+    shares: list[float] = field(metadata={"low": 0, "high": 1})  # pretrain, sft, rl, validation, bench; the rest unused
+    min_side: int = between(0, 10**5)  # px; smaller images are rejected
+    max_aspect: float = between(0, 10**5)  # long side over short side; 0 = no limit
+    skip_cjk: bool = field()  # reject rows with Chinese, Japanese or Korean characters
+    image_size: int = between(256, 2048)  # px, native, of scenes
+    questions_per_image: int = between(1, 12)  # the first ones of an image
     pretrain: int = count()
     sft: int = count()
     rl: int = count()
@@ -156,10 +165,15 @@ class Base:
 
 @dataclass
 class Traces:
-    """Demonstrations. `restore_when`: the paper's rule is "base_wrong" (see clear/traces/oracle.py)."""
+    """Demonstrations. `restore_when`: the paper's rule is "base_wrong" (see clear/traces/oracle.py).
 
-    kind: str = one_of("oracle")
-    restore_when: str = one_of("base_wrong", "degradation", "always", "never")
+    `teacher` writes them through the endpoint of that name (clear/traces/teacher.py); the last two keys are for it.
+    """
+
+    kind: str = one_of("oracle", "teacher")
+    restore_when: str = one_of("base_wrong", "degradation", "always", "never", "teacher")  # the last: it decides itself
+    give_answer: bool = field()  # tell the teacher the reference answer
+    judge: bool = field()  # let the endpoint `judge` compare free answers that do not match exactly
     questions: int = between(1, 12)  # per degraded image
     clean_share: float = between(0, 1)  # clean traces per degraded one
 
@@ -332,6 +346,10 @@ def check(value: Any, name: str = "") -> None:
         _check_shapes(value)
     if isinstance(value, Sampling):
         _check_guidance(value, name)
+    if isinstance(value, Traces) and value.kind == "oracle" and (value.restore_when == "teacher" or value.judge):
+        raise ClearError(f"params: {name}.restore_when = teacher and {name}.judge need {name}.kind = teacher.")
+    if isinstance(value, Source):
+        _check_source(value, name)
     if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
         raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
     if isinstance(value, Lora) and value.rank and not value.targets:
@@ -341,6 +359,19 @@ def check(value: Any, name: str = "") -> None:
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
         # A log line that averages over a checkpoint would lose its first half on resume.
         raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
+
+
+def _check_source(source: Source, name: str) -> None:
+    if len(source.shares) != 5 or sum(source.shares) > 1 + 1e-9:
+        raise ClearError(
+            f"params: {name}.shares = {list(source.shares)} must be five shares, of pretrain, sft, rl, validation and "
+            "bench, that add up to at most 1."
+        )
+    if (source.kind == "scenes") != (source.path == "") or (source.kind == "scenes" and source.bench_path):
+        raise ClearError(
+            f"params: {name}.kind = {source.kind} with {name}.path = {source.path!r} and {name}.bench_path = "
+            f"{source.bench_path!r}: scenes read no path, every other kind needs {name}.path."
+        )
 
 
 def _check_guidance(sampling: Sampling, name: str) -> None:
