@@ -17,11 +17,15 @@ from pathlib import Path
 from typing import TypeVar
 
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
+from clear.degradation.registry import Chosen, apply, extras
 from clear.errors import ClearError
-from clear.records import Sample, decode_image, encode_image, open_shard, shards
+from clear.records import EXTRA, Sample, decode_image, encode_image, open_shard, shards
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+NONE = Chosen()
+"""No degradation beyond the sixteen."""
 
 CHUNK = 32
 """Jobs sent to a worker at once."""
@@ -41,13 +45,14 @@ def parallel(
 
 def _inline(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
     for job in jobs:
-        with _one_thread():
+        with one_thread():
             result = function(job)
         yield result
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """OpenCV on one thread inside the block: a pool has a process per core already."""
     import cv2
 
     threads = cv2.getNumThreads()
@@ -115,19 +120,22 @@ def degraded_samples(
     workers: int = 0,
     total: int | None = None,
     label: str = "",
+    names: Chosen = NONE,
 ) -> Iterator[Sample]:
     """Stream the degraded copies of (sample, corruption, severity) triples, in order.
 
     Each result carries the clean image and its questions, and has degraded, corruption, severity, intensity and seed
-    set. Raises ClearError naming the sample if its image is broken or too small.
+    set; `names` are the degradations beyond the sixteen that may occur. Raises ClearError naming the sample if its
+    image is broken or too small.
     """
+    further = extras(names)
     waiting: deque[tuple[Sample, str, str]] = deque()
 
-    def jobs() -> Iterator[tuple[bytes, str, str, str, float]]:
+    def jobs() -> Iterator[tuple]:
         for variant in variants:
             waiting.append(variant)
             sample, corruption, severity = variant
-            yield sample.image, corruption, severity, sample.id, scale
+            yield sample.image, corruption, severity, sample.id, scale, names
 
     for data in parallel(_degraded_bytes, jobs(), workers, total, label):
         sample, corruption, severity = waiting.popleft()
@@ -136,12 +144,15 @@ def degraded_samples(
             degraded=data,
             corruption=corruption,
             severity=severity,
-            intensity=SEVERITIES[severity],
+            intensity=(further[corruption].severities if corruption in further else SEVERITIES)[severity],
             seed=seed_of(sample.id, corruption, severity),
         )
 
 
-def _degraded_bytes(job: tuple[bytes, str, str, str, float]) -> bytes:
-    data, corruption, severity, sample_id, scale = job
+def _degraded_bytes(job: tuple[bytes, str, str, str, float, Chosen]) -> bytes:
+    data, corruption, severity, sample_id, scale, names = job
     image = decode_image(data, f"sample {sample_id}")
+    if corruption.startswith(EXTRA):
+        entry, seed = extras(names)[corruption], seed_of(sample_id, corruption, severity)
+        return encode_image(apply(entry, image, severity, seed, scale, sample_id), "jpeg")
     return encode_image(degrade(image, corruption, severity, sample_id, scale), "jpeg")

@@ -10,15 +10,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
 from clear.degradation.protocol import SEVERITIES, seed_of
+from clear.degradation.registry import Degradation
 from clear.validation.metrics import Measured
 
 BANDS = Path(__file__).with_name("bands.json")
 """PSNR bands per corruption and severity; measured by clear/validation/bands.py."""
+
+PRESET_BANDS = BANDS.with_name("presets.json")
+"""The same for the presets of clear/degradation/presets.py, by name."""
 
 
 def load_bands(path: Path = BANDS) -> dict[str, dict[str, dict[str, float]]]:
@@ -49,12 +54,45 @@ def add_answer_share(frame: pd.DataFrame) -> None:
     frame["answer_share"] = [max((share[pair] for pair in row), default=0.0) for row in frame["answers"]]
 
 
-def add_protocol(frame: pd.DataFrame) -> None:
+NOT_MONOTONE = ("sharpness", "color_diffusion")
+"""Those of the sixteen whose damage does not grow with severity (METHOD §6, items 7 and 8)."""
+
+
+def further_bands(further: Mapping[str, Degradation]) -> dict[str, dict]:
+    """Bands in the form of `load_bands` for degradations beyond the sixteen: measured ones of the presets, and what a
+    plugin states; a level without either is not judged."""
+    measured, found = load_bands(PRESET_BANDS), {}
+    for label, entry in further.items():
+        stated = {
+            level: {"low": low, "high": high, "mean_low": low, "mean_high": high, "sd": 0.0}
+            for level, (low, high) in entry.psnr.items()
+        }
+        found[label] = (measured.get(entry.name, {}) if entry.trusted else {}) | stated
+    return found
+
+
+def add_monotone(frame: pd.DataFrame, falling: Iterable[str]) -> None:
+    """Column `monotone`: whether mean PSNR and mean SSIM of the row's corruption fall strictly over the severities; for
+    the corruptions of `falling` only. A dataset that has not all levels of a corruption says nothing of it."""
+    frame["monotone"] = pd.Series(None, index=frame.index, dtype=object)
+    for corruption, rows in frame.groupby("corruption"):
+        means = rows.groupby("severity")[["psnr", "ssim"]].mean()
+        if corruption in falling and set(SEVERITIES) <= set(means.index):
+            steps = means.loc[list(SEVERITIES)].diff().iloc[1:]
+            frame.loc[rows.index, "monotone"] = bool((steps < 0).all(axis=None))
+
+
+def add_protocol(frame: pd.DataFrame, further: Mapping[str, Degradation] = MappingProxyType({})) -> None:
     """Column `as_labelled`: intensity and seed are those of the row's id, corruption and severity."""
     frame["as_labelled"] = [
-        row.intensity == SEVERITIES.get(row.severity) and row.seed == seed_of(row.id, row.corruption, row.severity)
+        row.intensity == _levels(row.corruption, further).get(row.severity)
+        and row.seed == seed_of(row.id, row.corruption, row.severity)
         for row in frame.itertuples()
     ]
+
+
+def _levels(corruption: str, further: Mapping[str, Degradation]) -> Mapping[str, float]:
+    return further[corruption].severities if corruption in further else SEVERITIES
 
 
 def add_psnr_bands(frame: pd.DataFrame, bands: Mapping) -> None:
