@@ -69,6 +69,7 @@ class Degrade:
     plugins: list[str] = field()  # files below plugins/ with degradations of one's own
     presets: list[str] = field()  # fields or presets of clear/degradation/presets.py
     workers: int = between(0, 256)  # 0 = one per core
+    cluster: str = field()  # address of a Dask scheduler that computes in place of `workers`; "" = this machine
 
 
 @dataclass

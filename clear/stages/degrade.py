@@ -51,7 +51,9 @@ def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[s
     counts: dict[str, dict[str, int]] = {}
     writer = ShardWriter(DEGRADED / split)
     total = count_rows(folder) * copies
-    for sample in degraded_samples(variants, settings.size_scale, settings.workers, total, f"degrade {split}", names):
+    for sample in degraded_samples(
+        variants, settings.size_scale, settings.workers, total, f"degrade {split}", names, settings.cluster
+    ):
         writer.add(sample)
         row = counts.setdefault(sample.corruption, {})
         row[sample.severity] = row.get(sample.severity, 0) + 1

@@ -96,7 +96,14 @@ def _write_degraded(plan: dict[str, tuple[str, ...]], config: Config) -> dict:
     total = sum(len(corruptions) for corruptions in plan.values()) * len(SEVERITIES)
     cells = {c: {s: {"images": 0, "questions": 0} for s in SEVERITIES} for c in CORRUPTIONS}
     writer = ShardWriter(BENCH / "degraded")
-    stream = degraded_samples(variants(), config.degrade.size_scale, config.degrade.workers, total, "mmd_bench")
+    stream = degraded_samples(
+        variants(),
+        config.degrade.size_scale,
+        config.degrade.workers,
+        total,
+        "mmd_bench",
+        cluster=config.degrade.cluster,
+    )
     for sample in stream:
         writer.add(sample)
         cell = cells[sample.corruption][sample.severity]

@@ -8,6 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from math import sqrt
 from pathlib import Path
 from types import MappingProxyType
@@ -54,6 +55,9 @@ def add_answer_share(frame: pd.DataFrame) -> None:
     frame["answer_share"] = [max((share[pair] for pair in row), default=0.0) for row in frame["answers"]]
 
 
+ENOUGH = 30
+"""Images of a corruption from which on its mean quality must fall, however little."""
+
 NOT_MONOTONE = ("sharpness", "color_diffusion")
 """Those of the sixteen whose damage does not grow with severity (METHOD §6, items 7 and 8)."""
 
@@ -73,13 +77,24 @@ def further_bands(further: Mapping[str, Degradation]) -> dict[str, dict]:
 
 def add_monotone(frame: pd.DataFrame, falling: Iterable[str]) -> None:
     """Column `monotone`: whether mean PSNR and mean SSIM of the row's corruption fall strictly over the severities; for
-    the corruptions of `falling` only. A dataset that has not all levels of a corruption says nothing of it."""
+    the corruptions of `falling` only.
+
+    Copies of one image are compared. Fewer than ENOUGH images fail only if a rise exceeds two standard errors; a
+    corruption without all levels is not judged.
+    """
     frame["monotone"] = pd.Series(None, index=frame.index, dtype=object)
     for corruption, rows in frame.groupby("corruption"):
-        means = rows.groupby("severity")[["psnr", "ssim"]].mean()
-        if corruption in falling and set(SEVERITIES) <= set(means.index):
-            steps = means.loc[list(SEVERITIES)].diff().iloc[1:]
-            frame.loc[rows.index, "monotone"] = bool((steps < 0).all(axis=None))
+        if corruption in falling and set(SEVERITIES) <= set(rows["severity"]):
+            by_level = (rows[rows["severity"] == level].groupby("id")[["psnr", "ssim"]].mean() for level in SEVERITIES)
+            frame.loc[rows.index, "monotone"] = all(_falls(two - one) for one, two in pairwise(by_level))
+
+
+def _falls(steps: pd.DataFrame) -> bool:
+    steps = steps.dropna()
+    if steps.empty:
+        return True  # nothing was measured; `decodable` says why
+    error = 2 * steps.std().fillna(0) / sqrt(len(steps)) if len(steps) < ENOUGH else 0.0
+    return bool(((steps.mean() < 0) | (steps.mean() < error)).all())
 
 
 def add_protocol(frame: pd.DataFrame, further: Mapping[str, Degradation] = MappingProxyType({})) -> None:
