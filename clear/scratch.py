@@ -79,6 +79,9 @@ def refresh(workspace: Path, folder: Path) -> None:
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(workspace / name, target, follow_symlinks=False)
+    raw = folder / "data" / "raw"
+    if (workspace / "data" / "raw").is_dir() and not raw.exists():  # the user's own data: read, never written
+        raw.symlink_to(workspace / "data" / "raw")
     settings = folder / ".dvc"
     settings.mkdir(exist_ok=True)
     shutil.copy2(workspace / ".dvc" / "config", settings / "config")
