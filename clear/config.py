@@ -79,7 +79,10 @@ class Degrade:
     size_scale: float = between(0.05, 8)
     severity_weights: list[float] = field(metadata={"low": 0, "high": 1})  # low, mid, high
     validation_copies: int = between(1, 48)
+    plugins: list[str] = field()  # files below plugins/ with degradations of one's own
+    presets: list[str] = field()  # fields or presets of clear/degradation/presets.py
     workers: int = between(0, 256)  # 0 = one per core
+    cluster: str = field()  # address of a Dask scheduler that computes in place of `workers`; "" = this machine
 
 
 @dataclass
