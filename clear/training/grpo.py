@@ -19,7 +19,9 @@ the reference's (no pixel supervision).
 import contextlib
 import copy
 import os
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +29,16 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
+from safetensors.torch import save_file
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    PrinterCallback,
+    TrainerCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.config import Grpo
@@ -38,16 +48,19 @@ from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.prompts import Prompt
 from clear.records import Question
-from clear.training import scoring
+from clear.training import objective, scoring
+from clear.training.objective import advantages, falls_while_reward_rises
 from clear.training.parallel import gathered, rank, world
-from clear.training.rewards import advantages, rewards
+from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
 from clear.training.trainer import (
     MarkComplete,
     Progress,
     StageRun,
     TrainedOnly,
+    adopt_trained,
     curve_rows,
     last_complete,
+    trained_state,
     training_arguments,
 )
 
@@ -109,8 +122,10 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
+        self.measured: Callable[[float], None] | None = None
         self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
         self.rollout: list[Trajectory] = []
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0}
         super().__init__(
             model=policy,
             reward_funcs=_no_reward,
@@ -137,30 +152,81 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         numbers = [int(row["prompt"]) for row in inputs[::group]]
         bagel = self.accelerator.unwrap_model(self.model).bagel
         if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
-            self._metrics["train"]["accuracy_holdout"].append(self.holdout(bagel))
+            accuracy = self.holdout(bagel)
+            self._metrics["train"]["accuracy_holdout"].append(accuracy)
+            if self.measured is not None:
+                self.measured(accuracy)
         seed = int(torch.randint(2**31, (1,)))
         generator = torch.Generator().manual_seed((seed + rank()) % 2**31)
         prompts = [self.prompts[i] for i in numbers]
+        begun = time.perf_counter()
+        options = self._placed(generator)
         with lora.autocast(bagel):
-            self.rollout = generate(bagel, self.text_tokenizer, prompts, self.options, group, generator)
+            self.rollout = generate(bagel, self.text_tokenizer, prompts, options, group, generator)
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
-        parts = []
-        for trajectory in self.rollout:
-            question = self.questions[numbers[trajectory.prompt]]
-            texts = trajectory.texts(self.text_tokenizer)
-            parts.append(rewards(texts, bool(trajectory.restorations), question, self.grpo))
-        found = advantages([p["reward"] for p in parts], group, self.grpo.scale_advantages)
-        self.steps = [self._chosen_steps(generator) for _ in self.rollout]
-        log = self._metrics["train"]
-        for name in parts[0]:
-            log[name].append(sum(p[name] for p in parts) / len(parts))
-        log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
-        flat = [found[s : s + group] for s in range(0, len(found), group)]
-        log["groups_with_variance"].append(sum(any(g) for g in flat) / len(flat))
-        counted = [n for n, a in enumerate(found) if a != 0.0]
+        rolled = time.perf_counter()
+        parts = self._rewards(bagel, [self.questions[numbers[t.prompt]] for t in self.rollout])
+        text, image = (advantages(v, group, self.grpo.scale_advantages) for v in self._totals(parts))
+        self.steps = [self._chosen_steps(options, generator) for _ in self.rollout]
+        self._log_rollout(parts, text, image)
+        counted = [n for n, pair in enumerate(zip(text, image, strict=True)) if any(pair)]
+        self.rows = self._per_process(len(counted))
         self.tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
         self.images = self._per_process(sum(len(self.rollout[n].restorations) * len(self.steps[n]) for n in counted))
-        return {"index": torch.arange(len(found)), "advantages": torch.tensor(found)}
+        self.seconds["rollout"] += rolled - begun
+        self.seconds["reward"] += time.perf_counter() - rolled
+        found = torch.tensor(text), torch.tensor(image)
+        return {"index": torch.arange(len(text)), "advantages": found[0], "image_advantages": found[1]}
+
+    def _placed(self, generator: torch.Generator) -> Options:
+        """The rollout's options, with the window of this rollout drawn within `grpo.sde_range`."""
+        if self.grpo.sde_choice != "window":
+            return self.options
+        count = min(self.grpo.sde_steps, self.options.flow_steps)
+        low, high = (round(share * (self.options.flow_steps - count)) for share in self.grpo.sde_range)
+        first = int(torch.randint(low, high + 1, (1,), generator=generator))
+        return replace(self.options, window=(first, first + count))
+
+    def _rewards(self, bagel: Bagel, questions: Sequence[Question]) -> list[dict[str, float]]:
+        """Every reward of every trajectory, by name."""
+        more: dict[str, list[float]] = {}
+        if self.grpo.reward_answer:
+            with lora.autocast(bagel):
+                more["reward_answer"] = answer_rewards(
+                    bagel,
+                    self.text_tokenizer,
+                    self.rollout_prompts,
+                    self.rollout,
+                    questions,
+                    self.grpo.answer_scored,
+                    self.options.batch,
+                )
+        found = []
+        for n, (trajectory, question) in enumerate(zip(self.rollout, questions, strict=True)):
+            own = {name: values[n] for name, values in more.items()}
+            texts = trajectory.texts(self.text_tokenizer)
+            found.append(rewards(texts, bool(trajectory.restorations), question, self.grpo, own))
+        return found
+
+    def _totals(self, parts: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+        """What the text and what the image is judged by: the sum of all rewards, or each by its own."""
+        if not self.grpo.separate_advantages:
+            return ([p["reward"] for p in parts],) * 2
+        text = [name for name in parts[0] if name not in ("reward", *IMAGE_REWARDS)]
+        return [weighted(p, self.grpo, text) for p in parts], [weighted(p, self.grpo, IMAGE_REWARDS) for p in parts]
+
+    def _log_rollout(self, parts: list[dict[str, float]], text: list[float], image: list[float]) -> None:
+        log, group = self._metrics["train"], self.num_generations
+        for name in parts[0]:
+            log[name].append(sum(p[name] for p in parts) / len(parts))
+        log["image_advantage"].append(sum(map(abs, image)) / len(image))
+        log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
+        judged = {"groups_with_variance": text}
+        if self.grpo.separate_advantages:
+            judged["image_groups_with_variance"] = image
+        for name, found in judged.items():
+            flat = [found[s : s + group] for s in range(0, len(found), group)]
+            log[name].append(sum(any(g) for g in flat) / len(flat))
 
     def _per_process(self, count: int) -> float:
         """Mean of a count over the processes, as the mean of their gradients asks for it; at least one in all."""
@@ -169,50 +235,80 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         total = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device)).item()
         return max(1, total) / world()
 
-    def _chosen_steps(self, generator: torch.Generator) -> list[int]:
-        """K distinct SDE steps, in order."""
-        count = min(self.grpo.sde_steps, self.options.flow_steps)
-        return sorted(torch.randperm(self.options.flow_steps, generator=generator)[:count].tolist())
+    def _chosen_steps(self, options: Options, generator: torch.Generator) -> list[int]:
+        """The SDE steps that are scored, in order: K distinct ones, those of the window, or all."""
+        if self.grpo.sde_choice != "random":
+            return list(range(*(options.window or (0, options.flow_steps))))
+        count = min(self.grpo.sde_steps, options.flow_steps)
+        return sorted(torch.randperm(options.flow_steps, generator=generator)[:count].tolist())
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """trl's, timed; the rollout that the first slice of a step asks for is timed apart."""
+        begun, apart = time.perf_counter(), self.seconds["rollout"] + self.seconds["reward"]
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        apart = self.seconds["rollout"] + self.seconds["reward"] - apart
+        self.seconds["update"] += time.perf_counter() - begun - apart
+        return loss
 
     def _compute_loss(self, model, inputs: dict[str, Tensor]) -> Tensor:
         """Clipped text and image terms, KL to the reference and the velocity anchor, of one slice of the rollout."""
-        bagel = self.accelerator.unwrap_model(model).bagel
-        kept = [(int(n), float(a)) for n, a in zip(inputs["index"], inputs["advantages"], strict=True) if a != 0]
+        grpo, bagel = self.grpo, self.accelerator.unwrap_model(model).bagel
+        rows = zip(*(inputs[name].tolist() for name in ("index", "advantages", "image_advantages")), strict=True)
+        text_too = grpo.text_weight > 0 or grpo.beta > 0
+        kept = [row for row in rows if any(row[1:]) and (text_too or self.rollout[row[0]].restorations)]
         if not kept:
             return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
-        numbers = [n for n, _ in kept]
-        chosen = [self.rollout[n] for n in numbers]
+        numbers = [n for n, _, _ in kept]
+        chosen = [self.rollout[n] if text_too else _until_restored(self.rollout[n]) for n in numbers]
         steps = [self.steps[n] for n in numbers]
         request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
-        new = model(lambda policy: scoring.score(policy, *request, self.grpo.temperature))
+        new = model(lambda policy: scoring.score(policy, *request, grpo.temperature))
         old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
-        with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
-            reference = scoring.score(incoming, *request, self.grpo.temperature)
-        advantage = torch.tensor([a for _, a in kept], device=new.text.device)
-        ratio = torch.exp(new.text - old_text)
+        reference = new
+        if grpo.beta or grpo.velocity_weight:
+            with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
+                reference = scoring.score(incoming, *request, grpo.temperature)
+        text_advantage, image_advantage = torch.tensor([r[1:] for r in kept], device=new.text.device).T
+        bounds = grpo.clip, grpo.clip_high or grpo.clip
+        weight = objective.log_weights(new.text, old_text, new.text_row, grpo.ratio_level)
         gap = reference.text - new.text
         kl = torch.exp(gap) - gap - 1
-        text = self._clipped(ratio, advantage[new.text_row]) + self.grpo.beta * kl
-        loss = text.sum() / self.tokens
+        terms = objective.policy_terms(grpo.loss_type, weight, new.text, text_advantage[new.text_row], *bounds)
+        parts, longest = (
+            self.args.gradient_accumulation_steps,
+            self.options.max_tokens * (1 + self.options.max_restorations),
+        )
+        share = self.tokens, self.rows, parts, longest
+        text = objective.aggregate(grpo.loss_type, terms + grpo.beta * kl, new.text_row, *share)
+        loss = grpo.text_weight * text
         log = self._metrics["train"]
-        image_error = 0.0
+        ratio, image_error = torch.exp(weight), 0.0
         if len(new.image):
-            image_ratio = torch.exp(new.image - old_image)
-            image = self._clipped(image_ratio, advantage[new.image_row]).sum() / self.images
+            image_weight = new.image - old_image
+            image_terms = objective.policy_terms(
+                "clip", image_weight, new.image, image_advantage[new.image_row], *bounds
+            )
             anchor = ((new.velocity - reference.velocity) ** 2).mean() * len(new.image) / self.images
-            loss = loss + self.grpo.image_weight * image + self.grpo.velocity_weight * anchor
+            loss = loss + grpo.image_weight * (image_terms.sum() / self.images) + grpo.velocity_weight * anchor
+            image_ratio = torch.exp(image_weight)
             image_error = (image_ratio - 1).abs().max().item()
-            log["velocity_distance"].append(anchor.item())
-        log["kl"].append(kl.mean().item())
-        log["entropy"].append(new.entropy.mean().item())
-        log["ratio_error"].append(max((ratio - 1).abs().max().item(), image_error))
-        log["clipped"].append(((ratio - 1).abs() > self.grpo.clip).float().mean().item())
+            if reference is not new:
+                log["velocity_distance"].append(anchor.item())
+            log["image_clipped"].append(((image_ratio - 1).abs() > grpo.clip).float().mean().item())
+        text_error = 0.0
+        if len(new.text):
+            text_error = (ratio - 1).abs().max().item()
+            log["entropy"].append(new.entropy.mean().item())
+            log["clipped"].append(((ratio - 1).abs() > grpo.clip).float().mean().item())
+            if reference is not new:
+                log["kl"].append(kl.mean().item())
+        log["ratio_error"].append(max(text_error, image_error))
         return loss
 
-    def _clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        """−min(ρA, clip(ρ, 1 ± ε)·A), per element."""
-        low, high = 1 - self.grpo.clip, 1 + self.grpo.clip
-        return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+
+def _until_restored(trajectory: Trajectory) -> Trajectory:
+    """The trajectory up to its last restoration: all that the image term reads."""
+    return replace(trajectory, replies=trajectory.replies[: len(trajectory.restorations)])
 
 
 def _order(count: int, grpo: Grpo, seed: int) -> list[str]:
@@ -242,7 +338,58 @@ def _processing_class(tokenizer, bagel: Bagel) -> PreTrainedTokenizerFast:
     )
 
 
-def train(
+class StopRule(TrainerCallback):
+    """Stops where the true accuracy falls while the reward rises, and keeps the weights of the best measurement.
+
+    What it judges by is the trainer's own log, which a resumed run brings along.
+    """
+
+    def __init__(self, trainer: InterleavedGRPO, best: Path) -> None:
+        self._trainer, self._best = trainer, best
+
+    @staticmethod
+    def measured(history: list[dict]) -> list[tuple[float, float]]:
+        """(Held-out accuracy, mean reward of the steps since the measurement before) of a log."""
+        found, rewards = [], []
+        for line in history:
+            rewards += [line["reward"]] if "reward" in line else []
+            if "accuracy_holdout" in line:
+                found.append((line["accuracy_holdout"], sum(rewards) / len(rewards)))
+                rewards = []
+        return found
+
+    def on_measured(self, accuracy: float) -> None:
+        """Called with the accuracy of the current weights, before they are trained on."""
+        known = [a for a, _ in self.measured(self._trainer.state.log_history)]
+        if rank() == 0 and accuracy > max(known, default=-1.0):
+            partial = self._best.with_suffix(".partial")
+            save_file(trained_state(self._trainer.accelerator.unwrap_model(self._trainer.model)), partial)
+            partial.rename(self._best)
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        grpo = self._trainer.grpo
+        if falls_while_reward_rises(self.measured(state.log_history), grpo.stop_after, grpo.stop_margin):
+            control.should_training_stop = True
+
+    def stopped(self) -> bool:
+        """Whether the run ended by this rule."""
+        grpo, history = self._trainer.grpo, self._trainer.state.log_history
+        return falls_while_reward_rises(self.measured(history), grpo.stop_after, grpo.stop_margin)
+
+
+@dataclass
+class Done:
+    """How a run ended: optimiser steps, and whether the stop rule ended it (the weights are then the best measured).
+
+    seconds_per_step: of a step in this process, by part: rollout, reward, update.
+    """
+
+    steps: int
+    stopped: bool
+    seconds_per_step: dict[str, float]
+
+
+def make_trainer(
     run: StageRun,
     model: Bagel,
     tokenizer,
@@ -250,11 +397,8 @@ def train(
     questions: Sequence[Question],
     options: Options,
     holdout: Callable[[Bagel], float] | None,
-) -> None:
-    """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
-
-    Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
-    """
+) -> InterleavedGRPO:
+    """The trainer of `train`, ready to run. Raises ClearError as `train` does."""
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         raise ClearError(
@@ -265,11 +409,10 @@ def train(
     total = grpo.prompts // processes * grpo.group_size
     micro = max(n for n in range(1, min(grpo.rows_per_pass, total) + 1) if total % n == 0)
     accumulation = total // micro
-    folder: Path = run.folder / "grpo"
     args = training_arguments(
         GRPOConfig,
         run,
-        folder,
+        run.folder / "grpo",
         grpo.steps,
         micro,
         grpo.lr,
@@ -287,9 +430,37 @@ def train(
     args.logging_steps = 1
     trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args)
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_complete(folder)
+    return trainer
+
+
+def train(
+    run: StageRun,
+    model: Bagel,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    questions: Sequence[Question],
+    options: Options,
+    holdout: Callable[[Bagel], float] | None,
+) -> Done:
+    """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
+
+    Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
+    """
+    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout)
+    best = run.folder / "best.safetensors"
+    rule = StopRule(trainer, best)
+    if run.config.grpo.stop_after:
+        trainer.add_callback(rule)
+        trainer.measured = rule.on_measured
+    checkpoint = last_complete(run.folder / "grpo")
+    first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if stopped := rule.stopped():
+        adopt_trained(trainer.accelerator.unwrap_model(trainer.model), best)
     model.eval()
     hidden = {"step_time", "num_tokens", "frac_reward_zero_std", "grad_norm"}
     rows = curve_rows("grpo", trainer.state.log_history)
     run.curve += [{k: v for k, v in row.items() if k not in hidden and not k.startswith("completions")} for row in rows]
+    here = max(1, trainer.state.global_step - first)
+    seconds = {name: value / here for name, value in trainer.seconds.items()}
+    return Done(trainer.state.global_step, stopped, seconds)
