@@ -153,6 +153,23 @@ class Traces:
 
 
 @dataclass
+class Endpoint:
+    """An OpenAI-compatible server (clear/endpoint.py). `$NAME` in url, model or key means that environment variable."""
+
+    url: str  # base URL, such as https://host/v1; empty = none
+    model: str
+    key: str  # always as $NAME: a key itself must not lie in a tracked file; empty = the server wants none
+    temperature: float = between(0, 2)
+    max_tokens: int = between(1, 10**6)  # per reply
+    timeout: float = between(0.01, 3600)  # seconds for one attempt
+    retries: int = between(0, 20)  # further attempts after a temporary failure
+    concurrency: int = between(1, 256)  # requests under way at once
+    budget: float = between(0, 10**6)  # USD that all runs together may spend
+    price_input: float = between(0, 10**4)  # USD per million tokens
+    price_output: float = between(0, 10**4)
+
+
+@dataclass
 class Lora:
     """Low-rank adapters on the decoder's projections; `rank` 0 fine-tunes the weights themselves."""
 
@@ -291,6 +308,8 @@ class Config:
     model: ModelSize
     base: Base
     traces: Traces
+    teacher: Endpoint
+    judge: Endpoint
     lora: Lora
     sft: Sft
     bridge: Bridge
@@ -318,6 +337,8 @@ def check(value: Any, name: str = "") -> None:
         _check_shapes(value)
     if isinstance(value, Sampling):
         _check_guidance(value, name)
+    if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
+        raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
     if isinstance(value, Lora) and value.rank and not value.targets:
         raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
     if isinstance(value, Runtime) and value.weights == "bfloat16" and value.precision != "bfloat16":
