@@ -236,6 +236,7 @@ class Grpo:
     sigma: float = between(0, 10)
     scale_advantages: str = one_of("none", "group", "batch")
     separate_advantages: bool = field()  # image term: reward_answer alone; text term: the other rewards
+    accuracy: str = one_of("exact", "judge")  # who says whether an answer is right; `judge` names the endpoint
     reward_accuracy: float = between(0, 1)
     reward_format: float = between(0, 1)
     reward_decision: float = between(0, 1)

@@ -151,7 +151,7 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
 def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, monkeypatch):
     import clear.training.grpo as module
 
-    def uneven(texts, restored, question, config, more):
+    def uneven(texts, restored, question, config, more, accuracy):
         value = float(len(texts[-1]) % 3)
         return {"reward": value, "reward_accuracy": value}
 

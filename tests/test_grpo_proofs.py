@@ -42,7 +42,7 @@ def trainer_of(folder, model, tokenizer, prompts, options, *overrides):
 
 
 def test_a_reward_for_one_answer_raises_its_probability_from_chance_to_certainty(tmp_path, monkeypatch):
-    def planted(texts, restored, question, config, more):
+    def planted(texts, restored, question, config, more, accuracy):
         value = float(texts[-1].split()[:1] == [question.answer])
         return {"reward": value, "reward_accuracy": value}
 
@@ -140,7 +140,7 @@ def rolled(tmp_path, *overrides, rank: int = 0, restore: str = "always", checkpo
 def uneven(monkeypatch):
     """Any reward with variance will do: a random model never answers."""
 
-    def found(texts, restored, question, config, more):
+    def found(texts, restored, question, config, more, accuracy):
         value = float(sum(map(len, texts)) % 3)
         return {"reward": value, "reward_accuracy": value, **more}
 
@@ -195,3 +195,34 @@ def test_checkpointing_leaves_the_gradients_as_they_are(tmp_path):
         trainer.model.train()
         found.append(gradients(trainer, [inputs]))
     same(*found)
+
+
+def test_the_stop_rule_ends_the_run_with_the_best_weights(tmp_path, monkeypatch):
+    count = iter(range(1000))
+
+    def rising(texts, restored, question, config, more, accuracy):
+        value = next(count) / 100
+        return {"reward": value, "reward_accuracy": value}
+
+    monkeypatch.setattr(module, "rewards", rising)
+    truth = {}
+    model, tokenizer = tiny_model("mlp")
+    trainable(model)
+    weights = model.language_model.lm_head.weight
+
+    def holdout(_) -> float:
+        n = len(truth)
+        truth[n] = weights.detach().clone()
+        return [0.5, 0.8, 0.7, 0.6, 0.9][n]
+
+    overrides = "grpo.steps=5", "grpo.prompts=2", "grpo.group_size=4", "grpo.stop_after=2", "grpo.lr=0.01"
+    config = from_dict(compose([*BASE, *overrides, "grpo.holdout_every=1"]))
+    (tmp_path / "input.txt").write_text("data")
+    run = StageRun("grpo", config, [tmp_path / "input.txt"], tmp_path / "runs")
+    prompts = tiny_prompts(tokenizer, 4)
+    questions = [Question(str(i), "test", "a b", "c") for i in range(4)]
+    done = module.train(run, model, tokenizer, prompts, questions, OPTIONS, holdout)
+    assert done.stopped and done.steps == 4 and len(truth) == 4
+    assert torch.equal(weights, truth[1]) and not torch.equal(truth[1], truth[3])
+    assert done.seconds_per_step.keys() == {"rollout", "reward", "update"}
+    assert all(value > 0 for value in done.seconds_per_step.values())

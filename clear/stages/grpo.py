@@ -1,6 +1,7 @@
 """Stage `grpo`: interleaved GRPO from the bridge model on the rl split."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,9 @@ from clear.records import Question, read_samples, write_json
 from clear.runtime import apply_runtime
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+    from clear.endpoint import Client
     from clear.model.bagel import Bagel
     from clear.reasoning.answering import Answerer
     from clear.reasoning.engine import Options
@@ -78,6 +82,16 @@ def prepare(config: Config) -> Work:
     return Work(start, answerer, prompts, [q for _, q in asked], options, holdout)
 
 
+def _judge(config: Config) -> "AbstractContextManager[Client | None]":
+    """The judge that `grpo.accuracy` asks for, its replies kept beside the project; nothing for exact match."""
+    from clear.endpoint import connect
+    from clear.stages.paths import replies_file
+
+    if config.grpo.accuracy == "exact":
+        return nullcontext()
+    return connect(config.judge, "judge", replies_file("judge"))
+
+
 def run(config: Config) -> None:
     """Train and write data/models/grpo, its curves and the first and last figures."""
     apply_runtime(config)
@@ -90,7 +104,9 @@ def run(config: Config) -> None:
     work = prepare(config)
     run = StageRun("grpo", config, INPUTS, checkpoint_dir("grpo"))
     before = work.holdout(work.start.model)
-    done = train(run, work.start.model, work.start.tokenizer, work.prompts, work.questions, work.options, work.holdout)
+    with _judge(config) as judge:
+        model, given = work.start.model, (work.prompts, work.questions, work.options, work.holdout)
+        done = train(run, model, work.start.tokenizer, *given, judge)
     save(Path("data/models/grpo"), work.start, config)
     first, last = run.curve[0], run.curve[-1]
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")

@@ -22,14 +22,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     GenerationConfig,
@@ -37,21 +35,24 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerFast,
     PrinterCallback,
-    TrainerCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.config import Grpo
+from clear.endpoint import Client
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
+from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import Prompt
 from clear.records import Question
 from clear.training import objective, scoring
-from clear.training.objective import advantages, falls_while_reward_rises
+from clear.training.judging import judged
+from clear.training.objective import advantages
 from clear.training.parallel import gathered, rank, world
 from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
+from clear.training.stopping import StopRule
 from clear.training.trainer import (
     MarkComplete,
     Progress,
@@ -60,7 +61,6 @@ from clear.training.trainer import (
     adopt_trained,
     curve_rows,
     last_complete,
-    trained_state,
     training_arguments,
 )
 
@@ -114,6 +114,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         options: Options,
         holdout: Callable[[Bagel], float] | None,
         args: GRPOConfig,
+        judge: Client | None = None,
     ) -> None:
         self.reference = None
         if lora.has_adapter(policy.bagel):
@@ -122,6 +123,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
+        self.judge = judge
         self.measured: Callable[[float], None] | None = None
         self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
         self.rollout: list[Trajectory] = []
@@ -187,38 +189,41 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         first = int(torch.randint(low, high + 1, (1,), generator=generator))
         return replace(self.options, window=(first, first + count))
 
-    def _rewards(self, bagel: Bagel, questions: Sequence[Question]) -> list[dict[str, float]]:
-        """Every reward of every trajectory, by name."""
+    def _rewards(self, bagel: Bagel, questions: Sequence[Question]) -> list[dict[str, float] | None]:
+        """Every reward of every trajectory, by name; None for one that the judge could not score."""
+        texts = [t.texts(self.text_tokenizer) for t in self.rollout]
+        accuracy: list[float | None] = [None] * len(texts)
+        if self.judge is not None:
+            accuracy = judged(self.judge, questions, [extract_answer(t[-1]) for t in texts])
         more: dict[str, list[float]] = {}
         if self.grpo.reward_answer:
             with lora.autocast(bagel):
-                more["reward_answer"] = answer_rewards(
-                    bagel,
-                    self.text_tokenizer,
-                    self.rollout_prompts,
-                    self.rollout,
-                    questions,
-                    self.grpo.answer_scored,
-                    self.options.batch,
-                )
-        found = []
+                rows = bagel, self.text_tokenizer, self.rollout_prompts, self.rollout, questions
+                more["reward_answer"] = answer_rewards(*rows, self.grpo.answer_scored, self.options.batch)
+        found: list[dict[str, float] | None] = []
         for n, (trajectory, question) in enumerate(zip(self.rollout, questions, strict=True)):
+            if self.judge is not None and accuracy[n] is None:
+                found.append(None)
+                continue
             own = {name: values[n] for name, values in more.items()}
-            texts = trajectory.texts(self.text_tokenizer)
-            found.append(rewards(texts, bool(trajectory.restorations), question, self.grpo, own))
+            found.append(rewards(texts[n], bool(trajectory.restorations), question, self.grpo, own, accuracy[n]))
         return found
 
-    def _totals(self, parts: list[dict[str, float]]) -> tuple[list[float], list[float]]:
+    def _totals(self, parts: list[dict[str, float] | None]) -> tuple[list[float | None], list[float | None]]:
         """What the text and what the image is judged by: the sum of all rewards, or each by its own."""
         if not self.grpo.separate_advantages:
-            return ([p["reward"] for p in parts],) * 2
-        text = [name for name in parts[0] if name not in ("reward", *IMAGE_REWARDS)]
-        return [weighted(p, self.grpo, text) for p in parts], [weighted(p, self.grpo, IMAGE_REWARDS) for p in parts]
+            return ([p and p["reward"] for p in parts],) * 2
+        names = {name for p in parts if p for name in p} - {"reward", *IMAGE_REWARDS}
+        text, image = ([p and weighted(p, self.grpo, sorted(n)) for p in parts] for n in (names, IMAGE_REWARDS))
+        return text, image
 
-    def _log_rollout(self, parts: list[dict[str, float]], text: list[float], image: list[float]) -> None:
+    def _log_rollout(self, parts: list[dict | None], text: list[float], image: list[float]) -> None:
         log, group = self._metrics["train"], self.num_generations
-        for name in parts[0]:
-            log[name].append(sum(p[name] for p in parts) / len(parts))
+        known = [p for p in parts if p]
+        for name in known[0]:
+            log[name].append(sum(p[name] for p in known) / len(known))
+        if self.judge is not None:
+            log["rejected"].append(float(len(parts) - len(known)))
         log["image_advantage"].append(sum(map(abs, image)) / len(image))
         log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
         judged = {"groups_with_variance": text}
@@ -338,45 +343,6 @@ def _processing_class(tokenizer, bagel: Bagel) -> PreTrainedTokenizerFast:
     )
 
 
-class StopRule(TrainerCallback):
-    """Stops where the true accuracy falls while the reward rises, and keeps the weights of the best measurement.
-
-    What it judges by is the trainer's own log, which a resumed run brings along.
-    """
-
-    def __init__(self, trainer: InterleavedGRPO, best: Path) -> None:
-        self._trainer, self._best = trainer, best
-
-    @staticmethod
-    def measured(history: list[dict]) -> list[tuple[float, float]]:
-        """(Held-out accuracy, mean reward of the steps since the measurement before) of a log."""
-        found, rewards = [], []
-        for line in history:
-            rewards += [line["reward"]] if "reward" in line else []
-            if "accuracy_holdout" in line:
-                found.append((line["accuracy_holdout"], sum(rewards) / len(rewards)))
-                rewards = []
-        return found
-
-    def on_measured(self, accuracy: float) -> None:
-        """Called with the accuracy of the current weights, before they are trained on."""
-        known = [a for a, _ in self.measured(self._trainer.state.log_history)]
-        if rank() == 0 and accuracy > max(known, default=-1.0):
-            partial = self._best.with_suffix(".partial")
-            save_file(trained_state(self._trainer.accelerator.unwrap_model(self._trainer.model)), partial)
-            partial.rename(self._best)
-
-    def on_log(self, args, state, control, logs=None, **_) -> None:
-        grpo = self._trainer.grpo
-        if falls_while_reward_rises(self.measured(state.log_history), grpo.stop_after, grpo.stop_margin):
-            control.should_training_stop = True
-
-    def stopped(self) -> bool:
-        """Whether the run ended by this rule."""
-        grpo, history = self._trainer.grpo, self._trainer.state.log_history
-        return falls_while_reward_rises(self.measured(history), grpo.stop_after, grpo.stop_margin)
-
-
 @dataclass
 class Done:
     """How a run ended: optimiser steps, and whether the stop rule ended it (the weights are then the best measured).
@@ -397,6 +363,7 @@ def make_trainer(
     questions: Sequence[Question],
     options: Options,
     holdout: Callable[[Bagel], float] | None,
+    judge: Client | None = None,
 ) -> InterleavedGRPO:
     """The trainer of `train`, ready to run. Raises ClearError as `train` does."""
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
@@ -428,7 +395,7 @@ def make_trainer(
         shuffle_dataset=False,
     )
     args.logging_steps = 1
-    trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args)
+    trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args, judge)
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -441,14 +408,15 @@ def train(
     questions: Sequence[Question],
     options: Options,
     holdout: Callable[[Bagel], float] | None,
+    judge: Client | None = None,
 ) -> Done:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
     Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
     """
-    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout)
+    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout, judge)
     best = run.folder / "best.safetensors"
-    rule = StopRule(trainer, best)
+    rule = StopRule(trainer, best, run.config.grpo)
     if run.config.grpo.stop_after:
         trainer.add_callback(rule)
         trainer.measured = rule.on_measured

@@ -4,6 +4,8 @@ Names and formulas of the text loss are trl's. Departures: rows without an advan
 (their group teaches nothing), and `dr_grpo` divides by the longest possible trajectory, not by 16384.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -55,33 +57,22 @@ def aggregate(kind: str, terms: Tensor, row: Tensor, tokens: float, rows: float,
     return terms.sum() / rows / (longest if kind == "dr_grpo" else 1)
 
 
-def advantages(values: list[float], group: int, scale: str) -> list[float]:
+def advantages(values: Sequence[float | None], group: int, scale: str) -> list[float]:
     """Reward minus the group's mean, divided by a standard deviation: the group's, the whole list's ("batch") or none.
 
-    A group of equal rewards gets zeros.
+    None is a rejected sample: it counts in no mean and gets 0, as does every member of a group of equal rewards.
     """
     found: list[float] = []
-    whole = _spread(values) if scale == "batch" else 0.0
+    whole = _spread([v for v in values if v is not None]) if scale == "batch" else 0.0
     for start in range(0, len(values), group):
-        part = values[start : start + group]
-        mean, spread = sum(part) / len(part), _spread(part)
+        known = [v for v in values[start : start + group] if v is not None]
+        mean, spread = sum(known) / max(1, len(known)), _spread(known)
         divisor = {"none": 1.0, "group": spread + 1e-4, "batch": whole + 1e-4}[scale]
-        found += [(v - mean) / divisor if spread > 1e-8 else 0.0 for v in part]
+        part = values[start : start + group]
+        found += [(v - mean) / divisor if v is not None and spread > 1e-8 else 0.0 for v in part]
     return found
 
 
 def _spread(values: list[float]) -> float:
-    mean = sum(values) / len(values)
+    mean = sum(values) / max(1, len(values))
     return (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5
-
-
-def falls_while_reward_rises(measured: list[tuple[float, float]], patience: int, margin: float) -> bool:
-    """The stop rule, over (true accuracy, mean reward since the measurement before) in the order they were measured.
-
-    True if each of the last `patience` measurements lies more than `margin` below the best accuracy before them
-    and has a higher reward than that best one had. `patience` 0: never.
-    """
-    if not patience or len(measured) <= patience:
-        return False
-    accuracy, reward = max(measured[:-patience], key=lambda pair: pair[0])
-    return all(a < accuracy - margin and r > reward for a, r in measured[-patience:])

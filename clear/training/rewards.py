@@ -1,7 +1,7 @@
 """Rewards of interleaved GRPO (METHOD §4 "Rewards"), of what a trajectory wrote.
 
-Accuracy is exact match. Each reward is logged apart, and the true metric (held-out accuracy) beside them. Addition:
-the right answer's probability as a reward, which differs within a group where exact match does not.
+Accuracy is exact match, or a judge's score. Each reward is logged apart, and the true metric (held-out accuracy) beside
+them. Addition: the right answer's probability as a reward, which differs within a group where exact match does not.
 """
 
 from collections.abc import Mapping, Sequence
@@ -42,12 +42,22 @@ def format_reward(replies: Sequence[str]) -> float:
 
 
 def rewards(
-    replies: Sequence[str], restored: bool, question: Question, config: Grpo, more: Mapping[str, float] | None = None
+    replies: Sequence[str],
+    restored: bool,
+    question: Question,
+    config: Grpo,
+    more: Mapping[str, float] | None = None,
+    accuracy: float | None = None,
 ) -> dict[str, float]:
-    """Each reward and their weighted sum under "reward". `more` are rewards that need the model, by name."""
-    correct = is_correct(grammar.extract_answer(replies[-1]), question)
+    """Each reward and their weighted sum under "reward". `more` are rewards that need the model, by name.
+
+    accuracy: a judge's score in place of exact match; above 0.5 the answer counts as right.
+    """
+    if accuracy is None:
+        accuracy = float(is_correct(grammar.extract_answer(replies[-1]), question))
+    correct = accuracy > 0.5
     parts = {
-        "reward_accuracy": float(correct),
+        "reward_accuracy": accuracy,
         "reward_format": format_reward(replies),
         "reward_decision": DECISION[config.decision_table][restored, correct],
         **(more or {}),

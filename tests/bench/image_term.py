@@ -9,6 +9,7 @@ changes show. Runs are appended to --out, one JSON line each.
 
 The settings named `pathwise…` are no policy gradient. They differentiate the same reward through the last Euler steps
 and the bridge into the velocity, with no sampling noise: what the image term could reach at most with this reward.
+What was measured before training is kept beside --out; delete it when data/models/bridge has changed.
 """
 
 import argparse
@@ -66,7 +67,8 @@ SETTINGS = {
     "window 1, late": f"{WINDOW} grpo.sde_steps=1 grpo.sde_range=[0.7,1] grpo.lr=1e-4 grpo.steps=80 grpo.prompts=4 "
     "grpo.group_size=16",
     "pathwise, last 1": "grpo.lr=1e-4 grpo.steps=40 grpo.prompts=16",
-    "pathwise, last 1, lr 3e-4": "grpo.lr=3e-4 grpo.steps=60 grpo.prompts=16",
+    "pathwise, last 1, lr 1e-3": "grpo.lr=1e-3 grpo.steps=80 grpo.prompts=32",
+    "window 1, any, lr 3e-4": f"{WINDOW} grpo.sde_steps=1 grpo.lr=3e-4 grpo.steps=60 grpo.prompts=8 grpo.group_size=16",
 }
 """Overrides of each setting, beside ALONE."""
 
@@ -166,10 +168,13 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
     trainable(model, sft.GENERATION)
     answerer = Answerer(model, start.vae, tokenizer, base)
     held, rl = Asked(answerer, folder, count), Asked(answerer, "data/degraded/rl", 2)
-    before = held.measure(answerer)
+    measured = out.with_name(f"image_term_{folder.replace('/', '_')}_{count}.npz")
+    if not measured.exists():
+        measured.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(measured, **held.measure(answerer))
+    before = dict(np.load(measured))
     known = out.with_name("image_term_undecided.npy")
     if not known.exists():
-        known.parent.mkdir(parents=True, exist_ok=True)
         np.save(known, rl.measure(answerer, match=False)["probability"])
     likely = np.load(known)
     prompts, questions = rl.part((likely > 0) & (likely < 0.99))
