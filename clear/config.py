@@ -39,6 +39,10 @@ class Runtime:
     precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
     weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
     rows_per_pass: int = between(0, 10**6)  # rows of a batch that a process computes at a time; 0 = all
+    token_budget: int = between(
+        0, 10**7
+    )  # tokens of a row that several samples are packed into; 0 = one sample per row
+    attention: str = one_of("auto", "dense", "flex")  # training without a cache; auto: flex on CUDA, dense elsewhere
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()

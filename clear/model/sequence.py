@@ -12,11 +12,13 @@ One generalisation: a segment may belong to a *branch*. A branch sees the trunk 
 starts where the trunk's ended, so several questions about one image share its tokens in one row. Branches must
 follow the trunk; with no branches this is the published layout.
 
+Several samples may share one row, one behind the other, each with its own positions from 0 (`pack`, `layout`).
+
 allowed(q, k) = same sample ∧ (q ≥ k ∨ same image segment) ∧ (k not noise ∨ same noise segment)
                 ∧ (k on the trunk ∨ same branch).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -194,14 +196,32 @@ class Layout:
     def allowed(self) -> Tensor:
         """(B, L, L) bool: the attention rule, queries by keys."""
         index = torch.arange(self.ids.shape[1], device=self.ids.device)
-        q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-        rule = (index[:, None] >= index[None, :])[None] | ((self.block[q] == self.block[k]) & (self.block[k] > 0))
-        rule &= self.sample[q] == self.sample[k]
-        rule &= (self.noise[k] == 0) | (self.noise[q] == self.noise[k])
-        if bool(self.branch.any()):
-            rule &= (self.branch[k] == 0) | (self.branch[q] == self.branch[k])
-        rule |= torch.eye(len(index), dtype=torch.bool, device=index.device)[None]
+        return self._rule(
+            (index[None, :, None], lambda tensor: tensor[:, :, None]),
+            (index[None, None, :], lambda tensor: tensor[:, None, :]),
+            bool(self.branch.any()),
+        )
+
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The attention rule as flex_attention asks for it: (row, head, query, key) indices → bool."""
+        branched = bool(self.branch.any())
+
+        def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return self._rule(
+                (query, lambda tensor: tensor[row, query]), (key, lambda tensor: tensor[row, key]), branched
+            )
+
         return rule
+
+    def _rule(self, query, key, branched: bool) -> Tensor:
+        """The rule for pairs of tokens; of each side its index in the row, and what reads a (B, L) tensor there."""
+        (q, of_q), (k, of_k) = query, key
+        rule = (q >= k) | ((of_q(self.block) == of_k(self.block)) & (of_k(self.block) > 0))
+        rule = rule & (of_q(self.sample) == of_k(self.sample))
+        rule = rule & ((of_k(self.noise) == 0) | (of_q(self.noise) == of_k(self.noise)))
+        if branched:
+            rule = rule & ((of_k(self.branch) == 0) | (of_q(self.branch) == of_k(self.branch)))
+        return rule | (q == k)
 
     @classmethod
     def tokens(cls, ids: Tensor, rope: Tensor, valid: Tensor) -> "Layout":
@@ -244,14 +264,51 @@ _FIELDS = {
 }
 
 
-def layout(conversations: Sequence[Sequence[Segment]], special: SpecialTokens, rope: Sequence[int] | None = None):
-    """One conversation per row. With `rope`, row i starts at that position (continuation of a cached context).
+def length(segments: Sequence[Segment]) -> int:
+    """Tokens of a conversation."""
+    total = 0
+    for segment in segments:
+        if isinstance(segment, Text):
+            total += len(segment.ids) + segment.bos + segment.eos
+        elif isinstance(segment, Image):
+            total += segment.grid[0] * segment.grid[1] + 2
+    return total
 
-    Returns (Layout, list of next positions).
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which samples share a row of at most `budget` tokens: best fit, the longest first.
+
+    The numbers in a row ascend, and the rows by their first number. A sample beyond the budget is alone in its row.
     """
-    rows, ends = [], []
-    for i, segments in enumerate(conversations):
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [i for i, free in enumerate(room) if free >= lengths[sample]]
+        if fits:
+            best = min(fits, key=lambda i: (room[i], i))
+            rows[best].append(sample)
+            room[best] -= lengths[sample]
+        else:
+            rows.append([sample])
+            room.append(budget - lengths[sample])
+    return sorted(sorted(row) for row in rows)
+
+
+def layout(
+    conversations: Sequence[Sequence[Segment]],
+    special: SpecialTokens,
+    rope: Sequence[int] | None = None,
+    packed: Sequence[Sequence[int]] | None = None,
+):
+    """One conversation per row, or with `packed` the conversations of these numbers in each row, one after another.
+
+    With `rope`, conversation i starts at that position (continuation of a cached context). Returns (Layout, list of
+    next positions, by conversation). The contents of a packed layout follow its own order.
+    """
+    rows, ends = [], [0] * len(conversations)
+    for members in [[i] for i in range(len(conversations))] if packed is None else packed:
         row = Row()
-        ends.append(row.add(segments, special, 0 if rope is None else int(rope[i])))
+        for i in members:
+            ends[i] = row.add(conversations[i], special, 0 if rope is None else int(rope[i]))
         rows.append(row)
     return Layout.stack(rows), ends

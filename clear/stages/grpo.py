@@ -62,7 +62,8 @@ def prepare(config: Config) -> Work:
     held_bank = answerer.bank([s.seen for s in held], [s.key for s in held])
     held_asked = [(i, q) for i, s in enumerate(held) for q in s.questions[:1]]
 
-    def holdout(_) -> float:
+    def holdout(policy) -> float:
+        answerer.model = policy  # sharded weights cannot answer; this is a whole copy of them
         answers = answerer.answer(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
@@ -96,6 +97,7 @@ def run(config: Config) -> None:
     """Train and write data/models/grpo, its curves and the first and last figures."""
     apply_runtime(config)
     from clear.stages.paths import checkpoint_dir, record_run
+    from clear.training import sharded
     from clear.training.grpo import train
     from clear.training.load import save
     from clear.training.parallel import rank
@@ -103,7 +105,7 @@ def run(config: Config) -> None:
 
     work = prepare(config)
     run = StageRun("grpo", config, INPUTS, checkpoint_dir("grpo"))
-    before = work.holdout(work.start.model)
+    before = None if sharded.enabled() else work.holdout(work.start.model)
     with _judge(config) as judge:
         model, given = work.start.model, (work.prompts, work.questions, work.options, work.holdout)
         done = train(run, model, work.start.tokenizer, *given, judge)
@@ -112,6 +114,7 @@ def run(config: Config) -> None:
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")
     figures = {f"{when}_{n}": row.get(n) for when, row in (("first", first), ("last", last)) for n in names}
     after = work.holdout(work.start.model)
+    before = first.get("accuracy_holdout") if before is None else before
     if rank() == 0:
         found = {"holdout_before": before, "holdout_after": after, "steps": done.steps, "stopped": done.stopped}
         found |= figures

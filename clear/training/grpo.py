@@ -7,9 +7,10 @@ schedule, checkpoints, metric averaging. What is replaced, because trl's machine
 reloaded by name); the reference here is a frozen copy of the incoming policy (of its adapter, where it has one), so
 the KL is exactly 0 at step 0.
 
-Several processes share the prompts of a step, each with a sampling stream of its own; the loss is normalised by the
-tokens and steps of all. Sharded weights (FSDP) are refused: a rollout runs as long as its longest reply, and every
-process would have to gather each layer the same number of times.
+Several processes share the prompts of a step; each prompt then has a sampling stream of its own, and the loss is
+normalised by the tokens and steps of all, so that their number does not matter. Under FSDP policy and reference are
+scored sharded, in step everywhere. A rollout cannot be: it takes as many forwards as its longest reply has tokens. So
+the weights are gathered for its length into a copy without hooks (clear/training/sharded.py).
 
 Departures from the published code: the text loss is normalised by the real number of scored tokens; groups without
 reward variance are skipped and counted; the image term may be anchored by the squared distance of the velocity to
@@ -20,9 +21,8 @@ import contextlib
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
@@ -30,10 +30,6 @@ import torch
 from datasets import Dataset
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
     PrinterCallback,
 )
 from trl import GRPOConfig, GRPOTrainer
@@ -47,10 +43,11 @@ from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import Prompt
 from clear.records import Question
-from clear.training import objective, scoring
+from clear.training import objective, scoring, sharded
 from clear.training.judging import judged
 from clear.training.objective import advantages
-from clear.training.parallel import gathered, rank, world
+from clear.training.parallel import gathered, world
+from clear.training.policy import Policy, order, processing_class, streams
 from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
 from clear.training.stopping import StopRule
 from clear.training.trainer import (
@@ -65,44 +62,14 @@ from clear.training.trainer import (
 )
 
 
-class PolicyConfig(PretrainedConfig):
-    """What trl wants to see of a configuration."""
-
-    model_type = "clear_policy"
-
-
-class Policy(PreTrainedModel):
-    """Bagel in the dress trl expects; all work goes through `bagel`."""
-
-    config_class = PolicyConfig
-    base_model_prefix = "bagel"
-    main_input_name = "index"
-
-    def __init__(self, bagel: Bagel) -> None:
-        super().__init__(PolicyConfig())
-        self.bagel = bagel
-        self.generation_config = GenerationConfig()
-        self.warnings_issued: dict[str, bool] = {}
-
-    def _init_weights(self, module) -> None:
-        """Weights come with the bagel."""
-
-    def get_input_embeddings(self):
-        """The token embedding."""
-        return self.bagel.language_model.model.embed_tokens
-
-    def get_output_embeddings(self):
-        """The language head."""
-        return self.bagel.language_model.lm_head
-
-    def forward(self, call: Callable[[Bagel], Any]) -> Any:
-        """`call(bagel)`: gradients of several processes meet only in what runs inside the policy's forward."""
-        with lora.autocast(self.bagel):
-            return call(self.bagel)
-
-
 class InterleavedGRPO(TrainedOnly, GRPOTrainer):
-    """GRPO over trajectories of text and restorations."""
+    """GRPO over trajectories of text and restorations.
+
+    token_budget: trajectories that are scored together share rows of so many tokens (0: a row each). own_streams: a
+    prompt's rollouts do not depend on the process that makes them.
+    """
+
+    token_budget, own_streams = 0, False
 
     def __init__(
         self,
@@ -117,9 +84,10 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         judge: Client | None = None,
     ) -> None:
         self.reference = None
+        self.sharded = sharded.Policies(policy) if sharded.enabled() else None
         if lora.has_adapter(policy.bagel):
             lora.add_reference(policy.bagel)
-        else:
+        elif self.sharded is None:
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
@@ -132,16 +100,23 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             model=policy,
             reward_funcs=_no_reward,
             args=args,
-            train_dataset=Dataset.from_dict({"prompt": _order(len(prompts), grpo, args.seed)}),
-            processing_class=_processing_class(tokenizer, policy.bagel),
+            train_dataset=Dataset.from_dict({"prompt": order(len(prompts), grpo, args.seed)}),
+            processing_class=processing_class(tokenizer, policy.bagel),
             callbacks=[MarkComplete(), Progress("grpo")],
         )
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
 
-    def _incoming(self, bagel: Bagel) -> contextlib.AbstractContextManager[Bagel]:
-        """The policy as it came in, for the length of a with block."""
-        return lora.reference(bagel) if self.reference is None else contextlib.nullcontext(self.reference)
+    @contextlib.contextmanager
+    def _incoming(self, bagel: Bagel) -> Iterator[Callable]:
+        """What calls a function with the policy as it came in, for the length of a with block."""
+        if self.sharded:
+            yield self.sharded.reference()
+        elif self.reference is not None:
+            yield lambda call: call(self.reference)
+        else:
+            with lora.reference(bagel) as incoming:
+                yield lambda call: call(incoming)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Average the figures over the processes."""
@@ -152,24 +127,27 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         """Roll out all groups of a generation batch; returns numbers into `self.rollout` and their advantages."""
         group = self.num_generations
         numbers = [int(row["prompt"]) for row in inputs[::group]]
-        bagel = self.accelerator.unwrap_model(self.model).bagel
+        bagel = self.sharded.whole() if self.sharded else self.accelerator.unwrap_model(self.model).bagel
         if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
             accuracy = self.holdout(bagel)
             self._metrics["train"]["accuracy_holdout"].append(accuracy)
             if self.measured is not None:
                 self.measured(accuracy)
         seed = int(torch.randint(2**31, (1,)))
-        generator = torch.Generator().manual_seed((seed + rank()) % 2**31)
+        if self.own_streams:  # the processes' own random states differ
+            seed = self.args.seed * 2**20 + self.state.global_step
+        generator = torch.Generator().manual_seed(seed)
         prompts = [self.prompts[i] for i in numbers]
         begun = time.perf_counter()
         options = self._placed(generator)
         with lora.autocast(bagel):
-            self.rollout = generate(bagel, self.text_tokenizer, prompts, options, group, generator)
+            self.rollout = self._roll_out(bagel, prompts, options, generator, seed)
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
         rolled = time.perf_counter()
         parts = self._rewards(bagel, [self.questions[numbers[t.prompt]] for t in self.rollout])
         text, image = (advantages(v, group, self.grpo.scale_advantages) for v in self._totals(parts))
-        self.steps = [self._chosen_steps(options, generator) for _ in self.rollout]
+        of_step = streams(seed, "steps", len(self.rollout)) if self.own_streams else [generator] * len(self.rollout)
+        self.steps = [self._chosen_steps(options, stream) for stream in of_step]
         self._log_rollout(parts, text, image)
         counted = [n for n, pair in enumerate(zip(text, image, strict=True)) if any(pair)]
         self.rows = self._per_process(len(counted))
@@ -233,6 +211,23 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             flat = [found[s : s + group] for s in range(0, len(found), group)]
             log[name].append(sum(any(g) for g in flat) / len(flat))
 
+    def _roll_out(self, bagel: Bagel, prompts: Sequence[Prompt], options: Options, generator, seed: int):
+        """The groups of all prompts: drawn from one stream, or each from its own."""
+        given, group = (bagel, self.text_tokenizer), self.num_generations
+        if not self.own_streams:
+            return generate(*given, prompts, options, group, generator)
+        found = []
+        for place, stream in enumerate(streams(seed, "rollout", len(prompts))):
+            found += (own := generate(*given, prompts[place : place + 1], options, group, stream))
+            for trajectory in own:
+                trajectory.prompt = place
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.sharded:
+            self.sharded.split_reference()  # while the policy still is the incoming one
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _per_process(self, count: int) -> float:
         """Mean of a count over the processes, as the mean of their gradients asks for it; at least one in all."""
         if world() == 1:
@@ -261,18 +256,22 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         rows = zip(*(inputs[name].tolist() for name in ("index", "advantages", "image_advantages")), strict=True)
         text_too = grpo.text_weight > 0 or grpo.beta > 0
         kept = [row for row in rows if any(row[1:]) and (text_too or self.rollout[row[0]].restorations)]
+        idle = self.sharded is not None and not kept
+        if idle:  # every process takes part in every gathering of a layer, here with weight 0
+            kept = [(int(inputs["index"][0]), 0.0, 0.0)]
         if not kept:
             return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
         numbers = [n for n, _, _ in kept]
         chosen = [self.rollout[n] if text_too else _until_restored(self.rollout[n]) for n in numbers]
         steps = [self.steps[n] for n in numbers]
         request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
-        new = model(lambda policy: scoring.score(policy, *request, grpo.temperature))
+        request += (grpo.temperature, self.token_budget)
+        new = scoring.Scores(*model(lambda policy: self._scores(policy, request)))
         old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
         reference = new
         if grpo.beta or grpo.velocity_weight:
             with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
-                reference = scoring.score(incoming, *request, grpo.temperature)
+                reference = incoming(lambda policy: scoring.score(policy, *request))
         text_advantage, image_advantage = torch.tensor([r[1:] for r in kept], device=new.text.device).T
         bounds = grpo.clip, grpo.clip_high or grpo.clip
         weight = objective.log_weights(new.text, old_text, new.text_row, grpo.ratio_level)
@@ -286,6 +285,8 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         share = self.tokens, self.rows, parts, longest
         text = objective.aggregate(grpo.loss_type, terms + grpo.beta * kl, new.text_row, *share)
         loss = grpo.text_weight * text
+        if idle:
+            return loss * 0.0
         log = self._metrics["train"]
         ratio, image_error = torch.exp(weight), 0.0
         if len(new.image):
@@ -308,7 +309,16 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             if reference is not new:
                 log["kl"].append(kl.mean().item())
         log["ratio_error"].append(max(text_error, image_error))
+        if self.token_budget:
+            log["real_tokens"].append(new.real)
         return loss
+
+    def _scores(self, policy: Bagel, request: tuple) -> tuple:
+        """The fields of the scores: FSDP finds tensors in a tuple, to wait for their gradients, and not in `Scores`."""
+        found = scoring.score(policy, *request)
+        if self.sharded:
+            found.text = found.text + self.sharded.anchor()
+        return tuple(vars(found).values())
 
 
 def _until_restored(trajectory: Trajectory) -> Trajectory:
@@ -316,31 +326,8 @@ def _until_restored(trajectory: Trajectory) -> Trajectory:
     return replace(trajectory, replies=trajectory.replies[: len(trajectory.restorations)])
 
 
-def _order(count: int, grpo: Grpo, seed: int) -> list[str]:
-    """Prompt numbers of the whole run, one shuffled pass after the other.
-
-    trl's own sampler shuffles with a generator that a resumed run would start again in a later epoch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < grpo.steps * grpo.prompts:
-        order += torch.randperm(count, generator=generator).tolist()
-    return [str(i) for i in order[: grpo.steps * grpo.prompts]]
-
-
 def _no_reward(completions, **_) -> list[float]:
     raise RuntimeError("Rewards are computed with the rollout; trl must not ask for them.")
-
-
-def _processing_class(tokenizer, bagel: Bagel) -> PreTrainedTokenizerFast:
-    special = bagel.config.special
-    name = tokenizer.id_to_token
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=name(special.bos),
-        eos_token=name(special.eos),
-        pad_token=name(special.eos),
-    )
 
 
 @dataclass
@@ -367,10 +354,13 @@ def make_trainer(
 ) -> InterleavedGRPO:
     """The trainer of `train`, ready to run. Raises ClearError as `train` does."""
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if sharded.enabled() and lora.has_adapter(model):
         raise ClearError(
-            "grpo: its rollouts need whole weights; launch it without FSDP (--multi_gpu), with lora.rank > 0."
+            "grpo: adapters need no sharding, and their rollouts none of its gathering; launch it without FSDP "
+            "(--multi_gpu), or train all weights with lora.rank = 0."
         )
+    if sharded.enabled() and grpo.stop_after:
+        raise ClearError("grpo: the stop rule keeps whole weights; under FSDP set grpo.stop_after = 0.")
     if grpo.prompts % processes:
         raise ClearError(f"params: grpo.prompts = {grpo.prompts} must divide by the {processes} processes.")
     total = grpo.prompts // processes * grpo.group_size
@@ -396,6 +386,8 @@ def make_trainer(
     )
     args.logging_steps = 1
     trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args, judge)
+    trainer.token_budget = run.config.runtime.token_budget
+    trainer.own_streams |= processes > 1 or sharded.enabled()
     trainer.remove_callback(PrinterCallback)
     return trainer
 
@@ -412,7 +404,7 @@ def train(
 ) -> Done:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
-    Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
+    Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
     """
     trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout, judge)
     best = run.folder / "best.safetensors"
@@ -423,6 +415,8 @@ def train(
     checkpoint = last_complete(run.folder / "grpo")
     first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.sharded:
+        trainer.sharded.join()
     if stopped := rule.stopped():
         adopt_trained(trainer.accelerator.unwrap_model(trainer.model), best)
     model.eval()
