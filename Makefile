@@ -17,10 +17,10 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro test test-all lint format bench params check clean
+.PHONY: help venv repro test test-all lint format bench plots params check remote deploy prefect-local clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY)  ## install everything into .venv (PYTHON=… names an interpreter)
 
@@ -52,12 +52,28 @@ format: $(READY)  ## rewrite the code in the house format
 bench: $(READY)  ## measure the hot paths and write data/metrics/bench.json
 	@python tests/bench/run.py
 
+plots: $(READY)  ## draw DVC's plots of two revisions (BASE=main HEAD=my-branch; default HEAD against the workspace) on a page
+	@python infra/plots.py .clear/plots $(BASE) $(HEAD)
+
 params: $(READY)  ## compose params.yaml from clear/conf
 	@python -m clear params
 
 check: $(READY)  ## compare dvc.lock with parameters, code and committed results (needs no data)
 	@python -m clear check
 
+remote: $(READY)  ## keep data in S3: BUCKET=bucket/prefix [ENDPOINT=url]; keys and region come from the AWS environment
+	@python -m infra.remote "$(BUCKET)" "$(ENDPOINT)"
+
+deploy: $(READY)  ## send flows, schedules and the zombie automation to the Prefect API of PREFECT_API_URL
+	@python -m flows.deploy
+
+prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C
+	@python -m flows.local $(PORT)
+
+JUNK := .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+# With a lock file a run may be on its way; then the removal waits for nobody and happens as the only writer, or not.
+ALONE = $(if $(wildcard .clear/writer.lock .clear/scratch/.clear/writer.lock),python3 -m clear.writer . .clear/scratch --)
+
 clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
-	@rm -rf .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@$(ALONE) rm -rf $(JUNK)
 	@find clear flows tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -39,6 +39,10 @@ class Runtime:
     precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
     weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
     rows_per_pass: int = between(0, 10**6)  # rows of a batch that a process computes at a time; 0 = all
+    token_budget: int = between(
+        0, 10**7
+    )  # tokens of a row that several samples are packed into; 0 = one sample per row
+    attention: str = one_of("auto", "dense", "flex")  # training without a cache; auto: flex on CUDA, dense elsewhere
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()
@@ -76,6 +80,14 @@ class Degrade:
     severity_weights: list[float] = field(metadata={"low": 0, "high": 1})  # low, mid, high
     validation_copies: int = between(1, 48)
     workers: int = between(0, 256)  # 0 = one per core
+
+
+@dataclass
+class Incoming:
+    """Pictures that came degraded (data/incoming): the slices that a hash of their pixels sends them to."""
+
+    bench_share: float = between(0, 1)  # of all pictures, to the benchmark
+    rl_share: float = between(0, 1)  # of the others, to reinforcement learning; the rest to fine-tuning
 
 
 @dataclass
@@ -299,6 +311,7 @@ class Config:
     runtime: Runtime
     source: Source
     degrade: Degrade
+    incoming: Incoming
     mmd_bench: MmdBench
     validate: Validate
     model: ModelSize

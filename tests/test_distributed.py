@@ -69,10 +69,10 @@ def _loss(model: Bagel, tokenizer, stop_after: int | None, direct: int):
         logits, target = model.scored_logits(hidden, built)
         ce = F.cross_entropy(logits, target) * share.weight(lambda b: b.target != IGNORE)
         mse = ce.new_zeros(())
-        if targets[share.noise]:
-            mse = F.mse_loss(model.velocities(hidden, built), torch.cat(targets[share.noise]))
+        if share.noise:
+            mse = F.mse_loss(model.velocities(hidden, built), torch.cat(share.targets(targets)))
             mse = mse * share.weight(lambda b: b.noisy)
-        return ce + mse, {"ce": ce.item(), "mse": mse.item(), "rows": float(len(share.rows))}
+        return ce + mse, {"ce": ce.item(), "mse": mse.item(), "rows": float(len(share.samples))}
 
     return loss
 
@@ -241,11 +241,11 @@ def test_a_share_has_the_contents_of_its_rows(second_of_two):
     rows, contents, targets = _rows(tokenizer, [0, 1, 2, 3, 4], prompts, model.config.special)
     built, own, share = share_batch(rows, contents, model.config.special)
     expected, _ = layout(rows[2:], model.config.special)
-    assert share.rows == range(2, 5) and torch.equal(built.ids, expected.ids)
+    assert share.samples == [2, 3, 4] and torch.equal(built.ids, expected.ids)
     assert len(own.vit) == sum(isinstance(s, Image) and s.kind == VIT for row in rows[2:] for s in row)
     assert len(own.latent) == len(own.time) == len(contents.latent) - 3 - 1
     assert all(a is b for a, b in zip(own.latent, contents.latent[4:], strict=True))
-    assert all(a is b for a, b in zip(targets[share.noise], targets[1:], strict=True))
+    assert all(a is b for a, b in zip(share.targets(targets), targets[1:], strict=True))
     whole, _ = layout(rows, model.config.special)
 
     def scored(b: Layout) -> torch.Tensor:

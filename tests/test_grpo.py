@@ -169,10 +169,10 @@ def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, mo
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_sharded_weights_and_uneven_prompts_are_refused(tmp_path, monkeypatch):
+def test_sharded_adapters_and_uneven_prompts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ClearError, match=r"grpo.prompts = 2 must divide by the 3"):
         _train(tmp_path, 0)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ClearError, match="without FSDP"):
-        _train(tmp_path, 0)
+        _train(tmp_path, 2)

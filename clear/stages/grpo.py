@@ -16,6 +16,7 @@ def run(config: Config) -> None:
     from clear.reasoning.engine import Options
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.stages.paths import checkpoint_dir, model_folder
+    from clear.training import sharded
     from clear.training.grpo import train
     from clear.training.load import incoming, save, trainable
     from clear.training.parallel import rank
@@ -39,7 +40,8 @@ def run(config: Config) -> None:
     held_bank = answerer.bank([s.seen for s in held], [s.key for s in held])
     held_asked = [(i, q) for i, s in enumerate(held) for q in s.questions[:1]]
 
-    def holdout(_) -> float:
+    def holdout(policy) -> float:
+        answerer.model = policy  # sharded weights cannot answer; this is a whole copy of them
         answers = answerer.answer(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
@@ -54,13 +56,14 @@ def run(config: Config) -> None:
         batch=s.batch,
     )
     trainable(model)
-    before = holdout(model)
+    before = None if sharded.enabled() else holdout(model)
     train(work, model, tokenizer, prompts, [q for _, q in asked], options, holdout)
     save(Path("data/models/grpo"), start, config)
     first, last = work.curve[0], work.curve[-1]
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")
     figures = {f"{when}_{n}": row.get(n) for when, row in (("first", first), ("last", last)) for n in names}
     after = holdout(model)
+    before = first.get("accuracy_holdout") if before is None else before
     if rank() == 0:
         found = {"holdout_before": before, "holdout_after": after, "steps": g.steps, **figures}
         write_json("data/metrics/grpo.json", found)

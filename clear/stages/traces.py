@@ -41,7 +41,8 @@ def run(config: Config) -> None:
         )
     answerer = Answerer.load(model_folder("base", config), config)
     step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
-    shown_clean = set(range(0, len(asked), step))
+    # Without a clean partner there is neither a clean image to show nor one to restore.
+    shown_clean = {n for n in range(0, len(asked), step) if degraded[asked[n][0]].paired}
 
     def right(images: list[bytes], chosen: list[int]) -> dict[int, bool]:
         """Whether the base answers each chosen question from these images."""
@@ -60,7 +61,7 @@ def run(config: Config) -> None:
         rule = config.traces.restore_when
         for n, (i, question) in enumerate(asked):
             restore = None if rule == "teacher" else restores(rule, seen[n], clean.get(n, True))
-            yield degraded[i], question, restore, seen[n], False
+            yield degraded[i], question, restore if degraded[i].paired else False, seen[n], False
         for n in sorted(shown_clean):
             i, question = asked[n]
             yield degraded[i], question, False, clean[n], True

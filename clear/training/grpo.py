@@ -7,9 +7,10 @@ schedule, checkpoints, metric averaging. What is replaced, because trl's machine
 reloaded by name); the reference here is a frozen copy of the incoming policy (of its adapter, where it has one), so
 the KL is exactly 0 at step 0.
 
-Several processes share the prompts of a step, each with a sampling stream of its own; the loss is normalised by the
-tokens and steps of all. Sharded weights (FSDP) are refused: a rollout runs as long as its longest reply, and every
-process would have to gather each layer the same number of times.
+Several processes share the prompts of a step; each prompt then has a sampling stream of its own, and the loss is
+normalised by the tokens and steps of all, so that their number does not matter. Under FSDP policy and reference are
+scored sharded, in step everywhere. A rollout cannot be: it takes as many forwards as its longest reply has tokens. So
+the weights are gathered for its length into a copy without hooks (clear/training/sharded.py).
 
 Departures from the published code: the text loss is normalised by the real number of scored tokens; groups without
 reward variance are skipped and counted; the image term may be anchored by the squared distance of the velocity to
@@ -18,8 +19,9 @@ the reference's (no pixel supervision).
 
 import contextlib
 import copy
+import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.prompts import Prompt
 from clear.records import Question
-from clear.training import scoring
+from clear.training import scoring, sharded
 from clear.training.parallel import gathered, rank, world
 from clear.training.rewards import advantages, rewards
 from clear.training.trainer import (
@@ -89,7 +91,13 @@ class Policy(PreTrainedModel):
 
 
 class InterleavedGRPO(TrainedOnly, GRPOTrainer):
-    """GRPO over trajectories of text and restorations."""
+    """GRPO over trajectories of text and restorations.
+
+    token_budget: trajectories that are scored together share rows of so many tokens (0: a row each). own_streams: a
+    prompt's rollouts do not depend on the process that makes them.
+    """
+
+    token_budget, own_streams = 0, False
 
     def __init__(
         self,
@@ -103,9 +111,10 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         args: GRPOConfig,
     ) -> None:
         self.reference = None
+        self.sharded = sharded.Policies(policy) if sharded.enabled() else None
         if lora.has_adapter(policy.bagel):
             lora.add_reference(policy.bagel)
-        else:
+        elif self.sharded is None:
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
@@ -122,9 +131,16 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
 
-    def _incoming(self, bagel: Bagel) -> contextlib.AbstractContextManager[Bagel]:
-        """The policy as it came in, for the length of a with block."""
-        return lora.reference(bagel) if self.reference is None else contextlib.nullcontext(self.reference)
+    @contextlib.contextmanager
+    def _incoming(self, bagel: Bagel) -> Iterator[Callable]:
+        """What calls a function with the policy as it came in, for the length of a with block."""
+        if self.sharded:
+            yield self.sharded.reference()
+        elif self.reference is not None:
+            yield lambda call: call(self.reference)
+        else:
+            with lora.reference(bagel) as incoming:
+                yield lambda call: call(incoming)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Average the figures over the processes."""
@@ -135,14 +151,16 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         """Roll out all groups of a generation batch; returns numbers into `self.rollout` and their advantages."""
         group = self.num_generations
         numbers = [int(row["prompt"]) for row in inputs[::group]]
-        bagel = self.accelerator.unwrap_model(self.model).bagel
+        bagel = self.sharded.whole() if self.sharded else self.accelerator.unwrap_model(self.model).bagel
         if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
             self._metrics["train"]["accuracy_holdout"].append(self.holdout(bagel))
         seed = int(torch.randint(2**31, (1,)))
-        generator = torch.Generator().manual_seed((seed + rank()) % 2**31)
+        if self.own_streams:  # the processes' own random states differ
+            seed = self.args.seed * 2**20 + self.state.global_step
+        generator = torch.Generator().manual_seed(seed)
         prompts = [self.prompts[i] for i in numbers]
         with lora.autocast(bagel):
-            self.rollout = generate(bagel, self.text_tokenizer, prompts, self.options, group, generator)
+            self.rollout = self._roll_out(bagel, prompts, generator, seed)
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
         parts = []
         for trajectory in self.rollout:
@@ -150,7 +168,8 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             texts = trajectory.texts(self.text_tokenizer)
             parts.append(rewards(texts, bool(trajectory.restorations), question, self.grpo))
         found = advantages([p["reward"] for p in parts], group, self.grpo.scale_advantages)
-        self.steps = [self._chosen_steps(generator) for _ in self.rollout]
+        of_step = _streams(seed, "steps", len(self.rollout)) if self.own_streams else [generator] * len(self.rollout)
+        self.steps = [self._chosen_steps(stream) for stream in of_step]
         log = self._metrics["train"]
         for name in parts[0]:
             log[name].append(sum(p[name] for p in parts) / len(parts))
@@ -161,6 +180,23 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         self.tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
         self.images = self._per_process(sum(len(self.rollout[n].restorations) * len(self.steps[n]) for n in counted))
         return {"index": torch.arange(len(found)), "advantages": torch.tensor(found)}
+
+    def _roll_out(self, bagel: Bagel, prompts: Sequence[Prompt], generator, seed: int) -> list[Trajectory]:
+        """The groups of all prompts: drawn from one stream, or each from its own."""
+        given, group = (bagel, self.text_tokenizer), self.num_generations
+        if not self.own_streams:
+            return generate(*given, prompts, self.options, group, generator)
+        found = []
+        for place, stream in enumerate(_streams(seed, "rollout", len(prompts))):
+            found += (own := generate(*given, prompts[place : place + 1], self.options, group, stream))
+            for trajectory in own:
+                trajectory.prompt = place
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.sharded:
+            self.sharded.split_reference()  # while the policy still is the incoming one
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _per_process(self, count: int) -> float:
         """Mean of a count over the processes, as the mean of their gradients asks for it; at least one in all."""
@@ -178,22 +214,28 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         """Clipped text and image terms, KL to the reference and the velocity anchor, of one slice of the rollout."""
         bagel = self.accelerator.unwrap_model(model).bagel
         kept = [(int(n), float(a)) for n, a in zip(inputs["index"], inputs["advantages"], strict=True) if a != 0]
+        idle = self.sharded is not None and not kept
+        if idle:  # every process takes part in every gathering of a layer, here with weight 0
+            kept = [(int(inputs["index"][0]), 0.0)]
         if not kept:
             return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
         numbers = [n for n, _ in kept]
         chosen = [self.rollout[n] for n in numbers]
         steps = [self.steps[n] for n in numbers]
         request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
-        new = model(lambda policy: scoring.score(policy, *request, self.grpo.temperature))
+        request += (self.grpo.temperature, self.token_budget)
+        new = scoring.Scores(*model(lambda policy: self._scores(policy, request)))
         old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
         with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
-            reference = scoring.score(incoming, *request, self.grpo.temperature)
+            reference = incoming(lambda policy: scoring.score(policy, *request))
         advantage = torch.tensor([a for _, a in kept], device=new.text.device)
         ratio = torch.exp(new.text - old_text)
         gap = reference.text - new.text
         kl = torch.exp(gap) - gap - 1
         text = self._clipped(ratio, advantage[new.text_row]) + self.grpo.beta * kl
         loss = text.sum() / self.tokens
+        if idle:
+            return loss * 0.0
         log = self._metrics["train"]
         image_error = 0.0
         if len(new.image):
@@ -207,7 +249,16 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         log["entropy"].append(new.entropy.mean().item())
         log["ratio_error"].append(max((ratio - 1).abs().max().item(), image_error))
         log["clipped"].append(((ratio - 1).abs() > self.grpo.clip).float().mean().item())
+        if self.token_budget:
+            log["real_tokens"].append(new.real)
         return loss
+
+    def _scores(self, policy: Bagel, request: tuple) -> tuple:
+        """The fields of the scores: FSDP finds tensors in a tuple, to wait for their gradients, and not in `Scores`."""
+        found = scoring.score(policy, *request)
+        if self.sharded:
+            found.text = found.text + self.sharded.anchor()
+        return tuple(vars(found).values())
 
     def _clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:
         """−min(ρA, clip(ρ, 1 ± ε)·A), per element."""
@@ -225,6 +276,13 @@ def _order(count: int, grpo: Grpo, seed: int) -> list[str]:
     while len(order) < grpo.steps * grpo.prompts:
         order += torch.randperm(count, generator=generator).tolist()
     return [str(i) for i in order[: grpo.steps * grpo.prompts]]
+
+
+def _streams(seed: int, use: str, count: int) -> list[torch.Generator]:
+    """Generators of this process's `count` prompts or rollouts, by their place among those of all processes."""
+    places = range(rank() * count, (rank() + 1) * count)
+    digests = (hashlib.sha256(f"{seed} {use} {place}".encode()).digest() for place in places)
+    return [torch.Generator().manual_seed(int.from_bytes(digest[:7], "big")) for digest in digests]
 
 
 def _no_reward(completions, **_) -> list[float]:
@@ -253,12 +311,13 @@ def train(
 ) -> None:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
-    Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
+    Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
     """
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if sharded.enabled() and lora.has_adapter(model):
         raise ClearError(
-            "grpo: its rollouts need whole weights; launch it without FSDP (--multi_gpu), with lora.rank > 0."
+            "grpo: adapters need no sharding, and their rollouts none of its gathering; launch it without FSDP "
+            "(--multi_gpu), or train all weights with lora.rank = 0."
         )
     if grpo.prompts % processes:
         raise ClearError(f"params: grpo.prompts = {grpo.prompts} must divide by the {processes} processes.")
@@ -286,9 +345,13 @@ def train(
     )
     args.logging_steps = 1
     trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args)
+    trainer.token_budget = run.config.runtime.token_budget
+    trainer.own_streams |= processes > 1 or sharded.enabled()
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete(folder)
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.sharded:
+        trainer.sharded.join()
     model.eval()
     hidden = {"step_time", "num_tokens", "frac_reward_zero_std", "grad_norm"}
     rows = curve_rows("grpo", trainer.state.log_history)

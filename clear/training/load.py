@@ -82,6 +82,7 @@ def incoming(folder: Path, config: Config) -> Incoming:
         given = base is not None and Path(base) == Path(folder) and MANIFEST.exists()
         files = json.loads(MANIFEST.read_text())["files"] if given else lora.fingerprint(folder)
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
+    model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files)
 
 
