@@ -245,19 +245,38 @@ class Grpo:
     warmup: int = between(0, 10**6)
     clean_share: float = between(0, 1)
     temperature: float = between(0.01, 10)
+    restore: str = one_of("auto", "always")  # whether rollouts decide to restore, or every one is made to
+    experts: str = one_of("both", "und", "gen")  # what is trained
+    loss_type: str = one_of("dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo", "sapo")  # text loss, trl's names
+    ratio_level: str = one_of("token", "sequence")  # importance weights of the text
     clip: float = between(0, 1)
+    clip_high: float = between(0, 10)  # upper bound of the clip; 0 = the same as `clip`
+    text_weight: float = between(0, 100)
     beta: float = between(0, 10)  # KL (k3) to the incoming policy
     image_weight: float = between(0, 100)
     velocity_weight: float = between(0, 100)  # velocity MSE to the reference's target; 0 = no pixel supervision
     rows_per_pass: int = count()  # trajectories scored at a time
+    sde_choice: str = one_of(
+        "random", "window", "all"
+    )  # scored steps: K of all, K in a row with noise in no other, all
     sde_steps: int = between(1, 1000)  # noisy splits scored per restoration (K)
+    sde_range: list[float] = field(metadata={"low": 0, "high": 1})  # where a window may lie: 0 = first steps, 1 = last
+    shared_noise: bool = field()  # a group starts its restorations from the same noise
     sigma: float = between(0, 10)
-    scale_advantages: str = one_of("none", "group")
+    scale_advantages: str = one_of("none", "group", "batch")
+    separate_advantages: bool = field()  # image term: reward_answer alone; text term: the other rewards
+    accuracy: str = one_of("exact", "judge")  # who says whether an answer is right; `judge` names the endpoint
     reward_accuracy: float = between(0, 1)
     reward_format: float = between(0, 1)
     reward_decision: float = between(0, 1)
+    reward_answer: float = between(0, 1)  # how probable the right answer was
+    answer_scored: str = one_of("answer", "reply")  # of the right answer: its block, or the demonstration's whole reply
     decision_table: str = one_of("paper", "code")
     holdout_every: int = between(0, 10**6)  # steps between measurements of true accuracy; 0 = never
+    stop_after: int = between(
+        0, 1000
+    )  # measurements in a row below the best while the reward is higher; 0 = never stop
+    stop_margin: float = between(0, 1)  # how much below
 
 
 @dataclass

@@ -30,7 +30,7 @@ FIGURES = ("loss", "reward", "accuracy_holdout", "groups_with_variance")
 """The others are means over the slices that a process scores, which are other slices with more processes."""
 
 
-def _uneven(texts, restored, question, config):
+def _uneven(texts, restored, question, config, more, accuracy):
     """A random model never answers; any reward with variance will do, and none for some prompts."""
     value = float(len(texts[-1]) % 3) if question.id != "1" else 1.0
     return {"reward": value, "reward_accuracy": value}

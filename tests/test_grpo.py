@@ -14,7 +14,8 @@ from clear.reasoning.engine import Options, generate
 from clear.records import Question
 from clear.training import scoring
 from clear.training.load import trainable
-from clear.training.rewards import advantages, format_reward
+from clear.training.objective import advantages
+from clear.training.rewards import format_reward
 from clear.training.trainer import StageRun
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -150,7 +151,7 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
 def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, monkeypatch):
     import clear.training.grpo as module
 
-    def uneven(texts, restored, question, config):
+    def uneven(texts, restored, question, config, more, accuracy):
         value = float(len(texts[-1]) % 3)
         return {"reward": value, "reward_accuracy": value}
 

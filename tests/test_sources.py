@@ -1,6 +1,7 @@
 """Real data as clean samples: each layout is read, every row that is not used has a reason, splits follow content."""
 
 import base64
+import contextlib
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -361,7 +363,7 @@ def test_a_repeated_id_and_images_of_the_benchmark_are_rejected(here):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (["source.kind=folder", "source.path=/somewhere"], "ln -s /somewhere data/raw/"),
+        (["source.kind=folder", "source.path=/somewhere"], "cp -rs /somewhere"),
         (["source.kind=folder", "source.path=data/raw/../x"], "not below data/raw"),
         (["source.kind=folder", "source.path=data/raw/none"], "nothing is there"),
         (["source.kind=folder", "source.path=data/raw"], r"no \*.jsonl file here"),
@@ -391,13 +393,25 @@ def test_where_nothing_can_be_used_the_rejects_say_why(here):
     assert rejects().reason.tolist() == ["no image"]
 
 
-def test_a_link_below_data_raw_is_followed(here, tmp_path_factory):
+def test_linked_files_are_read_and_linked_folders_refused(here, tmp_path_factory):
     outside = tmp_path_factory.mktemp("outside")
     (outside / "a.png").write_bytes(encoded(0))
     write_jsonl(outside, [{"image": "a.png", "question": "?", "answer": "x"}])
-    (here / "data/raw/mine").symlink_to(outside)
-    source.run(config_of("source.kind=folder", "source.path=data/raw/mine", "source.shares=[0,1,0,0,0]"))
+    (here / "data/raw/mine").mkdir()
+    for file in outside.iterdir():
+        (here / "data/raw/mine" / file.name).symlink_to(file)
+    settings = ["source.kind=folder", "source.shares=[0,1,0,0,0]"]
+    source.run(config_of(*settings, "source.path=data/raw/mine"))
     assert metrics()["images"]["sft"] == 1
+    (here / "data/raw/link").symlink_to(outside)
+    (here / "data/raw/mine/deep").symlink_to(outside)
+    for path, link in {
+        "data/raw/link": "link",
+        "data/raw/link/data.jsonl": "link",
+        "data/raw/mine": "mine/deep",
+    }.items():
+        with pytest.raises(ClearError, match=f"data/raw/{link} is a link to a folder.*cp -rs {outside}"):
+            source.run(config_of(*settings, f"source.path={path}"))
 
 
 PROGRAM = """
@@ -405,21 +419,22 @@ import sys
 from clear.config import compose, from_dict
 from clear.stages import source
 source._SHARD = 2**20
-sizes = ["source.kind=lmudata", "source.path=data/raw/" + sys.argv[1], "source.shares=[0,0.2,0,0,0]"]
+sizes = ["source.kind=lmudata", "source.path=data/raw/" + sys.argv[1], "source.shares=[0,0.5,0,0,0]"]
 source.run(from_dict(compose(["degrade.workers=1", *sizes])))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_stays_flat_whatever_the_size_of_the_input(here):
     """A file ten times as large, with a reference to a picture in every other row, needs hardly more memory."""
     peaks = {}
-    for name, count in {"small": 20, "large": 200}.items():
+    for name, count in {"small": 6, "large": 60}.items():
         rows = []
         for i in range(count):
             rows.append(
-                {"index": 2 * i, "image": b64(encoded(i, width=400, height=400)), "question": "?", "answer": "x"}
+                {"index": 2 * i, "image": b64(encoded(i, width=560, height=560)), "question": "?", "answer": "x"}
             )
             rows.append({"index": 2 * i + 1, "image": str(2 * (count - 1 - i)), "question": "?", "answer": "x"})
         tsv(here / f"data/raw/{name}/X.tsv", rows)
@@ -430,4 +445,47 @@ def test_memory_stays_flat_whatever_the_size_of_the_input(here):
         assert done.returncode == 0, done.stderr
         peaks[name] = int(done.stdout) * 1024
     size = (here / "data/raw/large/X.tsv").stat().st_size
-    assert size > 100 * 2**20 and peaks["large"] - peaks["small"] < 0.5 * size
+    assert size > 50 * 2**20 and peaks["large"] - peaks["small"] < 0.5 * size
+
+
+# --- data/raw and DVC ------------------------------------------------------------------------------------------------
+
+
+def test_dvc_notices_changed_data_also_behind_a_link_and_a_scratch_copy_sees_it(project, tmp_path):
+    """The stage depends on data/raw, whose content is hashed wherever it lies."""
+    from dvc.repo import Repo
+
+    from clear.scratch import refresh
+
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert "data/raw" in stages["source"]["deps"]
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "a.jsonl").write_text("1")
+    (project / "data/raw/mine").mkdir(parents=True)
+    (project / "data/raw/mine/a.jsonl").symlink_to(outside / "a.jsonl")
+    stage = {"cmd": "cat data/raw/mine/a.jsonl > data/seen", "deps": ["data/raw"], "outs": ["data/seen"]}
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"source": stage}}))
+    with Repo() as repo:
+        repo.reproduce()
+        assert repo.status() == {}
+    (outside / "a.jsonl").write_text("other")
+    with Repo() as repo:
+        assert "data/raw" in str(repo.status())
+        repo.reproduce()
+        assert (project / "data/seen").read_text() == "other" and repo.status() == {}
+    refresh(project, tmp_path / "copy")
+    assert (tmp_path / "copy/data/raw/mine/a.jsonl").read_text() == "other"
+    with Repo(str(tmp_path / "copy")) as repo, contextlib.chdir(tmp_path / "copy"):
+        repo.reproduce()
+    assert (tmp_path / "copy/data/seen").read_text() == "other"
+    refresh(project, tmp_path / "copy")
+    assert (outside / "a.jsonl").exists()
+
+
+def test_real_data_needs_a_pretrained_model(tmp_path, monkeypatch):
+    from clear.stages import base
+
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ClearError, match=r"source\.kind = folder needs a pretrained model.*model\.checkpoint"):
+        base.run(config_of("source.kind=folder", "source.path=data/raw"))

@@ -231,7 +231,15 @@ def losses(path: Path, curves: dict[str, "pd.DataFrame"]) -> bool:
 
 
 _REWARD_PANELS = {
-    "Rewards": ("points (0 to 1)", {"reward": "total", "reward_format": "format", "reward_decision": "decision"}),
+    "Rewards": (
+        "points (0 to 1)",
+        {
+            "reward": "total",
+            "reward_format": "format",
+            "reward_decision": "decision",
+            "reward_answer": "probability of the right answer",
+        },
+    ),
     "Rewarded and true accuracy": (
         "share right",
         {"reward_accuracy": "training rollouts", "accuracy_holdout": "held-out images"},
@@ -240,11 +248,16 @@ _REWARD_PANELS = {
     "Distance from the start": ("KL (nats per token)", {"kl": "KL"}),
     "On-policy check": ("largest |ratio − 1|", {"ratio_error": "before the update"}),
     "Variety of the answers": ("entropy (nats)", {"entropy": "entropy"}),
+    "Groups that teach": (
+        "share with unequal rewards",
+        {"groups_with_variance": "text", "image_groups_with_variance": "image"},
+    ),
+    "Clipped": ("share of ratios", {"clipped": "text tokens", "image_clipped": "image steps"}),
 }
 RATIO_LIMIT = 1e-3
 """Largest deviation of the on-policy probability ratio from 1 that rounding may cause."""
 
-_REWARD_COLOURS = ("#0072B2", "#E69F00", "#009E73")
+_REWARD_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 def rewards(path: Path, frame: "pd.DataFrame") -> bool:

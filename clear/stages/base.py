@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from clear.config import Config
+from clear.errors import ClearError
 from clear.records import file_sha256, read_samples, write_json
 from clear.runtime import apply_runtime
 
@@ -17,6 +18,11 @@ def run(config: Config) -> None:
     if config.model.checkpoint:
         _manifest(Path(config.model.checkpoint))
         return
+    if config.source.kind != "scenes":
+        raise ClearError(
+            f"params: source.kind = {config.source.kind} needs a pretrained model (model.checkpoint = its folder); "
+            "training from scratch knows the words and labels of scenes only."
+        )
     from clear.model.bagel import Bagel
     from clear.model.checkpoint import save_bagel
     from clear.model.images import ImageBank

@@ -106,15 +106,28 @@ def _found(kind: str, path: str, rules: Source, workers: int, key: str) -> Itera
     if not place.absolute().is_relative_to(RAW.absolute()) or ".." in place.parts:
         raise ClearError(
             f"params: source.{key} = {path} is not below {RAW}, where DVC notices when data changes; move it there, or "
-            f"`ln -s {place.absolute()} {RAW}/` and name the link."
+            f"link its files with `cp -rs {place.absolute()} $PWD/{RAW}/` and name that folder."
         )
     if not place.exists():
         raise ClearError(f"params: source.{key} = {path}: nothing is there; put the data there or correct the path.")
+    for link in _linked_folders(place):
+        raise ClearError(
+            f"{link} is a link to a folder, into which DVC does not look; remove it and link the files instead: "
+            f"`cp -rs {link.resolve()} $PWD/{link}`."
+        )
     from clear.sources import folder, llava_onevision, lmudata
 
     reader = {"folder": folder, "llava_onevision": llava_onevision, "lmudata": lmudata}[kind]
     items = examined(reader.rows(place), rules, workers)
     return tqdm(items, desc=f"source {place.name}", total=reader.count(place), unit="row", mininterval=1)
+
+
+def _linked_folders(place: Path) -> Iterator[Path]:
+    """Links to folders on the way from data/raw to a place, and below it; data/raw itself may be one."""
+    steps = place.absolute().relative_to(RAW.absolute()).parts
+    yield from (p for i in range(len(steps)) if (p := RAW.joinpath(*steps[: i + 1])).is_symlink() and p.is_dir())
+    for folder, names, _ in os.walk(place):
+        yield from (Path(folder, name) for name in names if Path(folder, name).is_symlink())
 
 
 def _noting(found: Iterable[Examined | Reject], pixels: set[bytes]) -> Iterator[Examined | Reject]:

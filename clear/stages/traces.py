@@ -34,6 +34,11 @@ def run(config: Config) -> None:
 
     degraded = list(read_samples("data/degraded/sft"))
     asked = [(i, q) for i, s in enumerate(degraded) for q in s.questions[: config.traces.questions]]
+    blind = next((q.id for _, q in asked if not q.evidence), None)
+    if config.traces.kind == "oracle" and blind is not None:
+        raise ClearError(
+            f"traces: question {blind} brings no evidence, so that no trace can be composed; set traces.kind = teacher."
+        )
     answerer = Answerer.load(model_folder("base", config), config)
     step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
     # Without a clean partner there is neither a clean image to show nor one to restore.
