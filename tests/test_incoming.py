@@ -24,10 +24,12 @@ from clear.cli import app
 from clear.degradation.corruptions import corrupt
 from clear.errors import ClearError
 from clear.records import INCOMING, decode_image, encode_image, read_samples, write_samples
+from clear.report import tables
 from clear.scratch import run
 from clear.sources import incoming, intake
 from clear.sources.scenes import scenes
 from clear.stages import degrade, mmd_bench, validate
+from clear.stages.report import read_beyond
 from clear.validation.incoming import check
 from clear.validation.incoming import lines as words
 from tests.conftest import ROOT, git
@@ -374,14 +376,23 @@ def test_predictions_keep_incoming_rows_apart(tmp_path):
         return base | labels | said
 
     rows = [row("a", "clean", "clean", True), row("b", "clean", "clean", False)]
-    file = tmp_path / "base.parquet"
+    file = tmp_path / "predictions" / "base.parquet"
     predictions.write(file, rows)
     plain = predictions.read(file)
-    predictions.write(file, [*rows, row("c", "road", INCOMING, True), row("d", "road", INCOMING, True)])
+    came = [row("c", "road", INCOMING, True), row("d", "road", INCOMING, True)]
+    predictions.write(file, [*rows, *came, row("a", "+rain", "low", True), row("a", "+rain", "high", False)])
     pd.testing.assert_frame_equal(predictions.read(file), plain)
     assert predictions.incoming_metrics(predictions.read_incoming(file)) == {
         "road": {"accuracy": 1.0, "call_rate": 0.0, "images": 2, "questions": 2, "no_answer": 0}
     }
+    further = predictions.extra_metrics(predictions.read_extra(file))["rain"]
+    assert [further[level]["accuracy"] for level in ("low", "high")] == [1.0, 0.0]
+    table = tables.beyond(read_beyond(tmp_path, ["base"]))
+    assert table.rows == [
+        ["road", "2", "100.0"],
+        ["rain, low", "1", "100.0"],
+        ["rain, hard", "1", "0.0"],
+    ]
 
 
 DVC_STAGES = """

@@ -63,6 +63,7 @@ class Inputs:
 
     `frames` {model: predictions}, `claims` decided on them, `curves` {stage: frame of data/plots/<stage>.csv},
     `stage_metrics` {name: data/metrics/<name>.json}, `records` {stage: run record}, `examples` from gallery.collect.
+    `beyond` {model: {row: figures}} for what is no part of MMD-Bench.
     """
 
     profile: str
@@ -73,6 +74,7 @@ class Inputs:
     records: dict[str, dict]
     examples: list["gallery.Example"]
     bootstrap: Bootstrap
+    beyond: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
 def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
@@ -98,6 +100,8 @@ def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
         _data(inputs.stage_metrics),
         _reproduce(inputs.profile),
     ]
+    if inputs.beyond:
+        sections.insert(3, Section("Beyond MMD-Bench", [tables.beyond(inputs.beyond)]))
     return lines, sections
 
 

@@ -6,6 +6,7 @@ data/metrics/summary.json (the few figures that `dvc metrics diff` compares) and
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def run(config: Config, data: Path = Path("data")) -> None:
         records=records,
         examples=gallery.collect(frames, data / "bench" / "degraded", config.report.pictures),
         bootstrap=bootstrap,
+        beyond=read_beyond(data, frames),
     )
     render.write(inputs, report_dir())
     write_json(data / "metrics" / "report.json", to_json(claims, frames, bootstrap))
@@ -75,6 +77,22 @@ def read_frames(data: Path) -> dict[str, "pd.DataFrame"]:
     """The predictions that are there, by model in the order of the report."""
     files = {model: data / "predictions" / f"{model}.parquet" for model in predictions.MODELS}
     return {model: predictions.read(file) for model, file in files.items() if file.exists()}
+
+
+def read_beyond(data: Path, models: Iterable[str]) -> dict[str, dict[str, dict]]:
+    """{model: {row: figures}} outside MMD-Bench: one row per set that came degraded, and per further degradation and
+    level. Empty where there is neither."""
+    from clear.report.claims import LEVELS
+
+    found = {}
+    for model in models:
+        file = data / "predictions" / f"{model}.parquet"
+        further = predictions.extra_metrics(predictions.read_extra(file))
+        rows = {f"{name}, {LEVELS[level]}": figures for name, row in further.items() for level, figures in row.items()}
+        rows = predictions.incoming_metrics(predictions.read_incoming(file)) | rows
+        if rows:
+            found[model] = rows
+    return found
 
 
 def read_curves(data: Path) -> dict[str, "pd.DataFrame"]:
