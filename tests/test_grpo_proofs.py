@@ -83,7 +83,9 @@ def brightness(model, prompts, trigger, sampled) -> torch.Tensor:
         return denoise(model, rows.cache, rows.rope, (3, 3), noise, replace(sampled, sigma=0.0)).x0.mean((1, 2))
 
 
-@pytest.mark.parametrize("choice", ["random", "window", "all"])
+@pytest.mark.parametrize(
+    "choice", ["window", pytest.param("random", marks=pytest.mark.slow), pytest.param("all", marks=pytest.mark.slow)]
+)
 def test_a_reward_on_the_latents_alone_is_reached_through_the_image_loss_alone(tmp_path, monkeypatch, choice):
     def planted(model, tokenizer, prompts, trajectories, questions, scored, batch):
         return [t.restorations[-1].x0.mean().item() for t in trajectories]
@@ -224,5 +226,5 @@ def test_the_stop_rule_ends_the_run_with_the_best_weights(tmp_path, monkeypatch)
     done = module.train(run, model, tokenizer, prompts, questions, OPTIONS, holdout)
     assert done.stopped and done.steps == 4 and len(truth) == 4
     assert torch.equal(weights, truth[1]) and not torch.equal(truth[1], truth[3])
-    assert done.seconds_per_step.keys() == {"rollout", "reward", "update"}
+    assert done.seconds_per_step.keys() == {"rollout", "reward", "update", "holdout"}
     assert all(value > 0 for value in done.seconds_per_step.values())

@@ -95,7 +95,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         self.measured: Callable[[float], None] | None = None
         self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
         self.rollout: list[Trajectory] = []
-        self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0}
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0, "holdout": 0.0}
         super().__init__(
             model=policy,
             reward_funcs=_no_reward,
@@ -129,7 +129,9 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         numbers = [int(row["prompt"]) for row in inputs[::group]]
         bagel = self.sharded.whole() if self.sharded else self.accelerator.unwrap_model(self.model).bagel
         if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
+            asked = time.perf_counter()
             accuracy = self.holdout(bagel)
+            self.seconds["holdout"] += time.perf_counter() - asked
             self._metrics["train"]["accuracy_holdout"].append(accuracy)
             if self.measured is not None:
                 self.measured(accuracy)
@@ -244,9 +246,9 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """trl's, timed; the rollout that the first slice of a step asks for is timed apart."""
-        begun, apart = time.perf_counter(), self.seconds["rollout"] + self.seconds["reward"]
+        begun, apart = time.perf_counter(), sum(self.seconds.values())
         loss = super().training_step(model, inputs, num_items_in_batch)
-        apart = self.seconds["rollout"] + self.seconds["reward"] - apart
+        apart = sum(self.seconds.values()) - apart
         self.seconds["update"] += time.perf_counter() - begun - apart
         return loss
 
@@ -334,7 +336,7 @@ def _no_reward(completions, **_) -> list[float]:
 class Done:
     """How a run ended: optimiser steps, and whether the stop rule ended it (the weights are then the best measured).
 
-    seconds_per_step: of a step in this process, by part: rollout, reward, update.
+    seconds_per_step: of a step in this process, by part: rollout, reward, update, holdout.
     """
 
     steps: int
