@@ -83,6 +83,8 @@ def _train(folder: Path, rank: int, adapters: bool, ema: float, stop_after: int 
     config = from_dict(compose([*overrides, "runtime.precision=float32"]))
     config.runtime.gradient_checkpointing = adapters
     model, tokenizer = tiny_model("direct")
+    if rank and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
+        model = model.to("meta")  # the first process has the weights
     if adapters:
         torch.manual_seed(4)
         lora.attach(model, Lora(2, 4.0, 0.0, ["q_proj", "v_proj", "down_proj"], "both"))

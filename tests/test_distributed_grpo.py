@@ -54,6 +54,8 @@ def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dic
     usual = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
     config = from_dict(compose([*usual, *small, *(f"{k}={v}" for k, v in more.items())]))
     model, tokenizer = tiny_model("direct")
+    if rank and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
+        model = model.to("meta")  # the first process has the weights
     trainable(model)
     prompts = tiny_prompts(tokenizer, 6)
     questions = [Question(str(i), "test", "a b", "abcdef"[i]) for i in range(6)]

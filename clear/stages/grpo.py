@@ -22,7 +22,7 @@ def run(config: Config) -> None:
     from clear.training.parallel import rank
     from clear.training.trainer import StageRun
 
-    start = incoming(model_folder("bridge", config), config)
+    start = incoming(model_folder("bridge", config), config, whole=False)
     model, tokenizer = start.model, start.tokenizer
     lora.set_dropout(model, 0.0)
     answerer = Answerer(model, start.vae, tokenizer, config)
