@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from clear.config import Lora, compose, from_dict
 from clear.errors import ClearError
-from clear.model import flow, lora
+from clear.model import checkpoint, flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.checkpoint import MODEL, fingerprint, load_bagel, save_bagel
 from clear.model.mot import LlmConfig
@@ -361,8 +361,14 @@ def test_a_save_that_breaks_leaves_the_old_adapter(folders, tmp_path, monkeypatc
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_of_several_sharding_processes_only_the_first_reads_the_weights(folders, config, monkeypatch, number):
-    """The others hold no byte of the model, but its shapes and types, and the autoencoder."""
-    base = folders[0]
+    """The others read no byte of the model, but the autoencoder; their parameters have shape, type and an address."""
+    base, read, original = folders[0], [], checkpoint._tensors
+
+    def reading(file, *rest):
+        read.append(file.name)
+        return original(file, *rest)
+
+    monkeypatch.setattr(checkpoint, "_tensors", reading)
     config.lora.rank = 0
     for name, value in {"ACCELERATE_USE_FSDP": "true", "RANK": str(number)}.items():
         monkeypatch.setenv(name, value)
@@ -370,8 +376,10 @@ def test_of_several_sharding_processes_only_the_first_reads_the_weights(folders,
     for efficient in ("true", "false"):
         monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
         for whole in (False, True):
+            read.clear()
             start = incoming(base, config, whole=whole)
-            assert all(p.dtype == torch.float32 for p in start.model.parameters())
-            assert all(p.device.type == "cpu" for p in start.vae.parameters())
-            places.append({p.device.type for p in start.model.parameters()})
-    assert places == [{"meta" if number else "cpu"}, {"cpu"}, {"cpu"}, {"cpu"}]
+            values = list(start.model.parameters())
+            assert {(p.dtype, p.device.type) for p in [*values, *start.vae.parameters()]} == {(torch.float32, "cpu")}
+            assert len({p.data_ptr() for p in values}) == len(values) and "ae.safetensors" in read
+            places.append(MODEL in read)
+    assert places == [not number, True, True, True]

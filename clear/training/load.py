@@ -85,6 +85,8 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
         lora.attach(model, config.lora)
         given = base is not None and Path(base) == Path(folder) and MANIFEST.exists()
         files = json.loads(MANIFEST.read_text())["files"] if given else fingerprint(folder)
+    if start == "meta":
+        model.to_empty(device="cpu")  # never touched, so no memory; accelerate tells parameters apart by their address
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files)
