@@ -43,8 +43,9 @@ def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
     """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`."""
     from clear.config import load
     from clear.stages.paths import stage_run
+    from clear.stages.weights import with_local_weights
 
-    config = load()
+    config = with_local_weights(load(), name)
     with stage_run(name):
         importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
 
@@ -183,6 +184,7 @@ def ask(
     """Ask a trained model about one image."""
     from clear.config import load
     from clear.records import encode_image
+    from clear.stages.weights import with_local_weights
 
     if restore not in ("auto", "always", "never"):
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
@@ -190,7 +192,8 @@ def ask(
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
     if not model.is_dir():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
-    answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, load())
+    config = with_local_weights(load(), "ask")
+    answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
     typer.echo(answer.trace)
     typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
     typer.echo(f"answer: {answer.answer}")

@@ -87,6 +87,7 @@ def _train(folder: Path, rank: int, adapters: bool, ema: float, stop_after: int 
         torch.manual_seed(4)
         lora.attach(model, Lora(2, 4.0, 0.0, ["q_proj", "v_proj", "down_proj"], "both"))
         model.language_model.gradient_checkpointing = True
+    forget(model, rank)
     trainable(model)
     torch.manual_seed(5)
     inputs = Path(folder).parent / "input.txt"
@@ -103,6 +104,13 @@ def _train(folder: Path, rank: int, adapters: bool, ema: float, stop_after: int 
         (folder / "wrapped.json").write_text(json.dumps(wrapped))
         save_file({k: v.contiguous() for k, v in model.state_dict().items()}, folder / "weights.safetensors")
     run.finish(folder / f"curve_{rank}.csv")
+
+
+def forget(model: Bagel, rank: int) -> None:
+    """Under the shipped settings only the first process has weights (`load.incoming`); the others' are overwritten."""
+    if rank and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
+        for value in model.parameters():
+            value.data = torch.full_like(value, torch.nan)
 
 
 def _worker(rank: int, world: int, port: int, sharded: bool, job: tuple) -> None:

@@ -21,7 +21,7 @@ from clear.records import Question
 from clear.training.load import trainable
 from clear.training.trainer import StageRun
 from tests.conftest import ROOT
-from tests.test_distributed import Interrupted, _shard_on_cpu, fsdp_environment
+from tests.test_distributed import Interrupted, _shard_on_cpu, forget, fsdp_environment
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=3, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=6, batch=64)
@@ -54,6 +54,7 @@ def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dic
     usual = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
     config = from_dict(compose([*usual, *small, *(f"{k}={v}" for k, v in more.items())]))
     model, tokenizer = tiny_model("direct")
+    forget(model, rank)
     trainable(model)
     prompts = tiny_prompts(tokenizer, 6)
     questions = [Question(str(i), "test", "a b", "abcdef"[i]) for i in range(6)]

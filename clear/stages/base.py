@@ -6,7 +6,7 @@ import torch
 
 from clear.config import Config
 from clear.errors import ClearError
-from clear.records import file_sha256, read_samples, write_json
+from clear.records import read_samples, write_json
 from clear.runtime import apply_runtime
 
 OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
@@ -72,10 +72,10 @@ def run(config: Config) -> None:
 
 def _manifest(folder: Path) -> None:
     """List the files of a checkpoint folder with their hashes; the weights stay where they are."""
-    from clear.model.checkpoint import read_config
+    from clear.model.checkpoint import fingerprint, read_config
 
     read_config(folder)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.glob("*.*"))}
+    files = fingerprint(folder)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})
     write_json(METRICS, {"files": len(files)})

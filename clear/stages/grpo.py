@@ -47,7 +47,7 @@ def prepare(config: Config) -> Work:
     from clear.training.load import incoming, trainable
 
     s, g = config.sampling, config.grpo
-    start = incoming(model_folder("bridge", config), config)
+    start = incoming(model_folder("bridge", config), config, whole=False)
     model, tokenizer = start.model, start.tokenizer
     lora.set_dropout(model, 0.0)
     answerer = Answerer(model, start.vae, tokenizer, config)

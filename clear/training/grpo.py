@@ -138,6 +138,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         seed = int(torch.randint(2**31, (1,)))
         if self.own_streams:  # the processes' own random states differ
             seed = self.args.seed * 2**20 + self.state.global_step
+            torch.manual_seed(seed)  # trl's shuffling of the slices
         generator = torch.Generator().manual_seed(seed)
         prompts = [self.prompts[i] for i in numbers]
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""GRPO on sharded weights (FSDP2): a whole copy for the rollouts, and a reference that is sharded like the policy.
+"""Sharded weights (FSDP2): how a process was launched, and what GRPO needs beside: a whole copy and a reference.
 
 Sharded layers are gathered when they compute, by all processes together, which holds for scoring and for no rollout:
 each takes as many forwards as its own longest reply has tokens. `Policies.whole` therefore gathers every weight once
@@ -23,6 +23,11 @@ from clear.model.mot import LanguageModel
 def enabled() -> bool:
     """Whether this process was launched to shard its weights."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def from_first() -> bool:
+    """Whether only the first process needs the weights, and gives the others their shards."""
+    return os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() == "true"
 
 
 def empty_copy(module: nn.Module) -> nn.Module:

@@ -244,7 +244,10 @@ class Ema(TrainerCallback):
             self._mean[name].lerp_(value.float(), 1 - self._decay)
 
     def on_save(self, args, state, control, **_) -> None:
-        found = {name: whole(value) for name, value in self._mean.items()}
+        found = {}
+        for name, value in self._mean.items():
+            full = whole(value)  # all processes take part, one keeps it
+            found |= {name: full} if rank() == 0 else {}
         if rank() == 0:
             save_file(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
 
@@ -412,11 +415,16 @@ def _always_both_experts(objective: Objective, sharded: bool) -> None:
 
 
 def _unshard(module: nn.Module) -> None:
-    """Replace sharded parameters by whole ones on the CPU; the module can then be saved, in every process."""
+    """Replace sharded parameters by whole ones on the first process's CPU, which can then save the module.
+
+    The others keep none: a host has no room for as many whole models as it has GPUs.
+    """
     for part in module.modules():
         for name, value in list(part._parameters.items()):
             if isinstance(value, DTensor):
-                part._parameters[name] = nn.Parameter(whole(value), requires_grad=value.requires_grad)
+                full = value.detach().full_tensor()
+                full = full.to("cpu" if rank() == 0 else "meta")
+                part._parameters[name] = nn.Parameter(full, requires_grad=value.requires_grad)
 
 
 def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:
