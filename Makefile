@@ -17,10 +17,10 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro test test-all lint format bench params check clean
+.PHONY: help venv repro test test-all lint format bench params check remote deploy prefect-local clean
 
 help:  ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY)  ## install everything into .venv (PYTHON=… names an interpreter)
 
@@ -57,6 +57,15 @@ params: $(READY)  ## compose params.yaml from clear/conf
 
 check: $(READY)  ## compare dvc.lock with parameters, code and committed results (needs no data)
 	@python -m clear check
+
+remote: $(READY)  ## keep data in S3: BUCKET=bucket/prefix [ENDPOINT=url]; keys and region come from the AWS environment
+	@python -m infra.remote "$(BUCKET)" "$(ENDPOINT)"
+
+deploy: $(READY)  ## send flows, schedules and the zombie automation to the Prefect API of PREFECT_API_URL
+	@python -m flows.deploy
+
+prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C
+	@python -m flows.local $(PORT)
 
 clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
 	@rm -rf .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info

@@ -1,22 +1,74 @@
 """The pipeline as a Prefect flow: one task per DVC stage, in graph order.
 
-Run it with `python -m flows.pipeline` (no server needed) or deploy it. Each task is `dvc repro --single-item <stage>`,
-so DVC alone decides what is up to date; Prefect's own result caching is off. Tasks run one after the other, because
-a DVC workspace has one writer; parallelism lives inside the stages.
+Run it with `python -m flows.pipeline` (no server needed) or deploy it with `make deploy`. Each task is
+`dvc repro --single-item <stage>`, so DVC alone decides what is up to date; Prefect's own result caching is off. Tasks
+run one after the other, because a DVC workspace has one writer: the flow holds the workspace's writer lock
+(clear/writer.py) for as long as it lives. Parallelism lives inside the stages. With a default DVC remote, what is
+missing is pulled first and what a stage made is pushed after it. Commands run under a supervisor that ends them when
+the flow ends, however it ends (flows/children.py).
 """
 
-import subprocess
+import argparse
+import os
+import signal
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.states import Completed, State
+from prefect.exceptions import CancelledRun
+from prefect.logging.loggers import LoggingAdapter
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, State
 
 from clear.errors import ClearError
+from clear.stages.paths import profile
+from clear.writer import Busy, writer
+from flows import children
+from flows.artifacts import metrics_table, picture
 
-LOCK_CONTENTION = "Unable to acquire lock"
+if TYPE_CHECKING:
+    from dvc.stage import Stage
+
+LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
+NETWORK = (
+    "Could not connect to the endpoint",
+    "Connect timeout on endpoint",
+    "Read timeout on endpoint",
+    "Connection was closed before we received a valid response",
+    "Connection reset by peer",
+    "Connection refused",
+    "Network is unreachable",
+    "Temporary failure in name resolution",
+    "Name or service not known",
+)
+
+
+class Temporary(ClearError):
+    """A command failed for a reason that may pass: another DVC process, or the network."""
+
+
+def _may_pass(task_, run, state) -> bool:
+    """Retry only what may pass by itself: a stage that failed would fail again."""
+    return Temporary.__name__ in str(state.message)
+
+
+retrying = {
+    "cache_policy": NO_CACHE,
+    "persist_result": False,
+    "retries": 3,
+    "retry_delay_seconds": [20, 60, 180],
+    "retry_condition_fn": _may_pass,
+}
+
+
+def address(stage: "Stage", workspace: Path) -> str:
+    """How DVC calls a stage inside the workspace; its own `addressing` depends on the working directory."""
+    file, name = os.path.relpath(stage.path, workspace), getattr(stage, "name", None)
+    return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
 
 def stages_in_order(workspace: Path) -> list[str]:
@@ -26,47 +78,186 @@ def stages_in_order(workspace: Path) -> list[str]:
 
     with Repo(str(workspace)) as repo:
         graph = networkx.reverse_view(repo.index.graph)
-        ordered = networkx.lexicographical_topological_sort(graph, key=lambda stage: stage.addressing)
-        return [stage.addressing for stage in ordered]
+        ordered = networkx.lexicographical_topological_sort(graph, key=lambda stage: address(stage, workspace))
+        return [address(stage, workspace) for stage in ordered]
 
 
-def _retry_on_lock(task_, run, state) -> bool:
-    """Retry only when another process held DVC's lock: a failed stage would fail again."""
-    return LOCK_CONTENTION in str(state.message)
+def remote_of(workspace: Path) -> str | None:
+    """Name of the default DVC remote of a workspace, or None."""
+    from dvc.repo import Repo
+
+    with Repo(str(workspace)) as repo:
+        return repo.config["core"].get("remote")
 
 
-@task(cache_policy=NO_CACHE, persist_result=False, retries=3, retry_delay_seconds=20, retry_condition_fn=_retry_on_lock)
-def reproduce(stage: str, workspace: Path) -> State:
-    """Reproduce one stage; its output becomes log lines and its state says whether it ran."""
-    logger = get_run_logger()
-    command = [sys.executable, "-m", "dvc", "repro", "--single-item", stage]
-    lines = []
-    with subprocess.Popen(
-        command, cwd=workspace, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
-    ) as process:
-        for line in process.stdout:
-            if line.strip():
-                lines.append(line.strip())
-                logger.info(lines[-1])
-    if process.returncode:
-        raise ClearError(f"stage {stage} failed: {' | '.join(lines[-3:]) or 'no output'}")
-    cached = any("didn't change, skipping" in line for line in lines)
+def missing_outputs(workspace: Path, stages: list[str] | None = None) -> list[str]:
+    """Cached outputs that dvc.lock knows and the workspace lacks; with `stages`, only their outputs and inputs."""
+    from dvc.repo import Repo
+
+    with Repo(str(workspace)) as repo:
+        chosen = [stage for stage in repo.index.stages if stages is None or address(stage, workspace) in stages]
+        near = {item.fs_path for stage in chosen for item in (*stage.outs, *stage.deps)}
+        lacking = [
+            out.fs_path
+            for out in repo.index.outs
+            if out.use_cache and out.hash_info and out.fs_path in near and not Path(out.fs_path).exists()
+        ]
+    return sorted(os.path.relpath(path, workspace) for path in lacking)
+
+
+def environment(workspace: Path) -> dict[str, str]:
+    """Environment of the commands: this interpreter first on PATH, output unbuffered, the workspace's CLEAR_HOME."""
+    home = os.environ.get("CLEAR_HOME") if workspace == Path.cwd() else None
+    return os.environ | {
+        "CLEAR_HOME": home or str(workspace / ".clear"),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def command_lock(workspace: Path) -> Path:
+    """Held while a command of a flow runs in the workspace, also by one that a killed flow has left behind."""
+    return workspace / ".clear" / "command.lock"
+
+
+def dvc(arguments: list[str], workspace: Path, say: Callable[[str], None]) -> list[str]:
+    """Run a DVC command in the workspace and return its last lines of output.
+
+    Raises Temporary where another DVC process or the network was in the way, else ClearError with the last lines.
+    """
+    lock = command_lock(workspace)
+    lock.parent.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "dvc", *arguments]
+    status, lines = children.run(command, workspace, environment(workspace), say, lock)
+    if status:
+        said = " | ".join(lines[-3:]) or "no output"
+        kind = Temporary if any(sign in line for line in lines[-30:] for sign in LOCKED + NETWORK) else ClearError
+        raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {said}")
+    return lines
+
+
+@task(task_run_name="pull", **retrying)
+def pull(workspace: Path, stages: list[str] | None = None) -> State:
+    """Fetch what the workspace lacks from its remote; what the remote lacks too is left for the stages to make."""
+    remote = remote_of(workspace)
+    if remote is None:
+        return Completed(name="Skipped", message="no default DVC remote: nothing is pulled or pushed (`make remote`).")
+    missing = missing_outputs(workspace, stages)
+    if not missing:
+        return Completed(name="Cached", message="no output is missing.")
+    dvc(["pull", "--allow-missing", *missing], workspace, get_run_logger().info)
+    still = [name for name in missing if not (workspace / name).exists()]
+    found = f"{len(missing) - len(still)} of {len(missing)} missing outputs fetched from {remote}"
+    return Completed(name="Ran", message=found + (f"; it has no {', '.join(still)}" if still else ""))
+
+
+@task(task_run_name="push", **retrying)
+def push(workspace: Path, stages: list[str] | None = None) -> State:
+    """Send the outputs of the named stages (default: all) to the remote."""
+    lines = dvc(["push", *(stages or [])], workspace, get_run_logger().info)
+    return Completed(name="Ran", message=lines[-1] if lines else "pushed")
+
+
+@task(task_run_name="{stage}", **retrying)
+def reproduce(stage: str, workspace: Path, force: bool = False) -> State:
+    """Reproduce one stage, with `force` even if it is up to date; its output becomes log lines.
+
+    The state's name says whether the stage ran or was up to date.
+    """
+    try:
+        lines = dvc(
+            ["repro", "--single-item", *(["--force"] if force else []), stage], workspace, get_run_logger().info
+        )
+    except ClearError as error:
+        raise type(error)(f"stage {stage} failed: {error}") from error
+    signs = (f"Stage '{stage}' didn't change, skipping", f"Stage '{stage}' is cached - skipping run")
+    cached = any(line.startswith(signs) for line in lines)
     return Completed(name="Cached" if cached else "Ran", message=f"{stage}: {'up to date' if cached else 'ran'}")
 
 
-@flow(name="pipeline", log_prints=True)
-def pipeline(workspace: str = ".", stages: Iterable[str] | None = None) -> dict[str, str]:
-    """Reproduce all stages (or the named ones) of a workspace; returns {stage: "Ran" or "Cached"}."""
+@flow(name="pipeline")
+def pipeline(
+    workspace: str = ".", stages: list[str] | None = None, when_busy: Literal["wait", "leave"] = "wait"
+) -> dict[str, str]:
+    """Reproduce all stages (or the named ones) of a workspace; returns {stage: "Ran" or "Cached"}.
+
+    If another run writes to the workspace, wait for it or leave (the flow run then ends Cancelled and says who it is).
+    """
     folder = Path(workspace).resolve()
     if not (folder / "dvc.yaml").exists():
         raise ClearError(f"{folder} has no dvc.yaml; name the project's folder as `workspace`.")
-    outcome = {}
-    for stage in list(stages) if stages is not None else stages_in_order(folder):
-        outcome[stage] = reproduce(stage, folder, return_state=True)
-        if not outcome[stage].is_completed():
-            return outcome[stage]
-    return {stage: state.name for stage, state in outcome.items()}
+    logger = get_run_logger()
+    try:
+        with writer(folder, when_busy, f"flow run {flow_run.name}", logger.info):
+            return _reproduce_all(folder, stages, logger)
+    except Busy as busy:
+        logger.warning(str(busy))
+        return Cancelled(message=str(busy))
+
+
+def _reproduce_all(folder: Path, stages: list[str] | None, logger: LoggingAdapter) -> dict[str, str]:
+    """Stage → "Ran" or "Cached"; raises what the first task that failed raised."""
+    pulled = pull(folder, stages, return_state=True)
+    pulled.result()
+    logger.info(pulled.message)
+    remote = pulled.name != "Skipped"
+    done = {}
+    for stage in stages if stages is not None else stages_in_order(folder):
+        state = reproduce(stage, folder, return_state=True)
+        state.result()
+        done[stage] = state.name
+        if remote and state.name == "Ran":
+            # Failing here costs nothing yet: the push below, which counts, tries again.
+            push(folder, [stage], return_state=True)
+    if remote:
+        push(folder, stages)
+    publish(folder, done)
+    return done
+
+
+def publish(folder: Path, done: dict[str, str]) -> None:
+    """Show the figures and the picture of the result as artifacts of this flow run."""
+    create_markdown_artifact(metrics_table(folder, done), "metrics", f"Figures in {folder}")
+    shown = picture(Path(environment(folder)["CLEAR_HOME"]).parent / "data/report", folder)
+    if shown is None:
+        get_run_logger().info("no picture: the report has not been rendered on this machine.")
+    else:
+        create_markdown_artifact(shown, "picture", f"Plot of the report of profile {profile(folder)}")
+
+
+def end_on_sigterm() -> None:
+    """Let SIGTERM end this program in order.
+
+    Prefect hands the signal on to this handler; without one its temporary server would be left behind.
+    """
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    signal.signal(signal.SIGTERM, leave)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the flow here and now; 0 done, 1 failed with one line, 3 left because the workspace is busy."""
+    parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Reproduce the pipeline.")
+    parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
+    parser.add_argument("--stage", action="append", dest="stages", help="only this stage; may be repeated")
+    parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another run writes there")
+    given = parser.parse_args(arguments)
+    end_on_sigterm()
+    try:
+        pipeline(given.workspace, given.stages, given.when_busy)
+    except CancelledRun as left:
+        print(left, file=sys.stderr)
+        return 3
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
+        return 130
+    return 0
 
 
 if __name__ == "__main__":
-    pipeline(*sys.argv[1:2])
+    sys.exit(main())

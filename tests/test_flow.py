@@ -1,31 +1,369 @@
-"""The Prefect flow runs the stages of a real DVC project in order, says what was cached, and stops at a failure."""
+"""What the flows stand on, without a Prefect server: one writer per workspace, no process outlives a flow, tables."""
 
+import base64
+import contextlib
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import psutil
 import pytest
-from prefect.testing.utilities import prefect_test_harness
+import yaml
 
-from flows.pipeline import pipeline, stages_in_order
+from clear.errors import ClearError
+from clear.stages.paths import profile
+from clear.writer import Busy, holder, lock_file, writer
+from flows import benchmark, children, pipeline
+from flows.artifacts import metrics_table, picture
+from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
+from tests.conftest import ROOT, git
 
-
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with prefect_test_harness(server_startup_timeout=60):
-        yield
-
-
-def test_stages_come_after_what_they_depend_on(project):
-    order = stages_in_order(project)
-    assert len(order) == len(set(order)) >= 2
-    assert order.index("source") < max(i for i, name in enumerate(order) if name.startswith("evaluate"))
+GONE_WITHIN = 10
 
 
-def test_a_second_run_is_cached(project):
-    (project / "code/source.txt").write_text("changed")
-    first = pipeline(str(project))
-    assert "Ran" in first.values()
-    assert set(pipeline(str(project)).values()) == {"Cached"}
+def python(code: str, *arguments: str, **options) -> subprocess.Popen:
+    """Run Python code with the project on its path."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], env=environment, text=True, stdout=subprocess.PIPE, **options
+    )
 
 
-def test_a_failing_stage_ends_the_flow_and_names_itself(project):
-    (project / "code/source.txt").unlink()
-    with pytest.raises(Exception, match="stage source failed"):
-        pipeline(str(project))
+def alive(pid: int) -> bool:
+    """Whether a process runs; one that is dead and waits to be reaped does not."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def wait_until(condition, seconds: float, what: str):
+    """Poll until `condition()` is true and return it; fail with `what` after `seconds`."""
+    end = time.monotonic() + seconds
+    while not (found := condition()):
+        assert time.monotonic() < end, f"not within {seconds} s: {what}"
+        time.sleep(0.05)
+    return found
+
+
+# The workspace's writer lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from clear.writer import writer
+with writer(Path(sys.argv[1]), label="the holder"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A process that holds the writer lock of `tmp_path` until its stdin is closed."""
+    with python(HOLD, str(tmp_path), stdin=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_writer_leaves_and_says_who_holds_the_workspace(held, tmp_path):
+    started = time.strftime("%Y-%m-%dT", time.gmtime())
+    with pytest.raises(Busy) as refused, writer(tmp_path, "leave"):
+        pass
+    for word in (str(tmp_path), f"process {held.pid} ", f"since {started}", "(the holder)", "-c"):
+        assert word in str(refused.value)
+
+
+def test_a_second_writer_waits_for_the_first_and_says_so_once(held, tmp_path):
+    said = []
+    threading.Timer(2.5, held.stdin.close).start()
+    begun = time.monotonic()
+    with writer(tmp_path, "wait", say=said.append):
+        assert time.monotonic() - begun > 2
+        assert f"process {os.getpid()} " in holder(tmp_path)
+    assert len(said) == 1 and f"process {held.pid} " in said[0] and "waiting" in said[0]
+    assert lock_file(tmp_path).read_text() == ""
+
+
+def test_the_lock_of_a_killed_writer_is_free(held, tmp_path):
+    held.kill()
+    held.wait()
+    assert f"process {held.pid} " in holder(tmp_path), "its text is still there"
+    with writer(tmp_path, "leave"):
+        pass
+
+
+FORK = """
+import os, subprocess, sys, time
+from pathlib import Path
+from clear.writer import writer
+with writer(Path(sys.argv[1])):
+    child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    up, told = os.pipe()
+    fork = os.fork()
+    if not fork:
+        os.write(told, b"up")
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+    os.read(up, 2)
+    print(child.pid, fork, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_no_child_inherits_the_lock(tmp_path):
+    with python(FORK, str(tmp_path), stdin=subprocess.PIPE) as process:
+        children_ = [int(word) for word in process.stdout.readline().split()]
+        try:
+            process.kill()
+            process.wait()
+            assert all(alive(pid) for pid in children_)
+            with writer(tmp_path, "leave"):
+                pass
+        finally:
+            for pid in children_:
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_the_same_process_cannot_write_twice_and_an_unknown_choice_is_refused(tmp_path):
+    with writer(tmp_path), pytest.raises(Busy, match=f"process {os.getpid()} "), writer(tmp_path, "leave"):
+        pass
+    with pytest.raises(ClearError, match="when_busy = 'stay': choose one of wait, leave"), writer(tmp_path, "stay"):
+        pass
+
+
+# Commands of a flow
+
+STUBBORN = """
+import pathlib, signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(90)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
+pathlib.Path(sys.argv[1]).write_text(str(child.pid))
+print("up", flush=True)
+time.sleep(90)
+"""
+RUN = """
+import os, signal, sys
+from pathlib import Path
+from flows import children
+def leave(*_): raise SystemExit(1)
+signal.signal(signal.SIGTERM, leave)
+say = lambda line: print(line, flush=True)
+command = [sys.executable, "-c", sys.argv[1], sys.argv[2]]
+children.run(command, Path(sys.argv[2]).parent, dict(os.environ), say, Path(sys.argv[2]).parent / "lock")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_commands_that_ignore_sigterm_are_gone_with_the_flow_and_the_next_one_waits_for_that(tmp_path, number):
+    file = tmp_path / "pid"
+    with python(RUN, STUBBORN, str(file), process_group=0) as process:
+        assert process.stdout.readline() == "up\n"
+        family = psutil.Process(process.pid).children(recursive=True)
+        assert int(file.read_text()) in {one.pid for one in family} and len(family) == 3
+        os.killpg(process.pid, number)
+        begun = time.monotonic()
+        said = []
+        status, _ = children.run(["echo", "next"], tmp_path, dict(os.environ), said.append, tmp_path / "lock")
+        assert (status, said) == (0, ["next"])
+        assert not [one for one in family[1:] if alive(one.pid)], "the next command started before they were gone"
+        assert time.monotonic() - begun < GONE_WITHIN
+
+
+def test_a_command_leaves_nothing_behind_when_it_ends_by_itself(tmp_path):
+    code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
+    status, lines = children.run([sys.executable, "-c", code], tmp_path, dict(os.environ), lambda line: None)
+    assert status == 0 and not alive(int(lines[0]))
+
+
+def test_lines_arrive_while_the_command_runs_and_progress_is_thinned_out(tmp_path):
+    code = "import time\nprint('first', flush=True)\ntime.sleep(1)\n"
+    code += "for i in range(50): print(i, end='\\r', flush=True)\nprint()\nprint('last')\nraise SystemExit(3)"
+    seen = []
+    status, kept = children.run(
+        [sys.executable, "-c", code], tmp_path, dict(os.environ), lambda line: seen.append((time.monotonic(), line))
+    )
+    assert status == 3
+    assert [line for _, line in seen] == kept == ["first", "49", "last"], "only the last state of the bar"
+    assert seen[1][0] - seen[0][0] > 0.8
+
+
+def test_a_signal_ends_a_command_with_the_shells_status(tmp_path):
+    status, _ = children.run(["sh", "-c", "kill -9 $$"], tmp_path, dict(os.environ), lambda line: None)
+    assert status == 128 + signal.SIGKILL
+
+
+# DVC behind the flow
+
+
+def test_stages_come_after_what_they_depend_on_wherever_one_asks_from(project, tmp_path, monkeypatch):
+    assert pipeline.stages_in_order(project) == ["source", "evaluate"]
+    monkeypatch.chdir(tmp_path)
+    assert pipeline.stages_in_order(project) == ["source", "evaluate"]
+
+
+def test_only_what_is_known_and_not_there_is_missing(project):
+    assert pipeline.missing_outputs(project) == []
+    (project / "data/samples").unlink()
+    (project / "data/metrics/evaluate_base.json").unlink()  # git's, not the remote's
+    assert pipeline.missing_outputs(project) == ["data/samples"]
+    assert pipeline.missing_outputs(project, ["evaluate"]) == ["data/samples"]
+    assert pipeline.remote_of(project) is None
+
+
+def test_commands_see_the_workspaces_own_home_and_this_interpreter(project, monkeypatch, tmp_path):
+    assert pipeline.environment(project)["CLEAR_HOME"] == str(project / ".clear")
+    monkeypatch.setenv("CLEAR_HOME", "/elsewhere")
+    assert pipeline.environment(project)["CLEAR_HOME"] == "/elsewhere", "set for this folder, as make does"
+    assert pipeline.environment(tmp_path)["CLEAR_HOME"] == str(tmp_path / ".clear")
+    assert pipeline.environment(project)["PATH"].startswith(f"{Path(sys.executable).parent}:")
+
+
+def test_a_busy_dvc_is_temporary_and_a_missing_stage_is_not(project, monkeypatch):
+    from dvc.repo import Repo
+
+    with Repo(str(project)) as repo, repo.lock, pytest.raises(pipeline.Temporary, match="Unable to acquire lock"):
+        pipeline.dvc(["repro", "source"], project, lambda line: None)
+    with pytest.raises(ClearError, match="ended with status") as refused:
+        pipeline.dvc(["repro", "nothing"], project, lambda line: None)
+    assert not isinstance(refused.value, pipeline.Temporary)
+
+
+# What a run shows
+
+
+def test_the_table_has_a_row_per_model_and_says_what_ran(tmp_path):
+    assert metrics_table(tmp_path) == "No evaluation here yet."
+    folder = tmp_path / "data/metrics"
+    folder.mkdir(parents=True)
+    content = {"accuracy": {"clean": 0.5, "high": 0.25}, "average": 0.375, "call_rate": {"high": 1.0}}
+    (folder / "evaluate_grpo.json").write_text(json.dumps(content))
+    (folder / "evaluate_base.json").write_text("15")
+    (folder / "source.json").write_text("[]")
+    lines = metrics_table(tmp_path, {"source": "Cached"}).splitlines()
+    assert lines[2:4] == [
+        "| base | – | – | – | – | 15.000 | – | – |",
+        "| grpo | 0.500 | – | – | 0.250 | 0.375 | – | 1.000 |",
+    ]
+    assert lines[-1] == "| source | Cached |"
+    (folder / "evaluate_base.json").write_text("{")
+    with pytest.raises(ClearError, match=r"evaluate_base.json: not valid JSON"):
+        metrics_table(tmp_path)
+
+
+def test_the_picture_is_the_plot_of_the_current_profile(project, tmp_path):
+    assert picture(tmp_path, project) is None
+    file = tmp_path / profile(project) / "plots/accuracy.png"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"\x89PNG")
+    assert picture(tmp_path, project).endswith(f"base64,{base64.b64encode(file.read_bytes()).decode()})")
+
+
+# What is deployed
+
+
+def test_deployments_name_flows_with_the_parameters_they_have():
+    content = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())
+    flows = {"flows/pipeline.py:pipeline": pipeline.pipeline, "flows/benchmark.py:benchmark": benchmark.benchmark}
+    assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
+    for one in content["deployments"]:
+        flow = flows[one["entrypoint"]]
+        flow.validate_parameters(one["parameters"])
+        assert set(one["parameters"]) <= set(inspect.signature(flow.fn).parameters)
+        assert one["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
+        assert one["work_pool"]["name"] == POOL and one["schedules"][0]["cron"] and one["tags"] == ["clear"]
+
+
+def test_the_automation_waits_longer_than_two_heartbeats_and_watches_only_our_runs():
+    (automation,) = yaml.safe_load((ROOT / AUTOMATIONS).read_text())
+    worker = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())["deployments"][0]["work_pool"]
+    heartbeat = int(worker["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+    assert automation["trigger"]["within"] > 2 * heartbeat
+    assert automation["trigger"]["match_related"]["prefect.resource.id"] == "prefect.tag.clear"
+
+
+# The remote
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """Address of an S3 server on this machine with one bucket, `data`."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "id",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("AWS_PROFILE", raising=False)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    url = "http://{}:{}".format(*server.get_host_and_port())
+    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
+    placed = {"LocationConstraint": "eu-west-1"}
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="data", CreateBucketConfiguration=placed)
+    yield url
+    server.stop()
+
+
+def remote(folder: Path, bucket: str, endpoint: str = "") -> subprocess.CompletedProcess:
+    """What `make remote` runs."""
+    command = [sys.executable, "-m", "infra.remote", bucket, endpoint]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_dvc(folder: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_what_one_clone_pushes_another_pulls_and_need_not_reproduce(store, project, tmp_path):
+    done = remote(project, "data/team", store)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    assert "default DVC remote: s3://data/team" in done.stdout
+    assert pipeline.remote_of(project) == "storage"
+    assert "secret" not in (project / ".dvc/config.local").read_text()
+    assert git(project, "status", "--porcelain") == ""
+    run_dvc(project, "push")
+
+    git(tmp_path, "clone", "-q", str(project), "second")
+    second = tmp_path / "second"
+    assert remote(second, "s3://data/team/", store).returncode == 0
+    run_dvc(second, "pull")
+    assert (second / "data/samples").read_bytes() == (project / "data/samples").read_bytes()
+    assert "Running stage" not in run_dvc(second, "repro")
+    assert git(second, "status", "--porcelain") == ""
+
+
+def _refused(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_wrong_bucket_endpoint_or_folder_is_one_line_and_nothing_is_written(store, project, tmp_path, monkeypatch):
+    _refused(remote(project, "nothing", store), "has no bucket 'nothing'", store)
+    _refused(remote(project, "data", "http://127.0.0.1:1"), "http://127.0.0.1:1 cannot be reached", "ENDPOINT")
+    _refused(remote(project, "data", "nonsense"), "nonsense", "ENDPOINT")
+    _refused(remote(project, "", store), "BUCKET=")
+    _refused(remote(tmp_path, "data", store), "no DVC project here")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    _refused(remote(project, "data", store), "no credentials", "AWS_PROFILE")
+    assert not (project / ".dvc/config.local").exists() or pipeline.remote_of(project) is None

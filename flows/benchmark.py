@@ -1,0 +1,179 @@
+"""MMD-Bench for a git revision or a model folder, aside: `python -m flows.benchmark`, or deployed and scheduled.
+
+The run happens in a clone of the revision in `.clear/scratch/benchmark` that shares the workspace's DVC cache and
+remote; the workspace is only read. A model under test is a stage `evaluate@<model>` of that revision, so the code, the
+benchmark and the parameters are the revision's own. A given folder takes the place of the model that the stage reads.
+By default DVC decides whether anything is to be measured at all; `force` measures anew, as the nightly deployment
+does, and the table then shows both what was recorded with the revision and what this machine found.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger
+from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import CancelledRun
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from clear.errors import ClearError
+from clear.writer import Busy, writer
+from flows import children
+from flows.artifacts import metrics_table, read_json
+from flows.pipeline import address, command_lock, dvc, end_on_sigterm, remote_of, reproduce
+
+ALL = ["base", "sft_direct", "sft", "reencode", "bridge", "grpo"]
+
+
+@flow(name="benchmark")
+def benchmark(
+    workspace: str = ".",
+    revision: str = "HEAD",
+    models: list[str] | None = None,
+    folder: str | None = None,
+    force: bool = False,
+    when_busy: Literal["wait", "leave"] = "wait",
+) -> dict[str, Any]:
+    """Evaluate models (default: all six) of a revision; returns {model: content of its metrics file}.
+
+    `folder` names a model folder to be evaluated in place of the one that the single model in `models` reads. Two
+    benchmarks of one workspace do not run at once: the second waits or leaves, as `when_busy` says.
+    """
+    source = Path(workspace).resolve()
+    chosen = models or ALL
+    if folder is not None and len(chosen) != 1:
+        raise ClearError(f"folder = {folder}: name the one model it is evaluated as, such as models = ['grpo'].")
+    given = None if folder is None else Path(folder).resolve()
+    if given is not None and not given.is_dir():
+        raise ClearError(f"{given}: no model folder here; name one such as data/models/grpo.")
+    logger = get_run_logger()
+    scratch = source / ".clear" / "scratch"
+    try:
+        with writer(scratch, when_busy, f"flow run {flow_run.name}", logger.info):
+            return _measure(source, revision, chosen, given, force, scratch / "benchmark")
+    except Busy as busy:
+        logger.warning(str(busy))
+        return Cancelled(message=str(busy))
+
+
+def _measure(source: Path, revision: str, models: list[str], given: Path | None, force: bool, copy: Path) -> Any:
+    """Metrics by model; raises what the first evaluation that failed raised."""
+    commit = clone(source, revision, copy)
+    get_run_logger().info(f"commit {commit} in {copy}")
+    recorded = metrics_table(copy)
+    stages = {model: f"evaluate@{model}" for model in models}
+    replaced = fetch_inputs(copy, list(stages.values()), skip_models=given is not None)
+    if given is not None:
+        for name in replaced:
+            shutil.copytree(given, copy / name, copy_function=_link, dirs_exist_ok=False)
+    done = {}
+    for stage in stages.values():
+        state = reproduce(stage, copy, force or given is not None, return_state=True)
+        state.result()
+        done[stage] = state.name
+    what = f"{given} as {models[0]}, with the code of {commit}" if given else f"commit {commit}"
+    text = f"Measured: {what}\n\n{metrics_table(copy, done)}\n\nRecorded in commit {commit}:\n\n{recorded}"
+    create_markdown_artifact(text, "benchmark", f"MMD-Bench of {what}")
+    return {model: read_json(copy / "data/metrics" / f"evaluate_{model}.json") for model in models}
+
+
+def clone(source: Path, revision: str, copy: Path) -> str:
+    """Make `copy` a fresh clone of `source` at `revision` with the same DVC cache and remote; returns the commit.
+
+    Raises ClearError where the source is no git clone with DVC or does not know the revision.
+    """
+    from dvc.repo import Repo
+
+    if not (source / ".dvc" / "config").exists():
+        raise ClearError(f"{source}: no DVC project here; name the project's folder as `workspace`.")
+    commit = _git(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
+    children.settle(command_lock(copy))
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    _git(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
+    _git(copy, "checkout", "--quiet", "--detach", commit)
+    with Repo(str(source)) as repo:
+        settings, cache = repo.config.read(), repo.cache.local_cache_dir
+    with Repo(str(copy)) as repo, repo.config.edit("local") as own:
+        own["cache"] = dict(settings.get("cache", {})) | {"dir": cache}
+        own["remote"] = settings.get("remote", {})
+        if default := settings.get("core", {}).get("remote"):
+            own["core"]["remote"] = default
+    return commit
+
+
+def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> list[str]:
+    """Bring the data that the stages read into the copy, from the cache or else the remote.
+
+    Returns the model folders that the stages read; with `skip_models` these are not brought. Raises ClearError for a
+    stage that the revision does not have.
+    """
+    from dvc.repo import Repo
+
+    with Repo(str(copy)) as repo:
+        known = {address(stage, copy): stage for stage in repo.index.stages}
+        for stage in stages:
+            if stage not in known:
+                raise ClearError(f"this revision has no stage {stage}; it has {', '.join(sorted(known))}.")
+        cached = {out.fs_path for out in repo.index.outs if out.use_cache}
+        read = {dep.fs_path for stage in stages for dep in known[stage].deps if dep.fs_path in cached}
+    names = sorted(os.path.relpath(path, copy) for path in read)
+    models = [name for name in names if name.startswith("data/models/")]
+    wanted = [name for name in names if not (skip_models and name in models)]
+    lacking = wanted
+    for command in ["checkout", *(["pull"] if remote_of(copy) else [])]:
+        if lacking:
+            dvc([command, "--allow-missing", *lacking], copy, get_run_logger().info)
+        lacking = [name for name in wanted if not (copy / name).exists()]
+    if lacking:
+        raise ClearError(
+            f"{', '.join(lacking)}: neither in the cache nor in a remote; make them with `make repro` in the "
+            "workspace, or set the remote that has them with `make remote`."
+        )
+    return models
+
+
+def _link(source: str, target: str) -> None:
+    """Hard link, or copy onto another file system: weights are large and only read."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the flow here and now and print the figures; 0 done, 1 failed with one line, 3 left because it is busy."""
+    parser = argparse.ArgumentParser(prog="python -m flows.benchmark", description="MMD-Bench, aside.")
+    parser.add_argument("revision", nargs="?", default="HEAD", help="git revision")
+    parser.add_argument("--model", action="append", dest="models", help=f"{', '.join(ALL)}; default: all")
+    parser.add_argument("--folder", help="evaluate this model folder in place of the model's own")
+    parser.add_argument("--force", action="store_true", help="measure even what is recorded as up to date")
+    parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")
+    given = parser.parse_args(arguments)
+    end_on_sigterm()
+    try:
+        benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy)
+    except CancelledRun as left:
+        print(left, file=sys.stderr)
+        return 3
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(metrics_table(Path(".clear/scratch/benchmark")))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

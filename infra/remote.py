@@ -1,0 +1,80 @@
+"""Add a default DVC remote in S3 to this clone: `make remote BUCKET=bucket/prefix [ENDPOINT=url]`.
+
+Written to .dvc/config.local, which git ignores. Credentials and region come from where AWS tools look for them:
+AWS_PROFILE, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_DEFAULT_REGION, ~/.aws; none is written anywhere. The
+bucket is asked first, so that a wrong name or endpoint is one line now and not a trace during a push.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+from clear.errors import ClearError
+
+NAME = "storage"
+
+
+def add(root: Path, bucket: str, endpoint: str = "") -> str:
+    """Set the remote of the project in `root`; returns its url. `bucket` may carry a prefix and a leading s3://.
+
+    Raises ClearError where there is no DVC project, no bucket is named, or the bucket cannot be used.
+    """
+    from dvc.config import Config
+
+    if not (root / ".dvc" / "config").exists():
+        raise ClearError(f"{root}: no DVC project here; run this from the project's folder.")
+    place = bucket.removeprefix("s3://").strip("/")
+    if not place:
+        raise ClearError("no bucket is named: make remote BUCKET=bucket/prefix [ENDPOINT=url].")
+    check(place.partition("/")[0], endpoint)
+    with Config(str(root / ".dvc")).edit("local") as own:
+        own["remote"][NAME] = {"url": f"s3://{place}"}
+        own["core"]["remote"] = NAME
+        if endpoint:
+            own["remote"][NAME]["endpointurl"] = endpoint
+        if profile := os.environ.get("AWS_PROFILE"):
+            own["remote"][NAME]["profile"] = profile
+    return f"s3://{place}"
+
+
+def check(bucket: str, endpoint: str) -> None:
+    """Ask the store for the bucket. Raises ClearError saying whether address, credentials, rights or name are wrong."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
+
+    where = endpoint or "AWS"
+    try:
+        impatient = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 1})
+        boto3.session.Session().client("s3", endpoint_url=endpoint or None, config=impatient).head_bucket(Bucket=bucket)
+    except (NoCredentialsError, PartialCredentialsError) as error:
+        raise ClearError(
+            f"no credentials for {where}: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret."
+        ) from error
+    except ClientError as error:
+        code = error.response["Error"]["Code"]
+        reason = {
+            "404": f"{where} has no bucket '{bucket}'; create it or correct BUCKET",
+            "NoSuchBucket": f"{where} has no bucket '{bucket}'; create it or correct BUCKET",
+            "403": f"{where} refuses access to bucket '{bucket}'; check the credentials and their rights",
+            "301": f"bucket '{bucket}' is in another region; set AWS_DEFAULT_REGION",
+        }.get(code, f"{where} answers {code} for bucket '{bucket}'")
+        raise ClearError(f"{reason}.") from error
+    except (BotoCoreError, ValueError) as error:
+        raise ClearError(f"{where} cannot be reached or used ({error}); correct ENDPOINT or the network.") from error
+
+
+def main(arguments: list[str]) -> int:
+    """Add the remote to the working directory's project; 0 done, 1 refused with one line."""
+    bucket, endpoint = [*arguments, "", ""][:2]
+    try:
+        url = add(Path.cwd(), bucket, endpoint)
+    except ClearError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"default DVC remote: {url}{f' at {endpoint}' if endpoint else ''} (in .dvc/config.local)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

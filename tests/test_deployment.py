@@ -1,0 +1,477 @@
+"""Flows on a real Prefect server with a real worker: scheduled, cancelled, killed, orphaned, twice at once, aside."""
+
+import contextlib
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+import urllib.request
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from prefect.automations import Automation
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
+from prefect.client.schemas.schedules import IntervalSchedule
+from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
+from prefect.states import Cancelling
+
+from clear.writer import holder, lock_file
+from flows import pipeline
+from flows.benchmark import benchmark
+from flows.deploy import POOL
+from tests.conftest import ROOT, git
+from tests.test_flow import GONE_WITHIN, alive, run_dvc, wait_until
+
+PREFECT = [sys.executable, "-m", "prefect"]
+PATIENCE = 90
+"""Seconds for what ends by itself; two cores that are also busy with something else need some."""
+
+
+@dataclass
+class Server:
+    """A running Prefect server, what its clients need in their environment, and a client."""
+
+    environment: dict[str, str]
+    client: SyncPrefectClient
+
+    def deployment(self, name: str):
+        return self.client.read_deployment_by_name(name)
+
+    def start(self, name: str, **parameters):
+        """Ask for a run of a deployment; returns its id."""
+        return self.client.create_flow_run_from_deployment(self.deployment(name).id, parameters=parameters).id
+
+    def state(self, run):
+        return self.client.read_flow_run(run).state
+
+    def ended(self, run, seconds: float = PATIENCE):
+        """Wait until a run has ended; returns its state."""
+        wait_until(lambda: self.state(run).is_final(), seconds, f"the end of run {run}")
+        return self.state(run)
+
+    def runs(self, name: str) -> list[dict]:
+        asked = {"deployments": {"id": {"any_": [str(self.deployment(name).id)]}}, "sort": "EXPECTED_START_TIME_ASC"}
+        return self._read("/flow_runs/filter", asked)
+
+    def tasks(self, run) -> dict[str, str]:
+        """State name by task run name."""
+        found = self._read("/task_runs/filter", {"flow_runs": {"id": {"any_": [str(run)]}}})
+        return {one["name"]: one["state_name"] for one in found}
+
+    def logs(self, run) -> list[dict]:
+        asked = {"logs": {"flow_run_id": {"any_": [str(run)]}}, "sort": "TIMESTAMP_ASC"}
+        return self._read("/logs/filter", asked)
+
+    def artifacts(self, run) -> dict[str, str]:
+        """Content of the artifacts by key."""
+        found = self._read("/artifacts/filter", {"artifacts": {"flow_run_id": {"any_": [str(run)]}}})
+        return {one["key"]: one["data"] for one in found}
+
+    def _read(self, path: str, content: dict):
+        return self.client.request("POST", path, json=content).raise_for_status().json()
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(command: list[str], environment: dict[str, str], log: Path):
+    """A program in its own process group and in the project's folder, killed at the end if need be."""
+    with log.open("w") as out:
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT, process_group=0
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(15)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+
+def healthy(url: str) -> bool:
+    with contextlib.suppress(OSError), urllib.request.urlopen(f"{url}/health", timeout=2) as answer:
+        return answer.status == 200
+    return False
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """A Prefect server on a free loopback port with everything `make deploy` sends."""
+    folder = tmp_path_factory.mktemp("prefect")
+    port = free_port()
+    url = f"http://127.0.0.1:{port}/api"
+    plain = {key: value for key, value in os.environ.items() if not key.startswith("CLEAR_")}
+    environment = plain | {
+        "PREFECT_HOME": str(folder),
+        "PREFECT_SERVER_UI_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "2",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+    }
+    command = [*PREFECT, "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    with running(command, environment, folder / "server.log") as process:
+        wait_until(lambda: healthy(url) or process.poll() is not None, PATIENCE, "a Prefect server")
+        environment |= {"PREFECT_API_URL": url}
+        deployed = subprocess.run(
+            [sys.executable, "-m", "flows.deploy"], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert deployed.returncode == 0, deployed.stderr
+        with (
+            temporary_settings({PREFECT_API_URL: url, PREFECT_HOME: folder}),
+            get_client(sync_client=True) as client,
+        ):
+            yield Server(environment, client)
+
+
+@pytest.fixture
+def worker(server, tmp_path):
+    """A worker process for the pool of the deployments."""
+    with running([*PREFECT, "worker", "start", "--pool", POOL], server.environment, tmp_path / "worker.log") as process:
+        yield process
+
+
+LONG = """
+import os, pathlib, subprocess, sys, time
+steps, finish = pathlib.Path(".clear/steps"), pathlib.Path(".clear/finish")
+deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(90)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
+pathlib.Path(".clear/child").write_text(str(child.pid))
+done = int(steps.read_text()) if steps.exists() else 0
+print("resumed at", done, flush=True)
+while not finish.exists():
+    done += 1
+    pathlib.Path(".clear/next").write_text(str(done))
+    os.replace(".clear/next", steps)
+    time.sleep(0.1)
+child.kill()
+pathlib.Path("data/long").write_text("done")
+"""
+
+
+@pytest.fixture
+def long(project):
+    """The small project with one more stage that keeps a checkpoint, has a deaf child, and ends when it is told to."""
+    stages = (project / "dvc.yaml").read_text()
+    stages += textwrap.dedent("""
+        long:
+          cmd: python code/long.py
+          deps: [code/long.py, data/samples]
+          outs: [data/long]
+    """).replace("\n", "\n  ")
+    (project / "dvc.yaml").write_text(stages.rstrip() + "\n")
+    (project / "code/long.py").write_text(LONG)
+    return project
+
+
+def in_progress(project: Path) -> tuple[int, int]:
+    """Wait until the long stage works; returns the ids of the flow's process and of the stage's deaf child."""
+    wait_until((project / ".clear/steps").exists, PATIENCE, "the long stage")
+    before = int((project / ".clear/steps").read_text())
+    wait_until(lambda: int((project / ".clear/steps").read_text()) > before, 10, "its progress")
+    return json.loads(lock_file(project).read_text())["pid"], int((project / ".clear/child").read_text())
+
+
+def family(pid: int) -> list[int]:
+    return [pid, *(one.pid for one in psutil.Process(pid).children(recursive=True))]
+
+
+def all_gone(pids: list[int], seconds: float = GONE_WITHIN) -> None:
+    wait_until(lambda: not any(alive(pid) for pid in pids), seconds, f"the end of {[p for p in pids if alive(p)]}")
+
+
+def resume(server: Server, project: Path) -> None:
+    """The same run again continues at the checkpoint and completes."""
+    reached = int((project / ".clear/steps").read_text())
+    (project / ".clear/finish").write_text("")
+    run = server.start("pipeline/weekly", workspace=str(project))
+    assert server.ended(run).is_completed(), server.state(run)
+    assert f"resumed at {reached}" in [one["message"] for one in server.logs(run)]
+    assert (project / "data/long").read_text() == "done"
+
+
+# In this process, on the server
+
+
+def test_a_second_run_is_cached(server, project):
+    (project / "code/source.txt").write_text("changed")
+    assert pipeline.pipeline(str(project)) == {"source": "Ran", "evaluate": "Ran"}
+    assert pipeline.pipeline(str(project)) == {"source": "Cached", "evaluate": "Cached"}
+    assert lock_file(project).read_text() == ""
+
+
+def test_a_failing_stage_ends_the_flow_and_names_itself(server, project, capsys):
+    (project / "code/source.txt").unlink()
+    assert pipeline.main([str(project)]) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: stage source failed: ") and "code/source.txt" in line
+
+
+def test_a_stage_waits_for_another_dvc_process_and_a_full_run_says_it_has_no_remote(
+    server, project, monkeypatch, caplog
+):
+    from dvc.repo import Repo
+
+    monkeypatch.setattr(pipeline, "reproduce", pipeline.reproduce.with_options(retry_delay_seconds=2))
+    with Repo(str(project)) as repo:
+        repo.lock.lock()
+        threading.Timer(5, repo.lock.unlock).start()
+        assert pipeline.pipeline(str(project), ["evaluate"]) == {"evaluate": "Cached"}
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("Unable to acquire lock" in one for one in messages)
+    assert any("no default DVC remote" in one for one in messages)
+
+
+# Deployed
+
+
+def test_what_is_deployed_runs_one_at_a_time_on_schedule_in_this_folder(server):
+    for name, cron in (("pipeline/weekly", "0 3 * * 6"), ("benchmark/nightly", "0 1 * * *")):
+        deployment = server.deployment(name)
+        assert [(one.schedule.cron, one.active) for one in deployment.schedules] == [(cron, True)]
+        assert deployment.work_pool_name == POOL
+        assert deployment.global_concurrency_limit.limit == 1
+        assert deployment.concurrency_options.collision_strategy.value == "CANCEL_NEW"
+        (step,) = deployment.pull_steps
+        assert next(iter(step.values()))["directory"] == str(ROOT)
+    assert server.client.read_work_pool(POOL).type == "process"
+    (automation,) = server.client.read_automations_by_name("clear-zombies")
+    assert automation.enabled and automation.trigger.within == timedelta(seconds=90)
+
+
+def test_a_run_completes_with_logs_states_and_artifacts(server, worker, project):
+    (project / "code/source.txt").write_text("more than before")
+    plot = project / "data/report/tiny/plots/accuracy.png"
+    plot.parent.mkdir(parents=True)
+    plot.write_bytes(b"\x89PNG")
+    run = server.start("pipeline/weekly", workspace=str(project))
+    assert server.ended(run).is_completed(), server.state(run)
+    expected = {"pull": "Skipped", "source": "Ran", "evaluate": "Ran"}
+    wait_until(lambda: server.tasks(run) == expected, 20, f"{expected}")
+    assert "Running stage 'source':" in [one["message"] for one in server.logs(run)]
+    shown = server.artifacts(run)
+    assert "| source | Ran |" in shown["metrics"] and shown["picture"].startswith("![accuracy](data:image/png;base64,")
+    assert (project / "data/samples").read_text() == "more than before"
+
+
+def test_a_schedule_fires(server, worker, project):
+    deployment = server.deployment("pipeline/weekly")
+    soon = IntervalSchedule(interval=timedelta(days=30), anchor_date=datetime.now(UTC) + timedelta(seconds=8))
+    schedule = DeploymentScheduleCreate(schedule=soon, parameters={"workspace": str(project)}, slug="soon")
+    (created,) = server.client.create_deployment_schedules(deployment.id, [schedule])
+
+    def fired():
+        return [one for one in server.runs("pipeline/weekly") if one["parameters"].get("workspace") == str(project)]
+
+    try:
+        run = wait_until(fired, 30, "a scheduled run; the server's log says why")[0]
+    finally:
+        server.client.delete_deployment_schedule(deployment.id, created.id)
+    assert run["auto_scheduled"]
+    assert server.ended(run["id"]).is_completed(), server.state(run["id"])
+
+
+@pytest.mark.slow
+def test_deploying_again_doubles_nothing(server):
+    before = [server.deployment(name).id for name in ("pipeline/weekly", "benchmark/nightly")]
+    command = [sys.executable, "-m", "flows.deploy"]
+    assert subprocess.run(command, cwd=ROOT, env=server.environment, capture_output=True).returncode == 0
+    for name, known in zip(("pipeline/weekly", "benchmark/nightly"), before, strict=True):
+        assert server.deployment(name).id == known and len(server.deployment(name).schedules) == 1
+    assert len(server.client.read_automations_by_name("clear-zombies")) == 1
+    for url, said in (("http://127.0.0.1:1/api", "does not answer"), ("", "PREFECT_API_URL is not set")):
+        done = subprocess.run(
+            command, cwd=ROOT, env=server.environment | {"PREFECT_API_URL": url}, capture_output=True, text=True
+        )
+        assert done.returncode == 1 and said in done.stderr and done.stderr.splitlines()[-1].startswith("error: ")
+
+
+@pytest.mark.slow
+def test_a_cancelled_run_takes_its_processes_along_and_a_second_one_meanwhile_is_cancelled(server, worker, long):
+    run = server.start("pipeline/weekly", workspace=str(long))
+    flow, child = in_progress(long)
+    processes = [*family(flow), child]
+    assert len(processes) > 4  # flow, supervisor, DVC, stage, its child
+    second = server.start("pipeline/weekly", workspace=str(long))
+    assert server.ended(second).is_cancelled()
+    server.client.set_flow_run_state(run, Cancelling())
+    all_gone(processes)
+    assert server.ended(run).is_cancelled()
+    resume(server, long)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_crashed_leaves_no_process_and_the_next_one_resumes(server, worker, long):
+    run = server.start("pipeline/weekly", workspace=str(long))
+    flow, child = in_progress(long)
+    processes = [*family(flow), child]
+    os.killpg(os.getpgid(flow), signal.SIGKILL)
+    all_gone(processes)
+    assert server.ended(run, 30).is_crashed()
+    resume(server, long)
+
+
+@pytest.mark.slow
+def test_a_run_whose_worker_is_killed_still_holds_the_workspace(server, worker, long, tmp_path):
+    run = server.start("pipeline/weekly", workspace=str(long))
+    flow, child = in_progress(long)
+    os.killpg(worker.pid, signal.SIGKILL)
+    worker.wait()
+    assert alive(flow) and alive(child)
+
+    command = [sys.executable, "-m", "flows.pipeline", str(long), "--when-busy"]
+    left = subprocess.run([*command, "leave"], cwd=ROOT, env=server.environment, capture_output=True, text=True)
+    assert left.returncode == 3
+    assert f"process {flow} since " in left.stderr.splitlines()[-1]
+    with running([*command, "wait"], server.environment, tmp_path / "waiting.log") as waiting:
+        wait_until(lambda: "waiting until it ends" in (tmp_path / "waiting.log").read_text(), PATIENCE, "a waiting run")
+        assert str(flow) in holder(long) and waiting.poll() is None
+        (long / ".clear/finish").write_text("")
+        assert server.ended(run).is_completed(), "the orphan ends its work and says so"
+        assert waiting.wait(PATIENCE) == 0
+    run_dvc(long, "status", "--quiet")
+
+
+@pytest.mark.slow
+def test_a_run_without_any_process_left_to_speak_for_it_is_crashed_by_the_automation(server, worker, long):
+    automation = Automation.read(name="clear-zombies")
+    automation.trigger.within = timedelta(seconds=35)  # still more than a heartbeat
+    automation.update()
+    run = server.start("pipeline/weekly", workspace=str(long))
+    flow, child = in_progress(long)
+    time.sleep(45)
+    assert server.state(run).is_running(), "heartbeats keep a long run alive"
+    processes = [*family(flow), child]
+    os.killpg(worker.pid, signal.SIGKILL)
+    os.killpg(os.getpgid(flow), signal.SIGKILL)
+    all_gone(processes)
+    state = server.ended(run, 35 + 30)
+    assert state.is_crashed() and "No heartbeat" in state.message
+
+
+@pytest.mark.slow
+def test_without_a_server_it_runs_too_and_sigterm_leaves_no_process(long, server, tmp_path):
+    environment = server.environment | {"PREFECT_HOME": str(tmp_path / "home")}
+    del environment["PREFECT_API_URL"]
+    command = [sys.executable, "-m", "flows.pipeline", str(long)]
+    with running(command, environment, tmp_path / "first.log") as process:
+        _, child = in_progress(long)
+        processes = [*family(process.pid), child]
+        process.terminate()
+        all_gone(processes)
+        assert process.wait() == 128 + signal.SIGTERM
+    (long / ".clear/finish").write_text("")
+    with running(command, environment, tmp_path / "second.log") as process:
+        assert process.wait(PATIENCE) == 0, (tmp_path / "second.log").read_text()
+
+
+@pytest.mark.slow
+def test_prefect_local_is_one_command_and_ctrl_c_stops_server_and_worker(server, tmp_path):
+    port = free_port()
+    environment = server.environment | {"PREFECT_HOME": str(tmp_path / "home")}
+    del environment["PREFECT_API_URL"]
+    log = tmp_path / "local.log"
+    with running([sys.executable, "-m", "flows.local", str(port)], environment, log) as process:
+        wait_until(lambda: "stop with Ctrl-C" in log.read_text() or process.poll() is not None, PATIENCE, "the start")
+        assert process.poll() is None, log.read_text()
+        wait_until(lambda: "Worker" in log.read_text() and "started" in log.read_text(), PATIENCE, "the worker")
+        taken = subprocess.run(
+            [sys.executable, "-m", "flows.local", str(port)], cwd=ROOT, env=environment, capture_output=True, text=True
+        )
+        assert taken.returncode == 1 and taken.stderr == (
+            f"error: port {port} is taken; name another one: make prefect-local PORT=4300.\n"
+        )
+        processes = family(process.pid)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 0
+        assert "stopped: worker and server" in log.read_text()
+        all_gone(processes)
+
+
+# The benchmark
+
+
+EVALUATE = """
+    evaluate:
+      foreach: {{base: base, grpo: grpo}}
+      do:
+        cmd: {python} code/evaluate.py ${{key}}
+        deps: [code/evaluate.py, data/samples, "data/models/${{item}}"]
+        metrics:
+          - data/metrics/evaluate_${{key}}.json: {{cache: false}}
+    models:
+      cmd: mkdir -p data/models/base data/models/grpo && echo 1 > data/models/base/w && echo 2 > data/models/grpo/w
+      outs: [data/models/base, data/models/grpo]
+"""
+
+
+@pytest.fixture
+def evaluated(project):
+    """The small project with models and one evaluation each, reproduced and committed."""
+    stages = "stages:\n  source:\n    cmd: cp code/source.txt data/samples\n    deps: [code/source.txt]\n"
+    stages += "    outs: [data/samples]\n" + textwrap.indent(
+        textwrap.dedent(EVALUATE.format(python=shlex.quote(sys.executable))).strip(), "  "
+    )
+    (project / "dvc.yaml").write_text(stages + "\n")
+    (project / "dvc.lock").unlink()
+    (project / ".gitignore").write_text("/data/samples\n/.clear/\n/data/models/\n")
+    (project / "code/evaluate.py").write_text(
+        "import json, pathlib, sys\nname = sys.argv[1]\n"
+        "weight = int(pathlib.Path(f'data/models/{name}/w').read_text())\n"
+        "json.dump({'average': weight / 10}, open(f'data/metrics/evaluate_{name}.json', 'w'))\n"
+    )
+    run_dvc(project, "repro")
+    git(project, "add", "-A")
+    git(project, "commit", "-q", "-m", "evaluated")
+    return project
+
+
+@pytest.mark.slow
+def test_a_benchmark_measures_a_revision_or_a_folder_aside(server, evaluated, tmp_path):
+    before = {file: file.read_bytes() for file in evaluated.rglob("*") if file.is_file() and ".git" not in file.parts}
+    (evaluated / "code/evaluate.py").write_text("raise SystemExit('not committed, not used')")
+    assert benchmark(str(evaluated), models=["grpo"]) == {"grpo": {"average": 0.2}}
+    assert benchmark(str(evaluated), models=["base", "grpo"], force=True) == {
+        "base": {"average": 0.1},
+        "grpo": {"average": 0.2},
+    }
+    given = tmp_path / "model"
+    given.mkdir()
+    (given / "w").write_text("7")
+    assert benchmark(str(evaluated), "main", ["grpo"], str(given)) == {"grpo": {"average": 0.7}}
+    (evaluated / "code/evaluate.py").write_bytes(before[evaluated / "code/evaluate.py"])
+    assert git(evaluated, "status", "--porcelain") == ""
+    for file, content in before.items():
+        if "tmp" not in file.parts:
+            assert file.read_bytes() == content, file
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"revision": "nowhere"}, "nowhere"),
+        ({"models": ["sft"]}, "no stage evaluate@sft; it has evaluate@base, evaluate@grpo"),
+        ({"folder": "data/models/grpo"}, "name the one model it is evaluated as"),
+        ({"models": ["grpo"], "folder": "elsewhere"}, "no model folder here"),
+    ],
+)
+def test_a_benchmark_of_what_is_not_there_says_so(server, evaluated, given, said):
+    with pytest.raises(Exception, match=said):
+        benchmark(str(evaluated), **given)
