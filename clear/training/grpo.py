@@ -40,6 +40,7 @@ from clear.reasoning.prompts import Prompt
 from clear.records import Question
 from clear.training import scoring
 from clear.training.parallel import gathered, rank, world
+from clear.training.preemption import saved_on_sigterm
 from clear.training.rewards import advantages, rewards
 from clear.training.trainer import (
     MarkComplete,
@@ -288,7 +289,8 @@ def train(
     trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args)
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_complete(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with saved_on_sigterm(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     model.eval()
     hidden = {"step_time", "num_tokens", "frac_reward_zero_std", "grad_norm"}
     rows = curve_rows("grpo", trainer.state.log_history)
