@@ -22,7 +22,7 @@ class Place:
     source: str = place()
     degrade: str = place()
     mmd_bench: str = place()
-    validate: str = place()
+    validate: str = one_of("local")  # it and `report` render pages for the machine of the person who reads them
     base: str = place()
     traces: str = place()
     sft: str = place()
@@ -30,7 +30,7 @@ class Place:
     bridge: str = place()
     grpo: str = place()
     evaluate: str = place()
-    report: str = place()
+    report: str = one_of("local")
 
 
 @dataclass
@@ -39,6 +39,7 @@ class BatchJob:
 
     instance_types: list[str] = field()  # any of them may be used; estimates reckon with the dearest
     nodes: int = between(1, 64)  # several: one multi-node job, on demand only
+    launch: str = one_of("single", "ddp", "fsdp")  # processes: one, or one per GPU with whole or sharded weights
     gpus: int = between(0, 16)
     vcpus: int = between(1, 1024)
     memory_mib: int = between(512, 2**25)
@@ -94,6 +95,11 @@ def check_compute(compute: Compute, name: str) -> None:
             raise ClearError(
                 f"params: {full}.nodes = {job.nodes} with spot = true: AWS Batch runs multi-node jobs on demand only; "
                 f"set {full}.spot = false."
+            )
+        if job.launch == "single" and (job.nodes > 1 or job.gpus > 1):
+            raise ClearError(
+                f"params: {full}.launch = single uses one GPU of {job.nodes * job.gpus}; set {full}.launch to ddp or "
+                "fsdp, or ask for one."
             )
         if job.expected_hours > job.timeout_hours:
             raise ClearError(
