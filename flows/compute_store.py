@@ -51,20 +51,29 @@ def client(service: str, region: str = "") -> Any:
 @contextmanager
 def said_plainly(what: str) -> Iterator[None]:
     """Turn what boto3 raises inside into one line: Unreachable for the network, ClearError for a refusal."""
-    from botocore.exceptions import BotoCoreError, ClientError, HTTPClientError, NoCredentialsError
+    from boto3.exceptions import Boto3Error, RetriesExceededError
+    from botocore import exceptions as aws
 
     try:
         yield
-    except ClientError as error:
-        answer = error.response.get("Error", {})
-        kind = Unreachable if error.response["ResponseMetadata"].get("HTTPStatusCode", 400) >= 500 else ClearError
-        raise kind(f"{what}: AWS answers {answer.get('Code')}: {answer.get('Message')}") from error
-    except NoCredentialsError as error:
+    except aws.ClientError as error:
+        raise _refusal(what, error) from error
+    except aws.NoCredentialsError as error:
         raise ClearError(f"{what}: no AWS credentials; set AWS_PROFILE, or a key and its secret.") from error
-    except (HTTPClientError, ConnectionError) as error:
+    except (aws.HTTPClientError, aws.ConnectionError, RetriesExceededError) as error:
         raise Unreachable(f"{what}: {error}") from error
-    except BotoCoreError as error:
+    except Boto3Error as error:  # a failed upload, which does not say why but in what it was raised from
+        if isinstance(error.__context__, aws.ClientError):
+            raise _refusal(what, error.__context__) from error
+        raise Unreachable(f"{what}: {error}") from error
+    except aws.BotoCoreError as error:
         raise ClearError(f"{what}: {error}") from error
+
+
+def _refusal(what: str, error: Any) -> ClearError:
+    answer = error.response.get("Error", {})
+    kind = Unreachable if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500 else ClearError
+    return kind(f"{what}: AWS answers {answer.get('Code')}: {answer.get('Message')}")
 
 
 def sha256(file: Path) -> str:

@@ -33,8 +33,9 @@ class FakeBatch:
         self.jobs: dict[str, dict] = {}
         self.definitions: dict[str, dict] = {}
         self.held: set[str] = set()
+        self.program: list[str] | None = None  # Python arguments in place of a definition's own
         self.requests: list[tuple[str, dict]] = []
-        self.processes: dict[str, psutil.Popen] = {}
+        self.processes: dict[str, subprocess.Popen] = {}
         self._lock = threading.RLock()
         self._threads: list[threading.Thread] = []
         service = self
@@ -59,8 +60,8 @@ class FakeBatch:
 
     def close(self) -> None:
         """End the service and every process it has started."""
-        for job in self.jobs:
-            self._kill(job)
+        for process in self.processes.values():
+            self._kill(process)
         self.server.shutdown()
         self.server.server_close()
 
@@ -137,16 +138,16 @@ class FakeBatch:
         if process is not None and process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGTERM)
-            timer = threading.Timer(self.grace, self._kill, [job_id])
+            timer = threading.Timer(self.grace, self._kill, [process])
             timer.daemon = True
             timer.start()
 
-    def _kill(self, job_id: str) -> None:
-        process = self.processes.get(job_id)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            if process is not None and process.poll() is None:
-                inside = psutil.Process(process.pid).children(recursive=True)
-                for one in [psutil.Process(process.pid), *inside]:  # a container has nothing left after it
+    def _kill(self, process: subprocess.Popen) -> None:
+        """SIGKILL for a command and everything below it: a container has nothing left after it."""
+        if process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                top = psutil.Process(process.pid)
+                for one in [top, *top.children(recursive=True)]:
                     with contextlib.suppress(psutil.NoSuchProcess):
                         one.kill()
 
@@ -184,7 +185,7 @@ class FakeBatch:
         started = int(time.time() * 1000)
         with (folder / "stdout.txt").open("w") as out:
             self.processes[job["jobId"]] = process = subprocess.Popen(
-                [sys.executable, *command[1:]],
+                [sys.executable, *(self.program or command[1:])],
                 cwd=folder,
                 env=environment | {"TMPDIR": str(folder)},
                 stdout=out,
@@ -195,7 +196,7 @@ class FakeBatch:
             try:
                 process.wait(limit)
             except subprocess.TimeoutExpired:
-                self._kill(job["jobId"])
+                self._kill(process)
                 process.wait()
         reason = (
             "Host EC2 (instance i-0123456789abcdef0) terminated."
