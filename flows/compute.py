@@ -29,7 +29,7 @@ from clear.records import write_json
 from clear.stages.paths import profile
 from flows import compute_batch as batch
 from flows import compute_cost as cost
-from flows.compute_request import CACHED, LOCK, Inputs, describe, send
+from flows.compute_request import CACHED, LOCK, Inputs, describe, environment_tag, send
 from flows.compute_store import Store, Unreachable
 from flows.pipeline import Temporary, dvc, environment, missing_outputs, remote_of
 
@@ -264,16 +264,6 @@ def lease(store: Store, job_id: str) -> None:
     """Say that somebody waits for a job."""
     run = flow_run.id
     store.write(f"leases/{job_id}.json", {"flow_run": run, "api": os.environ.get("PREFECT_API_URL", "")})
-
-
-def environment_tag(workspace: Path) -> str:
-    """Tag of the container image with the environment of this workspace: its Dockerfile and locked versions."""
-    digest = hashlib.sha256()
-    for name in ("infra/Dockerfile", "infra/constraints.txt", "infra/install.sh", "pyproject.toml"):
-        if not (workspace / name).exists():
-            raise ClearError(f"{workspace / name} is missing; restore it, or name an image as compute.image.")
-        digest.update((workspace / name).read_bytes())
-    return f"env-{digest.hexdigest()[:12]}"
 
 
 def adopt(

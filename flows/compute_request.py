@@ -149,6 +149,16 @@ def send(store: Store, inputs: Inputs, key: str, workspace: Path, **more: Any) -
     return request
 
 
+def environment_tag(workspace: Path) -> str:
+    """Tag of the container image with the environment of this workspace: its Dockerfile and locked versions."""
+    digest = hashlib.sha256()
+    for name in ("infra/Dockerfile", "infra/constraints.txt", "infra/install.sh", "pyproject.toml"):
+        if not (workspace / name).exists():
+            raise ClearError(f"{workspace / name} is missing; restore it, or name an image as compute.image.")
+        digest.update((workspace / name).read_bytes())
+    return f"env-{digest.hexdigest()[:12]}"
+
+
 def expand(workspace: Path, names: list[str]) -> list[str]:
     """The files that these names stand for: a folder's are all below it; one that is not there has none."""
     found = []

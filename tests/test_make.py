@@ -14,7 +14,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "params", "check", "clean"]
+TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "params", "check", "stack", "image", "clean"]
 
 
 def _make(*arguments, cwd=ROOT, **environment):

@@ -18,7 +18,7 @@ from clear.errors import ClearError
 from flows import compute, remote_stage
 from flows.compute_checkpoints import Keeper, forget, restore
 from flows.compute_request import describe, receive, send
-from tests.cloud import compute_of, dvc
+from tests.cloud import compute_of, dvc, entry_of
 from tests.conftest import ROOT, git
 from tests.test_flow import wait_until
 
@@ -29,6 +29,7 @@ def _content(folder):
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_local_run(training, cloud):
     source = training / "code/source.py"
     source.write_text(source.read_text() + "# changed\n")
@@ -73,7 +74,7 @@ def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_loca
     assert _content(training / "data/models/sft") == model
 
 
-# What a job refuses
+# What a job is given, refuses and leaves
 
 
 @pytest.fixture
@@ -93,6 +94,37 @@ def _pull(folder, paths):
 
     with Repo(str(folder)) as repo:
         repo.pull(targets=[str(folder / path) for path in paths])
+
+
+def test_a_job_makes_the_stage_and_the_flow_takes_it_over(request_of, training, cloud, monkeypatch):
+    key = request_of["key"]
+    (request,) = cloud.store.names(f"requests/{key}/")
+    environment = cloud.batch.environment | {"CLEAR_REQUEST": cloud.store.url(request), "AWS_BATCH_JOB_ID": "job-1"}
+    command = [sys.executable, "-m", "flows.remote_stage"]
+    done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert cloud.store.names(f"logs/{key}/job-1-1.log") and not cloud.store.names("checkpoints/")
+    result = cloud.store.read(f"results/{key}.json")
+    before = (training / "dvc.lock").read_bytes()
+
+    stale = json.loads(json.dumps(result))
+    stale["lock"]["deps"][0]["md5"] = "0" * 32
+    wrong = json.loads(json.dumps(result))
+    wrong["lock"]["outs"][0]["md5"] = "0" * 32
+    more = result | {"files": result["files"] | {"code/train.py": result["files"]["data/metrics/sft.json"]}}
+    inputs = describe("sft", training)
+    for changed, said in ((stale, "has other deps"), (wrong, "is not the file"), (more, "none of its outputs in git")):
+        with pytest.raises(ClearError, match=said):
+            compute.adopt(changed, inputs, cloud.store, training, compute_of(training), print)
+    assert (training / "dvc.lock").read_bytes() == before and not (training / "data/metrics/sft.json").exists()
+
+    said = []
+    compute.adopt(result, inputs, cloud.store, training, compute_of(training), said.append)
+    assert (training / "data/models/sft/weights").read_text() == (training / "data/samples").read_text() + str(
+        len((training / "data/samples").read_text())
+    )
+    assert entry_of(training, "sft") == result["lock"]
+    assert "- path: data/metrics/sft.json" in (training / "dvc.lock").read_text()
 
 
 def test_a_job_gets_exactly_the_inputs_or_refuses(request_of, training, cloud, tmp_path):
