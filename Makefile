@@ -73,6 +73,10 @@ stack: $(READY)  ## create or update the AWS stack of section compute, for stage
 image: $(READY)  ## build the container image of this environment and push it to the stack's repository (needs docker)
 	@python -m flows.compute_stack image
 
+JUNK := .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+# With a lock file a run may be on its way; then the removal waits for nobody and happens as the only writer, or not.
+ALONE = $(if $(wildcard .clear/writer.lock .clear/scratch/.clear/writer.lock),python3 -m clear.writer . .clear/scratch --)
+
 clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
-	@rm -rf .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	@$(ALONE) rm -rf $(JUNK)
 	@find clear flows tests -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

@@ -4,16 +4,19 @@ The lock is an advisory `flock` on an open file. The kernel frees it when its pr
 crashed run leaves nothing to clean up; a run whose supervisor died, but which is itself alive, still holds it. No child
 inherits it: the descriptor is closed on exec and in a bare fork. The file's content says who holds it and is for people
 only; whether it is held is decided by the lock alone.
+
+`python -m clear.writer FOLDER … -- COMMAND …` runs a command as the only writer of the folders, or not at all.
 """
 
 import fcntl
 import json
 import os
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -50,7 +53,7 @@ def writer(
     while (descriptor := _acquire(file)) is None:
         busy = f"{workspace} is being written to by {holder(workspace)}"
         if when_busy == "leave":
-            raise Busy(f"{busy}; run again when it has ended, or with when_busy = wait.")
+            raise Busy(f"{busy}; run again when it has ended.")
         if busy != told:
             say(f"{busy}; waiting until it ends.")
             told = busy
@@ -90,3 +93,20 @@ def _acquire(file: Path) -> int | None:
             os.close(descriptor)
             return None
         os.close(descriptor)  # the file was deleted between opening and locking; its name is another file now
+
+
+def main(arguments: list[str]) -> int:
+    """Run a command as the only writer of the folders before `--`; its status, or 1 with one line if one is busy."""
+    split = arguments.index("--")
+    try:
+        with ExitStack() as held:
+            for folder in arguments[:split]:
+                held.enter_context(writer(Path(folder).resolve(), "leave"))
+            return subprocess.run(arguments[split + 1 :], check=False).returncode
+    except Busy as busy:
+        print(f"error: {busy}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-import urllib.request
 from pathlib import Path
 
 import psutil
@@ -23,9 +22,10 @@ from clear.writer import Busy, holder, lock_file, writer
 from flows import benchmark, children, pipeline
 from flows.artifacts import metrics_table, picture
 from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
-from tests.conftest import ROOT, git
+from tests.conftest import ROOT
 
-GONE_WITHIN = 10
+GONE_WITHIN = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
+"""Seconds; as many times more as others want this machine's cores."""
 
 
 def python(code: str, *arguments: str, **options) -> subprocess.Popen:
@@ -50,6 +50,12 @@ def wait_until(condition, seconds: float, what: str):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.05)
     return found
+
+
+def run_dvc(folder: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
 
 
 # The workspace's writer lock
@@ -83,10 +89,10 @@ def test_a_second_writer_leaves_and_says_who_holds_the_workspace(held, tmp_path)
 
 def test_a_second_writer_waits_for_the_first_and_says_so_once(held, tmp_path):
     said = []
-    threading.Timer(2.5, held.stdin.close).start()
+    threading.Timer(1.2, held.stdin.close).start()
     begun = time.monotonic()
     with writer(tmp_path, "wait", say=said.append):
-        assert time.monotonic() - begun > 2
+        assert time.monotonic() - begun > 1
         assert f"process {os.getpid()} " in holder(tmp_path)
     assert len(said) == 1 and f"process {held.pid} " in said[0] and "waiting" in said[0]
     assert lock_file(tmp_path).read_text() == ""
@@ -163,7 +169,7 @@ children.run(command, Path(sys.argv[2]).parent, dict(os.environ), say, Path(sys.
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.slow), signal.SIGKILL])
 def test_commands_that_ignore_sigterm_are_gone_with_the_flow_and_the_next_one_waits_for_that(tmp_path, number):
     file = tmp_path / "pid"
     with python(RUN, STUBBORN, str(file), process_group=0) as process:
@@ -228,6 +234,7 @@ def test_commands_see_the_workspaces_own_home_and_this_interpreter(project, monk
     assert pipeline.environment(project)["PATH"].startswith(f"{Path(sys.executable).parent}:")
 
 
+@pytest.mark.slow
 def test_a_busy_dvc_is_temporary_and_a_missing_stage_is_not(project, monkeypatch):
     from dvc.repo import Repo
 
@@ -289,81 +296,3 @@ def test_the_automation_waits_longer_than_two_heartbeats_and_watches_only_our_ru
     heartbeat = int(worker["job_variables"]["env"]["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
     assert automation["trigger"]["within"] > 2 * heartbeat
     assert automation["trigger"]["match_related"]["prefect.resource.id"] == "prefect.tag.clear"
-
-
-# The remote
-
-
-@pytest.fixture
-def store(monkeypatch):
-    """Address of an S3 server on this machine with one bucket, `data`."""
-    import boto3
-    from moto.server import ThreadedMotoServer
-
-    for name, value in {
-        "AWS_ACCESS_KEY_ID": "id",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "eu-west-1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("AWS_PROFILE", raising=False)
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    server.start()
-    url = "http://{}:{}".format(*server.get_host_and_port())
-    urllib.request.urlopen(urllib.request.Request(f"{url}/moto-api/reset", method="POST")).close()
-    placed = {"LocationConstraint": "eu-west-1"}
-    boto3.client("s3", endpoint_url=url).create_bucket(Bucket="data", CreateBucketConfiguration=placed)
-    yield url
-    server.stop()
-
-
-def remote(folder: Path, bucket: str, endpoint: str = "") -> subprocess.CompletedProcess:
-    """What `make remote` runs."""
-    command = [sys.executable, "-m", "infra.remote", bucket, endpoint]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def run_dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def test_what_one_clone_pushes_another_pulls_and_need_not_reproduce(store, project, tmp_path):
-    done = remote(project, "data/team", store)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
-    assert "default DVC remote: s3://data/team" in done.stdout
-    assert pipeline.remote_of(project) == "storage"
-    assert "secret" not in (project / ".dvc/config.local").read_text()
-    assert git(project, "status", "--porcelain") == ""
-    run_dvc(project, "push")
-
-    git(tmp_path, "clone", "-q", str(project), "second")
-    second = tmp_path / "second"
-    assert remote(second, "s3://data/team/", store).returncode == 0
-    run_dvc(second, "pull")
-    assert (second / "data/samples").read_bytes() == (project / "data/samples").read_bytes()
-    assert "Running stage" not in run_dvc(second, "repro")
-    assert git(second, "status", "--porcelain") == ""
-
-
-def _refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert word in done.stderr
-
-
-def test_a_wrong_bucket_endpoint_or_folder_is_one_line_and_nothing_is_written(store, project, tmp_path, monkeypatch):
-    _refused(remote(project, "nothing", store), "has no bucket 'nothing'", store)
-    _refused(remote(project, "data", "http://127.0.0.1:1"), "http://127.0.0.1:1 cannot be reached", "ENDPOINT")
-    _refused(remote(project, "data", "nonsense"), "nonsense", "ENDPOINT")
-    _refused(remote(project, "", store), "BUCKET=")
-    _refused(remote(tmp_path, "data", store), "no DVC project here")
-    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    _refused(remote(project, "data", store), "no credentials", "AWS_PROFILE")
-    assert not (project / ".dvc/config.local").exists() or pipeline.remote_of(project) is None

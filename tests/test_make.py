@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from clear.writer import lock_file, writer
 from tests.conftest import ROOT
 
-TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "params", "check", "stack", "image", "clean"]
+TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "params", "check", "remote", "deploy"]
+TARGETS += ["prefect-local", "stack", "image", "clean"]
 
 
 def _make(*arguments, cwd=ROOT, **environment):
@@ -59,6 +61,23 @@ def test_clean_keeps_data_and_environment(tmp_path):
         (tmp_path / name).write_text("")
     assert _make("clean", cwd=tmp_path).returncode == 0
     assert [name for name in kept + gone if (tmp_path / name).exists()] == kept
+
+
+@pytest.mark.parametrize("folder", [".", ".clear/scratch"])
+def test_clean_refuses_while_a_run_holds_the_workspace_or_the_scratch_copies(tmp_path, folder):
+    shutil.copy(ROOT / "Makefile", tmp_path)
+    shutil.copytree(ROOT / "clear", tmp_path / "clear", ignore=shutil.ignore_patterns("__pycache__", "conf"))
+    (tmp_path / ".clear").mkdir()
+    (tmp_path / ".clear/checkpoint").write_text("")
+    with writer(tmp_path / folder, label="flow run brave-otter"):
+        refused = _make("clean", cwd=tmp_path)
+        assert refused.returncode != 0
+        line, *rest = refused.stderr.splitlines()
+        assert line.startswith(f"error: {(tmp_path / folder).resolve()} is being written to by process {os.getpid()} ")
+        assert "flow run brave-otter" in line and all(one.startswith("make: ***") for one in rest)
+        assert (tmp_path / ".clear/checkpoint").exists() and lock_file(tmp_path / folder).exists()
+    done = _make("clean", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (0, "") and not (tmp_path / ".clear").exists()
 
 
 def test_ci_runs_lint_and_test_and_stops_at_a_failure(tmp_path):
