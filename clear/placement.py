@@ -3,6 +3,7 @@
 No stage depends on it, so that moving a stage to another machine makes nothing out of date. Prices are estimates.
 """
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -82,6 +83,10 @@ class Compute:
 def check_compute(compute: Compute, name: str) -> None:
     """Raise ClearError for jobs without a price, spot on several nodes, and the like."""
     stages = [item.name for item in fields(Place)]
+    if not re.fullmatch("[a-z][a-z0-9-]{0,39}", compute.stack):
+        raise ClearError(
+            f"params: {name}.stack = {compute.stack!r}: use at most 40 lower-case letters, digits and hyphens."
+        )
     for stage, job in compute.jobs.items():
         full = f"{name}.jobs.{stage}"
         if stage not in ("default", *stages):

@@ -180,13 +180,11 @@ def terminate(batch: Any, job_id: str, reason: str) -> None:
 def hours(job: dict[str, Any]) -> float:
     """Hours in which the machines of a job have run for it, all attempts together; until now for one that runs."""
     total = 0.0
-    for one in job.get("attempts", []):
-        if one.get("startedAt"):
-            total += max(0, (one.get("stoppedAt") or one["startedAt"]) - one["startedAt"])
-    if job["status"] == "RUNNING" and job.get("startedAt"):
+    for one in [*job.get("attempts", []), *([job] if not job.get("attempts") and "stoppedAt" in job else [])]:
+        if "startedAt" in one:  # a machine that was lost while it started has only an end
+            total += max(0, one.get("stoppedAt", one["startedAt"]) - one["startedAt"])
+    if job["status"] == "RUNNING" and "startedAt" in job:
         total += max(0, datetime.now(UTC).timestamp() * 1000 - job["startedAt"])
-    elif not job.get("attempts") and job.get("startedAt") and job.get("stoppedAt"):
-        total += max(0, job["stoppedAt"] - job["startedAt"])
     return total / 3.6e6
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import boto3
 import pytest
 
 from clear.errors import ClearError
+from clear.scratch import write_params
 from flows import compute, remote_stage
 from flows.compute_checkpoints import Keeper, forget, restore
 from flows.compute_request import describe, receive, send
-from tests.cloud import compute_of, dvc, entry_of
+from tests.cloud import OVERRIDES, compute_of, dvc, entry_of, use_remote
 from tests.conftest import ROOT, git
 from tests.test_flow import wait_until
 
@@ -72,6 +74,55 @@ def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_loca
     dvc(training, "repro", "--single-item", "--force", "--no-run-cache", "sft")
     assert {name: (training / name).read_bytes() for name in there} == there
     assert _content(training / "data/models/sft") == model
+
+
+@pytest.fixture
+def smoke(cloud, moto_url, tmp_path, monkeypatch) -> Path:
+    """The working tree, committed in a repository of its own, with the smoke profile's data and `base` in the cloud."""
+    folder = tmp_path / "smoke"
+    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, dict.fromkeys(listed)):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "the working tree")
+    places = [one.replace("place.sft", "place.base") for one in OVERRIDES]
+    write_params(folder / "params.yaml", ["profile=smoke", *places])
+    use_remote(folder, moto_url)
+    dvc(folder, "repro", "degrade")
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_real_training_that_is_reclaimed_ends_with_the_bytes_of_an_uninterrupted_one(smoke, cloud):
+    """Stage `base` of the smoke profile: SIGTERM in the middle of its second phase, continued in another process."""
+    said = []
+
+    def take_away():
+        (job,) = wait_until(lambda: list(cloud.batch.jobs), 120, "a job")
+        wait_until(lambda: cloud.batch.jobs[job]["status"] == "RUNNING", 60, "its machine")
+        wait_until(lambda: any(line.startswith("vae ") for line in cloud.lines(job)), 400, "the second phase")
+        cloud.batch.reclaim(job)
+
+    thief = threading.Thread(target=take_away)
+    thief.start()
+    compute.reproduce("base", smoke, compute_of(smoke), said.append)
+    thief.join()
+    ((job, record),) = cloud.batch.jobs.items()
+    assert [one["container"]["exitCode"] for one in record["attempts"]] == [remote_stage.PREEMPTED, 0]
+    first, second = cloud.lines(job, 1), cloud.lines(job, 2)
+    assert any(line.startswith("vit ") for line in first) and not any(line.startswith("vit ") for line in second)
+    done = [line.split()[1] for line in first if line.startswith("vae ")]
+    assert not {line.split()[1] for line in second if line.startswith("vae ")} & set(done), "no step is repeated"
+
+    entry, files = entry_of(smoke, "base"), [smoke / "data/metrics/base.json", smoke / "data/plots/base.csv"]
+    there = [file.read_bytes() for file in files]
+    dvc(smoke, "repro", "--single-item", "--force", "--no-run-cache", "base")
+    assert entry_of(smoke, "base") == entry
+    assert [file.read_bytes() for file in files] == there
 
 
 # What a job is given, refuses and leaves
