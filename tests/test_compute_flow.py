@@ -3,6 +3,10 @@
 The jobs here are stand-ins that leave a result, fail, or wait to be ended; the real job is tests/test_remote_stage.py.
 """
 
+import os
+import signal
+import subprocess
+import sys
 import threading
 from datetime import UTC, datetime
 
@@ -16,7 +20,8 @@ from clear.placement import Price
 from flows import compute, compute_batch, compute_cost, sweep
 from flows.compute_request import Inputs
 from flows.compute_store import Damaged, Store, Unreachable
-from tests.cloud import compute_of
+from tests.cloud import compute_of, entry_of
+from tests.conftest import ROOT
 from tests.test_flow import alive, wait_until
 
 pytest_plugins = ["tests.cloud"]
@@ -234,7 +239,8 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     wait_until(lambda: cloud.batch.jobs[old]["status"] == "FAILED", 10, "the end of the job")
     assert cloud.batch.jobs[old]["statusReason"].startswith("swept: ")
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
-    assert sweep.sweep(mine.compute, 10, said.append) == []
+    assert sweep.main(["--minutes", "10"]) == 0
+    assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
 
 
 def test_an_attempt_is_ended_after_its_time(work, cloud):
@@ -265,3 +271,30 @@ def test_aws_that_does_not_answer_or_refuses_is_one_line(cloud, monkeypatch, tra
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
     with pytest.raises(Unreachable, match="Could not connect"):
         Store(boto3.client("s3", config=Config(retries={"total_max_attempts": 1})), "cloud").read("note.json")
+
+
+@pytest.mark.slow
+def test_the_pipeline_sends_a_stage_away_and_its_end_ends_the_job(training, cloud, tmp_path):
+    """The real flow and the real job: cancelled in mid-training, run again, and then up to date."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    command = [sys.executable, "-m", "flows.pipeline", str(training)]
+    cloud.batch.environment["STEP_SECONDS"] = "2"
+    with (tmp_path / "flow.txt").open("w") as out:
+        flow = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        (job,) = wait_until(lambda: list(cloud.batch.jobs), 240, "a job")
+        wait_until(lambda: cloud.batch.jobs[job]["status"] == "RUNNING", 60, "its machine")
+        wait_until(lambda: "step 2" in cloud.lines(job), 120, "the second step")
+        flow.send_signal(signal.SIGTERM)
+        assert flow.wait(60) != 0
+    wait_until(lambda: cloud.batch.jobs[job]["status"] == "FAILED", 40, "the end of the job")
+    assert cloud.batch.jobs[job]["statusReason"].startswith("its flow ended: ")
+    assert cloud.store.names("checkpoints/")
+
+    cloud.batch.environment["STEP_SECONDS"] = "0"
+    for count in (2, 2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(cloud.batch.jobs) == count, "the second time it is up to date"
+    start = next(line for line in cloud.lines(list(cloud.batch.jobs)[1]) if line.startswith("starting at step"))
+    assert int(start.split()[-1]) >= 2
+    assert entry_of(training, "sft")["cmd"] == "python code/train.py"
