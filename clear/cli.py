@@ -221,6 +221,46 @@ def merge(
     typer.echo(f"{out} written.")
 
 
+_incoming = typer.Typer(help="Pictures that came degraded: the sets of data/incoming.", no_args_is_help=True)
+app.add_typer(_incoming, name="incoming", rich_help_panel=TOOLS)
+
+
+@_incoming.command("list")
+def incoming_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+    """List the sets with a fingerprint of their content."""
+    import json
+    from dataclasses import asdict
+
+    from clear.sources.incoming import FOLDER, sets
+
+    found = sets()
+    if as_json:
+        typer.echo(json.dumps({"sets": [asdict(one) for one in found]}, indent=1))
+        return
+    for one in found:
+        state = f"{one.files} files, {one.size / 1e6:.1f} MB, {one.fingerprint[:12]}" if one.present else "not pulled"
+        typer.echo(f"{one.name}: {state}")
+    if not found:
+        typer.echo(f"no set in {FOLDER}; docs/DEGRADATIONS.md says what to put there.")
+
+
+@_incoming.command("check")
+def incoming_check(
+    name: Annotated[str, typer.Argument(help="A folder of data/incoming.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check one set and write a report: exit status 0 if the pipeline can take it in, else 1."""
+    import json
+
+    from clear.config import load
+    from clear.validation.incoming import check as check_set
+    from clear.validation.incoming import lines
+
+    verdict = check_set(name, load())
+    typer.echo(json.dumps(verdict.as_json(), indent=1) if as_json else "\n".join(lines(verdict)))
+    raise typer.Exit(0 if verdict.success else 1)
+
+
 def _add_stage(name: str, summary: str) -> None:
     def command() -> None:
         if name == "sft_direct":

@@ -57,6 +57,14 @@ class Degrade:
 
 
 @dataclass
+class Incoming:
+    """Pictures that came degraded (data/incoming): the slices that a hash of their pixels sends them to."""
+
+    bench_share: float = between(0, 1)  # of all pictures, to the benchmark
+    rl_share: float = between(0, 1)  # of the others, to reinforcement learning; the rest to fine-tuning
+
+
+@dataclass
 class MmdBench:
     """The benchmark: `row` gives each image one corruption at three levels, `full` all 48 variants."""
 
@@ -255,6 +263,7 @@ class Config:
     runtime: Runtime
     source: Source
     degrade: Degrade
+    incoming: Incoming
     mmd_bench: MmdBench
     validate: Validate
     model: ModelSize

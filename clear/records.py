@@ -26,6 +26,9 @@ if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on m
 CLEAN = "clean"
 """Value of `Sample.corruption` and `Sample.severity` for an image that was not degraded."""
 
+INCOMING = "incoming"
+"""Value of `Sample.severity` for an image that came degraded (data/incoming); its corruption is the name of its set."""
+
 EXIF_ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is turned."""
 
@@ -100,6 +103,11 @@ class Sample:
         return self.image if self.degraded is None else self.degraded
 
     @property
+    def paired(self) -> bool:
+        """Whether there is a clean image to restore; what came degraded without one is kept in both fields."""
+        return self.degraded is None or self.degraded != self.image
+
+    @property
     def key(self) -> str:
         """Identity of this copy among all copies: id, corruption and severity."""
         return f"{self.id}/{self.corruption}/{self.severity}"
@@ -108,6 +116,11 @@ class Sample:
 def sha256(data: bytes) -> str:
     """Hex digest that identifies an image by content."""
     return hashlib.sha256(data).hexdigest()
+
+
+def pixel_sha256(image: np.ndarray) -> str:
+    """Hex digest of the pixels of an image, whatever its encoding."""
+    return sha256(np.array(image.shape, np.int64).tobytes() + np.ascontiguousarray(image).tobytes())
 
 
 def file_sha256(path: Path | str) -> str:

@@ -5,7 +5,7 @@ params.yaml composed for the profile. It is a DVC workspace of its own that shar
 folder changes but the rendered report, `data/report/<profile>`. The copy stays, so that a second run does only what is
 out of date and an interrupted one resumes; there is one copy per profile and `make clean` removes them.
 `dvc exp run --temp` does the same from the last commit, but stashes and resets the user's folder meanwhile, forgets
-untracked files and refuses a clone without commits of its own.
+untracked files and refuses a clone without commits of its own. `clone` makes a copy of a commit instead, for flows.
 """
 
 import os
@@ -100,3 +100,34 @@ def _cache(workspace: Path) -> str:
 
     with Repo(str(workspace)) as repo:
         return repo.cache.local_cache_dir
+
+
+def clone(source: Path, revision: str, copy: Path) -> str:
+    """Make `copy` a fresh clone of `source` at `revision` with the same DVC cache and remote; returns the commit.
+
+    Raises ClearError where the source is no git clone with DVC or does not know the revision.
+    """
+    from dvc.repo import Repo
+
+    if not (source / ".dvc" / "config").exists():
+        raise ClearError(f"{source}: no DVC project here; name the project's folder as `workspace`.")
+    commit = _git(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    _git(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
+    _git(copy, "checkout", "--quiet", "--detach", commit)
+    with Repo(str(source)) as repo:
+        settings, cache = repo.config.read(), repo.cache.local_cache_dir
+    with Repo(str(copy)) as repo, repo.config.edit("local") as own:
+        own["cache"] = dict(settings.get("cache", {})) | {"dir": cache}
+        own["remote"] = settings.get("remote", {})
+        if default := settings.get("core", {}).get("remote"):
+            own["core"]["remote"] = default
+    return commit
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout

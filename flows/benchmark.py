@@ -10,7 +10,6 @@ does, and the table then shows both what was recorded with the revision and what
 import argparse
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from clear.errors import ClearError
+from clear.scratch import clone
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, read_json
@@ -63,6 +63,7 @@ def benchmark(
 
 def _measure(source: Path, revision: str, models: list[str], given: Path | None, force: bool, copy: Path) -> Any:
     """Metrics by model; raises what the first evaluation that failed raised."""
+    children.settle(command_lock(copy))
     commit = clone(source, revision, copy)
     get_run_logger().info(f"commit {commit} in {copy}")
     recorded = metrics_table(copy)
@@ -80,31 +81,6 @@ def _measure(source: Path, revision: str, models: list[str], given: Path | None,
     text = f"Measured: {what}\n\n{metrics_table(copy, done)}\n\nRecorded in commit {commit}:\n\n{recorded}"
     create_markdown_artifact(text, "benchmark", f"MMD-Bench of {what}")
     return {model: read_json(copy / "data/metrics" / f"evaluate_{model}.json") for model in models}
-
-
-def clone(source: Path, revision: str, copy: Path) -> str:
-    """Make `copy` a fresh clone of `source` at `revision` with the same DVC cache and remote; returns the commit.
-
-    Raises ClearError where the source is no git clone with DVC or does not know the revision.
-    """
-    from dvc.repo import Repo
-
-    if not (source / ".dvc" / "config").exists():
-        raise ClearError(f"{source}: no DVC project here; name the project's folder as `workspace`.")
-    commit = _git(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
-    children.settle(command_lock(copy))
-    shutil.rmtree(copy, ignore_errors=True)
-    copy.parent.mkdir(parents=True, exist_ok=True)
-    _git(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
-    _git(copy, "checkout", "--quiet", "--detach", commit)
-    with Repo(str(source)) as repo:
-        settings, cache = repo.config.read(), repo.cache.local_cache_dir
-    with Repo(str(copy)) as repo, repo.config.edit("local") as own:
-        own["cache"] = dict(settings.get("cache", {})) | {"dir": cache}
-        own["remote"] = settings.get("remote", {})
-        if default := settings.get("core", {}).get("remote"):
-            own["core"]["remote"] = default
-    return commit
 
 
 def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> list[str]:
@@ -144,13 +120,6 @@ def _link(source: str, target: str) -> None:
         os.link(Path(source).resolve(), target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.stderr.strip()}")
-    return done.stdout
 
 
 def main(arguments: list[str] | None = None) -> int:

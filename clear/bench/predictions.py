@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
 from clear.errors import ClearError
-from clear.records import CLEAN
+from clear.records import CLEAN, INCOMING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -75,13 +75,23 @@ def write(path: Path | str, rows: Iterable[dict]) -> int:
 
 
 def read(path: Path | str) -> "pd.DataFrame":
-    """The rows of one model as a frame with the columns of SCHEMA (null floats become NaN, null pictures None).
+    """The rows of one model on MMD-Bench: the columns of SCHEMA (null floats become NaN, null pictures None).
+
+    Rows about pictures that came degraded are no part of MMD-Bench: `read_incoming` gives them.
 
     Raises ClearError, naming the file and where possible the row, if the file is missing or unreadable, has no row,
     lacks a column, holds a column of another type, an unknown severity, the same key twice, or a null where one is
     not allowed, and if an empty prediction is marked correct.
     """
-    path = Path(path)
+    return _read(Path(path), incoming=False)
+
+
+def read_incoming(path: Path | str) -> "pd.DataFrame":
+    """The rows of one model on pictures that came degraded, in the form and with the errors of `read`; may be empty."""
+    return _read(Path(path), incoming=True)
+
+
+def _read(path: Path, incoming: bool) -> "pd.DataFrame":
     remedy = f"run `dvc repro evaluate@{path.stem}`"
     if not path.exists():
         raise ClearError(f"{path} is not here; {remedy}, or `git checkout` it.")
@@ -98,8 +108,9 @@ def read(path: Path | str) -> "pd.DataFrame":
         if column.name not in NULLABLE and table.column(column.name).null_count:
             raise ClearError(f"{path}: column '{column.name}' holds a null; {remedy}.")
     frame = table.select(SCHEMA.names).to_pandas()
-    _check_rows(path, frame, remedy)
-    return frame
+    came = frame.severity == INCOMING
+    _check_rows(path, frame[~came].reset_index(drop=True), remedy)
+    return frame[came if incoming else ~came].reset_index(drop=True)
 
 
 def _check_rows(path: Path, frame: "pd.DataFrame", remedy: str) -> None:
@@ -153,6 +164,20 @@ def metrics(frame: "pd.DataFrame", confidence: float = 0.95, resamples: int = 20
         "ssim": _restoration(frame, "ssim"),
         "no_answer": scores["no_answer"],
         "questions": scores["questions"],
+    }
+
+
+def incoming_metrics(frame: "pd.DataFrame") -> dict[str, dict]:
+    """Figures per set of `read_incoming`, shares in [0, 1]; apart from those of MMD-Bench, whose protocol they lack."""
+    return {
+        name: {
+            "accuracy": float(rows.correct.mean()),
+            "call_rate": float(rows.restored.mean()),
+            "images": int(rows["sample"].nunique()),
+            "questions": len(rows),
+            "no_answer": int((rows.prediction == "").sum()),
+        }
+        for name, rows in frame.groupby("corruption", sort=True)
     }
 
 

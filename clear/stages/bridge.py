@@ -38,7 +38,7 @@ def run(config: Config) -> None:
         model.bridge = fresh.to(model.vae2llm.weight.device)
     model.config = replace(model.config, bridge=config.bridge.kind)
 
-    degraded = [n for n, row in enumerate(data.rows) if row.severity != CLEAN]
+    degraded = [n for n in data.paired if data.rows[n].severity != CLEAN]
     chosen = degraded[:: max(1, len(degraded) // OWN_LATENTS)]
     s = config.sampling
     options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch, guidance=guidance(s))

@@ -2,6 +2,8 @@
 
 Reads data/samples/{sft,rl,validation}, writes data/degraded/<split>/ and data/metrics/degrade.json. Training images
 draw their corruption and severity from the published weights; validation images go through all 48 cells in turn.
+Pictures that came degraded (data/incoming) follow behind those of their slice, sft or rl; rows of theirs that cannot be
+used are listed in data/rejects/incoming.parquet.
 """
 
 from collections.abc import Iterator
@@ -9,20 +11,36 @@ from pathlib import Path
 
 from clear.config import Config
 from clear.degradation.build import count_rows, degraded_samples
+from clear.degradation.incoming import planned
 from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, TRAINING_WEIGHTS, draw
 from clear.records import Sample, ShardWriter, read_samples, write_json
+from clear.sources.intake import Intake
 
 SAMPLES, DEGRADED, METRICS = Path("data/samples"), Path("data/degraded"), Path("data/metrics/degrade.json")
+REJECTS = Path("data/rejects/incoming.parquet")
 SPLITS = ("sft", "rl", "validation")
 
 
 def run(config: Config) -> None:
     """Write the degraded splits and their counts. Raises ClearError naming a sample whose image cannot be degraded."""
-    counts = {split: _degrade_split(split, config) for split in SPLITS}
-    write_json(METRICS, {"protocol_version": PROTOCOL_VERSION, "images": counts})
+    came = planned(config)
+    write_rejects(came)
+    counts = {split: _degrade_split(split, config, came.samples(split)) for split in SPLITS}
+    report = {"protocol_version": PROTOCOL_VERSION, "images": counts}
+    if came.sets:
+        report["incoming"] = {"sets": came.summary()}
+    write_json(METRICS, report)
 
 
-def _degrade_split(split: str, config: Config) -> dict[str, dict[str, int]]:
+def write_rejects(came: Intake, file: Path = REJECTS) -> None:
+    """Write the rejected rows (set, row, reason) as Parquet."""
+    import pandas as pd
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pd.DataFrame(came.rejects, columns=["set", "row", "reason"], dtype="str").to_parquet(file, index=False)
+
+
+def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[str, dict[str, int]]:
     folder, settings = SAMPLES / split, config.degrade
     copies = settings.validation_copies if split == "validation" else 1
     variants = _cycled(folder, copies) if split == "validation" else _drawn(folder, settings.severity_weights)
@@ -33,6 +51,8 @@ def _degrade_split(split: str, config: Config) -> dict[str, dict[str, int]]:
         writer.add(sample)
         row = counts.setdefault(sample.corruption, {})
         row[sample.severity] = row.get(sample.severity, 0) + 1
+    for sample in also:
+        writer.add(sample)
     writer.close()
     return counts
 

@@ -1,6 +1,11 @@
-"""Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary."""
+"""Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary.
+
+The benchmark slice of what came degraded (data/bench/incoming) is answered apart, after MMD-Bench, so that no figure of
+MMD-Bench depends on it.
+"""
 
 from collections.abc import Container
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +15,7 @@ from clear.bench import predictions
 from clear.bench.scoring import is_correct
 from clear.config import Config
 from clear.errors import ClearError
-from clear.records import Sample, encode_image, read_samples, write_json
+from clear.records import CLEAN, Sample, encode_image, read_samples, write_json
 from clear.runtime import apply_runtime
 
 MODELS = {
@@ -31,19 +36,38 @@ def run(config: Config, model: str) -> None:
         raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
     apply_runtime(config)
     from clear.reasoning.answering import Answerer
-    from clear.stages.paths import model_folder, record_run
+    from clear.stages.paths import model_folder
 
     folder, restore, feedback = MODELS[model]
     if model == "sft" and config.bridge.kind == "direct":
         feedback = "bridge"
     answerer = Answerer.load(model_folder(folder, config), config)
-    samples = [*read_samples("data/bench/clean"), *read_samples("data/bench/degraded")]
+    benchmark = [*read_samples("data/bench/clean"), *read_samples("data/bench/degraded")]
+    rows = _answered(answerer, benchmark, model, restore, feedback)
+    if came := list(read_samples("data/bench/incoming")):
+        partners = [replace(s, degraded=None, corruption=CLEAN, severity=CLEAN, questions=()) for s in came]
+        rows += _answered(answerer, partners + came, model, restore, feedback, "milliseconds_per_incoming_question")
+    out = Path("data/predictions") / f"{model}.parquet"
+    predictions.write(out, rows)
+    e = config.evaluate
+    found = predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed)
+    if came:
+        found["incoming"] = predictions.incoming_metrics(predictions.read_incoming(out))
+    write_json(f"data/metrics/evaluate_{model}.json", found)
+
+
+def _answered(
+    answerer, samples: list[Sample], model: str, restore: str, feedback: str, figure: str = "milliseconds_per_question"
+) -> list[dict]:
+    """Rows of clear.bench.predictions for every question of `samples`; the time goes to the run record as `figure`."""
+    from clear.stages.paths import record_run
+
     bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
     clean = {s.id: i for i, s in enumerate(samples) if s.degraded is None}
     asked = [(i, q) for i, s in enumerate(samples) for q in s.questions]
     with tqdm(total=len(asked), desc=f"evaluate {model}", unit="question", mininterval=2) as bar:
         answers = answerer.answer(bank, asked, restore, feedback, bar.update)
-        record_run(f"evaluate_{model}", milliseconds_per_question=1000 * bar.format_dict["elapsed"] / len(asked))
+        record_run(f"evaluate_{model}", **{figure: 1000 * bar.format_dict["elapsed"] / len(asked)})
     pictures = _pictures(answerer, answers)
     kept = _kept([samples[i] for i, _ in asked], pictures)
     rows = []
@@ -66,13 +90,7 @@ def run(config: Config, model: str) -> None:
             "restored_png": encode_image(pictures[n]) if n in kept else None,
         }
         rows.append(row | _quality(bank.uint8(clean[sample.id]), bank.uint8(i), pictures.get(n), sample))
-    out = Path("data/predictions") / f"{model}.parquet"
-    predictions.write(out, rows)
-    e = config.evaluate
-    write_json(
-        f"data/metrics/evaluate_{model}.json",
-        predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed),
-    )
+    return rows
 
 
 def _pictures(answerer, answers) -> dict[int, np.ndarray]:
@@ -104,7 +122,7 @@ def _quality(clean: np.ndarray, shown: np.ndarray, restored: np.ndarray | None, 
     from clear.validation.metrics import psnr, ssim
 
     row = {f"{name}_{kind}": None for name in ("psnr", "ssim") for kind in ("degraded", "restored")}
-    if sample.degraded is not None:
+    if sample.degraded is not None and sample.paired:
         row |= {"psnr_degraded": psnr(clean, shown), "ssim_degraded": ssim(clean, shown)}
         if restored is not None:
             row |= {"psnr_restored": psnr(clean, restored), "ssim_restored": ssim(clean, restored)}

@@ -1,7 +1,9 @@
 """Stage `mmd_bench`: the benchmark of clean images and degraded copies (METHOD §6, §7).
 
 Reads data/samples/bench, writes data/bench/{clean,degraded} and data/metrics/mmd_bench.json. Protocol `row`: one
-corruption per image at three levels, as the published generator; `full`: all 48 variants, as the paper says.
+corruption per image at three levels, as the published generator; `full`: all 48 variants, as the paper says. The
+benchmark slice of what came degraded (data/incoming) lies apart, in data/bench/incoming, and counts for no figure of
+MMD-Bench.
 
 Departure (METHOD §8 item 15): `row` deals the corruptions out evenly instead of drawing them, and every row records
 what it got. Two images that share a minimal pair get the same corruption, so that a pair stays minimal.
@@ -15,6 +17,7 @@ from pathlib import Path
 from clear.config import Config
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.incoming import planned
 from clear.degradation.protocol import PROTOCOL_VERSION, SEVERITIES, order_of
 from clear.records import Sample, ShardWriter, read_samples, write_json
 
@@ -39,7 +42,22 @@ def run(config: Config) -> None:
         "clean": counts,
         "degraded": _write_degraded(plan, config),
     }
+    if came := _write_incoming(config):
+        report["incoming"] = came
     write_json(METRICS, report)
+
+
+def _write_incoming(config: Config) -> dict[str, dict[str, int]]:
+    """Write the benchmark slice of data/incoming (an empty shard without one); images and questions of every set."""
+    came = planned(config)
+    counts = {one.name: {"images": 0, "questions": 0} for one in came.sets}
+    writer = ShardWriter(BENCH / "incoming")
+    for sample in came.samples("bench"):
+        writer.add(sample)
+        counts[sample.corruption]["images"] += 1
+        counts[sample.corruption]["questions"] += len(sample.questions)
+    writer.close()
+    return counts
 
 
 def _write_degraded(plan: dict[str, tuple[str, ...]], config: Config) -> dict:

@@ -30,7 +30,7 @@ def run(config: Config, direct: bool = False) -> None:
         optimise(work, "direct", model, sft.direct_loss(model, data), len(data), both, ema)
     else:
         trainable(model, only=sft.GENERATION)
-        optimise(work, "restoration", model, sft.restoration_loss(model, data), len(data), warm, ema)
+        optimise(work, "restoration", model, sft.restoration_loss(model, data), len(data.paired), warm, ema)
         trainable(model)
         weights = sft.TraceWeights(
             feedback=VIT if config.bridge.kind == "mlp" else LATENT,

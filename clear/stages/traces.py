@@ -25,7 +25,8 @@ def run(config: Config) -> None:
     asked = [(i, q) for i, s in enumerate(degraded) for q in s.questions[: config.traces.questions]]
     answerer = Answerer.load(model_folder("base", config), config)
     step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
-    shown_clean = set(range(0, len(asked), step))
+    # Without a clean partner there is neither a clean image to show nor one to restore.
+    shown_clean = {n for n in range(0, len(asked), step) if degraded[asked[n][0]].paired}
 
     def right(images: list[bytes], chosen: list[int]) -> dict[int, bool]:
         """Whether the base answers each chosen question from these images."""
@@ -39,7 +40,7 @@ def run(config: Config) -> None:
     clean = right([s.image for s in degraded], [n for n in range(len(asked)) if n in shown_clean or not seen[n]])
     rows = []
     for n, (i, question) in enumerate(asked):
-        restore = restores(config.traces.restore_when, seen[n], clean.get(n, True))
+        restore = degraded[i].paired and restores(config.traces.restore_when, seen[n], clean.get(n, True))
         rows.append(trace_row(degraded[i], question, restore, seen[n]))
     for n in sorted(shown_clean):
         i, question = asked[n]

@@ -1,8 +1,9 @@
 """Stage `validate`: prove that the degraded data are what they claim to be.
 
-Reads data/degraded/{sft,rl,validation} and data/bench/{clean,degraded}; writes data/metrics/validate.json,
+Reads data/degraded/{sft,rl,validation} and data/bench/{clean,degraded,incoming}; writes data/metrics/validate.json,
 data/rejects/validate.parquet and, outside DVC, Data Docs in the report folder. All of it is written before a failed
-expectation stops the stage, so that what failed can be looked up; nothing downstream runs.
+expectation stops the stage, so that what failed can be looked up; nothing downstream runs. Pictures that came degraded
+are judged as sets of their own (`incoming_<name>`), over all their slices.
 """
 
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from clear.config import Config
 from clear.degradation.build import count_rows, parallel
 from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
 from clear.errors import ClearError
-from clear.records import read_samples, write_json
+from clear.records import INCOMING, read_samples, write_json
 from clear.validation import frames as columns
-from clear.validation.expectations import Check, Failure, clean_checks, degraded_checks, run_checks
+from clear.validation.expectations import Check, Failure, clean_checks, degraded_checks, incoming_checks, run_checks
 from clear.validation.metrics import measure
 
 DATASETS = {
@@ -26,8 +27,10 @@ DATASETS = {
     "degraded_validation": Path("data/degraded/validation"),
     "bench_clean": Path("data/bench/clean"),
     "bench_degraded": Path("data/bench/degraded"),
+    "bench_incoming": Path("data/bench/incoming"),
 }
 TRAINING = ("degraded_sft", "degraded_rl")
+BENCH = ("bench_clean", "bench_degraded")
 METRICS, REJECTS = Path("data/metrics/validate.json"), Path("data/rejects/validate.parquet")
 
 
@@ -53,7 +56,20 @@ def measured_frames(workers: int) -> dict[str, pd.DataFrame]:
     sizes = {name: count_rows(folder) for name, folder in DATASETS.items()}
     samples = chain.from_iterable(read_samples(folder) for folder in DATASETS.values())
     rows: Iterator = parallel(measure, samples, workers, sum(sizes.values()), "validate")
-    return {name: columns.build_frame(islice(rows, size)) for name, size in sizes.items()}
+    return by_set({name: columns.build_frame(islice(rows, size)) for name, size in sizes.items()})
+
+
+def by_set(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
+    """The frames without pictures that came degraded, followed by one frame `incoming_<name>` per set of those."""
+    came, kept = [], {}
+    for name, frame in frames.items():
+        mine = frame["severity"].eq(INCOMING) | (name == "bench_incoming")
+        came.append(frame[mine])
+        kept[name] = frame[~mine].reset_index(drop=True)
+    del kept["bench_incoming"]
+    for name, rows in pd.concat(came, ignore_index=True).groupby("corruption", sort=True):
+        kept[f"incoming_{name}"] = rows.reset_index(drop=True)
+    return kept
 
 
 def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[Check]]:
@@ -67,12 +83,19 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
         "bench_degraded": len(SEVERITIES) if config.mmd_bench.protocol == "row" else len(CELLS),
     }
     checks = {}
+    came = {name: frame for name, frame in frames.items() if name.startswith("incoming_")}
+    taught = [*(frames[split] for split in TRAINING), *(frame[frame["split"] != "bench"] for frame in came.values())]
+    asked = [*(frames[name] for name in BENCH), *(frame[frame["split"] == "bench"] for frame in came.values())]
     for name, frame in frames.items():
         limit = None
         columns.add_answer_share(frame)
-        if name.startswith("bench"):
+        if name in came:
+            columns.add_shared_pictures(frame, taught, asked)
+            checks[name] = incoming_checks(rules.duplicate_limit)
+            continue
+        if name in BENCH:
             limit = rules.duplicate_limit
-            columns.add_shared_images(frame, [frames[split] for split in TRAINING])
+            columns.add_shared_images(frame, taught)
         if name == "bench_clean":
             checks[name] = clean_checks(limit)
             continue

@@ -62,6 +62,7 @@ class TraceData:
         number = {sample.id: i for i, sample in enumerate(samples)}
         self.rows = list(rows)
         self.image = [number[row.sample] for row in rows]
+        self.paired = [n for n, i in enumerate(self.image) if samples[i].paired]
         self.question = [encode(tokenizer, row.text) for row in rows]
         self.reply_1 = [encode(tokenizer, row.reply_1) for row in rows]
         self.reply_2 = [encode(tokenizer, row.reply_2) if row.reply_2 else None for row in rows]
@@ -89,9 +90,13 @@ class TraceData:
 
 
 def restoration_loss(model: Bagel, data: TraceData) -> Loss:
-    """Velocity loss alone on degraded → clean pairs; no answer and no reply is learned."""
+    """Velocity loss alone on degraded → clean pairs; no answer and no reply is learned.
+
+    Its sample numbers count `data.paired`: a picture without a clean partner is not among them.
+    """
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        index = [data.paired[k] for k in index]
         latents = [data.clean.latents[data.image[n]] for n in index]
         sizes, clean = [len(z) for z in latents], torch.cat(latents)
         times = flow.draw_times(len(index))
@@ -155,6 +160,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
     """
     teach = weights.distill > 0 and weights.feedback == LATENT
     layers = model.config.llm.layers
+    paired = frozenset(data.paired)
     collect = distilled_layers(layers, weights.stride) if teach and weights.stride else [layers - 1] * teach
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -163,7 +169,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         draws = torch.rand(len(index), 3).tolist()
         for n, (drop, use_own, other) in zip(index, draws, strict=True):
             degraded, direct = data.rows[n].severity != CLEAN, data.reply_2[n] is None
-            shown_only = direct and degraded and other < weights.other_path
+            shown_only = direct and degraded and n in paired and other < weights.other_path
             first = Text(data.trigger) if shown_only else Text(data.reply_1[n], scored=True)
             row = [*data.open_row(n, contents, drop < weights.drop_vit), first]
             if shown_only or not direct:

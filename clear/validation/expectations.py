@@ -14,10 +14,14 @@ import pandas as pd
 
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES
-from clear.records import CLEAN
+from clear.records import CLEAN, INCOMING
 
 ANSWER_SHARE = 0.7
 """No answer may hold a larger share of the questions of its task."""
+
+LEAST_LIKENESS = 0.15
+"""Between a picture and its clean partner: the sixteen corruptions at high leave 0.2 and more, other pictures mostly
+less."""
 
 SHOWN = 20
 """Sample ids listed per failed check."""
@@ -84,6 +88,17 @@ def degraded_checks(copies: int, alpha: float, psnr_slack: float, duplicate_limi
         Check("mean_psnr_band", "mean_psnr_outside", "mean PSNR of the cell lies in its band", low=0, high=psnr_slack),
         Check("severity_histogram", "severity_p", "severities follow the protocol", low=alpha, whole=True),
         Check("corruption_histogram", "corruption_p", "corruptions follow the protocol", low=alpha, whole=True),
+    ]
+
+
+def incoming_checks(duplicate_limit: int) -> list[Check]:
+    """Rules for a set of pictures that came degraded, over all its slices."""
+    return [
+        *_common(duplicate_limit),
+        Check("labelled_incoming", "severity", "the severity is incoming", allowed=(INCOMING,)),
+        Check("same_size", "same_size", "the degraded image has the size of the clean one", allowed=(True,)),
+        Check("changed", "difference", "the degraded image is not the clean one", low=0, strict=True),
+        Check("partner", "likeness", "the clean partner shows the same scene", low=LEAST_LIKENESS),
     ]
 
 

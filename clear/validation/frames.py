@@ -6,7 +6,7 @@ value repeated in all rows concerned: checking a column is fast, and the offendi
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from math import sqrt
 from pathlib import Path
@@ -29,7 +29,7 @@ def load_bands(path: Path = BANDS) -> dict[str, dict[str, dict[str, float]]]:
 def build_frame(measured: Iterable[Measured]) -> pd.DataFrame:
     """One row per sample, one column per metric, plus `copies`: how many rows share the sample id."""
     frame = pd.DataFrame([asdict(row) for row in measured], columns=list(Measured.__dataclass_fields__))
-    for name in ("width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim"):
+    for name in ("width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim", "likeness"):
         frame[name] = frame[name].astype(float)
     frame["copies"] = frame.groupby("id")["id"].transform("size").astype(int)
     return frame
@@ -111,6 +111,27 @@ def add_shared_images(frame: pd.DataFrame, training: Iterable[pd.DataFrame]) -> 
         return frame[column].isin(set().union(*(set(other[column].dropna()) for other in training)))
 
     shared = known("pixels")
+    frame["looks_shared"] = known("dhash")
+    frame["shared_images"] = np.where(shared, frame.loc[shared, "pixels"].nunique(), 0)
+
+
+def add_shared_pictures(frame: pd.DataFrame, taught: Sequence[pd.DataFrame], asked: Sequence[pd.DataFrame]) -> None:
+    """Columns `shared_images` and `looks_shared`, as `add_shared_images`, for pictures that came degraded.
+
+    A row of the benchmark slice is compared with the frames `taught`, any other row with the frames `asked`; the
+    picture that is shown counts, and so does its clean partner.
+    """
+    in_bench = frame["split"].eq("bench")
+
+    def known(*columns: str) -> pd.Series:
+        found = pd.Series(False, index=frame.index)
+        for side, others in ((in_bench, taught), (~in_bench, asked)):
+            there = set().union(*(set(other[column].dropna()) for other in others for column in columns))
+            for column in columns:
+                found |= side & frame[column].isin(there)
+        return found
+
+    shared = known("pixels", "shown")
     frame["looks_shared"] = known("dhash")
     frame["shared_images"] = np.where(shared, frame.loc[shared, "pixels"].nunique(), 0)
 

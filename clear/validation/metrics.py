@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 
 from clear.errors import ClearError
-from clear.records import CLEAN, Sample, decode_image, encode_image, sha256
+from clear.records import CLEAN, INCOMING, Sample, decode_image, encode_image, pixel_sha256, sha256
 
 IDENTICAL_PSNR = 99.0
 """dB reported for two equal images."""
@@ -33,6 +33,8 @@ class Measured:
     questions: int
     answers: tuple[tuple[str, str], ...]  # (task, answer) of each question
     decodable: bool
+    split: str = ""
+    paired: bool = True  # there is a clean image to compare with
     problem: str = ""
     width: int | None = None
     height: int | None = None
@@ -41,11 +43,13 @@ class Measured:
     entropy: float | None = None  # bits per pixel of the grey histogram
     dhash: str | None = None  # 64-bit difference hash of the clean image, hexadecimal
     pixels: str | None = None  # digest of the clean image's pixels, whatever their encoding
+    shown: str | None = None  # digest of the pixels a model is shown
     hash_true: bool | None = None  # image_sha256 is the digest of the stored bytes
     same_size: bool | None = None
     difference: float | None = None  # grey levels, see `difference`
     psnr: float | None = None  # dB
     ssim: float | None = None
+    likeness: float | None = None  # of a picture that came degraded to its clean partner, see `likeness`
 
 
 def measure(sample: Sample) -> Measured:
@@ -59,6 +63,8 @@ def measure(sample: Sample) -> Measured:
         "seed": sample.seed,
         "questions": len(sample.questions),
         "answers": tuple((q.task, q.answer) for q in sample.questions),
+        "split": sample.split,
+        "paired": sample.paired or sample.severity != INCOMING,
         "hash_true": sha256(sample.image or b"") == sample.image_sha256,
     }
     try:
@@ -76,13 +82,15 @@ def measure(sample: Sample) -> Measured:
         "sharpness": sharpness(grey),
         "entropy": entropy(grey),
         "dhash": dhash(clean),
-        "pixels": sha256(np.array(clean.shape, np.int64).tobytes() + clean.tobytes()),
+        "pixels": pixel_sha256(clean),
+        "shown": pixel_sha256(seen),
     }
-    if sample.degraded is not None:
+    if sample.degraded is not None and base["paired"]:
         values["same_size"] = seen.shape == clean.shape
         if values["same_size"]:
             values |= {"psnr": psnr(clean, seen), "ssim": ssim(clean, seen)}
             values["difference"] = difference(clean, seen)
+            values["likeness"] = likeness(clean, seen) if sample.severity == INCOMING else None
     return Measured(**values, decodable=True)
 
 
@@ -94,6 +102,17 @@ def difference(clean: np.ndarray, seen: np.ndarray) -> float:
     """
     stored = decode_image(encode_image(clean, "jpeg"))
     return min(float(cv2.norm(seen, other, cv2.NORM_L1)) / seen.size for other in (clean, stored))
+
+
+def likeness(one: np.ndarray, two: np.ndarray) -> float | None:
+    """Correlation in [-1, 1] of two uint8 RGB images as grey thumbnails of 32x32 px; None if one is of one grey."""
+    small = [
+        cv2.resize(cv2.cvtColor(x, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA).ravel()
+        for x in (one, two)
+    ]
+    if any(x.std() == 0 for x in small):
+        return None
+    return float(np.corrcoef(*small)[0, 1])
 
 
 def sharpness(grey: np.ndarray) -> float:

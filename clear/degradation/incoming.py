@@ -1,0 +1,32 @@
+"""What came degraded (data/incoming), under the settings of a run; the stages degrade and mmd_bench read it alike."""
+
+from functools import partial
+from pathlib import Path
+
+from clear.config import Config
+from clear.degradation.build import parallel
+from clear.degradation.corruptions import CORRUPTIONS
+from clear.errors import ClearError
+from clear.sources.incoming import FOLDER, sets
+from clear.sources.intake import Intake, known_images, read
+from clear.sources.words import VOCABULARY
+
+SAMPLES = Path("data/samples")
+
+
+def planned(config: Config, only: str = "", folder: Path = FOLDER) -> Intake:
+    """All sets of `folder` (or one), every row judged. Where there is no set, nothing else is read.
+
+    Raises ClearError for a set that cannot be read, is not pulled, or has the name of a corruption.
+    """
+    here = sets(folder)
+    for one in here:
+        if one.name in CORRUPTIONS:
+            raise ClearError(f"{folder / one.name}: '{one.name}' is the name of a corruption; rename the folder.")
+    if not here and not only:
+        return Intake(folder, (), (), {}, {})
+    # A model trained from scratch knows the words of the scenes; one from a checkpoint can read any text.
+    words = None if config.model.checkpoint else VOCABULARY
+    shares = config.incoming.bench_share, config.incoming.rl_share
+    over = partial(parallel, workers=config.degrade.workers, label="incoming")
+    return read(folder, only, *shares, known_images(SAMPLES), words, over)

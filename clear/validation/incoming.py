@@ -1,0 +1,114 @@
+"""Check one set of data/incoming before the pipeline takes it in (docs/DEGRADATIONS.md).
+
+The rules are those of the stages: `clear.sources.intake` refuses rows, and stage `validate` judges the rest with
+the same named expectations. `clear incoming check NAME` prints the verdict.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from clear.config import Config
+from clear.degradation.build import parallel
+from clear.degradation.incoming import planned
+from clear.records import write_json
+from clear.sources.incoming import FOLDER
+from clear.sources.intake import SLICES
+from clear.validation import frames as columns
+from clear.validation.expectations import Failure, incoming_checks, run_checks
+from clear.validation.metrics import measure
+
+SHOWN = 20
+"""Rejected rows in a verdict; rejects.parquet has all."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known of a set. `slices` counts samples, `failed` and `rejects` are for people; `report` is a JSON file
+    with all of this; rejects.parquet, metrics.parquet (one row per sample) and data_docs/ lie beside it."""
+
+    name: str
+    fingerprint: str
+    success: bool
+    accepted: int
+    rejected: int
+    paired: int
+    questions: int
+    slices: dict[str, int]
+    failed: list[dict]
+    rejects: list[dict]
+    report: Path
+
+    def as_json(self) -> dict:
+        """The verdict as plain values."""
+        return asdict(self) | {"report": self.report.as_posix()}
+
+
+def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = None) -> Verdict:
+    """Check one set and write the report into `out`, by default data/report/<profile>/incoming/<name>.
+
+    It succeeds if at least one sample was accepted and no expectation fails; rejected rows alone are no failure. Other
+    sets are not looked at. Raises ClearError for a set that is not here or cannot be read.
+    """
+    from clear.stages.paths import report_dir
+
+    came = planned(config, name, folder)
+    (one,) = came.sets
+    out = out or report_dir() / "incoming" / name
+    out.mkdir(parents=True, exist_ok=True)
+    samples, workers = came.samples(*SLICES), config.degrade.workers
+    frame = columns.build_frame(parallel(measure, samples, workers, came.count(*SLICES), f"check {name}"))
+    failed: Sequence[Failure] = ()
+    if len(frame):
+        in_bench = frame["split"] == "bench"
+        columns.add_answer_share(frame)
+        columns.add_shared_pictures(frame, [frame[~in_bench]], [frame[in_bench]])
+        checks = incoming_checks(config.validate.duplicate_limit)
+        failed = run_checks({name: frame}, {name: checks}, out / "data_docs")[name]
+    write_table(frame.drop(columns="answers"), out / "metrics.parquet")
+    write_table(pd.DataFrame(came.rejects, columns=["set", "row", "reason"], dtype="str"), out / "rejects.parquet")
+    counts: Mapping[str, int | str] = came.summary()[one.name]
+    verdict = Verdict(
+        name=one.name,
+        fingerprint=one.fingerprint,
+        success=bool(len(frame)) and not failed,
+        accepted=len(frame),
+        rejected=len(came.rejects),
+        paired=counts["paired"],
+        questions=counts["questions"],
+        slices={part: counts[part] for part in SLICES},
+        failed=[
+            {"expectation": f.check.name, "means": f.check.means, "count": f.count, "ids": list(f.keys)} for f in failed
+        ],
+        rejects=[{"row": row, "reason": reason} for _, row, reason in came.rejects[:SHOWN]],
+        report=out / "verdict.json",
+    )
+    write_json(verdict.report, verdict.as_json() | {"report": verdict.report.name})
+    return verdict
+
+
+def write_table(frame: pd.DataFrame, file: Path) -> None:
+    """Write a frame as Parquet; equal frames give equal bytes."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    frame.to_parquet(file, index=False)
+
+
+def lines(verdict: Verdict) -> list[str]:
+    """The verdict in words."""
+    slices = ", ".join(f"{count} {name}" for name, count in verdict.slices.items())
+    said = [
+        f"{verdict.name}: {'good' if verdict.success else 'NOT good'}",
+        f"{verdict.accepted} samples ({verdict.paired} with a clean partner, {verdict.questions} questions): {slices}",
+    ]
+    if not verdict.accepted:
+        said.append("no row of the set can be used")
+    said += [
+        f"fails '{f['expectation']}' (not true that {f['means']}) for {f['count']} samples: {', '.join(f['ids'][:3])}"
+        for f in verdict.failed
+    ]
+    said += [f"{verdict.rejected} rows rejected"] if verdict.rejected else []
+    said += [f"  {reject['row']}: {reject['reason']}" for reject in verdict.rejects]
+    said.append(f"report: {verdict.report}")
+    return said

@@ -1,0 +1,104 @@
+"""Retraining on new degradation data as a flow: `python -m flows.retrain`, or deployed and scheduled.
+
+What it does is in clear/retrain.py; here its commands become tasks, under the supervisor that ends them with the flow,
+and the pipeline becomes a subflow in the clone. The workspace itself is only read, but for data that is refused.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.exceptions import CancelledRun
+from prefect.runtime import flow_run
+from prefect.states import Cancelled
+
+from clear.errors import ClearError
+from clear.retrain import Tools
+from clear.retrain import retrain as run_retrain
+from clear.retrain_intake import FOLDER
+from clear.writer import Busy, writer
+from flows import children
+from flows.pipeline import command_lock, dvc, end_on_sigterm, environment, pipeline, retrying
+
+
+@task(task_run_name="dvc {arguments}", **retrying)
+def command(arguments: list[str], folder: Path) -> None:
+    """A DVC command in the clone."""
+    dvc(arguments, folder, get_run_logger().info)
+
+
+@flow(name="retrain")
+def retrain(
+    workspace: str = ".",
+    incoming: str = FOLDER,
+    revision: str = "HEAD",
+    target: str | None = None,
+    when_busy: Literal["wait", "leave"] = "wait",
+) -> dict[str, Any]:
+    """Train on new data and propose the result; without news it ends at once. Returns what became of it.
+
+    `incoming` is a folder of the workspace or s3://bucket/prefix; `target` is the branch of the pull request.
+    """
+    source = Path(workspace).resolve()
+    home = source / ".clear" / "scratch" / "retrain"
+    logger = get_run_logger()
+    try:
+        with writer(home, when_busy, f"flow run {flow_run.name}", logger.info):
+            children.settle(command_lock(home / "copy"))
+            outcome = run_retrain(source, _tools(logger.info), incoming, revision, target or "")
+    except Busy as busy:
+        logger.warning(str(busy))
+        return Cancelled(message=str(busy))
+    logger.info(outcome.message)
+    if outcome.body:
+        create_markdown_artifact(outcome.body, "retrain", outcome.message)
+    return {
+        "message": outcome.message,
+        "branch": outcome.branch,
+        "url": outcome.url,
+        "quarantined": outcome.quarantined,
+    }
+
+
+def _tools(say) -> Tools:
+    def run(arguments: list[str], folder: Path) -> tuple[int, list[str]]:
+        lock = command_lock(folder)
+        lock.parent.mkdir(exist_ok=True)
+        return children.run(arguments, folder, environment(folder), say, lock)
+
+    def reproduce(folder: Path, stages: list[str] | None) -> None:
+        pipeline(str(folder), stages, "wait")
+
+    return Tools(dvc=lambda arguments, folder: command(arguments, folder), reproduce=reproduce, run=run, say=say)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the flow here and now; 0 done or nothing to do, 1 failed with one line, 3 left because another one runs."""
+    parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="Retrain on new degradation data.")
+    parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
+    parser.add_argument("--incoming", default=FOLDER, help=f"folder or s3://bucket/prefix (default: {FOLDER})")
+    parser.add_argument("--revision", default="HEAD", help="what to start from (default: HEAD)")
+    parser.add_argument("--target", help="branch of the pull request (default: the one checked out)")
+    parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another retraining runs")
+    given = parser.parse_args(arguments)
+    end_on_sigterm()
+    try:
+        done = retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy)
+    except CancelledRun as left:
+        print(left, file=sys.stderr)
+        return 3
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again, it continues after its last step", file=sys.stderr)
+        return 130
+    print(done["message"])
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

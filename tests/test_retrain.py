@@ -1,0 +1,405 @@
+"""Retraining on new data: what is trained, refused and proposed, that nothing is done twice, and kills at any point."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from clear import retrain_intake, retrain_request
+from clear.bench import predictions
+from clear.compare.load import read_sides
+from clear.compare.verdict import decide
+from clear.errors import ClearError
+from clear.records import INCOMING
+from clear.retrain import Tools, retrain
+from clear.scratch import write_params
+from tests.conftest import ROOT, git
+from tests.test_compare import rows_of
+from tests.test_flow import run_dvc
+from tests.test_incoming import put
+
+STAGES = """
+stages:
+  degrade:
+    cmd: {python} code/degrade.py
+    deps: [code/degrade.py, data/incoming]
+    outs: [data/degraded]
+    metrics:
+      - data/metrics/degrade.json: {{cache: false}}
+      - data/metrics/validate.json: {{cache: false}}
+  mmd_bench:
+    cmd: {python} code/mmd_bench.py
+    deps: [code/mmd_bench.py, data/incoming]
+    outs: [data/bench/clean, data/bench/degraded, data/bench/incoming]
+  grpo:
+    cmd: {python} code/grpo.py
+    deps: [code/grpo.py, data/degraded]
+    outs: [data/models/grpo]
+  evaluate:
+    foreach: {{grpo: grpo}}
+    do:
+      cmd: {python} code/evaluate.py ${{key}}
+      deps: [code/evaluate.py, data/bench/clean, data/bench/degraded, data/bench/incoming, "data/models/${{item}}"]
+      outs:
+        - data/predictions/${{key}}.parquet: {{cache: false}}
+      metrics:
+        - data/metrics/evaluate_${{key}}.json: {{cache: false}}
+"""
+CODE = {
+    "degrade": """
+        import json, pathlib
+        from clear.sources.incoming import sets
+        found = {one.name: {"fingerprint": one.fingerprint} for one in sets()}
+        pathlib.Path("data/metrics").mkdir(parents=True, exist_ok=True)
+        pathlib.Path("data/degraded").write_text(" ".join(found))
+        content = {"incoming": {"sets": found}} if found else {}
+        pathlib.Path("data/metrics/degrade.json").write_text(json.dumps(content))
+        pathlib.Path("data/metrics/validate.json").write_text(json.dumps({"success": True, "rejected": 0}))
+    """,
+    "mmd_bench": """
+        import pathlib
+        for name in ("clean", "degraded", "incoming"):
+            folder = pathlib.Path("data/bench", name)
+            folder.mkdir(parents=True, exist_ok=True)
+            names = sorted(one.name for one in pathlib.Path("data/incoming").iterdir() if one.is_dir())
+            (folder / "shard").write_text(" ".join(names) if name == "incoming" else name)
+    """,
+    "grpo": """
+        import os, pathlib, signal
+        if (target := pathlib.Path("../kill")).exists():
+            pid = int(target.read_text())
+            target.unlink()
+            os.kill(pid, signal.SIGKILL)
+            raise SystemExit("its flow is dead")
+        folder = pathlib.Path("data/models/grpo")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "w").write_text(pathlib.Path("data/degraded").read_text())
+    """,
+    "evaluate": """
+        import json, pathlib, shutil
+        knows = pathlib.Path("data/models/grpo/w").read_text()
+        asked = pathlib.Path("data/bench/incoming/shard").read_text()
+        name = "plain" if not asked else "after" if knows else "before"
+        pathlib.Path("data/predictions").mkdir(parents=True, exist_ok=True)
+        shutil.copy(f"code/{name}.parquet", "data/predictions/grpo.parquet")
+        pathlib.Path("data/metrics/evaluate_grpo.json").write_text(json.dumps({"average": 0.5}))
+    """,
+}
+
+
+def incoming_rows(right: int) -> list[dict]:
+    """Sixty questions about thirty pictures of the set `fog`; the first `right` are answered rightly."""
+    rows = [row for row in rows_of(images=30) if row["severity"] == "high"]
+    for number, row in enumerate(rows):
+        correct = number < right
+        row |= {"sample": f"fog-{number // 2}", "corruption": "fog", "severity": INCOMING, "pair": ""}
+        row |= {"correct": correct, "prediction": "red" if correct else "blue"}
+    return rows
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory):
+    """A small project with a model, committed; its data is in a DVC remote and its branches in a git remote."""
+    folder = tmp_path_factory.mktemp("trained")
+    project, origin, remote = folder / "project", folder / "origin.git", folder / "remote"
+    project.mkdir()
+    git(folder, "init", "-q", "-b", "main", "project")
+    git(folder, "init", "-q", "--bare", "-b", "main", "origin.git")
+    run_dvc(project, "init", "-q")
+    run_dvc(project, "remote", "add", "-q", "--local", "--default", "storage", str(remote))
+    (project / "dvc.yaml").write_text(STAGES.format(python=shlex.quote(sys.executable)).lstrip())
+    (project / ".gitignore").write_text("/data/degraded\n/data/bench/\n/data/models/\n/.clear/\n/data/report/\n")
+    write_params(project / "params.yaml")
+    for name in ("code", "data/incoming"):
+        (project / name).mkdir(parents=True)
+    (project / "data/incoming/README.md").write_text("sets\n")
+    for name, code in CODE.items():
+        (project / f"code/{name}.py").write_text(textwrap.dedent(code).lstrip())
+    benchmark = rows_of()
+    for name, rows in {"plain": [], "before": incoming_rows(20), "after": incoming_rows(50)}.items():
+        predictions.write(project / f"code/{name}.parquet", benchmark + rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        run_dvc(project, "repro", "-q")
+    git(project, "add", "-A")
+    git(project, "commit", "-q", "-m", "trained")
+    run_dvc(project, "push", "-q")
+    git(project, "remote", "add", "origin", str(origin))
+    git(project, "push", "-q", "origin", "main")
+    return folder
+
+
+@pytest.fixture
+def trained(_trained, tmp_path, monkeypatch):
+    """A copy of the small project, which is also the working directory, with a new set `fog` under data/incoming."""
+    folder = tmp_path / "trained"
+    subprocess.run(["cp", "-r", str(_trained), str(folder)], check=True)
+    project = folder / "project"
+    git(project, "remote", "set-url", "origin", str(folder / "origin.git"))
+    run_dvc(project, "remote", "modify", "-q", "--local", "storage", "url", str(folder / "remote"))
+    put(project / "data/incoming/fog", range(6))
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("GITHUB_TOKEN", "GITHUB_API_URL", "GITHUB_REPOSITORY"):
+        monkeypatch.delenv(name, raising=False)
+    return project
+
+
+class Forge(ThreadingHTTPServer):
+    """The pull requests of one repository, as GitHub's REST interface shows them."""
+
+    def __init__(self) -> None:
+        self.requests: list[dict] = []
+        self.refuse = 0
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        path, _, query = self.path.partition("?")
+        assert path == "/repos/team/clear/pulls" and "state=all" in query
+        found = [one for one in self.server.requests if f"head=team%3A{one['head'].replace('/', '%2F')}" in query]
+        self._say(200, [{"html_url": one["html_url"]} for one in found])
+
+    def do_POST(self) -> None:
+        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        if self.server.refuse:
+            return self._say(self.server.refuse, {"message": "Resource not accessible"})
+        content["html_url"] = f"{self.server.url}/team/clear/pull/{len(self.server.requests) + 1}"
+        self.server.requests.append(content)
+        return self._say(201, {"html_url": content["html_url"]})
+
+    def _say(self, status: int, content: object) -> None:
+        if self.headers["Authorization"] != "Bearer t0ken":
+            status, content = 401, {"message": "Bad credentials"}
+        data = json.dumps(content).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *_) -> None: ...
+
+
+@pytest.fixture
+def forge(monkeypatch):
+    """A running forge, configured as a user would."""
+    with Forge() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {"TOKEN": "t0ken", "API_URL": server.url, "REPOSITORY": "team/clear"}.items():
+            monkeypatch.setenv(f"GITHUB_{name}", value)
+        yield server
+        server.shutdown()
+
+
+def tools(said: list[str]) -> Tools:
+    """Plain commands, without Prefect. Every line that is said is kept."""
+
+    def run(command: list[str], folder: Path) -> tuple[int, list[str]]:
+        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    def dvc(arguments: list[str], folder: Path) -> None:
+        said.append(f"dvc {' '.join(arguments)}")
+        status, lines = run([sys.executable, "-m", "dvc", *arguments], folder)
+        if status:
+            raise ClearError(f"dvc {arguments}: {lines}")
+
+    def reproduce(folder: Path, stages: list[str] | None) -> None:
+        for stage in stages or ["degrade", "mmd_bench", "grpo", "evaluate@grpo"]:
+            dvc(["repro", "--single-item", stage], folder)
+
+    return Tools(dvc=dvc, reproduce=reproduce, run=run, say=said.append)
+
+
+def look(project: Path, **options):
+    """One check for news; returns its outcome and what was said."""
+    said: list[str] = []
+    return retrain(project, tools(said), **options), said
+
+
+def trees(project: Path, branch: str) -> list[str]:
+    """Trees and subjects of the commits on a branch, which do not depend on the time."""
+    return git(project, "log", "--reverse", "--format=%T %s", f"main..{branch}").splitlines()
+
+
+def untouched(project: Path) -> None:
+    assert git(project, "status", "--porcelain") == "?? data/incoming/fog/\n"
+    assert git(project, "branch", "--show-current").strip() == "main"
+
+
+def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(trained):
+    run_dvc(trained, "remote", "default", "--local", "--unset", "-q")
+    with pytest.raises(ClearError, match=r"fog: new, but there is no default DVC remote.*make remote BUCKET="):
+        look(trained)
+    subprocess.run(["rm", "-r", "data/incoming/fog"], check=True)
+    outcome, said = look(trained)
+    assert outcome.message.startswith("nothing new in data/incoming") and not said
+    assert not (trained / ".clear/scratch").exists()
+    with pytest.raises(ClearError, match="s3://bucket: name a prefix too"):
+        look(trained, incoming="s3://bucket")
+
+
+def test_a_new_set_becomes_a_branch_with_both_models_on_the_new_benchmark_and_one_pull_request(trained, forge):
+    outcome, said = look(trained)
+    branch = outcome.branch
+    assert branch.startswith("retrain/fog-") and "the gate passes" in outcome.message
+    assert not [one for one in said if one == "dvc repro --single-item grpo"][1:], "trained once"
+    steps = [line.split(" ", 1)[1] for line in trees(trained, branch)]
+    assert steps == [
+        "New degradation data: fog",
+        "The model so far (grpo) on the benchmark with the new data",
+        "Retrained on fog",
+    ]
+    first, last = f"{branch}~1", branch
+    for commit, right in ((first, 20), (last, 50)):
+        found = retrain_request.incoming_rows(trained, commit, "grpo")
+        assert len(found) == 60 and found.correct.sum() == right
+    _, verdict = decide(*read_sides(trained, first, last), detail=False)
+    assert verdict.status == 0
+    trained_on = [git(trained, "show", f"{commit}:dvc.lock") for commit in ("main", first, last)]
+    models = [lock[lock.index("data/models/grpo") :].split("md5: ")[1][:20] for lock in trained_on]
+    assert models[0] == models[1] != models[2]
+    assert "| fog | 60 about 30 images | 33.3 → 83.3 %, +50.0 points" in outcome.body
+    assert (trained / f"data/report/{branch}/pull_request.md").read_text().endswith(outcome.body)
+    untouched(trained)
+
+    (request,) = forge.requests
+    assert (request["head"], request["base"], request["draft"]) == (branch, "main", False)
+    assert request["body"] == outcome.body and outcome.url == request["html_url"]
+
+    git(trained.parent, "clone", "-q", "-b", branch, str(trained.parent / "origin.git"), "reviewer")
+    reviewer = trained.parent / "reviewer"
+    run_dvc(reviewer, "remote", "add", "-q", "--local", "--default", "storage", str(trained.parent / "remote"))
+    run_dvc(reviewer, "pull", "-q")
+    assert (reviewer / "data/incoming/fog/0.jpg").read_bytes() == (trained / "data/incoming/fog/0.jpg").read_bytes()
+    assert "Running stage" not in run_dvc(reviewer, "repro")
+
+    again, said = look(trained)
+    assert again.url == outcome.url and len(forge.requests) == 1
+    assert not [one for one in said if one.startswith("dvc")], said
+    git(trained, "branch", "-q", "-D", branch)
+    look(trained)
+    assert len(forge.requests) == 1, "another machine learns of the branch from the git remote"
+    git(trained, "merge", "-q", f"origin/{branch}")
+    assert look(trained)[0].message.startswith("nothing new in data/incoming: 1 sets")
+
+
+@pytest.mark.slow
+def test_a_bad_set_goes_to_quarantine_and_a_good_one_beside_it_is_trained(trained):
+    bad = trained / "data/incoming/mist"
+    bad.mkdir()
+    (bad / "rows.jsonl").write_text('{"image": "no.png", "question": "what letter is there?", "answer": "a"}\n')
+    outcome, said = look(trained)
+    assert outcome.quarantined == {"mist": "1 rows rejected"} and outcome.branch.startswith("retrain/fog-")
+    assert any("mist is not good" in one and "data/quarantine/mist" in one for one in said)
+    assert not bad.exists() and (trained / "data/quarantine/mist/rows.jsonl").exists()
+    report = trained / "data/quarantine/mist.report"
+    assert json.loads((report / "refused.json").read_text())["problem"] == "1 rows rejected"
+    assert "no such file" in json.loads((report / "verdict.json").read_text())["rejects"][0]["reason"]
+    assert "mist" not in git(trained, "ls-tree", "-r", "--name-only", outcome.branch)
+
+    (trained / "data/incoming/mist").mkdir()
+    (trained / "data/incoming/mist/rows.parquet").write_text("no Parquet file")
+    outcome, said = look(trained)
+    assert "not a readable Parquet file" in outcome.quarantined["mist"]
+    assert "dvc repro --single-item grpo" not in said
+    assert len(list((trained / "data/quarantine").glob("mist-*.report"))) == 1, "beside the first one"
+
+
+@pytest.mark.slow
+def test_a_gate_that_fails_makes_a_draft_and_a_forge_that_refuses_is_one_line(trained, forge, monkeypatch):
+    forge.refuse = 403
+    worse = rows_of({"clean": 0.5, "low": 0.5, "mid": 0.5, "high": 0.3})
+    predictions.write(trained / "code/after.parquet", worse + incoming_rows(50))
+    git(trained, "commit", "-q", "-a", "-m", "a recipe that does harm")
+    with pytest.raises(ClearError, match=r"answers 403 .*right to write pull requests and run again: the branch is"):
+        look(trained)
+    monkeypatch.setenv("GITHUB_TOKEN", "wrong")
+    with pytest.raises(ClearError, match=r"answers 401 .*check GITHUB_TOKEN"):
+        look(trained)
+    monkeypatch.setenv("GITHUB_TOKEN", "t0ken")
+    forge.refuse = 0
+    outcome, said = look(trained)
+    assert "the gate FAILS" in outcome.message and forge.requests[0]["draft"] is True
+    assert "dvc push" not in said
+
+
+POINTS = ("dvc pull", "clear incoming check", "dvc add", "git commit 1", "evaluate@grpo", "grpo", "git commit 3")
+POINTS += ("dvc push", "git push 1", "git push 2", "in training")
+
+
+def die_at(point: str) -> None:
+    """Make this process kill itself just before the command that `point` names."""
+    start, counts = subprocess.run, {"commit": 0, "push": 0}
+
+    def run(command, *arguments, **options):
+        words = [str(one) for one in command]
+        text = " ".join(words[2:] if words[0] == sys.executable else words)
+        for name in counts:
+            if words[0] == "git" and name in words:
+                counts[name] += 1
+                text = f"git {name} {counts[name]}"
+        text = text.removeprefix("dvc repro --single-item ")
+        if text == point or (point in ("dvc pull", "dvc add", "clear incoming check") and text.startswith(point)):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return start(command, *arguments, **options)
+
+    subprocess.run = run
+
+
+@pytest.mark.slow
+def test_a_kill_at_any_point_and_then_again_ends_like_an_uninterrupted_run(trained, forge, monkeypatch):
+    space = trained.parent.parent
+    reference = space / "reference"
+    subprocess.run(["cp", "-r", str(trained.parent), str(reference)], check=True)
+    expected = trees(trained, look(trained)[0].branch)
+    for point in POINTS:
+        case = space / point.replace(" ", "-")
+        subprocess.run(["cp", "-r", str(reference), str(case)], check=True)
+        project = case / "project"
+        git(project, "remote", "set-url", "origin", str(case / "origin.git"))
+        run_dvc(project, "remote", "modify", "-q", "--local", "storage", "url", str(case / "remote"))
+        monkeypatch.chdir(project)
+        forge.requests.clear()
+        child = os.fork()
+        if not child:
+            if point == "in training":
+                home = project / ".clear/scratch/retrain"
+                home.mkdir(parents=True)
+                (home / "kill").write_text(str(os.getpid()))
+            else:
+                die_at(point)
+            look(project)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
+        outcome, _ = look(project)
+        assert trees(project, outcome.branch) == expected, point
+        assert git(case / "origin.git", "rev-parse", outcome.branch) == git(project, "rev-parse", outcome.branch)
+        assert len(forge.requests) == 1
+        untouched(project)
+
+
+def test_a_url_of_a_forge_is_read_from_origin(trained, monkeypatch):
+    for url, expected in {
+        "git@github.com:team/clear.git": ("https://api.github.com", "team/clear"),
+        "https://github.com/team/clear": ("https://api.github.com", "team/clear"),
+        "ssh://git@git.firm.example:2222/team/clear.git": ("https://git.firm.example/api/v3", "team/clear"),
+    }.items():
+        git(trained, "remote", "set-url", "origin", url)
+        assert retrain_request.repository(trained) == expected
+    git(trained, "remote", "set-url", "origin", "/somewhere/origin.git")
+    with pytest.raises(ClearError, match="set GITHUB_REPOSITORY to owner/name"):
+        retrain_request.repository(trained)
+    monkeypatch.delenv("GITHUB_TOKEN", raising=False)
+    assert retrain_request.propose(trained, "b", "main", "t", "x") == ""
+    assert retrain_intake.default_remote(trained) == "storage"
