@@ -32,7 +32,10 @@ REMOTE_KEYS = ("url", "endpointurl", "region", "version_aware")
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything that decides what a stage makes. `deps`: path → hash; `kinds`: path → where it comes from."""
+    """Everything that decides what a stage makes.
+
+    `deps`: path → hash. `kinds`: path → where it comes from, also of what DVC keeps inside a folder of `deps`.
+    """
 
     stage: str
     cmd: str
@@ -83,11 +86,17 @@ def describe(stage: str, workspace: Path) -> Inputs:
                 path = os.path.relpath(dep.fs_path, workspace)
                 maker = written.get(dep.fs_path)
                 deps[path] = _hash(dep, maker, path)
-                kinds[path] = CODE if maker is None else CACHED if maker.use_cache else CARRIED
+                kinds[path] = CODE if maker is None else _kind(maker)
+                below = [out for out in written.values() if dep.fs_path in map(str, Path(out.fs_path).parents)]
+                kinds |= {os.path.relpath(out.fs_path, workspace): _kind(out) for out in below}
             outs = {os.path.relpath(out.fs_path, workspace): bool(out.use_cache) for out in found.outs}
             return Inputs(stage, found.cmd, deps, kinds, params, outs)
     except DvcException as error:
         raise ClearError(f"{workspace}: DVC cannot read this project: {error}.") from error
+
+
+def _kind(out: Any) -> str:
+    return CACHED if out.use_cache else CARRIED
 
 
 def _hash(dep: Any, maker: Any, path: str) -> str:

@@ -218,6 +218,29 @@ def test_a_job_gets_exactly_the_inputs_or_refuses(request_of, training, cloud, t
     assert "expected" in refused("damaged", files=broken), "what arrives is checked against its hash"
 
 
+def test_what_dvc_keeps_inside_a_folder_of_inputs_travels_with_it(training, cloud, tmp_path):
+    """Below a folder that a stage reads, a set added with `dvc add`: one comes from git, the other from the remote."""
+    from dvc.repo import Repo
+
+    (training / "incoming/one").mkdir(parents=True)
+    (training / "incoming/README.md").write_text("sets")
+    (training / "incoming/one/row").write_text("a row")
+    stages = (training / "dvc.yaml").read_text().replace("[code/train.py,", "[code/train.py, incoming,")
+    (training / "dvc.yaml").write_text(stages)
+    with Repo(str(training)) as repo:
+        repo.add("incoming/one")
+        repo.push(targets=["data/samples", "incoming/one.dvc"])
+    inputs = describe("sft", training)
+    assert (inputs.kinds["incoming"], inputs.kinds["incoming/one"]) == ("code", "cached")
+    with pytest.raises(ClearError, match=r"incoming/one\.dvc.*not committed"):
+        send(cloud.store, inputs, "key", training)
+    git(training, "add", "-A")
+    git(training, "commit", "-qm", "a set")
+    request = cloud.store.read(send(cloud.store, inputs, "key", training))
+    receive(cloud.store, request, tmp_path / "clone", _pull)
+    assert (tmp_path / "clone/incoming/one/row").read_text() == "a row"
+
+
 def test_a_request_needs_committed_code_a_whole_clone_and_a_remote_in_s3(training, cloud, tmp_path):
     inputs = describe("sft", training)
 
