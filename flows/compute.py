@@ -8,7 +8,7 @@ only if its entry of dvc.lock names exactly the inputs asked for and every file 
 """
 
 import hashlib
-import os
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -263,7 +263,7 @@ class _Work:
 def lease(store: Store, job_id: str) -> None:
     """Say that somebody waits for a job."""
     run = flow_run.id
-    store.write(f"leases/{job_id}.json", {"flow_run": run, "api": os.environ.get("PREFECT_API_URL", "")})
+    store.write(f"leases/{job_id}.json", {"flow_run": run})
 
 
 def adopt(
@@ -335,8 +335,6 @@ def merge_lock(file: Path, stage: str, entry: dict) -> None:
 
 def _record(stage: str, workspace: Path, result: dict, more: dict[str, Any]) -> None:
     """The job's run records, with what it cost, among this machine's."""
-    import json
-
     folder = Path(environment(workspace)["CLEAR_HOME"]) / "runs" / profile(workspace)
     for name, text in ({stage.replace("@", "_"): "{}"} | result["runs"]).items():
         write_json(folder / f"{name}.json", json.loads(text) | more)

@@ -8,7 +8,6 @@ a job that had time to leave by itself; a stage that failed would fail again.
 
 import hashlib
 import json
-import os
 import re
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -194,8 +193,3 @@ def reclaimed(job: dict[str, Any]) -> bool:
     reasons = (job.get("statusReason") or "", last.get("statusReason") or "")
     code = last.get("container", {}).get("exitCode", job.get("container", {}).get("exitCode"))
     return any(reason.startswith(RECLAIMED) for reason in reasons) or code == PREEMPTED
-
-
-def region_of(compute: Compute) -> str:
-    """The region in use, for messages."""
-    return compute.region or os.environ.get("AWS_DEFAULT_REGION") or os.environ.get("AWS_REGION") or "of the profile"

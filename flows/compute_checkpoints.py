@@ -16,13 +16,18 @@ from clear.errors import ClearError
 from flows.compute_store import Damaged, Store, Unreachable, sha256
 
 KEPT = 2
-COMPLETE = "complete"  # the mark of clear/training/trainer.py
+COMPLETE, SHARDED = "complete", "_sharded"  # marks of clear/training/trainer.py
 
 
-def files_of(folder: Path) -> list[Path]:
-    """The files of a checkpoint folder that count, in order; what is still being written does not."""
+def files_of(folder: Path, whole: bool = True) -> list[Path]:
+    """The files of a checkpoint folder that count, in order; what is still being written does not.
+
+    Where the folder is not `whole`, sharded checkpoints do not either: other machines hold the rest of them.
+    """
     found = []
     for file in sorted(folder.rglob("*")):
+        if not whole and any(part.endswith(SHARDED) for part in file.relative_to(folder).parts):
+            continue
         unfinished = any(
             part.name.startswith("checkpoint-") and not (part / COMPLETE).exists()
             for part in file.parents
@@ -41,9 +46,16 @@ class Keeper:
     """Keeps the newest snapshot of `folder` in S3, beside the stage, in a thread of its own."""
 
     def __init__(
-        self, store: Store, key: str, job: str, folder: Path, seconds: float, say: Callable[[str], None]
+        self,
+        store: Store,
+        key: str,
+        job: str,
+        folder: Path,
+        seconds: float,
+        say: Callable[[str], None],
+        whole: bool = True,
     ) -> None:
-        self._store, self._folder, self._seconds, self._say = store, folder, seconds, say
+        self._store, self._folder, self._seconds, self._say, self._whole = store, folder, seconds, say, whole
         self._place = f"checkpoints/{key}/{job}"
         self._known: dict[tuple[str, int, int], str] = {}
         self._last: dict[str, dict] = {}
@@ -75,7 +87,7 @@ class Keeper:
         with self._lock:
             try:
                 content = {}
-                for file in files_of(self._folder):
+                for file in files_of(self._folder, self._whole):
                     content[file.relative_to(self._folder).as_posix()] = self._describe(file)
                 if not content or content == self._last:
                     return False

@@ -36,7 +36,7 @@ from flows.compute_store import Store, Unreachable, client, sha256, split
 SAVE_SECONDS = 18.0
 """What a stage has for saving after SIGTERM; the rest of the 30 s is for the upload."""
 LOG_SECONDS = 5.0
-LOG_BYTES = 4 * 2**20
+LOG_BYTES = 16 * 2**20
 """Of a longer log, S3 holds the beginning; CloudWatch has all of it."""
 
 
@@ -132,10 +132,11 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
     fetch_weights(folder, content.get("weights", ""), log.say)
     log.say(f"stage {inputs.stage} of {content['commit'][:12]}: inputs are those asked for")
     checkpoints = home / "checkpoints"
+    restore(store, key, checkpoints, log.say)
     if node:
         return _obey(["sh", "-c", inputs.cmd], folder, environment, log, notice)
-    restore(store, key, checkpoints, log.say)
-    keeper = Keeper(store, key, job, checkpoints, content["checkpoint_seconds"], log.say)
+    whole = int(os.environ.get("CLEAR_NODES", 1)) == 1
+    keeper = Keeper(store, key, job, checkpoints, content["checkpoint_seconds"], log.say, whole)
     keeper.start()
     force = ["--force"] if content.get("force") else []
     command = [sys.executable, "-m", "dvc", "repro", "--single-item", *force, inputs.stage]
@@ -283,7 +284,7 @@ def shims(work: Path) -> Path:
 
 
 def launcher(kind: str, environment: Any) -> list[str]:
-    """The accelerate command in front of `-m clear <stage>` for this node of a job (METHOD §5's processes per GPU)."""
+    """The accelerate command in front of `-m clear <stage>` for this node of a job."""
     gpus, nodes = (int(environment.get(name, 1)) for name in ("CLEAR_GPUS", "CLEAR_NODES"))
     options = ["--config_file", "infra/fsdp.yaml"] if kind == "fsdp" else ["--multi_gpu", "--mixed_precision", "no"]
     options += ["--num_processes", str(gpus * nodes), "--num_machines", str(nodes)]

@@ -115,7 +115,6 @@ class Cloud:
 @pytest.fixture(scope="session")
 def moto_url():
     """A moto server without Docker."""
-    from moto.moto_api._internal import moto_api_backend  # noqa: F401  (loaded before threads start)
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(port=0)

@@ -277,11 +277,12 @@ def test_aws_that_does_not_answer_or_refuses_is_one_line(cloud, monkeypatch, tra
 def test_the_pipeline_sends_a_stage_away_and_its_end_ends_the_job(training, cloud, tmp_path):
     """The real flow and the real job: cancelled in mid-training, run again, and then up to date."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
     command = [sys.executable, "-m", "flows.pipeline", str(training)]
     cloud.batch.environment["STEP_SECONDS"] = "2"
     with (tmp_path / "flow.txt").open("w") as out:
         flow = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
-        (job,) = wait_until(lambda: list(cloud.batch.jobs), 240, "a job")
+        (job,) = wait_until(lambda: list(cloud.batch.jobs) or (flow.poll() is not None and ["none"]), 240, "a job")
         wait_until(lambda: cloud.batch.jobs[job]["status"] == "RUNNING", 60, "its machine")
         wait_until(lambda: "step 2" in cloud.lines(job), 120, "the second step")
         flow.send_signal(signal.SIGTERM)

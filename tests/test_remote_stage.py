@@ -65,8 +65,15 @@ def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_loca
     assert model["weights"].endswith(str(len(source.read_text())).encode())
     run = json.loads((training / ".clear/runs/tiny/sft.json").read_text())
     assert run["seconds"] == 1.5 and run["aws_batch"]["job"] == job and run["aws_batch"]["hours"] > 0
-    assert compute.reproduce("sft", training, compute_of(training), said.append).startswith("taken from job")
+    settings = compute_of(training)
+    settings.fetch_mib = 0
+    assert compute.reproduce("sft", training, settings, said.append).startswith("taken from job")
     assert len(cloud.batch.jobs) == 1, "asking again submits nothing"
+    assert not (training / "data/models/sft").exists(), "what is large is left in the remote"
+    shutil.rmtree(training / ".dvc/cache")
+    dvc(training, "push")  # as the flow does at its end
+    compute.bring_inputs("sft", training, said.append)
+    assert _content(training / "data/models/sft") == model
     assert not cloud.store.names("checkpoints/"), "success deletes the checkpoints"
     (note,) = (cloud.store.read(name) for name in cloud.store.names("ledger/"))
     assert 0 < note["cost"] < 1 < note["allowed"]
@@ -318,6 +325,19 @@ def test_only_complete_checkpoints_travel_and_only_to_the_same_inputs(cloud, fol
     assert not _keeper(cloud, tmp_path / "empty").keep(), "nothing is no checkpoint"
     forget(cloud.store, "key")
     assert _restored(cloud, tmp_path)[0] is False
+
+
+def test_shards_of_one_machine_among_several_do_not_travel(cloud, folder, tmp_path):
+    shard = folder / "tiny/sft/key/joint_sharded/checkpoint-20"
+    shard.mkdir(parents=True)
+    (shard / "complete").touch()
+    assert Keeper(cloud.store, "key", "job", folder, 1, lambda line: None, whole=False).keep()
+    assert not any("_sharded" in name for name in _restored(cloud, tmp_path)[1])
+    assert _keeper(cloud, folder, "alone").keep()
+    time.sleep(1.1)  # S3 knows when, to the second
+    (shard / "more").touch()
+    assert _keeper(cloud, folder, "alone").keep()
+    assert any("_sharded" in name for name in _restored(cloud, tmp_path)[1])
 
 
 def test_a_damaged_snapshot_gives_way_to_the_one_before(cloud, folder, tmp_path):
