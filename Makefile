@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro test test-all lint format bench plots params check remote deploy prefect-local clean
+.PHONY: help venv repro test test-all lint format bench plots params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -69,6 +69,12 @@ deploy: $(READY)  ## send flows, schedules and the zombie automation to the Pref
 
 prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C
 	@python -m flows.local $(PORT)
+
+stack: $(READY)  ## create or update the AWS stack of section compute, for stages on cloud GPUs [MAIL=address for its cost alarm]
+	@python -m flows.compute_stack stack "$(MAIL)"
+
+image: $(READY)  ## build the container image of this environment and push it to the stack's repository (needs docker)
+	@python -m flows.compute_stack image
 
 JUNK := .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
 # With a lock file a run may be on its way; then the removal waits for nobody and happens as the only writer, or not.

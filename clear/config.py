@@ -9,26 +9,13 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from clear.bounds import between, count, one_of
 from clear.errors import ClearError
+from clear.placement import Compute, check_compute
 
 CONF_DIR = Path(__file__).parent / "conf"
 PARAMS = Path("params.yaml")
 PROFILES = ("smoke", "tiny", "bagel_7b_lora", "bagel_7b")
-
-
-def between(low: float, high: float) -> Any:
-    """A required number in [low, high]."""
-    return field(metadata={"low": low, "high": high})
-
-
-def one_of(*values: str) -> Any:
-    """A required string among `values`."""
-    return field(metadata={"values": values})
-
-
-def count() -> Any:
-    """A required whole number ≥ 1."""
-    return between(1, 10**9)
 
 
 @dataclass
@@ -349,6 +336,7 @@ class Config:
     evaluate: Evaluate
     report: Report
     gate: Gate
+    compute: Compute
 
 
 def check(value: Any, name: str = "") -> None:
@@ -358,6 +346,9 @@ def check(value: Any, name: str = "") -> None:
         found, rule = getattr(value, item.name), item.metadata
         if is_dataclass(found):
             check(found, full)
+        elif isinstance(found, dict):
+            for key, one in found.items():
+                check(one, f"{full}.{key}")
         elif "values" in rule and found not in rule["values"]:
             raise ClearError(f"params: {full} = {found!r} is not one of {', '.join(rule['values'])}.")
         elif "low" in rule:
@@ -374,6 +365,8 @@ def check(value: Any, name: str = "") -> None:
         _check_source(value, name)
     if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
         raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
+    if isinstance(value, Compute):
+        check_compute(value, name)
     if isinstance(value, Lora) and value.rank and not value.targets:
         raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
     if isinstance(value, Runtime) and value.weights == "bfloat16" and value.precision != "bfloat16":

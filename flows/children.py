@@ -62,7 +62,7 @@ def run(
     kept: deque[str] = deque(maxlen=KEPT_LINES)
     process = start(command, folder, environment, lock, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        for line in _lines(process.stdout):
+        for line in lines(process.stdout):
             kept.append(line)
             say(line)
         status = process.wait()
@@ -79,7 +79,7 @@ def settle(lock: Path) -> None:
             fcntl.flock(held, fcntl.LOCK_EX)
 
 
-def _lines(stream: IO[bytes]) -> Iterator[str]:
+def lines(stream: IO[bytes]) -> Iterator[str]:
     """Non-empty lines; of those that end in a carriage return (a progress bar redrawn) one per PROGRESS_SECONDS."""
     shown = time.monotonic()
     for line in io.TextIOWrapper(stream, errors="replace", newline=""):

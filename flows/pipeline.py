@@ -162,9 +162,13 @@ def push(workspace: Path, stages: list[str] | None = None) -> State:
 def reproduce(stage: str, workspace: Path, force: bool = False) -> State:
     """Reproduce one stage, with `force` even if it is up to date; its output becomes log lines.
 
-    The state's name says whether the stage ran or was up to date.
+    The state's name says whether the stage ran or was up to date. A stage may be placed on another machine.
     """
+    from flows import compute  # builds on this module
+
     try:
+        if (elsewhere := compute.elsewhere(stage, workspace, force)) is not None:
+            return elsewhere
         lines = dvc(
             ["repro", "--single-item", *(["--force"] if force else []), stage], workspace, get_run_logger().info
         )

@@ -15,21 +15,8 @@ import pytest
 from clear.writer import lock_file, writer
 from tests.conftest import ROOT
 
-TARGETS = [
-    "venv",
-    "repro",
-    "test",
-    "test-all",
-    "lint",
-    "format",
-    "bench",
-    "plots",
-    "params",
-    "check",
-    "remote",
-    "deploy",
-]
-TARGETS += ["prefect-local", "clean"]
+TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "plots", "params", "check", "remote"]
+TARGETS += ["deploy", "prefect-local", "stack", "image", "clean"]
 
 
 def _make(*arguments, cwd=ROOT, **environment):

@@ -22,7 +22,7 @@ MODELS = ("base", "sft_direct", "sft", "reencode", "bridge", "grpo")
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # Code that cannot change a result: it reports errors, finds folders, times runs, checks what is tracked as params.
-NEUTRAL = {"clear/errors.py", "clear/stages/paths.py", "clear/config.py"}
+NEUTRAL = {"clear/errors.py", "clear/stages/paths.py", "clear/config.py", "clear/bounds.py", "clear/placement.py"}
 
 
 def _definition(stage):

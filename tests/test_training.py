@@ -1,5 +1,7 @@
 """Optimisation resumes exactly, and training moves what it should and nothing else."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from torch import nn
 
 from clear.config import Phase, compose, from_dict
 from clear.errors import ClearError
+from clear.training import trainer
 from clear.training.sft import FROZEN, GENERATION, set_trainable
 from clear.training.trainer import StageRun, last_complete, optimise
 from tests.tiny import tiny_model
@@ -27,7 +30,9 @@ def config():
     )
 
 
-def _train(config, folder: Path, stop_after: int | None = None) -> tuple[torch.Tensor, list]:
+def _train(
+    config, folder: Path, stop_after: int | None = None, leave_at: int = 0, twice: bool = False
+) -> tuple[torch.Tensor, list]:
     torch.manual_seed(7)
     module = nn.Sequential(nn.Linear(5, 8), nn.Dropout(0.2), nn.Linear(8, 1))
     data = torch.randn(40, 5)
@@ -38,6 +43,9 @@ def _train(config, folder: Path, stop_after: int | None = None) -> tuple[torch.T
         calls += 1
         if stop_after is not None and calls > stop_after:
             raise Interrupted
+        if calls == leave_at:
+            for _ in range(1 + twice):
+                os.kill(os.getpid(), signal.SIGTERM)
         x = data[index]
         return (module(x + 0.1 * torch.randn_like(x)) - x.sum(1, keepdim=True)).pow(2).mean(), {"figure": float(calls)}
 
@@ -59,6 +67,39 @@ def test_an_interrupted_run_ends_with_the_same_weights(config, tmp_path, stop):
     found, again = _train(config, tmp_path / "killed")
     assert torch.equal(found, expected)
     assert [row["loss"] for row in again] == [row["loss"] for row in curve]
+
+
+@pytest.mark.parametrize("step", [5, 8, PHASE.steps])
+def test_a_run_that_is_asked_to_leave_saves_first_and_ends_with_the_same_weights_and_curve(tmp_path, step):
+    settings = ["profile=smoke", "runtime.checkpoint_every=100", "runtime.device=cpu", "runtime.log_every=4"]
+    config = from_dict(compose(settings))
+    expected, curve = _train(config, tmp_path / "whole")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, tmp_path / "left", leave_at=step)
+    assert signal.getsignal(signal.SIGTERM) is handler
+    left = [path.name for path in (tmp_path / "left").glob("*/phase*") for path in [*path.glob("*"), path]]
+    assert (f"checkpoint-{step}" in left) == (step < PHASE.steps) == ("phase.safetensors" not in left)
+    found, again = _train(config, tmp_path / "left", stop_after=PHASE.steps - step)
+    assert torch.equal(found, expected)
+    assert [row["loss"] for row in again] == [row["loss"] for row in curve]
+
+
+def test_a_kill_between_the_last_step_and_the_end_of_a_phase_changes_nothing(config, tmp_path, monkeypatch):
+    expected, curve = _train(config, tmp_path / "whole")
+    with monkeypatch.context() as broken:
+        broken.setattr(trainer, "_unshard", lambda module: (_ for _ in ()).throw(Interrupted))
+        with pytest.raises(Interrupted):
+            _train(config, tmp_path / "killed")
+    found, again = _train(config, tmp_path / "killed")
+    assert torch.equal(found, expected)
+    assert [row["loss"] for row in again] == [row["loss"] for row in curve]
+
+
+def test_a_second_request_to_leave_is_obeyed_at_once(config, tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        _train(config, tmp_path / "left", leave_at=5, twice=True)
+    assert [path.name for path in (tmp_path / "left").glob("*/phase/checkpoint-*")] == ["checkpoint-3"]
 
 
 def test_a_finished_phase_is_not_repeated(config, tmp_path):

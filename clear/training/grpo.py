@@ -48,6 +48,7 @@ from clear.training.judging import judged
 from clear.training.objective import advantages
 from clear.training.parallel import gathered, world
 from clear.training.policy import Policy, order, processing_class, streams
+from clear.training.preemption import saved_on_sigterm
 from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
 from clear.training.stopping import StopRule
 from clear.training.trainer import (
@@ -417,7 +418,8 @@ def train(
         trainer.measured = rule.on_measured
     checkpoint = last_complete(run.folder / "grpo")
     first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with saved_on_sigterm(trainer):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.sharded:
         trainer.sharded.join()
     if stopped := rule.stopped():

@@ -37,6 +37,7 @@ from clear.config import Config, Phase
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
 from clear.training.parallel import Pass, barrier, copy_whole, gathered, one_pass, one_random_state, rank, whole, world
+from clear.training.preemption import saved_on_sigterm
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
 _COMPLETE = "complete"
@@ -70,7 +71,7 @@ class StageRun:
 
 def _relevant(config: Config) -> dict:
     plain = asdict(config)
-    for section in ("report", "evaluate"):
+    for section in ("report", "evaluate", "gate", "compute"):
         plain.pop(section)
     for name in ("checkpoint_every", "log_every"):
         plain["runtime"].pop(name)
@@ -186,6 +187,23 @@ class _Trainer(TrainedOnly, Trainer):
             objective.logged = {}
         super().log(logs, start_time)
 
+    def _open_log(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"log_{rank()}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.state.global_step > self._globalstep_last_logged:  # saved on request, between two log lines
+            logged = self.accelerator.unwrap_model(self.model).logged
+            content = [self._globalstep_last_logged, self._tr_loss.item(), logged]
+            self._open_log(output_dir).write_text(json.dumps(content))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._open_log(checkpoint).exists():
+            self._globalstep_last_logged, loss, logged = json.loads(self._open_log(checkpoint).read_text())
+            self._tr_loss.fill_(loss)
+            self.accelerator.unwrap_model(self.model).logged = logged
+
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
         """One step, in as many passes as `rows_per_pass` and `token_budget` ask for."""
         if not (self.rows_per_pass or self.token_budget):
@@ -287,7 +305,13 @@ class Progress(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Write the mark of a complete checkpoint last, so that a kill inside a save leaves none."""
+    """Write the mark of a complete checkpoint last, so that a kill inside a save leaves none.
+
+    There is no checkpoint of the last step: the Trainer would resume it with one step too many.
+    """
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_save = control.should_save and state.global_step < state.max_steps
 
     def on_save(self, args, state, control, **_) -> None:
         barrier()
@@ -385,7 +409,8 @@ def optimise(
     module.train()
     _always_both_experts(objective, sharded)
     checkpoint = last_complete(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with saved_on_sigterm(trainer) as leave:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     for one in average:
         one.apply()
     _unshard(module)
@@ -399,6 +424,8 @@ def optimise(
         partial.rename(finished)
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
+    if leave():
+        raise KeyboardInterrupt
 
 
 def _always_both_experts(objective: Objective, sharded: bool) -> None:

@@ -1,0 +1,94 @@
+"""End jobs on AWS Batch that nobody waits for: `python -m flows.sweep`, or deployed and scheduled.
+
+A flow that is cancelled ends its job itself. One that is killed, or whose machine is gone, cannot: it no longer renews
+the job's lease in S3. A job of this project whose lease is older than `minutes` is ended. Its checkpoint stays, so that
+the stage goes on when it is asked for again.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from prefect import flow, get_run_logger
+
+from clear.config import PARAMS, load
+from clear.errors import ClearError
+from clear.placement import Compute
+from flows import compute_batch as batch
+from flows.compute_store import Store, said_plainly
+
+MINUTES = 10.0
+
+
+def sweep(compute: Compute, minutes: float = MINUTES, say: Callable[[str], None] = print) -> list[str]:
+    """End the jobs of the stack that have no owner; returns their ids."""
+    account = batch.account(compute)
+    store = Store(account.s3, account.outputs["Bucket"])
+    leases = store.names("leases/")
+    ended = []
+    for job in _jobs(account, compute.stack):
+        reason = _orphaned(job, leases, store, minutes)
+        if reason:
+            say(f"ending job {job['jobId']} ({job['jobName']}): {reason}")
+            batch.terminate(account.batch, job["jobId"], f"swept: {reason}")
+            ended.append(job["jobId"])
+    return ended
+
+
+def _jobs(account: batch.Account, stack: str) -> list[dict]:
+    """Jobs of this stack's flows that have not ended; others in the same queues are none of our business."""
+    found = []
+    for spot in (True, False):
+        queue = account.queue(spot)
+        with said_plainly(f"jobs in {queue}"):
+            for status in batch.ACTIVE:
+                pages = account.batch.get_paginator("list_jobs").paginate(jobQueue=queue, jobStatus=status)
+                listed = [one["jobId"] for page in pages for one in page["jobSummaryList"]]
+                for start in range(0, len(listed), 100):
+                    found += account.batch.describe_jobs(jobs=listed[start : start + 100])["jobs"]
+    return [job for job in found if job.get("tags", {}).get(batch.TAG) == stack]
+
+
+def _orphaned(job: dict, leases: dict[str, datetime], store: Store, minutes: float) -> str:
+    """Why a job has no owner; empty if it has one."""
+    name = f"leases/{job['jobId']}.json"
+    made = datetime.fromtimestamp(job.get("createdAt", 0) / 1000, UTC)
+    age = (datetime.now(UTC) - leases.get(name, made)).total_seconds() / 60
+    if age <= minutes:
+        return ""
+    run = (store.read(name) or {}).get("flow_run") if name in leases else None
+    last = f"; the last was flow run {run}" if run else ""
+    return f"nobody has asked for it for {age:.0f} min{last}"
+
+
+@flow(name="sweep")
+def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
+    """End jobs that nobody waits for; returns their ids. Without a stage in the cloud there is nothing to do."""
+    from flows.compute import AWS_BATCH, placement
+
+    folder = Path(workspace).resolve()
+    if AWS_BATCH not in placement(folder).values():
+        get_run_logger().info("no stage is placed on AWS Batch (compute.place): nothing to sweep.")
+        return []
+    return sweep(load(folder / PARAMS).compute, minutes, get_run_logger().info)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Sweep once, whatever compute.place says; 0 done, 1 refused with one line."""
+    parser = argparse.ArgumentParser(prog="python -m flows.sweep", description="End jobs that nobody waits for.")
+    parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"age of a dead lease (default {MINUTES:g})")
+    given = parser.parse_args(arguments)
+    try:
+        ended = sweep(load(Path(given.workspace) / PARAMS).compute, given.minutes)
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{len(ended)} jobs ended" if ended else "every job has an owner")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

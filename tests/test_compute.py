@@ -1,0 +1,176 @@
+"""Where stages run: what is asked of AWS Batch (on moto), what it may cost, and that nothing changes without it."""
+
+import copy
+
+import boto3
+import pytest
+from moto import mock_aws
+
+from clear.config import compose, from_dict
+from clear.errors import ClearError
+from clear.placement import Price
+from flows import compute, compute_cost
+from flows.compute_batch import Account, definition, describe, ensure_definition, hours, job_name, reclaimed, submit
+from flows.compute_request import Inputs, differences
+from flows.compute_store import Store, split
+
+OUTPUTS = {
+    "Bucket": "cloud",
+    "SpotQueue": "clear-spot",
+    "OnDemandQueue": "clear-on-demand",
+    "Repository": "repository",
+    "JobRole": "arn:aws:iam::123456789012:role/job",
+    "ExecutionRole": "arn:aws:iam::123456789012:role/execution",
+    "LogGroup": "/clear",
+}
+
+
+@pytest.fixture
+def settings():
+    return from_dict(compose()).compute
+
+
+@pytest.fixture
+def aws(monkeypatch, tmp_path):
+    """moto in this process, with Batch that runs nothing and queues of the stack's names."""
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_BATCH", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    with mock_aws(config={"batch": {"use_docker": False}}):
+        role = "arn:aws:iam::123456789012:role/aws-service-role/batch"
+        batch = boto3.client("batch")
+        iam = boto3.client("iam")
+        iam.create_role(RoleName="batch", AssumeRolePolicyDocument="{}")
+        role = iam.get_role(RoleName="batch")["Role"]["Arn"]
+        machines = batch.create_compute_environment(
+            computeEnvironmentName="machines", type="UNMANAGED", state="ENABLED", serviceRole=role
+        )["computeEnvironmentArn"]
+        for name in (OUTPUTS["SpotQueue"], OUTPUTS["OnDemandQueue"]):
+            order = [{"order": 1, "computeEnvironment": machines}]
+            batch.create_job_queue(jobQueueName=name, state="ENABLED", priority=1, computeEnvironmentOrder=order)
+        yield Account(OUTPUTS, batch, boto3.client("s3"))
+
+
+def test_a_definition_asks_for_what_the_configuration_says(aws, settings):
+    job = settings.jobs["default"]
+    wanted = definition(settings, job, "image:1", OUTPUTS)
+    arn = ensure_definition(aws.batch, wanted)
+    assert ensure_definition(aws.batch, copy.deepcopy(wanted)) == arn, "an unchanged one is not registered again"
+    (found,) = aws.batch.describe_job_definitions(status="ACTIVE")["jobDefinitions"]
+    container = found["containerProperties"]
+    assert container["image"] == "image:1" and container["command"] == ["python", "-m", "flows.remote_stage"]
+    needed = {one["type"]: one["value"] for one in container["resourceRequirements"]}
+    assert needed == {"VCPU": "14", "MEMORY": "118000", "GPU": "1"}
+    assert container["linuxParameters"]["sharedMemorySize"] == 16384
+    assert container["linuxParameters"]["initProcessEnabled"] is True
+    assert (container["jobRoleArn"], container["executionRoleArn"]) == (OUTPUTS["JobRole"], OUTPUTS["ExecutionRole"])
+    assert found["timeout"] == {"attemptDurationSeconds": 12 * 3600}
+    assert found["retryStrategy"]["attempts"] == 4
+    rules = found["retryStrategy"]["evaluateOnExit"]
+    assert [{**rule, "action": rule["action"].upper()} for rule in rules] == [
+        {"onStatusReason": "Host EC2*", "action": "RETRY"},
+        {"onExitCode": "75", "action": "RETRY"},
+        {"onReason": "*", "action": "EXIT"},
+    ]
+    assert found["tags"] == {"clear": "clear"} and found["propagateTags"] is True
+    job.gpus = 0
+    other = definition(settings, job, "image:1", OUTPUTS)
+    assert other["jobDefinitionName"] != wanted["jobDefinitionName"]
+    assert not any(one["type"] == "GPU" for one in other["containerProperties"]["resourceRequirements"])
+
+
+def test_several_nodes_are_one_job_of_as_many_containers(aws, settings):
+    job = settings.jobs["default"]
+    job.nodes, job.gpus, job.spot, job.launch = 2, 8, False, "fsdp"
+    wanted = definition(settings, job, "image:1", OUTPUTS)
+    assert wanted["type"] == "multinode" and "containerProperties" not in wanted
+    nodes = wanted["nodeProperties"]
+    assert (nodes["numNodes"], nodes["mainNode"]) == (2, 0)
+    (part,) = nodes["nodeRangeProperties"]
+    assert part["targetNodes"] == "0:" and part["instanceTypes"] == ["g6e.4xlarge"]
+    assert {"name": "CLEAR_LAUNCH", "value": "fsdp"} in part["container"]["environment"]
+    aws.batch.register_job_definition(**wanted)  # boto3 checks its shape
+
+
+def test_a_job_is_submitted_to_its_queue_with_tags_and_its_request(aws, settings):
+    name = job_name("clear", "evaluate@grpo", "k" * 32)
+    assert name == f"clear-evaluate-grpo-{'k' * 32}"
+    given = (settings.jobs["default"], "image:1", name, True, "s3://cloud/compute/requests/k/1.json", {"stage": "x"})
+    settings.region = "us-east-1"
+    job = describe(aws.batch, submit(aws, settings, *given))
+    assert job["jobName"] == name and job["jobQueue"].endswith(OUTPUTS["SpotQueue"])
+    assert job["tags"] == {"clear": "clear", "stage": "x"}
+    environment = {one["name"]: one["value"] for one in job["container"]["environment"]}
+    assert environment["CLEAR_REQUEST"] == given[4] and environment["AWS_DEFAULT_REGION"] == "us-east-1"
+    assert describe(aws.batch, "no-such-job") is None
+
+
+def test_time_and_reason_are_read_from_what_batch_says():
+    ended = {"startedAt": 1000, "stoppedAt": 3_601_000}
+    job = {"status": "FAILED", "attempts": [ended, {**ended, "statusReason": "Host EC2 (instance i-1) terminated."}]}
+    assert hours(job) == 2 and reclaimed(job)
+    assert reclaimed({"attempts": [{"container": {"exitCode": 75}}]})
+    assert not reclaimed({"attempts": [{"container": {"exitCode": 1}}], "statusReason": "Essential container exited"})
+    assert hours({"status": "SUCCEEDED", "startedAt": 1000, "stoppedAt": 1_801_000}) == 0.5
+    assert hours({"status": "RUNNABLE"}) == 0
+
+
+def test_an_estimate_takes_the_dearest_machine_where_the_job_starts(settings):
+    job = settings.jobs["default"]
+    job.instance_types = ["g6e.4xlarge", "p5.4xlarge"]
+    settings.prices = {"g6e.4xlarge": Price(on_demand=3, spot=1.5), "p5.4xlarge": Price(on_demand=7, spot=1)}
+    found = compute_cost.estimate(settings, job)
+    assert (found.expected, found.allowed) == (3 * 1.5, 12 * 7)
+    assert "4.50 USD for 3 h, 84.00 USD at most" in str(found)
+    job.spot, job.nodes = False, 4
+    assert compute_cost.estimate(settings, job).expected == 3 * 7 * 4
+
+
+def test_the_month_counts_what_ended_jobs_cost_and_others_may(aws, settings):
+    store = Store(aws.s3, "cloud")
+    aws.s3.create_bucket(Bucket="cloud")
+    compute_cost.enter(store, "one", "sft", 36.0)
+    compute_cost.enter(store, "two", "sft", 36.0, cost=1.25)
+    assert compute_cost.spent(store) == 37.25
+    assert compute_cost.spent(store, "2001-01") == 0
+    store.write("ledger/2001-01/old.json", {"allowed": 36.0})
+    compute_cost.enter(store, "old", "sft", 36.0, cost=2.0)
+    assert compute_cost.spent(store, "2001-01") == 2, "a job is counted in the month in which it began"
+    settings.budget_usd = 73.25
+    compute_cost.refuse_beyond_budget(store, settings, compute_cost.Estimate(1, 36, 1), "sft")
+    settings.budget_usd = 73.0
+    with pytest.raises(ClearError, match=r"37\.25"):
+        compute_cost.refuse_beyond_budget(store, settings, compute_cost.Estimate(1, 36, 1), "sft")
+
+
+INPUTS = Inputs("sft", "python x", {"a": "1"}, {"a": "code"}, {"seed": 1}, {"out": True})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"cmd": "python y"}, {"deps": {"a": "2"}}, {"deps": {}}, {"params": {"seed": 2}}, {"outs": {"out": False}}],
+)
+def test_every_input_is_in_the_key_and_a_difference_is_named(change):
+    other = Inputs(**{**INPUTS.__dict__, **change})
+    assert other.key() != INPUTS.key() == Inputs(**INPUTS.__dict__).key()
+    assert len(differences(INPUTS, other)) == 1 and differences(INPUTS, INPUTS) == []
+    assert INPUTS.key("again") != INPUTS.key()
+
+
+def test_a_workspace_without_a_place_for_its_stages_runs_them_here(project, tmp_path):
+    assert compute.placement(tmp_path) == {}
+    assert set(compute.placement(project).values()) == {"local"}
+    assert compute.elsewhere("source", project) is None
+    (tmp_path / "params.yaml").write_text("compute: 1\n")
+    assert compute.placement(tmp_path) == {}, "a revision from before there were places"
+    (tmp_path / "params.yaml").write_text("a: [\n")
+    with pytest.raises(ClearError, match="not valid YAML"):
+        compute.placement(tmp_path)
+
+
+def test_addresses_in_s3():
+    assert split("s3://bucket/a/b") == ("bucket", "a/b") and split("s3://bucket") == ("bucket", "")
+    for wrong in ("bucket/a", "s3://", "https://bucket"):
+        with pytest.raises(ClearError, match="no address in S3"):
+            split(wrong)

@@ -1,0 +1,301 @@
+"""A stage on AWS Batch from the flow's side: boto3 against a Batch of ours whose jobs are processes.
+
+The jobs here are stand-ins that leave a result, fail, or wait to be ended; the real job is tests/test_remote_stage.py.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from datetime import UTC, datetime
+
+import boto3
+import psutil
+import pytest
+from botocore.config import Config
+
+from clear.errors import ClearError
+from clear.placement import Price
+from flows import compute, compute_batch, compute_cost, sweep
+from flows.compute_request import Inputs
+from flows.compute_store import Damaged, Store, Unreachable
+from tests.cloud import compute_of, entry_of
+from tests.conftest import ROOT
+from tests.test_flow import alive, wait_until
+
+pytest_plugins = ["tests.cloud"]
+
+JOB = """
+import os, signal, sys, time, boto3
+kind, request = os.environ["KIND"], os.environ["CLEAR_REQUEST"]
+key = request.split("/requests/")[1].split("/")[0]
+s3 = boto3.client("s3")
+def put(name, text):
+    s3.put_object(Bucket="cloud", Key=f"compute/{name}", Body=text.encode())
+log = f"logs/{key}/{os.environ['AWS_BATCH_JOB_ID']}-{os.environ['AWS_BATCH_JOB_ATTEMPT']}.log"
+put(log, "working\\n")
+if kind == "fails":
+    put(log, "working\\nerror: the data is bad\\nand so on\\n")
+    sys.exit(1)
+if kind == "waits" or (kind == "waits once" and os.environ["AWS_BATCH_JOB_ATTEMPT"] == "1"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    open("up", "w").close()
+    time.sleep(60)
+put(f"results/{key}.json", "{}")
+"""
+REQUEST = "s3://cloud/x/requests/key/1.json"
+INPUTS = Inputs("sft", "python code/train.py", {}, {}, {"seed": 1}, {"data/metrics/sft.json": False})
+
+
+@pytest.fixture
+def work(training, cloud):
+    """Make the work of a stage whose job behaves as `kind` says."""
+    cloud.batch.program = ["-c", JOB]
+
+    def make(kind, **changes):
+        cloud.batch.environment["KIND"] = kind
+        settings = compute_of(training)
+        for name, value in changes.items():
+            target = settings if hasattr(settings, name) else settings.jobs["default"]
+            setattr(target, name, value)
+        said = []
+        account = compute_batch.account(settings)
+        return compute._Work(
+            account, cloud.store, settings, settings.jobs["default"], INPUTS, INPUTS.key(), training, said.append, False
+        )
+
+    return make
+
+
+def _submitted(cloud):
+    return [body for name, body in cloud.batch.requests if name == "submitjob"]
+
+
+def _running(cloud):
+    """The id of the one job that runs and waits."""
+
+    def find():
+        ids = [one for one, job in cloud.batch.jobs.items() if job["status"] == "RUNNING"]
+        return ids and list(cloud.batch.folder.glob(f"{ids[-1]}-*/up")) and ids[-1]
+
+    return wait_until(find, 60, "a running job")
+
+
+def _aside(call):
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread
+
+
+def test_a_stage_that_fails_is_not_tried_again_and_says_why(work, cloud):
+    mine = work("fails")
+    with pytest.raises(ClearError, match="failed: error: the data is bad"):
+        mine.run()
+    (job,) = cloud.batch.jobs.values()
+    assert len(job["attempts"]) == 1 and job["status"] == "FAILED"
+    assert "│ working" in mine.say.__self__
+
+
+def test_spot_that_is_reclaimed_too_often_is_followed_by_on_demand(work, cloud):
+    mine = work("waits", attempts=2)
+
+    def reclaim_twice():
+        for attempt in (1, 2):
+            job = _running(cloud)
+            up = cloud.batch.folder / f"{job}-{attempt}" / "up"
+            wait_until(up.exists, 60, "the attempt")
+            if attempt == 2:
+                cloud.batch.environment["KIND"] = "ends"
+            cloud.batch.reclaim(job)
+
+    thief = _aside(reclaim_twice)
+    spent = mine.run()
+    thief.join()
+    first, second = cloud.batch.jobs.values()
+    assert [first["jobQueue"], second["jobQueue"]] == ["spot", "ondemand"]
+    assert [one["container"]["exitCode"] for one in first["attempts"]] == [75, 75]
+    assert [job["status"] for job in (first, second)] == ["FAILED", "SUCCEEDED"]
+    price = mine.compute.prices["g6e.4xlarge"]
+    hours = [compute_batch.hours(job) for job in (first, second)]
+    assert spent == pytest.approx(hours[0] * price.spot + hours[1] * price.on_demand)
+    ledger = [cloud.store.read(name) for name in cloud.store.names("ledger/")]
+    assert sum(note["cost"] for note in ledger) == pytest.approx(spent)
+
+
+def test_without_a_spot_machine_in_time_it_runs_on_demand(work, cloud):
+    cloud.batch.held.add("spot")
+    mine = work("ends", spot_wait_minutes=0.0)
+    mine.run()
+    first, second = cloud.batch.jobs.values()
+    wait_until(lambda: first["status"] == "FAILED", 10, "the end of the job on spot")
+    assert first["attempts"] == [] and second["jobQueue"] == "ondemand" and second["status"] == "SUCCEEDED"
+
+
+@pytest.mark.parametrize("reason", [KeyboardInterrupt, SystemExit])
+def test_a_flow_that_is_cancelled_ends_its_job(work, cloud, reason):
+    mine = work("waits")
+
+    def say(line):
+        if line == "│ working":
+            _running(cloud)
+            raise reason
+
+    mine.say = say
+    with pytest.raises(reason):
+        mine.run()
+    (job,) = cloud.batch.jobs.values()
+    process = cloud.batch.processes[job["jobId"]]
+    wait_until(lambda: job["status"] == "FAILED", 10, "the end of the job")
+    assert job["statusReason"] == f"its flow ended: {reason.__name__}" and not alive(process.pid)
+
+
+def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, monkeypatch):
+    first = work("waits once")
+
+    def away(*_):
+        raise Unreachable("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(compute, "lease", away)
+        broken.setattr(compute, "PATIENCE_SECONDS", 0.5)
+        with pytest.raises(Unreachable):
+            first.run()
+    job = _running(cloud)
+    second = work("waits once")
+    thief = _aside(lambda: (wait_until(lambda: cloud.store.names("leases/"), 60, "a lease"), cloud.batch.reclaim(job)))
+    second.run()
+    thief.join()
+    assert second.job_id == first.job_id == job and len(_submitted(cloud)) == 1
+    assert len(cloud.store.names("ledger/")) == 1, "one job is counted once"
+
+
+def test_of_two_submissions_at_once_the_first_stays(work, cloud, monkeypatch):
+    cloud.batch.held |= {"spot"}
+    mine = work("ends")
+    real, calls = compute_batch.find, []
+
+    def blind_at_first(*arguments):
+        calls.append(arguments)
+        return None if len(calls) % 2 else real(*arguments)
+
+    monkeypatch.setattr(compute_batch, "find", blind_at_first)
+    given = (
+        mine.account,
+        mine.compute,
+        mine.job,
+        "image",
+        "clear-sft-key",
+        True,
+        REQUEST,
+        {},
+    )
+    first, second = (compute_batch.submit(*given) for _ in range(2))
+    assert first == second and len(_submitted(cloud)) == 2
+    loser = next(job for one, job in cloud.batch.jobs.items() if one != first)
+    wait_until(lambda: loser["status"] == "FAILED", 10, "the end of the second")
+    assert len(cloud.batch.definitions) == 1, "one definition for both"
+
+
+def test_a_job_that_costs_more_than_it_was_allowed_is_ended(work, cloud):
+    mine = work("waits", budget_usd=1e9)
+    mine.compute.prices["g6e.4xlarge"] = Price(on_demand=0.01, spot=10**4)
+    mine.job.timeout_hours = 0.02
+    with pytest.raises(ClearError, match=r"more than the 0\.00 it was allowed"):
+        mine.run()
+    (job,) = cloud.batch.jobs.values()
+    wait_until(lambda: job["status"] == "FAILED", 10, "the end of the job")
+
+
+def test_beyond_the_budget_nothing_is_submitted(work, cloud):
+    mine = work("ends", budget_usd=40.0)
+    compute_cost.enter(cloud.store, "running", "sft", allowed=36.0)
+    with pytest.raises(
+        ClearError, match=r"may cost 36\.00 USD, this month's jobs 36\.00, and compute\.budget_usd is 40"
+    ):
+        mine.run()
+    assert _submitted(cloud) == []
+    compute_cost.enter(cloud.store, "running", "sft", allowed=36.0, cost=1.5)
+    compute_cost.enter(cloud.store, "cheap", "sft", allowed=36.0, cost=0.5)
+    mine.run()
+    assert len(_submitted(cloud)) == 1
+
+
+def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
+    cloud.batch.held |= {"spot", "ondemand"}
+    mine = work("ends")
+    given = (mine.account, mine.compute, mine.job, "image")
+    young, old, leased, foreign = (
+        compute_batch.submit(*given, f"clear-{n}", bool(n % 2), REQUEST, {}) for n in range(4)
+    )
+    hour_ago = int(datetime.now(UTC).timestamp() * 1000) - 3_600_000
+    for job in (old, leased, foreign):
+        cloud.batch.jobs[job]["createdAt"] = hour_ago
+    compute.lease(cloud.store, leased)
+    cloud.batch.jobs[foreign]["tags"] = {"clear": "another stack"}
+    said = []
+    assert sweep.sweep(mine.compute, 10, said.append) == [old]
+    assert "nobody has asked for it for 60 min" in said[0]
+    wait_until(lambda: cloud.batch.jobs[old]["status"] == "FAILED", 10, "the end of the job")
+    assert cloud.batch.jobs[old]["statusReason"].startswith("swept: ")
+    assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
+    assert sweep.main(["--minutes", "10"]) == 0
+    assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
+
+
+def test_an_attempt_is_ended_after_its_time(work, cloud):
+    mine = work("waits", timeout_hours=0.001, expected_hours=0.001)
+    wanted = compute_batch.definition(mine.compute, mine.job, "image", mine.account.outputs)
+    assert wanted["timeout"] == {"attemptDurationSeconds": 60}, "the least that Batch allows"
+    cloud.batch.definitions.clear()
+    arn = compute_batch.ensure_definition(mine.account.batch, wanted)
+    cloud.batch.definitions[arn]["timeout"] = {"attemptDurationSeconds": 4}
+    with pytest.raises(ClearError, match="failed"):
+        mine.compute.prices["g6e.4xlarge"] = Price(on_demand=10**4, spot=1)
+        mine.compute.budget_usd = 1e9
+        mine.run()
+    (job,) = cloud.batch.jobs.values()
+    assert len(job["attempts"]) == 1 and not psutil.pid_exists(cloud.batch.processes[job["jobId"]].pid)
+
+
+def test_aws_that_does_not_answer_or_refuses_is_one_line(cloud, monkeypatch, training):
+    settings = compute_of(training)
+    settings.stack = "nowhere"
+    with pytest.raises(ClearError, match=r"stack nowhere .*make stack.*: AWS answers ValidationError"):
+        compute_batch.account(settings)
+    cloud.store.client.put_object(Bucket="cloud", Key="compute/note.json", Body=b"{")
+    with pytest.raises(Damaged, match=r"note\.json: not valid JSON"):
+        cloud.store.read("note.json")
+    with pytest.raises(ClearError, match="NoSuchBucket"):
+        Store(cloud.store.client, "no-such-bucket").names("x")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")
+    with pytest.raises(Unreachable, match="Could not connect"):
+        Store(boto3.client("s3", config=Config(retries={"total_max_attempts": 1})), "cloud").read("note.json")
+
+
+@pytest.mark.slow
+def test_the_pipeline_sends_a_stage_away_and_its_end_ends_the_job(training, cloud, tmp_path):
+    """The real flow and the real job: cancelled in mid-training, run again, and then up to date."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment["PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS"] = "120"
+    command = [sys.executable, "-m", "flows.pipeline", str(training)]
+    cloud.batch.environment["STEP_SECONDS"] = "2"
+    with (tmp_path / "flow.txt").open("w") as out:
+        flow = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=out, stderr=subprocess.STDOUT)
+        (job,) = wait_until(lambda: list(cloud.batch.jobs) or (flow.poll() is not None and ["none"]), 240, "a job")
+        wait_until(lambda: cloud.batch.jobs[job]["status"] == "RUNNING", 60, "its machine")
+        wait_until(lambda: "step 2" in cloud.lines(job), 120, "the second step")
+        flow.send_signal(signal.SIGTERM)
+        assert flow.wait(60) != 0
+    wait_until(lambda: cloud.batch.jobs[job]["status"] == "FAILED", 40, "the end of the job")
+    assert cloud.batch.jobs[job]["statusReason"].startswith("its flow ended: ")
+    assert cloud.store.names("checkpoints/")
+
+    cloud.batch.environment["STEP_SECONDS"] = "0"
+    for count in (2, 2):
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert len(cloud.batch.jobs) == count, "the second time it is up to date"
+    start = next(line for line in cloud.lines(list(cloud.batch.jobs)[1]) if line.startswith("starting at step"))
+    assert int(start.split()[-1]) >= 2
+    assert entry_of(training, "sft")["cmd"] == "python code/train.py"

@@ -1,0 +1,261 @@
+"""The CloudFormation template: what it promises, and that it can be created; image and commands around it."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from clear.config import compose, from_dict
+from clear.errors import ClearError
+from flows import compute_stack
+from flows.compute_batch import OUTPUTS, PREEMPTED, RECLAIMED, retry_strategy
+from flows.compute_store import PREFIX
+from tests.conftest import ROOT
+
+pytest_plugins = ["tests.cloud"]
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML with CloudFormation's short forms as {name: value}."""
+
+
+_Loader.add_multi_constructor("!", lambda loader, name, node: {name: _value(loader, node)})
+
+
+def _value(loader, node):
+    if isinstance(node, yaml.ScalarNode):
+        return loader.construct_scalar(node)
+    build = loader.construct_sequence if isinstance(node, yaml.SequenceNode) else loader.construct_mapping
+    return build(node, deep=True)
+
+
+@pytest.fixture(scope="module")
+def template():
+    return yaml.load((ROOT / compute_stack.TEMPLATE).read_text(), _Loader)
+
+
+def _of(template, kind):
+    return {name: one["Properties"] for name, one in template["Resources"].items() if one["Type"] == kind}
+
+
+def test_cfn_lint_finds_nothing():
+    done = subprocess.run(
+        [Path(sys.executable).parent / "cfn-lint", "--", ROOT / compute_stack.TEMPLATE],
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_bucket_is_versioned_encrypted_closed_and_kept(template):
+    storage = template["Resources"]["Storage"]
+    assert storage["DeletionPolicy"] == storage["UpdateReplacePolicy"] == "Retain"
+    settings = storage["Properties"]
+    assert settings["VersioningConfiguration"] == {"Status": "Enabled"}
+    (rule,) = settings["BucketEncryption"]["ServerSideEncryptionConfiguration"]
+    assert rule["ServerSideEncryptionByDefault"]["SSEAlgorithm"] == "AES256"
+    closed = ("BlockPublicAcls", "BlockPublicPolicy", "IgnorePublicAcls", "RestrictPublicBuckets")
+    assert all(settings["PublicAccessBlockConfiguration"][name] is True for name in closed)
+    (policy,) = _of(template, "AWS::S3::BucketPolicy").values()
+    (statement,) = policy["PolicyDocument"]["Statement"]
+    assert statement["Effect"] == "Deny" and statement["Condition"] == {"Bool": {"aws:SecureTransport": "false"}}
+
+
+def test_what_passes_through_the_bucket_expires_and_data_does_not(template):
+    rules = template["Resources"]["Storage"]["Properties"]["LifecycleConfiguration"]["Rules"]
+    days = {rule["Prefix"]: rule["ExpirationInDays"] for rule in rules if "ExpirationInDays" in rule}
+    written = {"objects", "bundles", "requests", "results", "logs", "checkpoints", "leases"}
+    assert set(days) == {f"{PREFIX}/{name}/" for name in written}, "neither the DVC remote nor the ledger"
+    assert days[f"{PREFIX}/results/"] < days[f"{PREFIX}/objects/"], "a result must not outlive its files"
+    assert all(rule["Status"] == "Enabled" for rule in rules)
+    assert any("NoncurrentVersionExpiration" in rule and "Prefix" not in rule for rule in rules)
+
+
+def test_machines_exist_only_while_jobs_do(template):
+    environments = _of(template, "AWS::Batch::ComputeEnvironment")
+    assert {name: one["ComputeResources"]["Type"] for name, one in environments.items()} == {
+        "SpotMachines": "SPOT",
+        "OnDemandMachines": "EC2",
+    }
+    for one in environments.values():
+        assert one["ComputeResources"]["MinvCpus"] == 0 and "DesiredvCpus" not in one["ComputeResources"]
+        assert one["ComputeResources"]["MaxvCpus"] == {"Ref": "MaxVcpus"}
+        assert one["ComputeResources"]["InstanceTypes"] == {"Ref": "InstanceTypes"}
+    queues = _of(template, "AWS::Batch::JobQueue")
+    found = {name: one["ComputeEnvironmentOrder"][0]["ComputeEnvironment"]["Ref"] for name, one in queues.items()}
+    assert found == {"SpotQueue": "SpotMachines", "OnDemandQueue": "OnDemandMachines"}
+    costly = {"AWS::EC2::NatGateway", "AWS::EC2::Instance", "AWS::EC2::EIP", "AWS::EC2::Volume", "AWS::KMS::Key"}
+    assert not costly & {one["Type"] for one in template["Resources"].values()}, "at rest only storage is paid for"
+    (machine,) = _of(template, "AWS::EC2::LaunchTemplate").values()
+    disk = machine["LaunchTemplateData"]["BlockDeviceMappings"][0]["Ebs"]
+    assert disk["DeleteOnTermination"] is True and disk["Encrypted"] is True
+    assert disk["VolumeSize"] == {"Ref": "RootVolumeGiB"}
+    assert machine["LaunchTemplateData"]["MetadataOptions"]["HttpTokens"] == "required"
+
+
+def test_nothing_comes_in_from_outside(template):
+    (firewall,) = _of(template, "AWS::EC2::SecurityGroup").values()
+    assert "SecurityGroupIngress" not in firewall
+    for one in _of(template, "AWS::EC2::SecurityGroupIngress").values():
+        assert one["SourceSecurityGroupId"] == {"Ref": "Firewall"} and "CidrIp" not in one
+
+
+def _statements(template):
+    for name, one in template["Resources"].items():
+        settings = one.get("Properties", {})
+        documents = [policy["PolicyDocument"] for policy in settings.get("Policies", [])]
+        if one["Type"] in ("AWS::IAM::Policy", "AWS::IAM::ManagedPolicy"):
+            documents.append(settings["PolicyDocument"])
+        for document in documents:
+            for statement in document["Statement"]:
+                actions = statement["Action"]
+                yield name, statement, actions if isinstance(actions, list) else [actions]
+
+
+def test_roles_may_do_little(template):
+    everywhere = set()
+    for name, statement, actions in _statements(template):
+        assert not any("*" in action for action in actions), f"{name}: {actions}"
+        if statement["Resource"] == "*":
+            everywhere |= set(actions)
+        if name == "JobRole":
+            assert all(action.startswith("s3:") for action in actions)
+            if "s3:DeleteObject" in actions:
+                assert statement["Resource"]["Sub"].endswith(f"/{PREFIX}/checkpoints/*")
+        if "iam:PassRole" in actions:
+            assert statement["Condition"] and statement["Resource"] != "*"
+        if "batch:TerminateJob" in actions:
+            assert "aws:ResourceTag/clear" in json.dumps(statement["Condition"])
+    assert everywhere == {
+        "ecr:GetAuthorizationToken",
+        "batch:DescribeJobs",
+        "batch:ListJobs",
+        "batch:DescribeJobDefinitions",
+    }, "these know no resources"
+    for name, one in _of(template, "AWS::IAM::Role").items():
+        assert "Administrator" not in json.dumps(one), name
+
+
+def test_the_bill_has_an_alarm(template):
+    (budget,) = _of(template, "AWS::Budgets::Budget").values()
+    assert budget["Budget"]["BudgetLimit"]["Amount"] == {"Ref": "AlarmUsd"}
+    kinds = {one["Notification"]["NotificationType"] for one in budget["NotificationsWithSubscribers"]}
+    assert kinds == {"ACTUAL", "FORECASTED"}
+
+
+def test_the_trial_job_retries_like_ours_and_the_log_does_not_grow_for_ever(template):
+    (job,) = _of(template, "AWS::Batch::JobDefinition").values()
+    rules = job["RetryStrategy"]["EvaluateOnExit"]
+    assert rules[0] == {"OnStatusReason": f"{RECLAIMED}*", "Action": "RETRY"}
+    assert rules[-1] == {"OnReason": "*", "Action": "EXIT"}
+    ours = retry_strategy(3)["evaluateOnExit"]
+    assert [ours[0]["onStatusReason"], ours[1]["onExitCode"], ours[-1]["action"]] == [
+        f"{RECLAIMED}*",
+        str(PREEMPTED),
+        "EXIT",
+    ]
+    assert job["Timeout"]["AttemptDurationSeconds"] <= 3600
+    assert _of(template, "AWS::Logs::LogGroup")["Logs"]["RetentionInDays"] <= 90
+
+
+def test_outputs_and_parameters_are_those_the_flows_use(template):
+    assert set(OUTPUTS) <= set(template["Outputs"])
+    compute = from_dict(compose(["compute.weights=s3://other/bagel"])).compute
+    given = compute_stack.parameters(compute, ROOT, "us@example.org")
+    assert set(given) == set(template["Parameters"])
+    assert (given["WeightsBucket"], given["InstanceTypes"], given["AlarmUsd"]) == ("other", "g6e.4xlarge", "200")
+
+
+@pytest.fixture
+def root(tmp_path):
+    """The project's infrastructure files; moto wants the service role named that AWS takes by itself."""
+    shutil.copytree(ROOT / "infra", tmp_path / "root/infra")
+    shutil.copy(ROOT / "pyproject.toml", tmp_path / "root")
+    file = tmp_path / "root" / compute_stack.TEMPLATE
+    role = "      Type: MANAGED\n      ServiceRole: !GetAtt MachineRole.Arn\n"
+    file.write_text(file.read_text().replace("      Type: MANAGED\n", role))
+    return tmp_path / "root"
+
+
+def test_the_stack_is_created_updated_and_read(cloud, monkeypatch, root):
+    """On moto, which leaves out budget, bucket policy and versioning: creation, outputs, the machines' settings."""
+    import boto3
+
+    monkeypatch.delenv("AWS_ENDPOINT_URL_BATCH")
+    compute = from_dict(compose(["compute.stack=mine", "compute.root_volume_gib=300"])).compute
+    outputs = compute_stack.apply(compute, root)
+    batch, s3 = boto3.client("batch"), boto3.client("s3")
+    assert {one["jobQueueName"] for one in batch.describe_job_queues()["jobQueues"]} == {"mine-spot", "mine-on-demand"}
+    machines = [one["computeResources"] for one in batch.describe_compute_environments()["computeEnvironments"]]
+    assert len(machines) == 2 and all(one["minvCpus"] == 0 for one in machines)
+    s3.head_bucket(Bucket=outputs["Bucket"])
+    versions = boto3.client("ec2").describe_launch_template_versions(Versions=["$Latest"])["LaunchTemplateVersions"]
+    disks = [one["LaunchTemplateData"]["BlockDeviceMappings"][0]["Ebs"] for one in versions]
+    assert [int(disk["VolumeSize"]) for disk in disks] == [300]
+    assert set(OUTPUTS) <= set(outputs)
+    assert compute_stack.apply(compute, root)["Bucket"] == outputs["Bucket"], "again is an update"
+
+
+def test_commands_refuse_with_one_line(cloud, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    assert compute_stack.main(["nothing"]) == 1
+    assert capsys.readouterr().err.startswith("error: say `stack` or `image`")
+    monkeypatch.chdir(tmp_path)
+    assert compute_stack.main(["stack"]) == 1
+    assert "make params" in capsys.readouterr().err
+    with pytest.raises(ClearError, match="Dockerfile is missing"):
+        compute_stack.environment_tag(tmp_path)
+
+
+DOCKER = """#!/bin/sh
+echo "$@" >> "$LOG"
+case "$1" in login) cat > /dev/null ;; push) exit $PUSH ;; esac
+"""
+
+
+def test_an_image_is_built_from_the_lock_pushed_once_and_runs_without_root(cloud, monkeypatch, tmp_path):
+    import boto3
+
+    fakes = tmp_path / "bin"
+    fakes.mkdir()
+    (fakes / "docker").write_text(DOCKER)
+    (fakes / "docker").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fakes}:/usr/bin:/bin")
+    monkeypatch.setenv("LOG", str(tmp_path / "log"))
+    monkeypatch.setenv("PUSH", "0")
+    uri = boto3.client("ecr").create_repository(repositoryName="clear")["repository"]["repositoryUri"]
+    found = compute_stack.account(from_dict(compose()).compute)
+    found.outputs["Repository"] = uri
+    monkeypatch.setattr(compute_stack, "account", lambda compute: found)
+    compute = from_dict(compose()).compute
+    name = compute_stack.push_image(compute, ROOT)
+    tag = compute_stack.environment_tag(ROOT)
+    assert name == f"{uri}:{tag}" and re.fullmatch("env-[0-9a-f]{12}", tag)
+    build, login, push = (tmp_path / "log").read_text().splitlines()
+    assert build == f"build --platform linux/amd64 -f infra/Dockerfile -t {name} ."
+    assert login.startswith("login --username AWS --password-stdin http") and push == f"push {name}"
+    monkeypatch.setenv("PUSH", "3")
+    with pytest.raises(ClearError, match="`docker push` ended with status 3"):
+        compute_stack.push_image(compute, ROOT)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ClearError, match="docker is not installed"):
+        compute_stack.push_image(compute, ROOT)
+
+
+def test_the_dockerfile_pins_its_base_copies_what_exists_and_drops_root():
+    lines = (ROOT / "infra/Dockerfile").read_text().splitlines()
+    (base,) = [line.split()[1] for line in lines if line.startswith("FROM ")]
+    assert re.fullmatch(r"nvidia/cuda:\d+\.\d+\.\d+-base-ubuntu\d\d\.\d\d", base)
+    user = lines.index("USER clear")
+    assert user < next(n for n, line in enumerate(lines) if "infra/install.sh .venv" in line)
+    assert not any(line.startswith("USER ") for line in lines[user + 1 :])
+    allowed = (ROOT / "infra/Dockerfile.dockerignore").read_text()
+    for line in lines:
+        if line.startswith("COPY "):
+            for name in line.split()[2:-1]:
+                assert (ROOT / name).exists() and f"!{name}" in allowed, name
