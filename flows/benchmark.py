@@ -25,7 +25,7 @@ from clear.scratch import clone
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, read_json
-from flows.pipeline import address, command_lock, dvc, end_on_sigterm, remote_of, reproduce
+from flows.pipeline import address, command_lock, dvc, on_the_command_line, remote_of, reproduce
 
 ALL = ["base", "sft_direct", "sft", "reencode", "bridge", "grpo"]
 
@@ -131,9 +131,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="measure even what is recorded as up to date")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")
     given = parser.parse_args(arguments)
-    end_on_sigterm()
     try:
-        benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy)
+        with on_the_command_line():
+            benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy)
     except CancelledRun as left:
         print(left, file=sys.stderr)
         return 3

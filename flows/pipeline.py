@@ -12,7 +12,8 @@ import argparse
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +23,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import CancelledRun
 from prefect.logging.loggers import LoggingAdapter
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.states import Cancelled, Completed, State
 
 from clear.errors import ClearError
@@ -29,10 +31,12 @@ from clear.stages.paths import profile
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, picture
+from flows.explain import explain
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
+STARTUP_SECONDS = 180
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 NETWORK = (
     "Could not connect to the endpoint",
@@ -130,9 +134,8 @@ def dvc(arguments: list[str], workspace: Path, say: Callable[[str], None]) -> li
     command = [sys.executable, "-m", "dvc", *arguments]
     status, lines = children.run(command, workspace, environment(workspace), say, lock)
     if status:
-        said = " | ".join(lines[-3:]) or "no output"
         kind = Temporary if any(sign in line for line in lines[-30:] for sign in LOCKED + NETWORK) else ClearError
-        raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {said}")
+        raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {explain(lines)}")
     return lines
 
 
@@ -225,16 +228,20 @@ def publish(folder: Path, done: dict[str, str]) -> None:
         create_markdown_artifact(shown, "picture", f"Plot of the report of profile {profile(folder)}")
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end this program in order.
+@contextmanager
+def on_the_command_line() -> Iterator[None]:
+    """What a flow needs that runs here and now, with Prefect's temporary server if no other is named.
 
-    Prefect hands the signal on to this handler; without one its temporary server would be left behind.
+    SIGTERM ends this program in order: Prefect hands the signal on to the handler set here; without one its server
+    would be left behind. On a busy machine that server needs more than the 20 s that Prefect gives it.
     """
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS}):
+        yield
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -244,9 +251,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", action="append", dest="stages", help="only this stage; may be repeated")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another run writes there")
     given = parser.parse_args(arguments)
-    end_on_sigterm()
     try:
-        pipeline(given.workspace, given.stages, given.when_busy)
+        with on_the_command_line():
+            pipeline(given.workspace, given.stages, given.when_busy)
     except CancelledRun as left:
         print(left, file=sys.stderr)
         return 3

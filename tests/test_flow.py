@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,9 +20,10 @@ import yaml
 from clear.errors import ClearError
 from clear.stages.paths import profile
 from clear.writer import Busy, holder, lock_file, writer
-from flows import benchmark, children, pipeline
+from flows import benchmark, children, pipeline, retrain
 from flows.artifacts import metrics_table, picture
 from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
+from flows.explain import explain
 from tests.conftest import ROOT
 
 GONE_WITHIN = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
@@ -50,6 +52,12 @@ def wait_until(condition, seconds: float, what: str):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.05)
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_dvc(folder: Path, *arguments: str) -> str:
@@ -245,6 +253,18 @@ def test_a_busy_dvc_is_temporary_and_a_missing_stage_is_not(project, monkeypatch
     assert not isinstance(refused.value, pipeline.Temporary)
 
 
+def test_a_failure_is_explained_in_one_line_with_what_to_do():
+    lines = [
+        "Collecting",
+        "ERROR: unexpected error - [Errno 28] No space left on device: '/x'",
+        "",
+        "Having any troubles? …",
+    ]
+    assert explain(lines).startswith("the disk is full; free some space") and "'/x'" in explain(lines)
+    assert explain(["a stage says Forbidden", "1", "2", "ERROR: b"]) == "1 | 2 | b", "only DVC's own words count"
+    assert explain([]) == "no output"
+
+
 # What a run shows
 
 
@@ -281,6 +301,7 @@ def test_the_picture_is_the_plot_of_the_current_profile(project, tmp_path):
 def test_deployments_name_flows_with_the_parameters_they_have():
     content = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())
     flows = {"flows/pipeline.py:pipeline": pipeline.pipeline, "flows/benchmark.py:benchmark": benchmark.benchmark}
+    flows |= {"flows/retrain.py:retrain": retrain.retrain}
     assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
     for one in content["deployments"]:
         flow = flows[one["entrypoint"]]
