@@ -9,6 +9,7 @@ the flow ends, however it ends (flows/children.py).
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -109,6 +110,22 @@ def missing_outputs(workspace: Path, stages: list[str] | None = None) -> list[st
     return sorted(os.path.relpath(path, workspace) for path in lacking)
 
 
+def unchanged(workspace: Path) -> set[str]:
+    """The stages of dvc.yaml that neither changed nor depend on one that did; one question instead of one per stage."""
+    import networkx
+    from dvc.repo import Repo
+
+    lines = dvc(["status", "--json"], workspace, lambda line: None)
+    changed = set(json.loads(next((line for line in reversed(lines) if line.startswith("{")), "{}")))
+    with Repo(str(workspace)) as repo:
+        graph = repo.index.graph
+        # DVC's edges lead from a stage to what it depends on, so its ancestors are what depends on it.
+        behind = {
+            one for stage in graph if address(stage, workspace) in changed for one in networkx.ancestors(graph, stage)
+        }
+        return {address(stage, workspace) for stage in graph if stage not in behind} - changed
+
+
 def environment(workspace: Path) -> dict[str, str]:
     """Environment of the commands: this interpreter first on PATH, output unbuffered, the workspace's CLEAR_HOME."""
     home = os.environ.get("CLEAR_HOME") if workspace == Path.cwd() else None
@@ -178,6 +195,12 @@ def reproduce(stage: str, workspace: Path, force: bool = False) -> State:
     return Completed(name="Cached" if cached else "Ran", message=f"{stage}: {'up to date' if cached else 'ran'}")
 
 
+@task(task_run_name="{stage}", **retrying)
+def skip(stage: str) -> State:
+    """The run of a stage that is known to be up to date."""
+    return Completed(name="Cached", message=f"{stage}: up to date")
+
+
 @flow(name="pipeline")
 def pipeline(
     workspace: str = ".", stages: list[str] | None = None, when_busy: Literal["wait", "leave"] = "wait"
@@ -205,8 +228,10 @@ def _reproduce_all(folder: Path, stages: list[str] | None, logger: LoggingAdapte
     logger.info(pulled.message)
     remote = pulled.name != "Skipped"
     done = {}
-    for stage in stages if stages is not None else stages_in_order(folder):
-        state = reproduce(stage, folder, return_state=True)
+    wanted = stages if stages is not None else stages_in_order(folder)
+    same = unchanged(folder) if len(wanted) > 1 else set()
+    for stage in wanted:
+        state = skip(stage, return_state=True) if stage in same else reproduce(stage, folder, return_state=True)
         state.result()
         done[stage] = state.name
         if remote and state.name == "Ran":

@@ -24,7 +24,7 @@ from flows import benchmark, children, pipeline, retrain
 from flows.artifacts import metrics_table, picture
 from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
 from flows.explain import explain
-from tests.conftest import ROOT
+from tests.conftest import ROOT, git
 
 GONE_WITHIN = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
 """Seconds; as many times more as others want this machine's cores."""
@@ -223,6 +223,15 @@ def test_stages_come_after_what_they_depend_on_wherever_one_asks_from(project, t
     assert pipeline.stages_in_order(project) == ["source", "evaluate"]
     monkeypatch.chdir(tmp_path)
     assert pipeline.stages_in_order(project) == ["source", "evaluate"]
+
+
+def test_a_stage_is_unchanged_only_if_everything_before_it_is(project):
+    assert pipeline.unchanged(project) == {"source", "evaluate"}
+    (project / "code/lib/a.txt").write_text("new")
+    assert pipeline.unchanged(project) == {"source"}
+    (project / "code/source.txt").write_text("new")
+    git(project, "checkout", "-q", "code/lib/a.txt")
+    assert pipeline.unchanged(project) == set()
 
 
 def test_only_what_is_known_and_not_there_is_missing(project):

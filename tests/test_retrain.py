@@ -375,14 +375,16 @@ def test_a_kill_at_any_point_and_then_again_ends_like_an_uninterrupted_run(train
         forge.requests.clear()
         child = os.fork()
         if not child:
-            if point == "in training":
-                home = project / ".clear/scratch/retrain"
-                home.mkdir(parents=True)
-                (home / "kill").write_text(str(os.getpid()))
-            else:
-                die_at(point)
-            look(project)
-            os._exit(0)
+            try:
+                if point == "in training":
+                    home = project / ".clear/scratch/retrain"
+                    home.mkdir(parents=True)
+                    (home / "kill").write_text(str(os.getpid()))
+                else:
+                    die_at(point)
+                look(project)
+            finally:  # never back into the test's own frames
+                os._exit(1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL, point
         outcome, _ = look(project)
         assert trees(project, outcome.branch) == expected, point
