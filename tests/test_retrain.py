@@ -393,6 +393,23 @@ def test_a_kill_at_any_point_and_then_again_ends_like_an_uninterrupted_run(train
         untouched(project)
 
 
+@pytest.mark.slow
+def test_the_flow_does_the_same_on_the_command_line(trained, tmp_path):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(tmp_path / "prefect")}
+    environment.pop("PREFECT_API_URL", None)
+    command = [sys.executable, "-m", "flows.retrain", str(trained)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith("Retrained on fog: the gate passes (retrain/fog-")
+    (branch,) = git(trained, "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain").split()
+    assert len(trees(trained, branch)) == 3
+    assert "no GITHUB_TOKEN is set" in done.stdout + done.stderr
+    untouched(trained)
+    for name, said in (("nothing", "no folder of"), ("s3://data", "name a prefix too")):
+        done = subprocess.run([*command, "--incoming", name], cwd=ROOT, env=environment, capture_output=True, text=True)
+        assert done.returncode == 1 and said in done.stderr.splitlines()[-1], done.stderr
+
+
 def test_a_url_of_a_forge_is_read_from_origin(trained, monkeypatch):
     for url, expected in {
         "git@github.com:team/clear.git": ("https://api.github.com", "team/clear"),

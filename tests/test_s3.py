@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from clear.errors import ClearError
+from clear.retrain_intake import Source
+from clear.sources.incoming import sets
 from flows import pipeline
 from tests.conftest import ROOT, git
 from tests.test_flow import free_port, run_dvc, wait_until
@@ -194,6 +196,44 @@ def test_a_push_that_is_killed_is_completed_by_the_next_one_and_no_object_is_eve
     shutil.rmtree(project / "data/many")
     flow_dvc(project, "pull")
     assert len(list((project / "data/many").iterdir())) == 60
+
+
+def test_sets_come_from_a_prefix_only_when_they_changed_and_refused_ones_move_beside_it(store, project, tmp_path):
+    remote(project, "data/team", store.url)
+    prefix = "team/incoming"
+
+    def put(**objects: str) -> None:
+        for name, content in objects.items():
+            path = name.replace("__", "/").replace("_", ".")
+            store.client.put_object(Bucket="data", Key=f"{prefix}/{path}", Body=content.encode())
+
+    put(fog__rows_jsonl="fog", mist__rows_jsonl="mist", mist__deep__a_png="a", README_md="no set")
+    source = Source.of(project, f"s3://data/{prefix}/", tmp_path / "incoming")
+    said: list[str] = []
+    folder = source.fetch(lambda arguments, where: None, said.append)
+    first = {one.name: one.fingerprint for one in sets(folder)}
+    assert list(first) == ["fog", "mist"] and said == [f"3 of 3 files to fetch from s3://data/{prefix}"]
+    source.fetch(lambda arguments, where: None, said.append)
+    assert len(said) == 1, "nothing changed"
+    put(fog__rows_jsonl="FOG")
+    source.fetch(lambda arguments, where: None, said.append)
+    second = {one.name: one for one in sets(folder)}
+    assert said[1:] == [f"1 of 3 files to fetch from s3://data/{prefix}"]
+    assert second["fog"].fingerprint != first["fog"] and second["mist"].fingerprint == first["mist"]
+
+    place = source.quarantine(second["mist"], project, "no row of it can be used")
+    assert place == "s3://data/team/quarantine/mist"
+    assert [name for name in store.objects() if name.startswith("team/")] == [
+        f"{prefix}/README.md",
+        f"{prefix}/fog/rows.jsonl",
+        "team/quarantine/mist.report/refused.json",
+        "team/quarantine/mist/deep/a.png",
+        "team/quarantine/mist/rows.jsonl",
+    ]
+    source.fetch(lambda arguments, where: None, said.append)
+    assert [one.name for one in sets(folder)] == ["fog"]
+    with pytest.raises(ClearError, match=r"s3://nothing/x: .*NoSuchBucket.*check the AWS keys"):
+        Source.of(project, "s3://nothing/x", tmp_path / "other").fetch(lambda arguments, where: None, said.append)
 
 
 @pytest.mark.parametrize("command", ["push", "pull"])
