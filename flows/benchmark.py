@@ -21,7 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from clear.errors import ClearError
-from clear.scratch import clone
+from clear.scratch import clone, link
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, read_json
@@ -71,7 +71,7 @@ def _measure(source: Path, revision: str, models: list[str], given: Path | None,
     replaced = fetch_inputs(copy, list(stages.values()), skip_models=given is not None)
     if given is not None:
         for name in replaced:
-            shutil.copytree(given, copy / name, copy_function=_link, dirs_exist_ok=False)
+            shutil.copytree(given, copy / name, copy_function=link, dirs_exist_ok=False)
     done = {}
     for stage in stages.values():
         state = reproduce(stage, copy, force or given is not None, return_state=True)
@@ -112,14 +112,6 @@ def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> li
             "workspace, or set the remote that has them with `make remote`."
         )
     return models
-
-
-def _link(source: str, target: str) -> None:
-    """Hard link, or copy onto another file system: weights are large and only read."""
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:
-        shutil.copy2(source, target)
 
 
 def main(arguments: list[str] | None = None) -> int:
