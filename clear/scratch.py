@@ -136,6 +136,7 @@ def clone(source: Path, revision: str, copy: Path) -> str:
     replies.mkdir(parents=True, exist_ok=True)
     (copy / "data").mkdir(exist_ok=True)
     (copy / "data" / "replies").symlink_to(replies)
+    (copy / ".git" / "info").mkdir(exist_ok=True)
     with (copy / ".git" / "info" / "exclude").open("a") as file:
         file.write("/data/replies\n")
     return commit
