@@ -77,8 +77,9 @@ image: $(READY)  ## build the container image of this environment and push it to
 	@python -m flows.compute_stack image
 
 JUNK := .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
-# With a lock file a run may be on its way; then the removal waits for nobody and happens as the only writer, or not.
-ALONE = $(if $(wildcard .clear/writer.lock .clear/scratch/.clear/writer.lock),python3 -m clear.writer . .clear/scratch --)
+# With a lock file a run may be on its way; then the removal happens as the only writer, or not at all.
+LOCKS = $(wildcard .clear/writer.lock .clear/scratch/.clear/writer.lock .clear/scratch/*/.clear/writer.lock)
+ALONE = $(if $(LOCKS),python3 -m clear.writer $(patsubst %.clear/writer.lock,%.,$(LOCKS)) --)
 
 clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
 	@$(ALONE) rm -rf $(JUNK)

@@ -26,7 +26,7 @@ from pathlib import Path
 from clear import retrain_intake as intake
 from clear import retrain_request as request
 from clear.errors import ClearError
-from clear.scratch import clone
+from clear.scratch import clone, link
 from clear.sources.incoming import IncomingSet, sets
 
 BRANCHES = "retrain"
@@ -96,6 +96,7 @@ def retrain(
     refused = {}
     if not resumable(copy, commit, branch_name(news)):
         clone(workspace, commit, copy)
+        bring_raw(workspace, copy)
         tools.dvc(["pull", "--allow-missing"], copy)
         if "source" in stage_names(copy):  # a picture that a split already holds has to stay there
             tools.reproduce(copy, ["source"])
@@ -269,6 +270,19 @@ def git(folder: Path, *arguments: str) -> str:
 
 
 # The clone
+
+
+def bring_raw(workspace: Path, copy: Path) -> None:
+    """Give the clone the user's own data in data/raw that neither git nor DVC has, as hard links where that works."""
+    for given in sorted((workspace / "data" / "raw").glob("*")):
+        target = copy / "data" / "raw" / given.name
+        if target.exists() or target.with_name(f"{given.name}.dvc").exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if given.is_dir():
+            shutil.copytree(given, target, copy_function=link)
+        else:
+            link(str(given), str(target))
 
 
 def bring(folder: Path, copy: Path) -> None:

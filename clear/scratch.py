@@ -111,7 +111,7 @@ def _cache(workspace: Path) -> str:
 
 
 def clone(source: Path, revision: str, copy: Path) -> str:
-    """Make `copy` a fresh clone of `source` at `revision` with the same DVC cache and remote; returns the commit.
+    """Make `copy` a fresh clone of `source` at `revision` with its DVC cache, remote and replies; returns the commit.
 
     Raises ClearError where the source is no git clone with DVC or does not know the revision.
     """
@@ -131,7 +131,23 @@ def clone(source: Path, revision: str, copy: Path) -> str:
         own["remote"] = settings.get("remote", {})
         if default := settings.get("core", {}).get("remote"):
             own["core"]["remote"] = default
+    # Paid replies outlive the copy. A link is no folder to .gitignore, so the copy is told apart.
+    replies = source / "data" / "replies"
+    replies.mkdir(parents=True, exist_ok=True)
+    (copy / "data").mkdir(exist_ok=True)
+    (copy / "data" / "replies").symlink_to(replies)
+    (copy / ".git" / "info").mkdir(exist_ok=True)
+    with (copy / ".git" / "info" / "exclude").open("a") as file:
+        file.write("/data/replies\n")
     return commit
+
+
+def link(source: str, target: str) -> None:
+    """Hard link, or copy onto another file system; for what is only read."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _git(folder: Path, *arguments: str) -> str:

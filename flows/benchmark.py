@@ -21,11 +21,11 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from clear.errors import ClearError
-from clear.scratch import clone
+from clear.scratch import clone, link
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, read_json
-from flows.pipeline import address, command_lock, dvc, end_on_sigterm, remote_of, reproduce
+from flows.pipeline import address, command_lock, dvc, on_the_command_line, remote_of, reproduce
 
 ALL = ["base", "sft_direct", "sft", "reencode", "bridge", "grpo"]
 
@@ -71,7 +71,7 @@ def _measure(source: Path, revision: str, models: list[str], given: Path | None,
     replaced = fetch_inputs(copy, list(stages.values()), skip_models=given is not None)
     if given is not None:
         for name in replaced:
-            shutil.copytree(given, copy / name, copy_function=_link, dirs_exist_ok=False)
+            shutil.copytree(given, copy / name, copy_function=link, dirs_exist_ok=False)
     done = {}
     for stage in stages.values():
         state = reproduce(stage, copy, force or given is not None, return_state=True)
@@ -114,14 +114,6 @@ def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> li
     return models
 
 
-def _link(source: str, target: str) -> None:
-    """Hard link, or copy onto another file system: weights are large and only read."""
-    try:
-        os.link(Path(source).resolve(), target)
-    except OSError:
-        shutil.copy2(source, target)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Run the flow here and now and print the figures; 0 done, 1 failed with one line, 3 left because it is busy."""
     parser = argparse.ArgumentParser(prog="python -m flows.benchmark", description="MMD-Bench, aside.")
@@ -131,9 +123,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--force", action="store_true", help="measure even what is recorded as up to date")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")
     given = parser.parse_args(arguments)
-    end_on_sigterm()
     try:
-        benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy)
+        with on_the_command_line():
+            benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy)
     except CancelledRun as left:
         print(left, file=sys.stderr)
         return 3

@@ -9,10 +9,12 @@ the flow ends, however it ends (flows/children.py).
 """
 
 import argparse
+import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -22,6 +24,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import CancelledRun
 from prefect.logging.loggers import LoggingAdapter
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.states import Cancelled, Completed, State
 
 from clear.errors import ClearError
@@ -29,10 +32,12 @@ from clear.stages.paths import profile
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, picture
+from flows.explain import explain
 
 if TYPE_CHECKING:
     from dvc.stage import Stage
 
+STARTUP_SECONDS = 180
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
 NETWORK = (
     "Could not connect to the endpoint",
@@ -105,6 +110,22 @@ def missing_outputs(workspace: Path, stages: list[str] | None = None) -> list[st
     return sorted(os.path.relpath(path, workspace) for path in lacking)
 
 
+def unchanged(workspace: Path) -> set[str]:
+    """The stages of dvc.yaml that neither changed nor depend on one that did; one question instead of one per stage."""
+    import networkx
+    from dvc.repo import Repo
+
+    lines = dvc(["status", "--json"], workspace, lambda line: None)
+    changed = set(json.loads(next((line for line in reversed(lines) if line.startswith("{")), "{}")))
+    with Repo(str(workspace)) as repo:
+        graph = repo.index.graph
+        # DVC's edges lead from a stage to what it depends on, so its ancestors are what depends on it.
+        behind = {
+            one for stage in graph if address(stage, workspace) in changed for one in networkx.ancestors(graph, stage)
+        }
+        return {address(stage, workspace) for stage in graph if stage not in behind} - changed
+
+
 def environment(workspace: Path) -> dict[str, str]:
     """Environment of the commands: this interpreter first on PATH, output unbuffered, the workspace's CLEAR_HOME."""
     home = os.environ.get("CLEAR_HOME") if workspace == Path.cwd() else None
@@ -130,9 +151,8 @@ def dvc(arguments: list[str], workspace: Path, say: Callable[[str], None]) -> li
     command = [sys.executable, "-m", "dvc", *arguments]
     status, lines = children.run(command, workspace, environment(workspace), say, lock)
     if status:
-        said = " | ".join(lines[-3:]) or "no output"
         kind = Temporary if any(sign in line for line in lines[-30:] for sign in LOCKED + NETWORK) else ClearError
-        raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {said}")
+        raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {explain(lines)}")
     return lines
 
 
@@ -179,6 +199,12 @@ def reproduce(stage: str, workspace: Path, force: bool = False) -> State:
     return Completed(name="Cached" if cached else "Ran", message=f"{stage}: {'up to date' if cached else 'ran'}")
 
 
+@task(task_run_name="{stage}", **retrying)
+def skip(stage: str) -> State:
+    """The run of a stage that is known to be up to date."""
+    return Completed(name="Cached", message=f"{stage}: up to date")
+
+
 @flow(name="pipeline")
 def pipeline(
     workspace: str = ".", stages: list[str] | None = None, when_busy: Literal["wait", "leave"] = "wait"
@@ -206,8 +232,10 @@ def _reproduce_all(folder: Path, stages: list[str] | None, logger: LoggingAdapte
     logger.info(pulled.message)
     remote = pulled.name != "Skipped"
     done = {}
-    for stage in stages if stages is not None else stages_in_order(folder):
-        state = reproduce(stage, folder, return_state=True)
+    wanted = stages if stages is not None else stages_in_order(folder)
+    same = unchanged(folder) if len(wanted) > 1 else set()
+    for stage in wanted:
+        state = skip(stage, return_state=True) if stage in same else reproduce(stage, folder, return_state=True)
         state.result()
         done[stage] = state.name
         if remote and state.name == "Ran":
@@ -229,16 +257,20 @@ def publish(folder: Path, done: dict[str, str]) -> None:
         create_markdown_artifact(shown, "picture", f"Plot of the report of profile {profile(folder)}")
 
 
-def end_on_sigterm() -> None:
-    """Let SIGTERM end this program in order.
+@contextmanager
+def on_the_command_line() -> Iterator[None]:
+    """What a flow needs that runs here and now, with Prefect's temporary server if no other is named.
 
-    Prefect hands the signal on to this handler; without one its temporary server would be left behind.
+    SIGTERM ends this program in order: Prefect hands the signal on to the handler set here; without one its server
+    would be left behind. On a busy machine that server needs more than the 20 s that Prefect gives it.
     """
 
     def leave(number: int, frame: object) -> None:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS}):
+        yield
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -248,9 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--stage", action="append", dest="stages", help="only this stage; may be repeated")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another run writes there")
     given = parser.parse_args(arguments)
-    end_on_sigterm()
     try:
-        pipeline(given.workspace, given.stages, given.when_busy)
+        with on_the_command_line():
+            pipeline(given.workspace, given.stages, given.when_busy)
     except CancelledRun as left:
         print(left, file=sys.stderr)
         return 3

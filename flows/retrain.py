@@ -21,7 +21,7 @@ from clear.retrain import retrain as run_retrain
 from clear.retrain_intake import FOLDER
 from clear.writer import Busy, writer
 from flows import children
-from flows.pipeline import command_lock, dvc, end_on_sigterm, environment, pipeline, retrying
+from flows.pipeline import command_lock, dvc, environment, on_the_command_line, pipeline, retrying
 
 
 @task(task_run_name="dvc {arguments}", **retrying)
@@ -84,9 +84,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", help="branch of the pull request (default: the one checked out)")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another retraining runs")
     given = parser.parse_args(arguments)
-    end_on_sigterm()
     try:
-        done = retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy)
+        with on_the_command_line():
+            done = retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy)
     except CancelledRun as left:
         print(left, file=sys.stderr)
         return 3

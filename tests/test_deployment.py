@@ -3,9 +3,7 @@
 import contextlib
 import json
 import os
-import shlex
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -25,14 +23,15 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelling
 
+from clear.scratch import refresh, write_params
 from clear.writer import holder, lock_file
 from flows import pipeline
-from flows.benchmark import benchmark
 from flows.deploy import POOL, deploy
-from tests.conftest import ROOT, git
-from tests.test_flow import GONE_WITHIN, alive, run_dvc, wait_until
+from tests.conftest import ROOT
+from tests.test_flow import GONE_WITHIN, alive, free_port, run_dvc, wait_until
 
 PREFECT = [sys.executable, "-m", "prefect"]
+DEPLOYED = {"pipeline/weekly": "0 3 * * 6", "benchmark/nightly": "0 1 * * *", "retrain/check": "30 4 * * *"}
 PATIENCE = 180
 """Seconds for what ends by itself; two cores that are also busy with something else need some."""
 
@@ -79,12 +78,6 @@ class Server:
 
     def _read(self, path: str, content: dict):
         return self.client.request("POST", path, json=content).raise_for_status().json()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @contextlib.contextmanager
@@ -253,7 +246,7 @@ def test_a_stage_waits_for_another_dvc_process_and_a_full_run_says_it_has_no_rem
 
 
 def test_what_is_deployed_runs_one_at_a_time_on_schedule_in_this_folder(server):
-    for name, cron in (("pipeline/weekly", "0 3 * * 6"), ("benchmark/nightly", "0 1 * * *")):
+    for name, cron in DEPLOYED.items():
         deployment = server.deployment(name)
         assert [(one.schedule.cron, one.active) for one in deployment.schedules] == [(cron, True)]
         assert deployment.work_pool_name == POOL
@@ -300,10 +293,10 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
 
 @pytest.mark.slow
 def test_deploying_again_doubles_nothing(server):
-    before = [server.deployment(name).id for name in ("pipeline/weekly", "benchmark/nightly")]
+    before = [server.deployment(name).id for name in DEPLOYED]
     command = [sys.executable, "-m", "flows.deploy"]
     assert subprocess.run(command, cwd=ROOT, env=server.environment, capture_output=True).returncode == 0
-    for name, known in zip(("pipeline/weekly", "benchmark/nightly"), before, strict=True):
+    for name, known in zip(DEPLOYED, before, strict=True):
         assert server.deployment(name).id == known and len(server.deployment(name).schedules) == 1
     assert len(server.client.read_automations_by_name("clear-zombies")) == 1
     for url, said in (("http://127.0.0.1:1/api", "does not answer"), ("", "PREFECT_API_URL is not set")):
@@ -415,74 +408,23 @@ def test_prefect_local_is_one_command_and_ctrl_c_stops_server_and_worker(server,
         all_gone(processes)
 
 
-# The benchmark
-
-
-EVALUATE = """
-    evaluate:
-      foreach: {{base: base, grpo: grpo}}
-      do:
-        cmd: {python} code/evaluate.py ${{key}}
-        deps: [code/evaluate.py, data/samples, "data/models/${{item}}"]
-        metrics:
-          - data/metrics/evaluate_${{key}}.json: {{cache: false}}
-    models:
-      cmd: mkdir -p data/models/base data/models/grpo && echo 1 > data/models/base/w && echo 2 > data/models/grpo/w
-      outs: [data/models/base, data/models/grpo]
-"""
-
-
-@pytest.fixture
-def evaluated(project):
-    """The small project with models and one evaluation each, reproduced and committed."""
-    stages = "stages:\n  source:\n    cmd: cp code/source.txt data/samples\n    deps: [code/source.txt]\n"
-    stages += "    outs: [data/samples]\n" + textwrap.indent(
-        textwrap.dedent(EVALUATE.format(python=shlex.quote(sys.executable))).strip(), "  "
-    )
-    (project / "dvc.yaml").write_text(stages + "\n")
-    (project / "dvc.lock").unlink()
-    (project / ".gitignore").write_text("/data/samples\n/.clear/\n/data/models/\n")
-    (project / "code/evaluate.py").write_text(
-        "import json, pathlib, sys\nname = sys.argv[1]\n"
-        "weight = int(pathlib.Path(f'data/models/{name}/w').read_text())\n"
-        "json.dump({'average': weight / 10}, open(f'data/metrics/evaluate_{name}.json', 'w'))\n"
-    )
-    run_dvc(project, "repro")
-    git(project, "add", "-A")
-    git(project, "commit", "-q", "-m", "evaluated")
-    return project
+@pytest.mark.slow
+def test_the_smoke_pipeline_completes_as_a_run_and_again_has_nothing_to_do(server, worker, tmp_path):
+    folder = tmp_path / "smoke"
+    refresh(ROOT, folder)
+    write_params(folder / "params.yaml", ["profile=smoke"])
+    names = pipeline.stages_in_order(folder)
+    for expected in ("Ran", "Cached"):
+        run = server.start("pipeline/weekly", workspace=str(folder))
+        assert server.ended(run, 1800).is_completed(), server.state(run)
+        tasks = server.tasks(run)
+        assert {tasks[name] for name in names} == {expected}
+    assert "| grpo | " in server.artifacts(run)["metrics"] and "picture" in server.artifacts(run)
 
 
 @pytest.mark.slow
-def test_a_benchmark_measures_a_revision_or_a_folder_aside(server, evaluated, tmp_path):
-    before = {file: file.read_bytes() for file in evaluated.rglob("*") if file.is_file() and ".git" not in file.parts}
-    (evaluated / "code/evaluate.py").write_text("raise SystemExit('not committed, not used')")
-    assert benchmark(str(evaluated), models=["grpo"]) == {"grpo": {"average": 0.2}}
-    assert benchmark(str(evaluated), models=["base", "grpo"], force=True) == {
-        "base": {"average": 0.1},
-        "grpo": {"average": 0.2},
-    }
-    given = tmp_path / "model"
-    given.mkdir()
-    (given / "w").write_text("7")
-    assert benchmark(str(evaluated), "main", ["grpo"], str(given)) == {"grpo": {"average": 0.7}}
-    (evaluated / "code/evaluate.py").write_bytes(before[evaluated / "code/evaluate.py"])
-    assert git(evaluated, "status", "--porcelain") == ""
-    for file, content in before.items():
-        if "tmp" not in file.parts:
-            assert file.read_bytes() == content, file
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("given", "said"),
-    [
-        ({"revision": "nowhere"}, "nowhere"),
-        ({"models": ["sft"]}, "no stage evaluate@sft; it has evaluate@base, evaluate@grpo"),
-        ({"folder": "data/models/grpo"}, "name the one model it is evaluated as"),
-        ({"models": ["grpo"], "folder": "elsewhere"}, "no model folder here"),
-    ],
-)
-def test_a_benchmark_of_what_is_not_there_says_so(server, evaluated, given, said):
-    with pytest.raises(Exception, match=said):
-        benchmark(str(evaluated), **given)
+def test_a_check_for_new_data_without_any_completes_at_once(server, worker, project):
+    (project / "data/incoming").mkdir()
+    run = server.start("retrain/check", workspace=str(project))
+    assert server.ended(run).is_completed(), server.state(run)
+    assert any("nothing new in data/incoming" in one["message"] for one in server.logs(run))

@@ -6,6 +6,7 @@ import inspect
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -19,10 +20,11 @@ import yaml
 from clear.errors import ClearError
 from clear.stages.paths import profile
 from clear.writer import Busy, holder, lock_file, writer
-from flows import benchmark, children, pipeline
+from flows import benchmark, children, pipeline, retrain
 from flows.artifacts import metrics_table, picture
 from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
-from tests.conftest import ROOT
+from flows.explain import explain
+from tests.conftest import ROOT, git
 
 GONE_WITHIN = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
 """Seconds; as many times more as others want this machine's cores."""
@@ -50,6 +52,12 @@ def wait_until(condition, seconds: float, what: str):
         assert time.monotonic() < end, f"not within {seconds} s: {what}"
         time.sleep(0.05)
     return found
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_dvc(folder: Path, *arguments: str) -> str:
@@ -217,6 +225,15 @@ def test_stages_come_after_what_they_depend_on_wherever_one_asks_from(project, t
     assert pipeline.stages_in_order(project) == ["source", "evaluate"]
 
 
+def test_a_stage_is_unchanged_only_if_everything_before_it_is(project):
+    assert pipeline.unchanged(project) == {"source", "evaluate"}
+    (project / "code/lib/a.txt").write_text("new")
+    assert pipeline.unchanged(project) == {"source"}
+    (project / "code/source.txt").write_text("new")
+    git(project, "checkout", "-q", "code/lib/a.txt")
+    assert pipeline.unchanged(project) == set()
+
+
 def test_only_what_is_known_and_not_there_is_missing(project):
     assert pipeline.missing_outputs(project) == []
     (project / "data/samples").unlink()
@@ -243,6 +260,18 @@ def test_a_busy_dvc_is_temporary_and_a_missing_stage_is_not(project, monkeypatch
     with pytest.raises(ClearError, match="ended with status") as refused:
         pipeline.dvc(["repro", "nothing"], project, lambda line: None)
     assert not isinstance(refused.value, pipeline.Temporary)
+
+
+def test_a_failure_is_explained_in_one_line_with_what_to_do():
+    lines = [
+        "Collecting",
+        "ERROR: unexpected error - [Errno 28] No space left on device: '/x'",
+        "",
+        "Having any troubles? …",
+    ]
+    assert explain(lines).startswith("the disk is full; free some space") and "'/x'" in explain(lines)
+    assert explain(["a stage says Forbidden", "1", "2", "ERROR: b"]) == "1 | 2 | b", "only DVC's own words count"
+    assert explain([]) == "no output"
 
 
 # What a run shows
@@ -281,6 +310,7 @@ def test_the_picture_is_the_plot_of_the_current_profile(project, tmp_path):
 def test_deployments_name_flows_with_the_parameters_they_have():
     content = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())
     flows = {"flows/pipeline.py:pipeline": pipeline.pipeline, "flows/benchmark.py:benchmark": benchmark.benchmark}
+    flows |= {"flows/retrain.py:retrain": retrain.retrain}
     assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
     for one in content["deployments"]:
         flow = flows[one["entrypoint"]]

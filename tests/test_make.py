@@ -63,7 +63,7 @@ def test_clean_keeps_data_and_environment(tmp_path):
     assert [name for name in kept + gone if (tmp_path / name).exists()] == kept
 
 
-@pytest.mark.parametrize("folder", [".", ".clear/scratch"])
+@pytest.mark.parametrize("folder", [".", ".clear/scratch", ".clear/scratch/retrain"])
 def test_clean_refuses_while_a_run_holds_the_workspace_or_the_scratch_copies(tmp_path, folder):
     shutil.copy(ROOT / "Makefile", tmp_path)
     shutil.copytree(ROOT / "clear", tmp_path / "clear", ignore=shutil.ignore_patterns("__pycache__", "conf"))
