@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro test test-all lint format bench params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro test test-all lint format bench plots params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -51,6 +51,9 @@ format: $(READY)  ## rewrite the code in the house format
 
 bench: $(READY)  ## measure the hot paths and write data/metrics/bench.json
 	@python tests/bench/run.py
+
+plots: $(READY)  ## draw DVC's plots of two revisions (BASE=main HEAD=my-branch; default HEAD against the workspace) on a page
+	@python infra/plots.py .clear/plots $(BASE) $(HEAD)
 
 params: $(READY)  ## compose params.yaml from clear/conf
 	@python -m clear params

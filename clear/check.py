@@ -106,13 +106,18 @@ def _stage_drifts(stage: "PipelineStage", written: dict[str, tuple["Output", str
             out, producer = written[dep.fs_path]
             if out.hash_info and out.hash_info != dep.hash_info:
                 yield f"{dep.def_path} was read in another version than {producer} has in {LOCK}", ""
-        else:
+        elif not any(_lies_in(path, dep.fs_path) and not out.exists for path, (out, _) in written.items()):
+            # A folder that holds added data which are not pulled cannot be compared.
             yield from _file_drifts(dep, "dependency")
     for out in stage.outs:
         if not out.hash_info:
             yield f"{out.def_path} is an output in dvc.yaml but not in {LOCK}", ""
         elif not out.use_cache:  # kept in git
             yield from _file_drifts(out, "result")
+
+
+def _lies_in(path: str, folder: str) -> bool:
+    return Path(path) != Path(folder) and Path(path).is_relative_to(folder)
 
 
 def _param_drifts(dep: "ParamsDependency") -> Iterator[tuple[str, str]]:

@@ -43,8 +43,9 @@ def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
     """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`."""
     from clear.config import load
     from clear.stages.paths import stage_run
+    from clear.stages.weights import with_local_weights
 
-    config = load()
+    config = with_local_weights(load(), name)
     with stage_run(name):
         importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
 
@@ -183,6 +184,7 @@ def ask(
     """Ask a trained model about one image."""
     from clear.config import load
     from clear.records import encode_image
+    from clear.stages.weights import with_local_weights
 
     if restore not in ("auto", "always", "never"):
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
@@ -190,7 +192,8 @@ def ask(
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
     if not model.is_dir():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
-    answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, load())
+    config = with_local_weights(load(), "ask")
+    answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
     typer.echo(answer.trace)
     typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
     typer.echo(f"answer: {answer.answer}")
@@ -199,6 +202,78 @@ def ask(
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
         save.write_bytes(encode_image(answer.picture))
         typer.echo(f"restored image: {save}")
+
+
+@app.command(rich_help_panel=TOOLS)
+def score(
+    files: Annotated[list[Path], typer.Argument(help="TSV or Parquet files with predictions, one per data set.")],
+    out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    rows: Annotated[Path | None, typer.Option(help="Write the scored rows here (Parquet).")] = None,
+    judge: Annotated[
+        bool, typer.Option("--judge", help="Grade MM-Vet and unmatched answers by the endpoint `judge` of params.yaml.")
+    ] = False,
+) -> None:
+    """Score prediction files of VLMEvalKit on benchmarks and their degraded copies (docs/DATA.md)."""
+    from contextlib import nullcontext
+
+    import pandas as pd
+    from tqdm import tqdm
+
+    from clear.bench import benchmarks
+    from clear.config import load
+    from clear.endpoint import connect
+    from clear.records import write_json
+    from clear.stages.paths import replies_file
+
+    frame = pd.concat([benchmarks.read_predictions(file) for file in files], ignore_index=True)
+    key = ["bench", "corruption", "severity", "index"]
+    if frame.duplicated(key).any():
+        row = frame[frame.duplicated(key)].iloc[0]
+        raise ClearError(
+            f"{'/'.join(row[key])} is in two of the files; name files of different data sets and one model."
+        )
+    with connect(load().judge, "judge", replies_file("judge")) if judge else nullcontext() as client:
+        with tqdm(desc="judge", unit="question", disable=not judge) as bar:
+            frame = benchmarks.score(frame, client, bar.update)
+        found = benchmarks.summary(frame)
+        if client is not None:
+            from clear.bench.judge import prompt_hash
+
+            found["judge"] = client.report() | {"prompts": prompt_hash()}
+    typer.echo(benchmarks.table(found))
+    if found["rejected"]:
+        reason = frame["reject"][frame["reject"] != ""].iloc[0]
+        typer.echo(f"{found['rejected']} rows have no verdict and are in no figure; the first: {reason}", err=True)
+    if out is not None:
+        write_json(out, found)
+    if rows is not None:
+        rows.parent.mkdir(parents=True, exist_ok=True)
+        frame.to_parquet(rows, index=False)
+
+
+@app.command("mmd-bench", rich_help_panel=TOOLS)
+def mmd_bench_files(
+    source: Annotated[Path, typer.Option(help="VLMEvalKit's LMUData folder, or one TSV of it.")],
+    out: Annotated[Path, typer.Option(help="Folder for the degraded TSVs and manifest.parquet.")],
+    protocol: Annotated[
+        str, typer.Option(help="row: one corruption per picture at three levels; full: all 16, in 48 files.")
+    ] = "row",
+    scale: Annotated[float, typer.Option(help="Factor on sizes in pixels; 1 = as published.")] = 1.0,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
+) -> None:
+    """Write degraded benchmark files (TSV) that VLMEvalKit reads; the stage `mmd_bench` makes this project's own.
+
+    The same command again continues after an interruption. docs/DATA.md says how to evaluate with the files.
+    """
+    from clear.bench.tsv import PROTOCOLS, write_benchmarks
+
+    if protocol not in PROTOCOLS:
+        raise ClearError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}.")
+    if not source.exists():
+        raise ClearError(f"--source {source}: nothing is there; name a folder with VLMEvalKit's TSV files.")
+    for file in write_benchmarks(source, out, protocol, scale, workers, typer.echo):
+        typer.echo(str(file))
+    typer.echo(str(out / "manifest.parquet"))
 
 
 @app.command(rich_help_panel=TOOLS)
@@ -295,7 +370,7 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or gate undecided, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()

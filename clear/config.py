@@ -26,6 +26,10 @@ class Runtime:
     precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
     weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
     rows_per_pass: int = between(0, 10**6)  # rows of a batch that a process computes at a time; 0 = all
+    token_budget: int = between(
+        0, 10**7
+    )  # tokens of a row that several samples are packed into; 0 = one sample per row
+    attention: str = one_of("auto", "dense", "flex")  # training without a cache; auto: flex on CUDA, dense elsewhere
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()
@@ -34,11 +38,20 @@ class Runtime:
 
 @dataclass
 class Source:
-    """Clean samples. `scenes` are rendered here; the counts are images per split."""
+    """Clean samples. `scenes` are rendered here; the counts are images per split.
 
-    kind: str = one_of("scenes")
-    image_size: int = between(256, 2048)  # px, native
-    questions_per_image: int = between(1, 12)
+    The other kinds read `path` (docs/DATA.md): `shares` of the images go to the splits by the hash of their pixels.
+    """
+
+    kind: str = one_of("scenes", "llava_onevision", "lmudata", "folder")
+    path: str = field()  # below data/raw, where DVC sees changes; not for scenes
+    bench_path: str = field()  # a folder or file of VLMEvalKit TSVs that becomes the split bench; empty = split it off
+    shares: list[float] = field(metadata={"low": 0, "high": 1})  # pretrain, sft, rl, validation, bench; the rest unused
+    min_side: int = between(0, 10**5)  # px; smaller images are rejected
+    max_aspect: float = between(0, 10**5)  # long side over short side; 0 = no limit
+    skip_cjk: bool = field()  # reject rows with Chinese, Japanese or Korean characters
+    image_size: int = between(256, 2048)  # px, native, of scenes
+    questions_per_image: int = between(1, 12)  # the first ones of an image
     pretrain: int = count()
     sft: int = count()
     rl: int = count()
@@ -53,7 +66,10 @@ class Degrade:
     size_scale: float = between(0.05, 8)
     severity_weights: list[float] = field(metadata={"low": 0, "high": 1})  # low, mid, high
     validation_copies: int = between(1, 48)
+    plugins: list[str] = field()  # files below plugins/ with degradations of one's own
+    presets: list[str] = field()  # fields or presets of clear/degradation/presets.py
     workers: int = between(0, 256)  # 0 = one per core
+    cluster: str = field()  # address of a Dask scheduler that computes in place of `workers`; "" = this machine
 
 
 @dataclass
@@ -139,12 +155,34 @@ class Base:
 
 @dataclass
 class Traces:
-    """Demonstrations. `restore_when`: the paper's rule is "base_wrong" (see clear/traces/oracle.py)."""
+    """Demonstrations. `restore_when`: the paper's rule is "base_wrong" (see clear/traces/oracle.py).
 
-    kind: str = one_of("oracle")
-    restore_when: str = one_of("base_wrong", "degradation", "always", "never")
+    `teacher` writes them through the endpoint of that name (clear/traces/teacher.py); the last two keys are for it.
+    """
+
+    kind: str = one_of("oracle", "teacher")
+    restore_when: str = one_of("base_wrong", "degradation", "always", "never", "teacher")  # the last: it decides itself
+    give_answer: bool = field()  # tell the teacher the reference answer
+    judge: bool = field()  # let the endpoint `judge` compare free answers that do not match exactly
     questions: int = between(1, 12)  # per degraded image
     clean_share: float = between(0, 1)  # clean traces per degraded one
+
+
+@dataclass
+class Endpoint:
+    """An OpenAI-compatible server (clear/endpoint.py). `$NAME` in url, model or key means that environment variable."""
+
+    url: str  # base URL, such as https://host/v1; empty = none
+    model: str
+    key: str  # always as $NAME: a key itself must not lie in a tracked file; empty = the server wants none
+    temperature: float = between(0, 2)
+    max_tokens: int = between(1, 10**6)  # per reply
+    timeout: float = between(0.01, 3600)  # seconds for one attempt
+    retries: int = between(0, 20)  # further attempts after a temporary failure
+    concurrency: int = between(1, 256)  # requests under way at once
+    budget: float = between(0, 10**6)  # USD that all runs together may spend
+    price_input: float = between(0, 10**4)  # USD per million tokens
+    price_output: float = between(0, 10**4)
 
 
 @dataclass
@@ -194,19 +232,38 @@ class Grpo:
     warmup: int = between(0, 10**6)
     clean_share: float = between(0, 1)
     temperature: float = between(0.01, 10)
+    restore: str = one_of("auto", "always")  # whether rollouts decide to restore, or every one is made to
+    experts: str = one_of("both", "und", "gen")  # what is trained
+    loss_type: str = one_of("dapo", "grpo", "dr_grpo", "bnpo", "luspo", "cispo", "sapo")  # text loss, trl's names
+    ratio_level: str = one_of("token", "sequence")  # importance weights of the text
     clip: float = between(0, 1)
+    clip_high: float = between(0, 10)  # upper bound of the clip; 0 = the same as `clip`
+    text_weight: float = between(0, 100)
     beta: float = between(0, 10)  # KL (k3) to the incoming policy
     image_weight: float = between(0, 100)
     velocity_weight: float = between(0, 100)  # velocity MSE to the reference's target; 0 = no pixel supervision
     rows_per_pass: int = count()  # trajectories scored at a time
+    sde_choice: str = one_of(
+        "random", "window", "all"
+    )  # scored steps: K of all, K in a row with noise in no other, all
     sde_steps: int = between(1, 1000)  # noisy splits scored per restoration (K)
+    sde_range: list[float] = field(metadata={"low": 0, "high": 1})  # where a window may lie: 0 = first steps, 1 = last
+    shared_noise: bool = field()  # a group starts its restorations from the same noise
     sigma: float = between(0, 10)
-    scale_advantages: str = one_of("none", "group")
+    scale_advantages: str = one_of("none", "group", "batch")
+    separate_advantages: bool = field()  # image term: reward_answer alone; text term: the other rewards
+    accuracy: str = one_of("exact", "judge")  # who says whether an answer is right; `judge` names the endpoint
     reward_accuracy: float = between(0, 1)
     reward_format: float = between(0, 1)
     reward_decision: float = between(0, 1)
+    reward_answer: float = between(0, 1)  # how probable the right answer was
+    answer_scored: str = one_of("answer", "reply")  # of the right answer: its block, or the demonstration's whole reply
     decision_table: str = one_of("paper", "code")
     holdout_every: int = between(0, 10**6)  # steps between measurements of true accuracy; 0 = never
+    stop_after: int = between(
+        0, 1000
+    )  # measurements in a row below the best while the reward is higher; 0 = never stop
+    stop_margin: float = between(0, 1)  # how much below
 
 
 @dataclass
@@ -269,6 +326,8 @@ class Config:
     model: ModelSize
     base: Base
     traces: Traces
+    teacher: Endpoint
+    judge: Endpoint
     lora: Lora
     sft: Sft
     bridge: Bridge
@@ -302,6 +361,12 @@ def check(value: Any, name: str = "") -> None:
         _check_guidance(value, name)
     if isinstance(value, Compute):
         check_compute(value, name)
+    if isinstance(value, Traces) and value.kind == "oracle" and (value.restore_when == "teacher" or value.judge):
+        raise ClearError(f"params: {name}.restore_when = teacher and {name}.judge need {name}.kind = teacher.")
+    if isinstance(value, Source):
+        _check_source(value, name)
+    if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
+        raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
     if isinstance(value, Lora) and value.rank and not value.targets:
         raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
     if isinstance(value, Runtime) and value.weights == "bfloat16" and value.precision != "bfloat16":
@@ -309,6 +374,19 @@ def check(value: Any, name: str = "") -> None:
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
         # A log line that averages over a checkpoint would lose its first half on resume.
         raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
+
+
+def _check_source(source: Source, name: str) -> None:
+    if len(source.shares) != 5 or sum(source.shares) > 1 + 1e-9:
+        raise ClearError(
+            f"params: {name}.shares = {list(source.shares)} must be five shares, of pretrain, sft, rl, validation and "
+            "bench, that add up to at most 1."
+        )
+    if (source.kind == "scenes") != (source.path == "") or (source.kind == "scenes" and source.bench_path):
+        raise ClearError(
+            f"params: {name}.kind = {source.kind} with {name}.path = {source.path!r} and {name}.bench_path = "
+            f"{source.bench_path!r}: scenes read no path, every other kind needs {name}.path."
+        )
 
 
 def _check_guidance(sampling: Sampling, name: str) -> None:

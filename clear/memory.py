@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from clear.config import Config, Lora
+from clear.model import flex
 from clear.model.bagel import Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
 from clear.model.images import encode_batch
@@ -74,13 +75,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Training:
-    """What decides which tensors are kept. compute, weights: bytes per number; fused: one attention kernel (GPU)."""
+    """What decides which tensors are kept.
+
+    compute, weights: bytes per number; fused: one attention kernel (GPU); blocks: its mask is one of blocks, which is
+    negligible, and its key-value heads are not repeated (flex_attention).
+    """
 
     compute: int
     weights: int
     lora: Lora
     checkpointing: bool = False
     fused: bool = False
+    blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -201,7 +207,9 @@ def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
         tokens = {"both": t, "und": batch.und, "gen": batch.gen}[train.lora.experts]
         total += tokens * a * (size * (chosen if a < 4 else min(1, chosen)) + chosen * train.lora.rank)
     total += t * (q + 2 * kv) * a * bool(batch.gen)
-    total += 3 * t * q * a + 3 * t * llm.mlp * a
+    total += t * (q + 2 * (kv if train.blocks else q)) * a + 3 * t * llm.mlp * a
+    if train.blocks:
+        return total + t * (q * a + 4 * llm.heads)
     if train.fused:
         return total + t * (q * a + 4 * llm.heads) + a * batch.rows * batch.length**2
     return total + batch.rows * llm.heads * batch.length**2 * (4 + (a if a < 4 else 0))
@@ -221,7 +229,7 @@ def activations(model: BagelConfig, batch: Batch, train: Training, stride: int =
     llm, t, a = model.llm, batch.tokens, train.compute
     full = not train.lora.rank
     if train.checkpointing:
-        kept = llm.layers * t * llm.hidden * train.weights + 4 * batch.rows * batch.length**2
+        kept = llm.layers * t * llm.hidden * train.weights + (0 if train.blocks else 4 * batch.rows * batch.length**2)
     else:
         kept = llm.layers * layer_activations(llm, batch, train)
     head = t * (4 * llm.hidden * (2 if full else 1) + 4) + 2 * t * llm.head_dim * a
@@ -291,7 +299,9 @@ def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
         rows = max(n for n in range(1, min(config.grpo.rows_per_pass, completions) + 1) if completions % n == 0)
     else:
         rows = -(-(config.sft.traces if stage == "sft" else config.bridge.answer).batch // gpus)
-        rows = min(rows, config.runtime.rows_per_pass or rows)
+        # Packed, rows are counted after they are full: at most, and with shorter traces than these, to the budget.
+        together = min(rows, max(1, -(-config.runtime.token_budget // length)))
+        rows = min(rows, (config.runtime.rows_per_pass or rows) * together)
     gen = latent * (1 + rounds * (noisy + (not mlp)))
     return Batch(
         rows=rows,
@@ -319,7 +329,7 @@ def training_workspace(model: BagelConfig, batch: Batch, train: Training, cast: 
     autocast have a copy in the compute type, `cast` numbers.
     """
     llm = model.llm
-    mask = 7 * batch.rows * batch.length**2
+    mask = 0 if train.blocks else 7 * batch.rows * batch.length**2
     loss = batch.scored * llm.vocab * (train.compute + 8)
     widest = 3 * batch.tokens * llm.mlp * train.compute
     if not train.fused:
@@ -337,7 +347,7 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     Over several devices (FSDP) weights, gradients and optimiser are divided; the micro-batch is divided too.
 
     peak = weights + the largest of: encoding the images; training (gradients, optimiser, activations, temporary);
-    generation (optimiser, cache, temporary).
+    generation (optimiser, cache, temporary, and for GRPO on sharded weights a whole copy of them).
     """
     model, lora, runtime = shapes(config, vocab), config.lora, config.runtime
     mlp = config.bridge.kind == "mlp"
@@ -358,7 +368,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     compute = 2 if runtime.precision == "bfloat16" and (stage != "grpo" or number == 2) else 4
     kept = stepping = cache = prefill = 0
     if trains:
-        train = Training(compute, number, lora, runtime.gradient_checkpointing, fused)
+        blocks = flex.wanted(runtime.attention, torch.device("cuda" if fused else "cpu"))
+        train = Training(compute, number, lora, runtime.gradient_checkpointing, fused, blocks)
         batch = stage_batch(config, stage, gpus)
         stride = config.sft.distill_stride
         kept = activations(model, batch, train, stride)
@@ -366,7 +377,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     if stage != "sft":
         cache, prefill = _generation(config, stage, model, number, fused)
     encoding = encode_workspace(config)
-    peak = weights + max(encoding, gradients + optimiser + kept + stepping, optimiser + cache + prefill)
+    whole = policy if stage == "grpo" and gpus > 1 and not lora.rank else 0  # gathered for the rollouts
+    peak = weights + max(encoding, gradients + optimiser + kept + stepping, whole + optimiser + cache + prefill)
     temporary = max(encoding, stepping, prefill)
     parameters = counts.base + counts.bridge + counts.adapter + counts.vae
     return Estimate(

@@ -29,6 +29,9 @@ CLEAN = "clean"
 INCOMING = "incoming"
 """Value of `Sample.severity` for an image that came degraded (data/incoming); its corruption is the name of its set."""
 
+EXTRA = "+"
+"""First character of `Sample.corruption` for a degradation that is none of MMD-Bench's sixteen."""
+
 EXIF_ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is turned."""
 

@@ -45,6 +45,10 @@ def run(workspace: Path, profile: str, overrides: Sequence[str] = ()) -> Path:
         "CLEAR_HOME": str(paths.home()),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+    # Sets under data/incoming that DVC tracks are no files of git: they come from the shared cache.
+    sets = sorted(file.relative_to(folder).as_posix() for file in folder.glob("data/incoming/*.dvc"))
+    if sets and _call([sys.executable, "-m", "dvc", "checkout", "-q", *sets], folder, environment):
+        raise ClearError(f"{', '.join(sets)}: not all of this is in the cache; `dvc pull` or `dvc add` it first.")
     if _call([sys.executable, "-m", "dvc", "repro"], folder, environment):
         raise ClearError(f"the run in {folder} stopped (see above); the same command continues where it stopped.")
     return folder
@@ -69,11 +73,15 @@ def refresh(workspace: Path, folder: Path) -> None:
     for old in folder.iterdir():
         if old.name not in _OWN:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    shutil.rmtree(folder / "data" / "incoming", ignore_errors=True)  # put there by people, so the workspace decides
     for name in files:
         if Path(name).parts[0] not in _OWN or name.startswith("data/incoming/"):
             target = folder / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(workspace / name, target, follow_symlinks=False)
+    raw = folder / "data" / "raw"
+    if (workspace / "data" / "raw").is_dir() and not raw.exists():  # the user's own data: read, never written
+        raw.symlink_to(workspace / "data" / "raw")
     settings = folder / ".dvc"
     settings.mkdir(exist_ok=True)
     shutil.copy2(workspace / ".dvc" / "config", settings / "config")

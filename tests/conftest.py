@@ -2,7 +2,9 @@
 
 import os
 import shutil
+import signal
 import subprocess
+import sys
 import textwrap
 from pathlib import Path
 
@@ -85,3 +87,46 @@ def project(_project, tmp_path, monkeypatch) -> Path:
     shutil.copytree(_project, folder)
     monkeypatch.chdir(folder)
     return folder
+
+
+@pytest.fixture
+def clear(monkeypatch, capsys):
+    """Run `clear …` in this process; gives (exit status, stdout, stderr)."""
+
+    def call(*arguments):
+        from clear import cli
+
+        monkeypatch.setattr(sys, "argv", ["clear", *map(str, arguments)])
+        handler = signal.getsignal(signal.SIGTERM)
+        try:
+            with pytest.raises(SystemExit) as end:
+                cli.main()
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+        return (end.value.code or 0, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def golden():
+    """Inputs and outputs of the reference implementation by name (tests/reference.py)."""
+    from safetensors.torch import load_file
+
+    from tests.reference import GOLDEN
+
+    return load_file(GOLDEN / "cases.safetensors")
+
+
+@pytest.fixture(scope="module")
+def bagel():
+    """The reference's model, autoencoder and (absent) tokenizer."""
+    from clear.model.checkpoint import load_bagel
+    from tests.reference import GOLDEN
+
+    return load_bagel(GOLDEN)
+
+
+@pytest.fixture(scope="module")
+def model(bagel):
+    return bagel[0]

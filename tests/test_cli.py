@@ -21,23 +21,6 @@ from tests.conftest import ROOT, git
 
 
 @pytest.fixture
-def clear(monkeypatch, capsys):
-    """Run `clear …` in this process; gives (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["clear", *map(str, arguments)])
-        handler = signal.getsignal(signal.SIGTERM)
-        try:
-            with pytest.raises(SystemExit) as end:
-                cli.main()
-        finally:
-            signal.signal(signal.SIGTERM, handler)
-        return (end.value.code or 0, *capsys.readouterr())
-
-    return call
-
-
-@pytest.fixture
 def fake_stage(monkeypatch):
     """Replace `clear.stages.<name>` by a module whose `run` is the given function."""
 

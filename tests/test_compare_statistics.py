@@ -17,7 +17,7 @@ from clear.compare.differences import Joined, compare, holm, per_level
 from clear.compare.load import Side
 from clear.config import Gate
 from clear.errors import ClearError
-from tests.test_compare import GATE, lock_of
+from tests.revisions import GATE, lock_of
 
 
 def side_of(correct: dict[str, np.ndarray], model: str = "grpo") -> Side:

@@ -1,5 +1,6 @@
 """The generation engine: batching changes nothing, and everything it records can be reproduced."""
 
+import ctypes
 from dataclasses import replace
 
 import pytest
@@ -281,3 +282,41 @@ def test_sampling_and_scoring_cut_the_logits_alike(padded):
     assert len(text) == len(new.text) > 3
     assert (torch.exp(new.text - text) - 1).abs().max() <= 1e-3
     assert (uncut.text - new.text).abs().min() > 1, "the padding ids would take the probability"
+
+
+def _heap() -> int:
+    """Bytes that this process has from the C allocator, from which torch takes CPU memory: glibc's own count."""
+
+    class Counts(ctypes.Structure):
+        names = ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keep")
+        _fields_ = tuple((name, ctypes.c_size_t) for name in names)
+
+    mallinfo2 = ctypes.CDLL(None).mallinfo2
+    mallinfo2.restype = Counts
+    found = mallinfo2()
+    return found.uordblks + found.hblkhd
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc 2.33")
+def test_decoding_allocates_nothing_that_grows_beyond_its_cache(monkeypatch):
+    model, tokenizer = tiny_model()
+    with torch.no_grad():
+        model.language_model.lm_head.weight[model.config.special.eos] = 0.0
+        model.language_model.lm_head.weight[:] -= model.language_model.lm_head.weight.mean(0)
+    rows, steps = 32, 150
+    monkeypatch.setattr(engine, "_sample", lambda logits, *_: (logits[:, 5:].argmax(-1) + 5, logits[:, 5]))  # never eos
+    plain, seen = engine._feed, []
+
+    def fed(model, state, ids, valid=None):
+        size = sum(x.untyped_storage().nbytes() for x in (*state.cache.keys, *state.cache.values))
+        seen.append((_heap(), size))
+        return plain(model, state, ids, valid)
+
+    monkeypatch.setattr(engine, "_feed", fed)
+    generate(model, tokenizer, tiny_prompts(tokenizer, rows), Options(restore="plain", max_tokens=steps, batch=rows))
+    assert len(seen) == steps + 1
+    assert seen[-1][1] > seen[0][1], "the cache has grown, so its growth is told apart"
+    content = steps * rows * 2 * len(model.language_model.model.layers) * 2 * 8 * 4  # keys and values of all steps
+    rest = [heap - cache for heap, cache in seen]
+    grown = rest[-1] - rest[20]
+    assert grown < content / 4, f"{grown} bytes beyond the cache in {steps} steps, whose keys and values are {content}"

@@ -14,7 +14,8 @@ from clear.reasoning.engine import Options, generate
 from clear.records import Question
 from clear.training import scoring
 from clear.training.load import trainable
-from clear.training.rewards import advantages, format_reward
+from clear.training.objective import advantages
+from clear.training.rewards import format_reward
 from clear.training.trainer import StageRun
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -150,7 +151,7 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
 def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, monkeypatch):
     import clear.training.grpo as module
 
-    def uneven(texts, restored, question, config):
+    def uneven(texts, restored, question, config, more, accuracy):
         value = float(len(texts[-1]) % 3)
         return {"reward": value, "reward_accuracy": value}
 
@@ -169,10 +170,10 @@ def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, mo
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_sharded_weights_and_uneven_prompts_are_refused(tmp_path, monkeypatch):
+def test_sharded_adapters_and_uneven_prompts_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ClearError, match=r"grpo.prompts = 2 must divide by the 3"):
         _train(tmp_path, 0)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ClearError, match="without FSDP"):
-        _train(tmp_path, 0)
+        _train(tmp_path, 2)

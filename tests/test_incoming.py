@@ -15,17 +15,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from omegaconf import OmegaConf
+from typer.testing import CliRunner
 
 from clear import config as configuration
 from clear.bench import predictions
+from clear.check import drifts
+from clear.cli import app
 from clear.degradation.corruptions import corrupt
 from clear.errors import ClearError
 from clear.records import INCOMING, decode_image, encode_image, read_samples, write_samples
+from clear.report import tables
+from clear.scratch import run
 from clear.sources import incoming, intake
 from clear.sources.scenes import scenes
 from clear.stages import degrade, mmd_bench, validate
+from clear.stages.report import read_beyond
 from clear.validation.incoming import check
-from tests.conftest import ROOT
+from clear.validation.incoming import lines as words
+from tests.conftest import ROOT, git
 
 SCENES = list(scenes("rl", 24, 31, 256, 4))
 
@@ -324,13 +331,22 @@ def test_check_gives_a_verdict_and_a_report(inside):
     assert json.loads(report.read_text())["fingerprint"] == said["fingerprint"]
     assert len(pd.read_parquet(report.with_name("metrics.parquet"))) == 10
     assert len(pd.read_parquet(report.with_name("rejects.parquet"))) == 1
-    listed = subprocess.run([*command, "list", "--json"], capture_output=True, text=True, env=environment)
-    assert json.loads(listed.stdout)["sets"][0]["fingerprint"] == said["fingerprint"]
+    assert incoming.sets()[0].fingerprint == said["fingerprint"]
     for n in range(10):  # every clean partner shows another scene
         Path(f"data/incoming/road/{n}_clean.png").write_bytes(encode_image(255 - decode_image(SCENES[n].image)))
-    done = subprocess.run([*command, "check", "road"], capture_output=True, text=True, env=environment)
-    assert done.returncode == 1
-    assert "NOT good" in done.stdout and "fails 'partner'" in done.stdout
+    verdict = check("road", inside)
+    assert not verdict.success and [failed["expectation"] for failed in verdict.failed] == ["partner"]
+    assert "road: NOT good" in "\n".join(words(verdict)) and "fails 'partner'" in "\n".join(words(verdict))
+
+
+def test_the_commands_list_and_refuse(inside):
+    runner = CliRunner()
+    assert "no set in data/incoming" in runner.invoke(app, ["incoming", "list"]).stdout
+    put(Path("data/incoming/road"), range(1))
+    (listed,) = json.loads(runner.invoke(app, ["incoming", "list", "--json"]).stdout)["sets"]
+    assert (listed["name"], listed["files"], listed["present"]) == ("road", 3, True)
+    assert "road: 3 files" in runner.invoke(app, ["incoming", "list"]).stdout
+    assert isinstance(runner.invoke(app, ["incoming", "check", "far"]).exception, ClearError)
 
 
 def test_a_set_without_a_usable_row_is_not_good(inside):
@@ -360,11 +376,58 @@ def test_predictions_keep_incoming_rows_apart(tmp_path):
         return base | labels | said
 
     rows = [row("a", "clean", "clean", True), row("b", "clean", "clean", False)]
-    file = tmp_path / "base.parquet"
+    file = tmp_path / "predictions" / "base.parquet"
     predictions.write(file, rows)
     plain = predictions.read(file)
-    predictions.write(file, [*rows, row("c", "road", INCOMING, True), row("d", "road", INCOMING, True)])
+    came = [row("c", "road", INCOMING, True), row("d", "road", INCOMING, True)]
+    predictions.write(file, [*rows, *came, row("a", "+rain", "low", True), row("a", "+rain", "high", False)])
     pd.testing.assert_frame_equal(predictions.read(file), plain)
     assert predictions.incoming_metrics(predictions.read_incoming(file)) == {
         "road": {"accuracy": 1.0, "call_rate": 0.0, "images": 2, "questions": 2, "no_answer": 0}
     }
+    further = predictions.extra_metrics(predictions.read_extra(file))["rain"]
+    assert [further[level]["accuracy"] for level in ("low", "high")] == [1.0, 0.0]
+    table = tables.beyond(read_beyond(tmp_path, ["base"]))
+    assert table.rows == [
+        ["road", "2", "100.0"],
+        ["rain, low", "1", "100.0"],
+        ["rain, hard", "1", "0.0"],
+    ]
+
+
+DVC_STAGES = """
+stages:
+  degrade:
+    cmd: mkdir -p data/metrics && find data/incoming -type f | sort | grep -v gitignore > data/metrics/degrade.json
+    params: [seed]
+    deps: [data/incoming]
+    metrics:
+      - data/metrics/degrade.json: {cache: false}
+"""
+
+
+def test_a_set_that_dvc_tracks_is_a_dependency_here_in_a_scratch_copy_and_in_a_clone(project, tmp_path):
+    dvc = [sys.executable, "-m", "dvc"]
+    (project / "dvc.yaml").write_text(DVC_STAGES)
+    (project / "dvc.lock").unlink()
+    put(project / "data/incoming/road", range(1))
+    (project / "data/incoming/README.md").write_text("kept by git")
+    subprocess.run([*dvc, "add", "-q", "data/incoming/road"], cwd=project, check=True)
+    subprocess.run([*dvc, "repro", "-q"], cwd=project, check=True)
+    listed = (project / "data/metrics/degrade.json").read_text()
+    assert "data/incoming/road/0.jpg" in listed
+    git(project, "add", "-A")
+    git(project, "commit", "-q", "-m", "a set")
+    assert drifts(project) == []
+
+    copy = run(Path(), "smoke")
+    assert (copy / "data/metrics/degrade.json").read_text() == listed
+
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", str(project), str(clone))
+    assert not (clone / "data/incoming/road").exists()
+    assert drifts(clone) == []
+    assert [(one.name, one.present) for one in incoming.sets(clone / "data/incoming")] == [("road", False)]
+
+    (project / "data/incoming/road/0.jpg").write_bytes(picture(1)[0])
+    assert "data/incoming" in "".join(drifts(project))

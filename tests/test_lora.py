@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from clear.config import Lora, compose, from_dict
 from clear.errors import ClearError
-from clear.model import flow, lora
+from clear.model import checkpoint, flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
-from clear.model.checkpoint import MODEL, load_bagel, save_bagel
+from clear.model.checkpoint import MODEL, fingerprint, load_bagel, save_bagel
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
 from clear.model.vae import AutoEncoder, VaeConfig
@@ -71,7 +71,7 @@ def folders(tmp_path):
     plain, tokenizer = tiny_model("direct")
     save_bagel(tmp_path / "base", plain, AutoEncoder(plain.config.vae), tokenizer)
     model, _ = adapted()
-    files = lora.fingerprint(tmp_path / "base")
+    files = fingerprint(tmp_path / "base")
     lora.save_adapter(tmp_path / "adapter", model, tmp_path / "base", files, torch.float32)
     return tmp_path / "base", tmp_path / "adapter", model, tokenizer
 
@@ -134,7 +134,7 @@ def test_a_folder_with_a_bridge_gives_it_back(tmp_path):
     plain, tokenizer = tiny_model("direct")
     save_bagel(tmp_path / "base", plain, AutoEncoder(plain.config.vae), tokenizer)
     model, _ = adapted("mlp")
-    files = lora.fingerprint(tmp_path / "base")
+    files = fingerprint(tmp_path / "base")
     lora.save_adapter(tmp_path / "a", model, tmp_path / "base", files, torch.float32)
     again, _, _ = lora.load_model(tmp_path / "a")
     assert again.config.bridge == "mlp"
@@ -317,7 +317,7 @@ def test_bfloat16_weights_train_and_answer_under_autocast(folders, tmp_path):
             low, tokenizer, tiny_prompts(tokenizer, 2), Options(flow_steps=2, max_tokens=4, restore="always")
         )
     assert all(t.restorations[0].x0.isfinite().all() and t.replies for t in done)
-    lora.save_adapter(tmp_path / "low", low, base, lora.fingerprint(base), torch.bfloat16)
+    lora.save_adapter(tmp_path / "low", low, base, fingerprint(base), torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "low" / lora.ADAPTER).values()} == {torch.bfloat16}
 
 
@@ -325,3 +325,61 @@ def test_a_base_file_names_no_more_than_the_base(folders):
     base, folder, _, _ = folders
     known = json.loads((folder / lora.BASE).read_text())
     assert known["folder"] == str(base) and set(known["files"]) == {p.name for p in Path(base).iterdir()}
+
+
+def test_a_save_that_breaks_leaves_the_old_adapter(folders, tmp_path, monkeypatch):
+    """All files are written under temporary names and renamed at the end; a kill between the renames is refused."""
+    base, folder = folders[0], tmp_path / "adapter"
+    model, _ = adapted()
+    lora.save_adapter(folder, model, base, fingerprint(base), torch.float32)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.add_(1.0)
+    original = Path.write_text
+
+    def full(self, text):
+        if self.name.startswith("base.json"):
+            raise OSError("no space left")
+        return original(self, text)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "write_text", full)
+        with pytest.raises(OSError, match="no space left"):
+            lora.save_adapter(folder, model, base, fingerprint(base), torch.float32)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    lora.load_model(folder)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(Path, "unlink", lambda self, missing_ok=False: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            lora.save_adapter(folder, model, base, fingerprint(base), torch.float32)
+    with pytest.raises(ClearError, match="half-written"):
+        lora.load_model(folder)
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_several_sharding_processes_only_the_first_reads_the_weights(folders, config, monkeypatch, number):
+    """The others read no byte of the model, but the autoencoder; their parameters have shape, type and an address."""
+    base, read, original = folders[0], [], checkpoint._tensors
+
+    def reading(file, *rest):
+        read.append(file.name)
+        return original(file, *rest)
+
+    monkeypatch.setattr(checkpoint, "_tensors", reading)
+    config.lora.rank = 0
+    for name, value in {"ACCELERATE_USE_FSDP": "true", "RANK": str(number)}.items():
+        monkeypatch.setenv(name, value)
+    places = []
+    for efficient in ("true", "false"):
+        monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", efficient)
+        for whole in (False, True):
+            read.clear()
+            start = incoming(base, config, whole=whole)
+            values = list(start.model.parameters())
+            assert {(p.dtype, p.device.type) for p in [*values, *start.vae.parameters()]} == {(torch.float32, "cpu")}
+            assert len({p.data_ptr() for p in values}) == len(values) and "ae.safetensors" in read
+            places.append(MODEL in read)
+    assert places == [not number, True, True, True]

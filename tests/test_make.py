@@ -15,7 +15,20 @@ import pytest
 from clear.writer import lock_file, writer
 from tests.conftest import ROOT
 
-TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "params", "check", "remote", "deploy"]
+TARGETS = [
+    "venv",
+    "repro",
+    "test",
+    "test-all",
+    "lint",
+    "format",
+    "bench",
+    "plots",
+    "params",
+    "check",
+    "remote",
+    "deploy",
+]
 TARGETS += ["prefect-local", "stack", "image", "clean"]
 
 

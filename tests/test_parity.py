@@ -10,7 +10,6 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from clear.model import flow
 from clear.model.bagel import Contents
@@ -23,22 +22,6 @@ from clear.model.vae import patchify, unpatchify
 from clear.records import encode_image
 from clear.training.sft import distillation, taught_pairs
 from tests.reference import CASES, GOLDEN, close, greedy, image_size, spans, tokens, vit_input
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "cases.safetensors")
-
-
-@pytest.fixture(scope="module")
-def bagel():
-    return load_bagel(GOLDEN)
-
-
-@pytest.fixture(scope="module")
-def model(bagel):
-    return bagel[0]
-
 
 # --- pieces
 

@@ -7,35 +7,18 @@ import itertools
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from clear.model import flow
 from clear.model.bagel import Contents
-from clear.model.checkpoint import load_bagel
 from clear.model.images import resize, to_uint8, vit_patches
 from clear.model.sequence import LATENT, Image, Text, layout
 from clear.model.vae import unpatchify
 from clear.reasoning import engine
 from clear.reasoning.engine import Context, Options, join_contexts, velocities
 from clear.reasoning.prompts import Prompt
-from tests.reference import CASES, GOLDEN, close, greedy, image_size, tokens, vit_input
+from tests.reference import CASES, close, greedy, image_size, tokens, vit_input
 
 GENERATIONS = [name for name in CASES if name.startswith("gen_ode")]
-
-
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(GOLDEN / "cases.safetensors")
-
-
-@pytest.fixture(scope="module")
-def bagel():
-    return load_bagel(GOLDEN)
-
-
-@pytest.fixture(scope="module")
-def model(bagel):
-    return bagel[0]
 
 
 def spoken(model, golden):

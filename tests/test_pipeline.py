@@ -80,7 +80,7 @@ def test_stage_command_module_parameters_and_metrics_share_one_name():
         suffix = "_${key}" if name == "evaluate" else ""
         definition = stage.get("do", stage)
         assert definition["cmd"] == f"python -m clear {name}{argument}"
-        assert {f"data/metrics/{name}{suffix}.json": {"cache": False}} in definition["metrics"]
+        assert {f"data/metrics/{name}{suffix}.json": {"cache": False}} in definition["outs"]
         for key in definition["params"]:
             value = params
             for part in key.split("."):
@@ -95,7 +95,7 @@ def test_nothing_trains_on_data_that_failed_validation():
     outputs = {}
     for name, stage in STAGES.items():
         definition = stage.get("do", stage)
-        for out in [*definition.get("outs", []), *definition["metrics"]]:
+        for out in [*definition.get("outs", []), *definition.get("metrics", [])]:
             outputs[out if isinstance(out, str) else next(iter(out))] = name
     for name in STAGES:
         upstream[name] = {outputs[dep] for dep in _definition(name)["deps"] if dep in outputs}

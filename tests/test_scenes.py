@@ -404,7 +404,8 @@ def test_stage_bytes_do_not_depend_on_workers(tmp_path, monkeypatch):
         stage.run(small_config(workers, sft=40))
         outcome.append({str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()})
     assert outcome[0] == outcome[1]
-    assert set(outcome[0]) == {f"data/samples/{s}/00000.parquet" for s in stage.SPLITS} | {"data/metrics/source.json"}
+    samples = {f"data/samples/{s}/00000.parquet" for s in stage.SPLITS}
+    assert set(outcome[0]) == samples | {"data/metrics/source.json", "data/rejects/source.parquet"}
     assert list(read_samples(tmp_path / "1/data/samples/rl")) == list(scenes("rl", 24, 11, 256, 3))
     report = json.loads(outcome[0]["data/metrics/source.json"])
     assert report["images"]["sft"] == 40 and sum(report["questions"]["sft"].values()) == 120

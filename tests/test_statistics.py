@@ -2,6 +2,7 @@
 
 import math
 import time
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
@@ -133,6 +134,21 @@ def test_a_contrast_pairs_two_levels_of_the_same_images():
     assert (same.estimate, same.low, same.high) == (0, 0, 0)
     other = statistics.mean_contrast(easy, groups, easy, groups + 200)
     assert other.clusters == 400 and other.low < -0.05 < 0.05 < other.high
+
+
+def test_a_ratio_difference_covers_the_truth_as_often_as_it_says():
+    """Relative robustness .8 / .9 against .6 / .9, questions of an image sharing its difficulty."""
+    rng, inside, runs, images = np.random.default_rng(3), 0, 200, 60
+    groups = np.repeat(np.arange(images), 4)
+    for seed in range(runs):
+        luck = np.repeat(rng.normal(size=images), 4)
+        draw = [luck * 0.6 + 0.8 * rng.normal(size=4 * images) for _ in range(3)]
+        hard_a, hard_b, clean = (one < NormalDist().inv_cdf(p) for one, p in zip(draw, (0.8, 0.6, 0.9), strict=True))
+        found = statistics.paired_ratio_difference(
+            (hard_a, clean), (hard_b, clean), (groups, groups), resamples=300, seed=seed
+        )
+        inside += found.low <= (0.8 - 0.6) / 0.9 <= found.high
+    assert 0.9 <= inside / runs <= 0.99
 
 
 def test_six_thousand_rows_take_less_than_a_second():

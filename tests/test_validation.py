@@ -136,7 +136,7 @@ def test_swapped_severities_leave_the_histogram_but_not_the_bands(verdict, insid
         for s in load("bench_degraded")
     ]
     found = verdict(bench_degraded=samples)["bench_degraded"]
-    assert found.keys() == {"psnr_band", "mean_psnr_band"}
+    assert found.keys() == {"psnr_band", "mean_psnr_band", "monotone"}
 
 
 def test_unknown_corruption_duplicated_row_and_wrong_size(verdict, inside):

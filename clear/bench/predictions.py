@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
 from clear.errors import ClearError
-from clear.records import CLEAN, INCOMING
+from clear.records import CLEAN, EXTRA, INCOMING
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -47,6 +47,7 @@ SCHEMA = pa.schema(
     ]
 )
 NULLABLE = ("psnr_degraded", "ssim_degraded", "psnr_restored", "ssim_restored", "restored_png")
+MMD_BENCH = "mmd_bench"
 KEY = ["sample", "corruption", "severity", "question"]
 """The columns that identify a row; models are paired on them."""
 
@@ -77,21 +78,26 @@ def write(path: Path | str, rows: Iterable[dict]) -> int:
 def read(path: Path | str) -> "pd.DataFrame":
     """The rows of one model on MMD-Bench: the columns of SCHEMA (null floats become NaN, null pictures None).
 
-    Rows about pictures that came degraded are no part of MMD-Bench: `read_incoming` gives them.
+    Pictures that came degraded and further degradations are no part of it: see `read_incoming` and `read_extra`.
 
     Raises ClearError, naming the file and where possible the row, if the file is missing or unreadable, has no row,
     lacks a column, holds a column of another type, an unknown severity, the same key twice, or a null where one is
     not allowed, and if an empty prediction is marked correct.
     """
-    return _read(Path(path), incoming=False)
+    return _read(Path(path), MMD_BENCH)
 
 
 def read_incoming(path: Path | str) -> "pd.DataFrame":
     """The rows of one model on pictures that came degraded, in the form and with the errors of `read`; may be empty."""
-    return _read(Path(path), incoming=True)
+    return _read(Path(path), INCOMING)
 
 
-def _read(path: Path, incoming: bool) -> "pd.DataFrame":
+def read_extra(path: Path | str) -> "pd.DataFrame":
+    """The rows on degradations beyond the sixteen (plugins, presets), in the form of `read`; may be empty."""
+    return _read(Path(path), EXTRA)
+
+
+def _read(path: Path, part: str) -> "pd.DataFrame":
     remedy = f"run `dvc repro evaluate@{path.stem}`"
     if not path.exists():
         raise ClearError(f"{path} is not here; {remedy}, or `git checkout` it.")
@@ -108,9 +114,9 @@ def _read(path: Path, incoming: bool) -> "pd.DataFrame":
         if column.name not in NULLABLE and table.column(column.name).null_count:
             raise ClearError(f"{path}: column '{column.name}' holds a null; {remedy}.")
     frame = table.select(SCHEMA.names).to_pandas()
-    came = frame.severity == INCOMING
+    came, extra = frame.severity == INCOMING, frame.corruption.str.startswith(EXTRA)
     _check_rows(path, frame[~came].reset_index(drop=True), remedy)
-    return frame[came if incoming else ~came].reset_index(drop=True)
+    return frame[{MMD_BENCH: ~(came | extra), INCOMING: came, EXTRA: extra}[part]].reset_index(drop=True)
 
 
 def _check_rows(path: Path, frame: "pd.DataFrame", remedy: str) -> None:
@@ -176,6 +182,17 @@ def incoming_metrics(frame: "pd.DataFrame") -> dict[str, dict]:
             "images": int(rows["sample"].nunique()),
             "questions": len(rows),
             "no_answer": int((rows.prediction == "").sum()),
+        }
+        for name, rows in frame.groupby("corruption", sort=True)
+    }
+
+
+def extra_metrics(frame: "pd.DataFrame") -> dict[str, dict]:
+    """Figures per type and severity of `read_extra`, as `incoming_metrics`; types without their mark."""
+    return {
+        str(name).removeprefix(EXTRA): {
+            severity: incoming_metrics(rows[rows.severity == severity])[name]
+            for severity in scoring.present(rows.severity)
         }
         for name, rows in frame.groupby("corruption", sort=True)
     }

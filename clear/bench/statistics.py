@@ -8,6 +8,7 @@ uncertainty (METHOD §7); everything here is an addition.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -79,7 +80,7 @@ def mean_interval(
 
     Raises ClearError for no rows, unequal lengths, a value that is not finite, or fewer than two clusters.
     """
-    return _interval([(np.asarray(a, float), np.asarray(clusters), 1.0)], confidence, resamples, seed)
+    return _interval([(a, clusters)], lambda means: means[0], confidence, resamples, seed)
 
 
 def paired_difference(
@@ -107,32 +108,54 @@ def mean_contrast(
     seed: int = 0,
 ) -> Interval:
     """Mean of a (n,) minus mean of b (m,): other rows of the same clusters, such as two levels of the same images."""
-    parts = [(np.asarray(a, float), np.asarray(clusters_a), 1.0), (np.asarray(b, float), np.asarray(clusters_b), -1.0)]
-    return _interval(parts, confidence, resamples, seed)
+    parts = [(a, clusters_a), (b, clusters_b)]
+    return _interval(parts, lambda means: means[0] - means[1], confidence, resamples, seed)
+
+
+def paired_ratio_difference(
+    a: tuple[np.ndarray, np.ndarray],
+    b: tuple[np.ndarray, np.ndarray],
+    clusters: tuple[np.ndarray, np.ndarray],
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval:
+    """mean(a[0]) / mean(a[1]) − mean(b[0]) / mean(b[1]): relative robustness of two models on the same rows.
+
+    First the hard scores (n,), then the clean ones (m,), each with the clusters of its rows. Errors as in
+    mean_interval; also where a resample has no right answer to a clean question.
+    """
+    parts = [(one[part], clusters[part]) for one in (a, b) for part in (0, 1)]
+    return _interval(parts, lambda means: means[0] / means[1] - means[2] / means[3], confidence, resamples, seed)
 
 
 def _interval(
-    parts: list[tuple[np.ndarray, np.ndarray, float]], confidence: float, resamples: int, seed: int
+    parts: list[tuple[np.ndarray, np.ndarray]],
+    statistic: Callable[[np.ndarray], np.ndarray],
+    confidence: float,
+    resamples: int,
+    seed: int,
 ) -> Interval:
-    """Interval of Σ sign · mean(values) over (values, clusters, sign); clusters of all parts are drawn together."""
-    for values, groups, _ in parts:
+    """Interval of `statistic` (K means, …) over K (values, clusters); clusters of all parts are drawn together."""
+    parts = [(np.asarray(values, float), np.asarray(groups)) for values, groups in parts]
+    for values, groups in parts:
         if len(values) == 0 or values.shape != groups.shape:
             raise ClearError(f"{len(values)} scores for {len(groups)} cluster numbers: both must be equal and above 0.")
         if not np.isfinite(values).all():
             raise ClearError(
                 f"Score {int(np.flatnonzero(~np.isfinite(values))[0])} is not finite; evaluate this model again."
             )
-    names, codes = np.unique(np.concatenate([groups for _, groups, _ in parts]), return_inverse=True)
+    names, codes = np.unique(np.concatenate([groups for _, groups in parts]), return_inverse=True)
     count = len(names)
     if count < 2:
         raise ClearError("All scores belong to one image: the bootstrap needs at least two; evaluate more images.")
     sums, start = [], 0
-    for values, groups, _ in parts:
+    for values, groups in parts:
         own, start = codes[start : start + len(groups)], start + len(groups)
         sums += [np.bincount(own, values, count), np.bincount(own, minlength=count).astype(float)]
-    signs = [sign for _, _, sign in parts]
-    estimate = _statistic(np.stack([column.sum() for column in sums]), signs)
-    drawn = _statistic(_resample(np.stack(sums), resamples, seed), signs)
+    with np.errstate(invalid="ignore", divide="ignore"):  # an empty level is named below
+        estimate = statistic(_means(np.stack([column.sum() for column in sums])))
+        drawn = statistic(_means(_resample(np.stack(sums), resamples, seed)))
     if not np.isfinite(drawn).all():
         raise ClearError(
             f"Only {count} images, and not all have every level: too few for an interval; evaluate more images."
@@ -140,7 +163,7 @@ def _interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     power = NormalDist().inv_cdf(1 - tail) + NormalDist().inv_cdf(POWER)
-    rows = sum(len(values) for values, _, _ in parts)
+    rows = sum(len(values) for values, _ in parts)
     return Interval(float(estimate), float(low), float(high), rows, count, float(power * drawn.std(ddof=1)))
 
 
@@ -157,10 +180,9 @@ def _resample(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     return result
 
 
-def _statistic(totals: np.ndarray, signs: list[float]) -> np.ndarray:
-    """(2 · parts, …) alternating sums and counts → Σ sign · sum / count; NaN where a count is 0."""
-    with np.errstate(invalid="ignore", divide="ignore"):
-        return sum(sign * totals[2 * part] / totals[2 * part + 1] for part, sign in enumerate(signs))
+def _means(totals: np.ndarray) -> np.ndarray:
+    """(2 · K, …) alternating sums and counts → K means; NaN where a count is 0."""
+    return totals[::2] / totals[1::2]
 
 
 def mcnemar(a: np.ndarray, b: np.ndarray) -> McNemar:

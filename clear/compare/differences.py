@@ -16,6 +16,7 @@ import numpy as np
 from clear.bench import scoring, statistics
 from clear.bench.predictions import KEY, MODELS
 from clear.bench.scoring import HARD, SEVERITIES
+from clear.bench.statistics import Interval
 from clear.compare.load import BENCH, Side
 from clear.records import CLEAN
 from clear.report.claims import LEVELS, NAMES, Bootstrap
@@ -90,7 +91,8 @@ class Comparison:
     """Everything that was found. `obstacles` say why the sides cannot be compared, `notes` what a reader must know.
 
     `levels` holds accuracy per model and severity, `tasks` and `corruptions` the same per task and corruption,
-    `calls` the restoration call rates. All are empty if the profiles differ.
+    `calls` the restoration call rates, `relative` the difference in relative robustness (hard / clean) per model where
+    it has an interval. All are empty if the profiles differ.
     """
 
     base: Side
@@ -103,6 +105,7 @@ class Comparison:
     tasks: list[Difference] = field(default_factory=list)
     corruptions: list[Difference] = field(default_factory=list)
     calls: list[Difference] = field(default_factory=list)
+    relative: dict[str, Interval] = field(default_factory=dict)
 
     def level(self, model: str, severity: str) -> Difference | None:
         """The difference in accuracy of a model at a severity, if it was measured."""
@@ -304,7 +307,19 @@ def _with_detail(result: Comparison) -> Comparison:
         corruptions += _per_cell(found.rows, name, "corruption", settings)
         calls += per_level(found.rows, name, "restored", settings)
     levels = [_with_own_intervals(one, result.joined[one.model].rows, settings) for one in result.levels]
-    return replace(result, levels=levels, tasks=tasks, corruptions=corruptions, calls=holm(calls))
+    relative = {name: found for name, one in result.joined.items() if (found := _relative(one.rows, settings))}
+    return replace(result, levels=levels, tasks=tasks, corruptions=corruptions, calls=holm(calls), relative=relative)
+
+
+def _relative(rows: "pd.DataFrame", settings: Bootstrap) -> Interval | None:
+    """Head minus base of hard / clean accuracy, or None where either level has fewer than two clusters."""
+    parts = [rows[rows.severity == severity] for severity in (HARD, CLEAN)]
+    if any(part.cluster.nunique() < 2 or not (part.correct_base.any() and part.correct_head.any()) for part in parts):
+        return None
+    head, base, groups = (
+        [part[name].to_numpy() for part in parts] for name in ("correct_head", "correct_base", "cluster")
+    )
+    return statistics.paired_ratio_difference(head, base, groups, **vars(settings))
 
 
 def _with_own_intervals(one: Difference, rows: "pd.DataFrame", settings: Bootstrap) -> Difference:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import subprocess
 import tempfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -167,8 +167,6 @@ def _stage_name(record: str) -> str:
 
 
 def _with(side: Side, records: dict[str, dict], bench: Path | None) -> Side:
-    from dataclasses import replace
-
     return replace(side, records=records, bench=bench if bench and (bench / "degraded").is_dir() else None)
 
 

@@ -12,10 +12,10 @@ import numpy as np
 from clear.bench.predictions import KEY
 from clear.bench.scoring import SEVERITIES
 from clear.compare.differences import TITLES, Comparison, changed_answers
-from clear.records import CLEAN, Sample, decode_image, read_samples
+from clear.records import CLEAN, Sample, decode_image
 from clear.report import plots as drawing
 from clear.report.claims import LEVELS
-from clear.report.gallery import Example
+from clear.report.gallery import Example, find, records
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -29,7 +29,7 @@ def accuracy(path: Path, found: Comparison) -> None:
     models = list(found.joined)
     columns = min(3, len(models))
     height = -(-len(models) // columns)
-    with drawing._figure(path, height, columns, (3.6 * columns + 0.6, 2.9 * height), sharey=True) as (_, axes):
+    with drawing.figure_file(path, height, columns, (3.6 * columns + 0.6, 2.9 * height), sharey=True) as (_, axes):
         for axis, model in zip(axes.flat, models, strict=False):
             own = [d for d in found.levels if d.model == model and d.base_interval and d.head_interval]
             places = np.array([SEVERITIES.index(d.severity) for d in own], float)
@@ -69,10 +69,10 @@ def heat_map(path: Path, found: Comparison, model: str) -> None:
     for (name, severity), one in cells.items():
         grid[names.index(name), levels.index(severity)] = 100 * one.estimate
     limit = max(10.0, float(np.nanmax(np.abs(grid))))
-    with drawing._figure(path, 1, 1, (6.2, 0.36 * max(len(names), 4) + 1.4)) as (figure, axes):
+    with drawing.figure_file(path, 1, 1, (6.2, 0.36 * max(len(names), 4) + 1.4)) as (figure, axes):
         axis = axes[0, 0]
         image = axis.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        drawing._cells(axis, grid, "{:+.0f}", lambda value: "white" if abs(value) > 0.7 * limit else "black")
+        drawing.cell_labels(axis, grid, "{:+.0f}", lambda value: "white" if abs(value) > 0.7 * limit else "black")
         for (name, severity), one in cells.items():
             if one.sign:
                 spot = (levels.index(severity), names.index(name))
@@ -117,34 +117,17 @@ def examples(found: Comparison, model: str, count: int) -> tuple[list[Example], 
         return [], told
     bench = found.head.bench or found.base.bench
     if bench is None:
-        return [_example(row, model, {}) for row in _records(rows)], (
+        return [_example(row, model, {}) for row in records(rows)], (
             f"{told} Their pictures are not shown: data/bench of these sides is not on this machine (`dvc pull "
             "data/bench` fetches it)."
         )
-    pictures = _find(bench, {(row.sample, row.corruption, row.severity) for row in _records(rows)})
-    lacking = sum((row.sample, row.corruption, row.severity) not in pictures for row in _records(rows))
+    folders = [folder for folder in (bench / "degraded", bench / "clean") if folder.is_dir()]
+    pictures = find(folders, {(row.sample, row.corruption, row.severity) for row in records(rows)})
+    lacking = sum((row.sample, row.corruption, row.severity) not in pictures for row in records(rows))
     if lacking:
         told += f" {lacking} of the {len(rows)} shown have no picture, since data/bench here does not hold them."
     told += " A restored picture is shown where the predictions keep one."
-    return [_example(row, model, pictures) for row in _records(rows)], told
-
-
-def _records(rows: "pd.DataFrame") -> list:
-    from types import SimpleNamespace
-
-    return [SimpleNamespace(**record) for record in rows.to_dict("records")]
-
-
-def _find(bench: Path, wanted: set[tuple[str, str, str]]) -> dict[tuple[str, str, str], Sample]:
-    found: dict[tuple[str, str, str], Sample] = {}
-    for name in ("degraded", "clean"):
-        if not (bench / name).is_dir() or len(found) == len(wanted):
-            continue
-        for sample in read_samples(bench / name, ["id", "image", "degraded", "corruption", "severity"]):
-            key = (sample.id, sample.corruption, sample.severity)
-            if key in wanted:
-                found[key] = sample
-    return found
+    return [_example(row, model, pictures) for row in records(rows)], told
 
 
 def _example(row, model: str, pictures: dict[tuple[str, str, str], Sample]) -> Example:

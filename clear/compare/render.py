@@ -5,7 +5,6 @@ its last lines and are on the page. Its first line is the verdict, its last the 
 again and replaced.
 """
 
-import base64
 import html as escaping
 import math
 import re
@@ -22,7 +21,7 @@ from clear.compare.load import Side
 from clear.compare.sections import Block, Part
 from clear.compare.verdict import Verdict
 from clear.records import write_json
-from clear.report.render import Figure, Folded, Quote
+from clear.report.render import Figure, Folded, Quote, page
 from clear.report.tables import Table
 
 TEMPLATE = Path(__file__).parent / "template.html"
@@ -99,19 +98,18 @@ def _escaped(text: str) -> str:
 
 def html(found: Comparison, verdict: Verdict) -> str:
     """The report as one page with its pictures inlined; nothing is loaded from elsewhere."""
-    import jinja2
-
-    environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
-    )
     with tempfile.TemporaryDirectory(prefix="clear-compare-") as made:
         folder = Path(made)
         parts = sections.build(found, verdict, folder)
-        environment.filters["kind"] = lambda block: type(block).__name__
-        environment.filters["inline"] = lambda file: base64.b64encode((folder / file).read_bytes()).decode()
         first, *rest = sections.lines(found, verdict)
-        values = {"kind": verdict.kind, "first": first.removeprefix(verdict.kind), "lines": rest, "parts": parts}
-        return environment.from_string(TEMPLATE.read_text()).render(**values)
+        first = first.removeprefix(verdict.kind)
+        return page(TEMPLATE, folder, _mark, kind=verdict.kind, first=first, lines=rest, sections=parts)
+
+
+def _mark(cell: str) -> tuple[str, str]:
+    if cell.endswith("▲") or cell.startswith("✓"):
+        return "good", cell
+    return "bad" if cell.endswith("▼") or cell.startswith("✗") else "", cell
 
 
 def to_json(found: Comparison, verdict: Verdict) -> dict:
@@ -137,7 +135,11 @@ def to_json(found: Comparison, verdict: Verdict) -> dict:
             "tasks": [_difference(one) for one in found.tasks],
             "corruptions": [_difference(one) for one in found.corruptions],
             "call_rate": [_difference(one) for one in found.calls],
-            "robustness": {name: found.robustness(name) for name in found.joined},
+            "robustness": {
+                name: found.robustness(name)
+                | {"relative_difference": vars(found.relative[name]) if name in found.relative else None}
+                for name in found.joined
+            },
             "params": _triples(found.base.params, found.head.params),
             "metrics": {
                 name: _triples(found.base.metrics.get(name, {}), found.head.metrics.get(name, {}))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from clear.bench.scoring import HARD, SEVERITIES
+from clear.bench.statistics import Interval
 from clear.compare import changes, plots
 from clear.compare.differences import TITLES, Comparison, Difference
 from clear.compare.verdict import Verdict, gap
@@ -165,17 +166,32 @@ def _robustness(found: Comparison, verdict: Verdict) -> Table:
                 TITLES[name],
                 " → ".join(points(sides[side]["absolute"]) for side in ("base", "head")),
                 " → ".join(points(sides[side]["relative"]) for side in ("base", "head")),
+                _ratio_gap(found.relative.get(name)),
                 "–" if clean is None else gap(clean, ""),
                 "not measured" if clean is None or clean.low is None else _guard(clean, margin),
             ]
         )
     return Table(
-        ["model", "hard (%)", "hard / clean (%)", "clean, head minus base", "clean guard"],
+        [
+            "model",
+            "hard (%)",
+            "hard / clean (%)",
+            "its change",
+            "clean, head minus base",
+            "clean guard",
+        ],
         rows,
-        "Absolute robustness is the accuracy at hard, relative robustness its share of the clean accuracy. The guard "
+        "Absolute robustness is the accuracy at hard, relative robustness its share of the clean accuracy (its change: "
+        "head minus base, with the cluster-bootstrap interval). The guard "
         f"allows clean accuracy to fall by {points(margin)} points: “kept” if the whole interval is above that, "
         "“broken” if the whole interval is below.",
     )
+
+
+def _ratio_gap(found: Interval | None) -> str:
+    if found is None:
+        return "not measured"
+    return f"{points(found.estimate, True)} [{points(found.low, True)}, {points(found.high, True)}]"
 
 
 def _guard(clean: Difference, margin: float) -> str:

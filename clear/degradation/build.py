@@ -8,7 +8,7 @@ import contextlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import CancelledError, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from itertools import islice
@@ -17,37 +17,55 @@ from pathlib import Path
 from typing import TypeVar
 
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
+from clear.degradation.registry import Chosen, apply, extras
 from clear.errors import ClearError
-from clear.records import Sample, decode_image, encode_image, open_shard, shards
+from clear.records import EXTRA, Sample, decode_image, encode_image, open_shard, shards
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
+
+NONE = Chosen()
+"""No degradation beyond the sixteen."""
+
+CLUSTER_TIMEOUT = 15
+"""Seconds to wait for a Dask scheduler, and for its first worker."""
 
 CHUNK = 32
 """Jobs sent to a worker at once."""
 
 
 def parallel(
-    function: Callable[[Job], Result], jobs: Iterable[Job], workers: int = 0, total: int | None = None, label: str = ""
+    function: Callable[[Job], Result],
+    jobs: Iterable[Job],
+    workers: int = 0,
+    total: int | None = None,
+    label: str = "",
+    cluster: str = "",
 ) -> Iterator[Result]:
-    """Apply `function` to every job, in order. `workers`: 0 = one per core, 1 = in this process.
+    """Apply `function` to every job, in order. `workers`: 0 = one per core, 1 = in this process. With `cluster`, the
+    address of a Dask scheduler, its workers compute instead; the results are the same.
 
-    `function` must be importable (no lambda). Raises what the function raises, and ClearError if a worker dies.
+    `function` must be importable (no lambda). Raises what the function raises, and ClearError if a worker process dies,
+    or if the cluster cannot be reached or loses all its workers.
     """
     workers = workers or os.cpu_count() or 1
-    results = _inline(function, jobs) if workers == 1 else _pooled(function, jobs, workers)
+    if cluster:
+        results = _clustered(function, jobs, cluster)
+    else:
+        results = _inline(function, jobs) if workers == 1 else _pooled(function, jobs, workers)
     return _progress(results, total, label)
 
 
 def _inline(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[Result]:
     for job in jobs:
-        with _one_thread():
+        with one_thread():
             result = function(job)
         yield result
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
+    """OpenCV on one thread inside the block: a pool has a process per core already."""
     import cv2
 
     threads = cv2.getNumThreads()
@@ -76,6 +94,54 @@ def _pooled(function: Callable[[Job], Result], jobs: Iterable[Job], workers: int
         finally:
             for future in pending:
                 future.cancel()
+
+
+def _clustered(function: Callable[[Job], Result], jobs: Iterable[Job], address: str) -> Iterator[Result]:
+    """As `_pooled`, on a Dask cluster. What a dead worker was doing is done again by another one."""
+    try:
+        from distributed import Client
+        from distributed.scheduler import KilledWorker
+    except ImportError as error:
+        raise ClearError("degrade.cluster needs Dask: `pip install distributed`, or set it to '' .") from error
+
+    remedy = 'start `dask scheduler` and `dask worker`, or set degrade.cluster to ""'
+    try:
+        client = Client(address, timeout=CLUSTER_TIMEOUT)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise ClearError(f"degrade.cluster = {address!r} cannot be reached; {remedy}.") from error
+    iterator, pending = iter(jobs), deque()
+    with client:
+        try:
+            client.wait_for_workers(1, timeout=CLUSTER_TIMEOUT)
+            while True:
+                width = 2 * max(1, sum(client.nthreads().values()))
+                while len(pending) < width and (chunk := list(islice(iterator, CHUNK))):
+                    pending.append(client.submit(_run_remote, function, chunk, pure=False))
+                if not pending:
+                    return
+                yield from _awaited(client, pending.popleft())
+        except KilledWorker as error:
+            raise ClearError(f"degrade.cluster = {address!r}: workers died again and again: {error}") from error
+        except CancelledError as error:
+            raise ClearError(f"degrade.cluster = {address!r}: the scheduler is gone; {remedy}.") from error
+        except TimeoutError as error:
+            raise ClearError(f"degrade.cluster = {address!r} has no worker; {remedy}.") from error
+        finally:
+            client.cancel(list(pending))
+
+
+def _awaited(client, future) -> list:
+    """The result of a future; TimeoutError once the cluster has had no worker for a while."""
+    while True:
+        try:
+            return future.result(timeout=CLUSTER_TIMEOUT)
+        except TimeoutError:
+            client.wait_for_workers(1, timeout=CLUSTER_TIMEOUT)
+
+
+def _run_remote(function: Callable[[Job], Result], chunk: list[Job]) -> list[Result]:
+    with one_thread():
+        return _run_chunk(function, chunk)
 
 
 def _start_worker() -> None:
@@ -115,33 +181,40 @@ def degraded_samples(
     workers: int = 0,
     total: int | None = None,
     label: str = "",
+    names: Chosen = NONE,
+    cluster: str = "",
 ) -> Iterator[Sample]:
     """Stream the degraded copies of (sample, corruption, severity) triples, in order.
 
     Each result carries the clean image and its questions, and has degraded, corruption, severity, intensity and seed
-    set. Raises ClearError naming the sample if its image is broken or too small.
+    set; `names` are the degradations beyond the sixteen that may occur. Raises ClearError naming the sample if its
+    image is broken or too small.
     """
+    further = extras(names)
     waiting: deque[tuple[Sample, str, str]] = deque()
 
-    def jobs() -> Iterator[tuple[bytes, str, str, str, float]]:
+    def jobs() -> Iterator[tuple]:
         for variant in variants:
             waiting.append(variant)
             sample, corruption, severity = variant
-            yield sample.image, corruption, severity, sample.id, scale
+            yield sample.image, corruption, severity, sample.id, scale, names
 
-    for data in parallel(_degraded_bytes, jobs(), workers, total, label):
+    for data in parallel(_degraded_bytes, jobs(), workers, total, label, cluster):
         sample, corruption, severity = waiting.popleft()
         yield replace(
             sample,
             degraded=data,
             corruption=corruption,
             severity=severity,
-            intensity=SEVERITIES[severity],
+            intensity=(further[corruption].severities if corruption in further else SEVERITIES)[severity],
             seed=seed_of(sample.id, corruption, severity),
         )
 
 
-def _degraded_bytes(job: tuple[bytes, str, str, str, float]) -> bytes:
-    data, corruption, severity, sample_id, scale = job
+def _degraded_bytes(job: tuple[bytes, str, str, str, float, Chosen]) -> bytes:
+    data, corruption, severity, sample_id, scale, names = job
     image = decode_image(data, f"sample {sample_id}")
+    if corruption.startswith(EXTRA):
+        entry, seed = extras(names)[corruption], seed_of(sample_id, corruption, severity)
+        return encode_image(apply(entry, image, severity, seed, scale, sample_id), "jpeg")
     return encode_image(degrade(image, corruption, severity, sample_id, scale), "jpeg")

@@ -22,6 +22,7 @@ REACH = 3.5  # standard deviations of a Gaussian that are computed
 REDUCED = ((9.0, 4), (4.5, 2))  # px: from this standard deviation on, the image is reduced by this factor
 SHARP = 0.0019  # a kernel that ends with a larger weight than this, times the factor, is not reduced: its end blurs
 DIRECT = 10  # px, OpenCV visits the non-zero weights alone up to here and takes a Fourier transform from 11 px on
+POINT = 1e-3  # px: the weight beside the middle is 0 in any floating-point type, and 1 / sigma may overflow
 BAND = 2**14  # pixels that are worked on at once
 DRAWN = 2**16  # values of noise that are drawn at once
 GREY = 256  # more than any grey level: noise of this size saturates, whatever it is added to
@@ -37,9 +38,11 @@ def bands(rows: int, width: int) -> Iterator[tuple[int, int]]:
 def gaussian_blur(image: np.ndarray, size: int, sigma: float, gain: float = 1.0) -> np.ndarray:
     """`gain` times uint8 (H, W) or (H, W, 3) blurred with a Gaussian kernel of `size` (odd) px; uint8, rounded.
 
-    With sigma 0 the standard deviation follows from `size`, as OpenCV defines it.
+    With sigma 0 the standard deviation follows from `size`, as OpenCV defines it; one below POINT blurs nothing.
     """
     radius, factor = size // 2, 1
+    if 0 < sigma < POINT:
+        return cv2.convertScaleAbs(image, alpha=gain)
     if sigma > 0:
         radius = min(radius, math.ceil(REACH * sigma))
         last = math.exp(-0.5 * (radius / sigma) ** 2) / (sigma * math.sqrt(2 * math.pi))

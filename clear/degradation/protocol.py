@@ -11,6 +11,7 @@ import numpy as np
 
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
+from clear.records import EXTRA
 
 PROTOCOL_VERSION = "2"
 """Part of every seed: change it whenever a formula or the order of random draws changes."""
@@ -83,7 +84,7 @@ def draw(sample_id: str, weights: Mapping[str, float], severity_weights: Sequenc
     ClearError if they are not usable.
     """
     for name in weights:
-        if name not in CORRUPTIONS:
+        if name not in CORRUPTIONS and not name.startswith(EXTRA):
             raise ClearError(f"'{name}' is no corruption; choose one of {', '.join(CORRUPTIONS)}.")
     if len(severity_weights) != len(SEVERITIES):
         raise ClearError(f"degrade.severity_weights = {list(severity_weights)} must give low, mid and high a weight.")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from clear.model import flex
 from clear.model.bridge import LatentBridge
 from clear.model.cache import KVCache
 from clear.model.mot import Hidden, LanguageModel, LlmConfig
@@ -200,11 +201,12 @@ class Bagel(nn.Module):
         Layout and contents may be anywhere; they are moved to the model.
         """
         layout = layout.to(self.vae2llm.weight.device)
+        blocks = cache is None and flex.wanted(self.language_model.attention, layout.ids.device)
         return self.language_model(
             self.embed(layout, contents),
             layout.is_gen,
             layout.rope,
-            layout.allowed(),
+            flex.block_mask(layout) if blocks else layout.allowed(),
             cache,
             layout.valid,
             write,

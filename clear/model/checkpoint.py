@@ -14,9 +14,10 @@ overwritten, and a kill leaves either the old folder or one that is refused as h
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning.tokenizer import LFS, MARKERS, TOKENIZER, read_text, read_tokenizer
+from clear.records import file_sha256
 
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
 PLAIN, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -64,8 +66,6 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     The weights may be mapped from the very files that are overwritten. Until the last file is in place, the folder
     holds a mark with which `load_bagel` refuses it.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     bridge = {k.removeprefix("bridge."): state.pop(k) for k in list(state) if k.startswith("bridge.")}
     autoencoder = {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
@@ -80,6 +80,16 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     for name, content in _config_files(model.config).items():
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         writers[name] = lambda path, text=text: path.write_text(text)
+    write_folder(folder, writers, {BRIDGE, TOKENIZER} - writers.keys())
+
+
+def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], object]], stale: Collection[str] = ()) -> None:
+    """Write the files of a model folder, each by its function, all or none; then remove the `stale` ones.
+
+    Until the last file is in place, the folder holds a mark with which `check_whole` refuses it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     try:
         for name, write in writers.items():
             write(folder / (name + _PARTIAL))
@@ -90,9 +100,21 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     (folder / _SAVING).touch()
     for name in writers:
         (folder / (name + _PARTIAL)).replace(folder / name)
-    for name in {BRIDGE, TOKENIZER} - writers.keys():
+    for name in stale:
         (folder / name).unlink(missing_ok=True)
     (folder / _SAVING).unlink()
+
+
+def check_whole(folder: Path) -> None:
+    """Raise ClearError if the folder was left in the middle of a save."""
+    if (folder / _SAVING).exists():
+        raise ClearError(f"{folder} is half-written ({_SAVING} is still there); run the stage that makes it again.")
+
+
+def fingerprint(folder: Path | str) -> dict[str, dict[str, Any]]:
+    """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them."""
+    files = sorted(p for p in Path(folder).glob("[!.]*.*") if p.is_file())
+    return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
 
 
 def _config_files(config: BagelConfig) -> dict[str, dict]:
@@ -307,7 +329,8 @@ def _missing(file: Path) -> str:
 def load_weights(module: nn.Module, file: Path, dtype: torch.dtype | None, device: str) -> None:
     """Adopt the tensors of a safetensors file (or of an index's shards) into a (meta) module.
 
-    dtype None keeps the stored type. On the CPU tensors of the wanted type stay memory-mapped. Raises ClearError with
+    dtype None keeps the stored type. On the CPU tensors of the wanted type stay memory-mapped; on "meta" the file is
+    checked and none is read. Raises ClearError with
     every problem of a file: missing, surplus and mis-shaped keys, types that are no floats.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
@@ -316,6 +339,9 @@ def load_weights(module: nn.Module, file: Path, dtype: torch.dtype | None, devic
     for part, wanted in parts.items():
         entries = read_header(part)
         _compare(part, wanted, entries)
+        if torch.device(device).type == "meta":
+            state |= {k: torch.empty(e.shape, dtype=dtype or _TYPES[e.kind], device=device) for k, e in entries.items()}
+            continue
         state |= dict(_tensors(part, entries, dtype, device))
     module.load_state_dict(state, strict=True, assign=True)
 
@@ -419,13 +445,13 @@ def load_bagel(folder: Path | str, dtype: torch.dtype | None = torch.float32, de
     """Model, autoencoder and tokenizer (None where the folder has none) of a folder in BAGEL-7B-MoT's layout.
 
     dtype None keeps each tensor's stored type. With the stored type on the CPU the weights stay mapped from the file
-    (private: training does not write to it). Raises ClearError for whatever does not fit.
+    (private: training does not write to it); on "meta" only the autoencoder has weights. Raises ClearError for
+    whatever does not fit.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ClearError(f"{folder} is not a folder with model weights; run the stage that makes it or `dvc pull` it.")
-    if (folder / _SAVING).exists():
-        raise ClearError(f"{folder} is half-written ({_SAVING} is still there); run the stage that makes it again.")
+    check_whole(folder)
     tokenizer = load_tokenizer(folder)
     config = read_config(folder, None if tokenizer is None else special_tokens(tokenizer))
     if tokenizer is not None:
@@ -437,7 +463,7 @@ def load_bagel(folder: Path | str, dtype: torch.dtype | None = torch.float32, de
         del model.bridge
         load_weights(bridge, folder / BRIDGE, dtype, device)
     load_weights(model, model_file(folder), dtype, device)
-    load_weights(vae, folder / VAE, dtype, device)
+    load_weights(vae, folder / VAE, dtype, "cpu" if torch.device(device).type == "meta" else device)
     if bridge is not None:
         model.bridge = bridge
     for table in (model.vit_pos_embed, model.latent_pos_embed):

@@ -14,7 +14,6 @@ Departure: METHOD §3 trains all weights; this is the single-GPU path that users
 """
 
 import copy
-import hashlib
 import json
 import re
 import warnings
@@ -33,7 +32,8 @@ from clear.config import Lora
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.bridge import LatentBridge
-from clear.model.checkpoint import BRIDGE, load_bagel, load_weights, save_bagel
+from clear.model.checkpoint import BRIDGE, check_whole, load_bagel, load_weights, save_bagel, write_folder
+from clear.records import file_sha256
 
 ADAPTER, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 TRAINED, REFERENCE = "default", "reference"
@@ -134,40 +134,32 @@ def set_dropout(model: nn.Module, share: float) -> None:
         layer.lora_dropout[TRAINED] = nn.Dropout(share) if share else nn.Identity()
 
 
-def _sha256(file: Path) -> str:
-    with file.open("rb") as source:
-        return hashlib.file_digest(source, "sha256").hexdigest()
-
-
-def fingerprint(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them."""
-    files = sorted(p for p in Path(folder).glob("*.*") if p.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in files}
-
-
 def save_adapter(
     folder: Path | str, model: Bagel, base: Path | str, files: dict[str, dict[str, Any]], dtype: torch.dtype
 ) -> None:
     """Write the adapter and the bridge of `model` in `dtype`, and what they belong to: `files` of the folder `base`.
 
-    The bytes depend on the adapter, the configuration and `base` only.
+    The bytes depend on the adapter, the configuration and `base` only. All files are written or none.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
 
     def stored(state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {k: v.detach().to(device="cpu", dtype=dtype).contiguous() for k, v in state.items()}
 
-    save_file(stored({PREFIX + k: v for k, v in _adapter_state(model).items()}), folder / ADAPTER, {"format": "pt"})
+    state = stored({PREFIX + k: v for k, v in _adapter_state(model).items()})
     settings = copy.copy(model.peft_config[TRAINED])
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     content = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
-    (folder / ADAPTER_CONFIG).write_text(json.dumps(content, indent=2, sort_keys=True, default=str) + "\n")
-    (folder / BRIDGE).unlink(missing_ok=True)
-    if getattr(model, "bridge", None) is not None:
-        save_file(stored(model.bridge.state_dict()), folder / BRIDGE)
     known = {"folder": str(base), "bridge": model.config.bridge, "files": files}
-    (folder / BASE).write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    texts = {
+        name: json.dumps(c, indent=2, sort_keys=True, default=str) + "\n"
+        for name, c in ((ADAPTER_CONFIG, content), (BASE, known))
+    }
+    writers = {ADAPTER: lambda path: save_file(state, path, {"format": "pt"})}
+    writers |= {name: lambda path, text=text: path.write_text(text) for name, text in texts.items()}
+    if getattr(model, "bridge", None) is not None:
+        bridge = stored(model.bridge.state_dict())
+        writers[BRIDGE] = lambda path: save_file(bridge, path)
+    write_folder(folder, writers, {BRIDGE} - writers.keys())
 
 
 def _read(file: Path) -> dict:
@@ -198,7 +190,7 @@ def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
         path = found / name
         wrong = not path.is_file() or path.stat().st_size != expected["bytes"]
         if not wrong and expected["bytes"] <= HASHED_ON_LOAD:
-            wrong = _sha256(path) != expected["sha256"]
+            wrong = file_sha256(path) != expected["sha256"]
         if wrong:
             raise ClearError(f"{path} is not the file that {folder} was trained on; restore it, or train again.")
     return found
@@ -218,6 +210,7 @@ def load_model(
         return model, vae.float(), tokenizer
     from peft import LoraConfig
 
+    check_whole(folder)
     weights = base_of(folder, base)
     if is_adapter(weights):
         raise ClearError(f"{folder} adapts {weights}, which is an adapter itself; merge that one first (clear merge).")

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from torch.utils.checkpoint import checkpoint
 
 from clear.model.cache import KVCache
+from clear.model.flex import attend_blocks
 
 
 @dataclass(frozen=True)
@@ -228,13 +230,14 @@ class LanguageModel(nn.Module):
         self.model = _Decoder(config)
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
         self.gradient_checkpointing = False
+        self.attention = "auto"  # without a cache: "dense" masks, "flex" block masks, or flex on CUDA only
 
     def forward(
         self,
         x_BLD: Tensor,
         is_gen_BL: Tensor,
         rope_BL: Tensor,
-        allowed_BLL: Tensor,
+        allowed_BLL: Tensor | BlockMask,
         cache: KVCache | None = None,
         valid_BL: Tensor | None = None,
         write: bool = False,
@@ -242,8 +245,8 @@ class LanguageModel(nn.Module):
     ) -> Hidden:
         """Run all layers over embedded tokens.
 
-        `allowed` is the attention rule among the tokens given here. With a cache every token also sees all of its
-        row's cached entries; with `write` the tokens marked `valid` are appended to it.
+        `allowed` is the attention rule among the tokens given here (a block mask only without a cache). With a cache
+        every token also sees all of its row's cached entries; with `write` those marked `valid` are appended to it.
         """
         routing = Routing.of(is_gen_BL)
         und, gen = routing.split(x_BLD)
@@ -261,8 +264,10 @@ class LanguageModel(nn.Module):
         return Hidden(self.model.norm(und), self.model.norm_moe_gen(gen), routing, kept)
 
 
-def _attention_plan(allowed: Tensor, cache: KVCache | None, valid: Tensor | None, write: bool):
+def _attention_plan(allowed: Tensor | BlockMask, cache: KVCache | None, valid: Tensor | None, write: bool):
     """The attention of one forward: (layer, q, k, v) → mixed values. The mask is built once for all layers."""
+    if isinstance(allowed, BlockMask):
+        return lambda _, q, k, v: attend_blocks(q, k, v, allowed)
     if cache is None:
         bias = as_bias(allowed)
         return lambda _, q, k, v: attend(q, k, v, bias)

@@ -12,12 +12,15 @@ One generalisation: a segment may belong to a *branch*. A branch sees the trunk 
 starts where the trunk's ended, so several questions about one image share its tokens in one row. Branches must
 follow the trunk; with no branches this is the published layout.
 
+Several samples may share one row, one behind the other, each with its own positions from 0 (`pack`, `layout`).
+
 allowed(q, k) = same sample ∧ (q ≥ k ∨ same image segment) ∧ (k not noise ∨ same noise segment)
                 ∧ (k on the trunk ∨ same branch).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,6 +164,7 @@ class Layout:
     sample: Tensor
     target: Tensor
     place: Tensor
+    blocks: Any = field(default=None, repr=False, compare=False)  # clear/model/flex.py keeps its mask here
 
     @classmethod
     def stack(cls, rows: Sequence[Row]) -> "Layout":
@@ -194,14 +198,22 @@ class Layout:
     def allowed(self) -> Tensor:
         """(B, L, L) bool: the attention rule, queries by keys."""
         index = torch.arange(self.ids.shape[1], device=self.ids.device)
-        q, k = (slice(None), slice(None), None), (slice(None), None, slice(None))
-        rule = (index[:, None] >= index[None, :])[None] | ((self.block[q] == self.block[k]) & (self.block[k] > 0))
-        rule &= self.sample[q] == self.sample[k]
-        rule &= (self.noise[k] == 0) | (self.noise[q] == self.noise[k])
-        if bool(self.branch.any()):
-            rule &= (self.branch[k] == 0) | (self.branch[q] == self.branch[k])
-        rule |= torch.eye(len(index), dtype=torch.bool, device=index.device)[None]
+        parts = self._parts()
+        query, key = [part[:, :, None] for part in parts], [part[:, None, :] for part in parts]
+        return _rule(index[None, :, None], index[None, None, :], query, key)
+
+    def mask_mod(self) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
+        """The attention rule as flex_attention asks for it: (row, head, query, key) indices → bool."""
+        parts = [part.to(torch.int32).contiguous() for part in self._parts()]
+
+        def rule(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return _rule(query, key, [part[row, query] for part in parts], [part[row, key] for part in parts])
+
         return rule
+
+    def _parts(self) -> list[Tensor]:
+        """What the rule reads of each token; branches only where there are any."""
+        return [self.block, self.sample, self.noise, *([self.branch] if bool(self.branch.any()) else [])]
 
     @classmethod
     def tokens(cls, ids: Tensor, rope: Tensor, valid: Tensor) -> "Layout":
@@ -231,6 +243,18 @@ class Layout:
         return Layout(**{name: getattr(self, name).to(device) for name in _FIELDS})
 
 
+def _rule(q: Tensor, k: Tensor, query: Sequence[Tensor], key: Sequence[Tensor]) -> Tensor:
+    """The attention rule for pairs of tokens: their indices in the row, and block, sample, noise (and branch) of each.
+
+    Written once, for whole tensors that broadcast and for the single pairs that a kernel asks about.
+    """
+    rule = ((q >= k) | ((query[0] == key[0]) & (key[0] > 0))) & (query[1] == key[1])
+    rule = rule & ((key[2] == 0) | (query[2] == key[2]))
+    if len(query) > 3:
+        rule = rule & ((key[3] == 0) | (query[3] == key[3]))
+    return rule | (q == k)
+
+
 _FIELDS = {
     "ids": 0,
     "kind": TEXT,
@@ -244,14 +268,51 @@ _FIELDS = {
 }
 
 
-def layout(conversations: Sequence[Sequence[Segment]], special: SpecialTokens, rope: Sequence[int] | None = None):
-    """One conversation per row. With `rope`, row i starts at that position (continuation of a cached context).
+def length(segments: Sequence[Segment]) -> int:
+    """Tokens of a conversation."""
+    total = 0
+    for segment in segments:
+        if isinstance(segment, Text):
+            total += len(segment.ids) + segment.bos + segment.eos
+        elif isinstance(segment, Image):
+            total += segment.grid[0] * segment.grid[1] + 2
+    return total
 
-    Returns (Layout, list of next positions).
+
+def pack(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which samples share a row of at most `budget` tokens: best fit, the longest first.
+
+    The numbers in a row ascend, and the rows by their first number. A sample beyond the budget is alone in its row.
     """
-    rows, ends = [], []
-    for i, segments in enumerate(conversations):
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        fits = [i for i, free in enumerate(room) if free >= lengths[sample]]
+        if fits:
+            best = min(fits, key=lambda i: (room[i], i))
+            rows[best].append(sample)
+            room[best] -= lengths[sample]
+        else:
+            rows.append([sample])
+            room.append(budget - lengths[sample])
+    return sorted(sorted(row) for row in rows)
+
+
+def layout(
+    conversations: Sequence[Sequence[Segment]],
+    special: SpecialTokens,
+    rope: Sequence[int] | None = None,
+    packed: Sequence[Sequence[int]] | None = None,
+):
+    """One conversation per row, or with `packed` the conversations of these numbers in each row, one after another.
+
+    With `rope`, conversation i starts at that position (continuation of a cached context). Returns (Layout, list of
+    next positions, by conversation). The contents of a packed layout follow its own order.
+    """
+    rows, ends = [], [0] * len(conversations)
+    for members in [[i] for i in range(len(conversations))] if packed is None else packed:
         row = Row()
-        ends.append(row.add(segments, special, 0 if rope is None else int(rope[i])))
+        for i in members:
+            ends[i] = row.add(conversations[i], special, 0 if rope is None else int(rope[i]))
         rows.append(row)
     return Layout.stack(rows), ends

@@ -15,6 +15,7 @@ a second restoration the image-free context is still free of images (the referen
 """
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -38,7 +39,9 @@ class Options:
     restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
     is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
     pixels, read by the ViT). noise_seed gives every prompt its own starting noise, whatever the batch. sigma > 0
-    records an SDE trajectory instead of the ODE, and excludes guidance (ClearError). temperature 0 is greedy.
+    records an SDE trajectory instead of the ODE, and excludes guidance (ClearError): noise enters in the steps
+    window[0] ≤ k < window[1] only (None: in all), and with `shared_noise` the rows of a group start from the same
+    noise, so that only the window tells them apart. temperature 0 is greedy.
     """
 
     restore: str = "auto"
@@ -51,9 +54,14 @@ class Options:
     max_restorations: int = 1
     batch: int = 64
     noise_seed: int | None = None
+    window: tuple[int, int] | None = None
+    shared_noise: bool = False
     guidance: flow.Guidance = field(default_factory=flow.Guidance)
 
     def __post_init__(self) -> None:
+        first, last = self.window or (0, self.flow_steps)
+        if not 0 <= first < last <= self.flow_steps:
+            raise ClearError(f"window = {self.window} must lie within the {self.flow_steps} flow steps, not empty.")
         if self.sigma > 0 and self.guidance.on:
             raise ClearError(
                 f"sigma = {self.sigma} with text guidance {self.guidance.text}: the log-probabilities of a stochastic "
@@ -72,7 +80,10 @@ class Reply:
 
 @dataclass
 class Restoration:
-    """A denoised latent x0 (N, C) on `grid`; with SDE, the states (S+1, N, C) and step log-probabilities (S,)."""
+    """A denoised latent x0 (N, C) on `grid`; with SDE, the states (S+1, N, C) and step log-probabilities (S,).
+
+    A step outside the SDE's window has no probability: NaN.
+    """
 
     x0: Tensor
     grid: tuple[int, int]
@@ -256,14 +267,20 @@ def _sample(logits: Tensor, temperature: float, generator) -> tuple[Tensor, Tens
 def _restore(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], grid, options: Options, generator, reencode) -> None:
     """Denoise a latent for every row and feed it back; the rows advance by one rope position."""
     shape = (len(rows.trajectories), grid[0] * grid[1], model.config.latent_channels)
-    if options.noise_seed is None:
+    if options.noise_seed is None and options.shared_noise:
+        owners = [t.prompt for t in rows.trajectories]
+        drawn = {n: torch.randn(shape[1:], generator=generator) for n in dict.fromkeys(owners)}
+        noise = torch.stack([drawn[n] for n in owners])
+    elif options.noise_seed is None:
         noise = torch.randn(shape, generator=generator)
     else:
         own = [torch.Generator().manual_seed(options.noise_seed + t.prompt) for t in rows.trajectories]
         noise = torch.stack([torch.randn(shape[1:], generator=g) for g in own])
     noise = noise.to(rows.rope.device)
     dropped = dropped_contexts(model, rows, prompts, options.guidance)
-    found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator, dropped)
+    same = options.shared_noise and options.restore == "always" and not rows.trajectories[0].restorations
+    twins = [t.prompt for t in rows.trajectories] if same else None
+    found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator, dropped, twins)
     for i, trajectory in enumerate(rows.trajectories):
         states = None if found.states is None else found.states[:, i]
         log_probs = None if found.log_probs is None else found.log_probs[:, i]
@@ -336,7 +353,7 @@ def velocities(model: Bagel, context: Context, grid: tuple[int, int], x: Tensor,
 
 @dataclass
 class Denoised:
-    """Final latents (B, N, C); with SDE, states (S+1, B, N, C) and log-probabilities (S, B)."""
+    """Final latents (B, N, C); with SDE, states (S+1, B, N, C) and log-probabilities (S, B), NaN outside its window."""
 
     x0: Tensor
     states: Tensor | None
@@ -352,10 +369,12 @@ def denoise(
     options: Options,
     generator: torch.Generator | None = None,
     dropped: Sequence[Context] = (),
+    twins: Sequence[int] | None = None,
 ) -> Denoised:
     """Integrate the flow from noise x (B, N, C) at the rows' next position, reading but not writing the cache.
 
     `dropped` are the contexts of `dropped_contexts` for `options.guidance`. Raises ClearError if one is missing.
+    Rows of the same number in `twins` have equal contexts and noise: up to the SDE's window they are computed once.
     """
     own, guidance = Context(cache, rope), options.guidance
     if len(dropped) + 1 < guidance.contexts:
@@ -366,20 +385,34 @@ def denoise(
     joint = join_contexts([own, *dropped][: guidance.contexts])
     times = flow.time_grid(options.flow_steps, options.shift).tolist()
     states, log_probs = [x], []
-    for t, t_next in itertools.pairwise(times):
+    noisy = range(*(options.window or (0, options.flow_steps)))
+    branch = noisy.start if twins is not None and options.sigma > 0 else 0
+    if branch:
+        kept = dict.fromkeys(twins)
+        one = torch.tensor([twins.index(twin) for twin in kept], device=x.device)
+        trunk, again = Context(cache.select(one), rope[one]), [list(kept).index(twin) for twin in twins]
+    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
+        if step < branch:
+            few = x[one]
+            x = flow.euler_step(few, velocities(model, trunk, grid, few, t), t, t_next)[again]
+            states.append(x)
+            log_probs.append(x.new_full((len(x),), math.nan))
+            continue
         if guidance.active(t):
             every = velocities(model, joint, grid, x.repeat(guidance.contexts, 1, 1), t)
             v, without_text, *rest = every.chunk(guidance.contexts)
             v = flow.guide(v, without_text, rest[0] if rest else None, guidance)
         else:
             v = velocities(model, own, grid, x, t)
-        if options.sigma > 0:
+        log_prob = x.new_full((len(x),), math.nan)
+        if options.sigma > 0 and step in noisy:
             z = torch.randn(x.shape, generator=generator).to(x.device)
             x, log_prob = flow.sde_step(x, v, z, t, t_next, options.sigma)
-            states.append(x)
-            log_probs.append(log_prob)
         else:
             x = flow.euler_step(x, v, t, t_next)
+        if options.sigma > 0:
+            states.append(x)
+            log_probs.append(log_prob)
     if options.sigma > 0:
         return Denoised(x, torch.stack(states), torch.stack(log_probs))
     return Denoised(x, None, None)

@@ -53,30 +53,34 @@ def collect(frames: dict[str, "pd.DataFrame"], bench: Path, count: int) -> list[
     if rows.empty:
         return []
     wanted = set(rows[KEY[:3]].itertuples(index=False, name=None))
-    samples = _find(bench, wanted)
+    samples = find([bench], wanted)
+    if lost := sorted(wanted - set(samples)):
+        raise ClearError(
+            f"{bench}: image {'/'.join(lost[0])} of data/predictions/grpo.parquet is not here; the benchmark was "
+            "remade after the evaluation: run `dvc repro evaluate@grpo`."
+        )
     answers = {name: frames[name].set_index(KEY) for name in SHOWN if name in frames}
-    return [_example(row, samples[row.sample, row.corruption, row.severity], answers) for row in _records(rows)]
+    return [_example(row, samples[row.sample, row.corruption, row.severity], answers) for row in records(rows)]
 
 
-def _records(rows: "pd.DataFrame") -> list:
+def records(rows: "pd.DataFrame") -> list:
+    """The rows of a table as objects with an attribute per column; missing values stay NaN."""
     from types import SimpleNamespace
 
     return [SimpleNamespace(**record) for record in rows.to_dict("records")]
 
 
-def _find(bench: Path, wanted: set[tuple[str, str, str]]) -> dict[tuple[str, str, str], Sample]:
+def find(folders: list[Path], wanted: set[tuple[str, str, str]]) -> dict[tuple[str, str, str], Sample]:
+    """The wanted (id, corruption, severity) among benchmark shards, as many as there are; stops at the last one."""
     found: dict[tuple[str, str, str], Sample] = {}
-    for sample in read_samples(bench, ["id", "image", "degraded", "corruption", "severity"]):
-        key = (sample.id, sample.corruption, sample.severity)
-        if key in wanted:
-            found[key] = sample
-            if len(found) == len(wanted):
-                return found
-    lost = sorted(wanted - set(found))[0]
-    raise ClearError(
-        f"{bench}: image {'/'.join(lost)} of data/predictions/grpo.parquet is not here; the benchmark was remade after "
-        "the evaluation: run `dvc repro evaluate@grpo`."
-    )
+    for folder in folders:
+        for sample in read_samples(folder, ["id", "image", "degraded", "corruption", "severity"]):
+            key = (sample.id, sample.corruption, sample.severity)
+            if key in wanted:
+                found[key] = sample
+                if len(found) == len(wanted):
+                    return found
+    return found
 
 
 def _example(row, sample: Sample, answers: dict[str, "pd.DataFrame"]) -> Example:

@@ -48,7 +48,7 @@ _STYLE = {
 
 
 @contextmanager
-def _figure(path: Path, rows: int, columns: int, size: tuple[float, float], **options):
+def figure_file(path: Path, rows: int, columns: int, size: tuple[float, float], **options):
     """Axes (rows, columns) of a new figure of `size` inches, written to `path` and closed on leaving."""
     import matplotlib
 
@@ -78,7 +78,7 @@ def _models(measured: dict) -> list[str]:
 
 def accuracy(path: Path, measured: dict[str, dict], confidence: float) -> None:
     """Accuracy in percent against severity, one line per model with its interval; `measured`: {model: metrics}."""
-    with _figure(path, 1, 1, (8.4, 4.6)) as (_, axes):
+    with figure_file(path, 1, 1, (8.4, 4.6)) as (_, axes):
         axis, models = axes[0, 0], _models(measured)
         for index, model in enumerate(models):
             found = measured[model]
@@ -106,7 +106,7 @@ def accuracy(path: Path, measured: dict[str, dict], confidence: float) -> None:
 def calls(path: Path, measured: dict[str, dict]) -> None:
     """Share of answers with a restoration in percent against severity, for the models that can restore."""
     shown = [name for name in _models(measured) if name not in ("base", "sft_direct")]
-    with _figure(path, 1, 1, (8.4, 4.0)) as (_, axes):
+    with figure_file(path, 1, 1, (8.4, 4.0)) as (_, axes):
         axis = axes[0, 0]
         for model in shown:
             rates = measured[model]["call_rate"]
@@ -143,14 +143,14 @@ def corruptions(path: Path, measured: dict[str, dict]) -> None:
     gains = {name: np.array(values[name]) - np.array(other[name]) for name in values}
     # Largest gain at hard first; a corruption without a comparison comes last.
     order = sorted(values, key=lambda name: (-np.nan_to_num(gains[name][-1], nan=-np.inf), name))
-    with _figure(path, 1, 2, (9.0, 0.36 * max(len(order), 4) + 1.4), sharey=True) as (figure, axes):
+    with figure_file(path, 1, 2, (9.0, 0.36 * max(len(order), 4) + 1.4), sharey=True) as (figure, axes):
         grid = np.array([values[name] for name in order]).reshape(len(order), len(levels))
         difference = np.array([gains[name] for name in order]).reshape(len(order), len(levels))
         limit = max(10.0, float(np.nanmax(np.abs(difference)))) if np.isfinite(difference).any() else 10.0
         left = axes[0, 0].imshow(grid, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         right = axes[0, 1].imshow(difference, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
-        _cells(axes[0, 0], grid, "{:.0f}", lambda value: "black" if value > 55 else "white")
-        _cells(axes[0, 1], difference, "{:+.0f}", lambda value: "white" if abs(value) > 0.7 * limit else "black")
+        cell_labels(axes[0, 0], grid, "{:.0f}", lambda value: "black" if value > 55 else "white")
+        cell_labels(axes[0, 1], difference, "{:+.0f}", lambda value: "white" if abs(value) > 0.7 * limit else "black")
         for axis, title in zip(axes[0], ("CLEAR: right answers (%)", "CLEAR minus base (points)"), strict=True):
             axis.set_title(title)
             axis.grid(visible=False)
@@ -163,7 +163,7 @@ def corruptions(path: Path, measured: dict[str, dict]) -> None:
         figure.colorbar(right, ax=axes[0, 1], fraction=0.05)
 
 
-def _cells(axis, grid: np.ndarray, form: str, colour) -> None:
+def cell_labels(axis, grid: np.ndarray, form: str, colour) -> None:
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):
             text = form.format(value + 0.0) if round(value) else "0"
@@ -176,7 +176,7 @@ def quality(path: Path, measured: dict[str, dict]) -> None:
     """PSNR (dB) and SSIM before and after restoration per level, for every model that restored."""
     shown = [name for name in _models(measured) if measured[name]["psnr"]]
     labels = {"psnr": "PSNR to the clean image (dB)", "ssim": "SSIM to the clean image (1 = equal)"}
-    with _figure(path, 1, 2, (9.4, 3.9)) as (figure, axes):
+    with figure_file(path, 1, 2, (9.4, 3.9)) as (figure, axes):
         for axis, (name, label) in zip(axes[0], labels.items(), strict=True):
             for index, model in enumerate(shown):
                 for severity, pair in measured[model][name].items():
@@ -219,7 +219,7 @@ def losses(path: Path, curves: dict[str, "pd.DataFrame"]) -> bool:
         return False
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
-    with _figure(path, height, columns, (3.3 * columns + 0.4, 2.4 * height)) as (_, axes):
+    with figure_file(path, height, columns, (3.3 * columns + 0.4, 2.4 * height)) as (_, axes):
         for axis, (stage, phase, rows) in zip(axes.flat, panels, strict=False):
             _line(axis, rows.step, rows.loss, "#333333")
             axis.set_title(f"{stage}: {phase}" if str(phase) not in ("", stage) else stage)
@@ -231,7 +231,15 @@ def losses(path: Path, curves: dict[str, "pd.DataFrame"]) -> bool:
 
 
 _REWARD_PANELS = {
-    "Rewards": ("points (0 to 1)", {"reward": "total", "reward_format": "format", "reward_decision": "decision"}),
+    "Rewards": (
+        "points (0 to 1)",
+        {
+            "reward": "total",
+            "reward_format": "format",
+            "reward_decision": "decision",
+            "reward_answer": "probability of the right answer",
+        },
+    ),
     "Rewarded and true accuracy": (
         "share right",
         {"reward_accuracy": "training rollouts", "accuracy_holdout": "held-out images"},
@@ -240,11 +248,16 @@ _REWARD_PANELS = {
     "Distance from the start": ("KL (nats per token)", {"kl": "KL"}),
     "On-policy check": ("largest |ratio − 1|", {"ratio_error": "before the update"}),
     "Variety of the answers": ("entropy (nats)", {"entropy": "entropy"}),
+    "Groups that teach": (
+        "share with unequal rewards",
+        {"groups_with_variance": "text", "image_groups_with_variance": "image"},
+    ),
+    "Clipped": ("share of ratios", {"clipped": "text tokens", "image_clipped": "image steps"}),
 }
 RATIO_LIMIT = 1e-3
 """Largest deviation of the on-policy probability ratio from 1 that rounding may cause."""
 
-_REWARD_COLOURS = ("#0072B2", "#E69F00", "#009E73")
+_REWARD_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
 def rewards(path: Path, frame: "pd.DataFrame") -> bool:
@@ -258,7 +271,7 @@ def rewards(path: Path, frame: "pd.DataFrame") -> bool:
         return False
     columns = min(3, len(panels))
     height = -(-len(panels) // columns)
-    with _figure(path, height, columns, (3.4 * columns + 0.4, 2.7 * height)) as (_, axes):
+    with figure_file(path, height, columns, (3.4 * columns + 0.4, 2.7 * height)) as (_, axes):
         for axis, (title, unit, names) in zip(axes.flat, panels, strict=False):
             for colour, (name, label) in zip(_REWARD_COLOURS, names.items(), strict=False):
                 rows = frame[frame[name].notna()]
@@ -290,7 +303,7 @@ def _line(axis, steps: "pd.Series", values: "pd.Series", colour: str, label: str
 
 def pictures(path: Path, panels: list[tuple[str, np.ndarray]]) -> None:
     """A strip of uint8 RGB images (H, W, 3) side by side, each below its title, enlarged without smoothing."""
-    with _figure(path, 1, len(panels), (2.3 * len(panels), 2.75)) as (_, axes):
+    with figure_file(path, 1, len(panels), (2.3 * len(panels), 2.75)) as (_, axes):
         for axis, (title, image) in zip(axes[0], panels, strict=True):
             axis.imshow(image, interpolation="nearest")
             axis.set_title(title, fontsize=9)

@@ -6,6 +6,7 @@ predictions is named in the first lines and left out of every table; it is never
 """
 
 import base64
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -62,6 +63,7 @@ class Inputs:
 
     `frames` {model: predictions}, `claims` decided on them, `curves` {stage: frame of data/plots/<stage>.csv},
     `stage_metrics` {name: data/metrics/<name>.json}, `records` {stage: run record}, `examples` from gallery.collect.
+    `beyond` {model: {row: figures}} for what is no part of MMD-Bench.
     """
 
     profile: str
@@ -72,6 +74,7 @@ class Inputs:
     records: dict[str, dict]
     examples: list["gallery.Example"]
     bootstrap: Bootstrap
+    beyond: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
 def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
@@ -97,6 +100,8 @@ def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
         _data(inputs.stage_metrics),
         _reproduce(inputs.profile),
     ]
+    if inputs.beyond:
+        sections.insert(3, Section("Beyond MMD-Bench", [tables.beyond(inputs.beyond)]))
     return lines, sections
 
 
@@ -271,14 +276,43 @@ def _markdown(block: Block) -> str:
 
 def html(profile: str, lines: list[str], sections: list[Section], folder: Path) -> str:
     """The report as one page with the pictures of `folder` inlined."""
+    return page(TEMPLATE, folder, _mark, profile=profile, lines=lines, sections=sections)
+
+
+def page(template: Path, folder: Path, mark: Callable[[str], tuple[str, str]], **values) -> str:
+    """One self-contained page: `template` extends page.html, pictures are read from `folder` and inlined.
+
+    `mark` gives a table cell's class (good, bad, unknown, number or none) and the text to show. The page's `sections`
+    have a title and blocks.
+    """
     import jinja2
 
     environment = jinja2.Environment(
-        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+        loader=jinja2.FileSystemLoader([template.parent, TEMPLATE.parent]),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
     )
     environment.filters["kind"] = lambda block: type(block).__name__
     environment.filters["inline"] = lambda file: base64.b64encode((folder / file).read_bytes()).decode()
-    return environment.from_string(TEMPLATE.read_text()).render(profile=profile, lines=lines, sections=sections)
+    environment.filters["mark"] = mark
+    return environment.get_template(template.name).render(**values)
+
+
+_MARKS = {
+    "HELD, NOT CERTAIN": ("unknown", "(✓) "),
+    "HELD": ("good", "✓ "),
+    "DOES NOT HOLD": ("bad", "✗ "),
+    "NOT MEASURED": ("unknown", "? "),
+}
+
+
+def _mark(cell: str) -> tuple[str, str]:
+    kind, sign = _MARKS.get(cell, ("", ""))
+    if not kind and cell and cell[0] in "0123456789+-–" and len(cell) < 30:
+        kind = "number"
+    return kind, sign + cell
 
 
 def write(inputs: Inputs, folder: Path) -> None:

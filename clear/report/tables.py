@@ -56,6 +56,22 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
+def beyond(found: dict[str, dict[str, dict]]) -> Table:
+    """Accuracy per model, one row per set that came degraded and per further degradation and level."""
+    models = [name for name in MODELS if name in found]
+    rows = list(dict.fromkeys(row for name in models for row in found[name]))
+    cells = []
+    for row in rows:
+        figures = [found[name].get(row) for name in models]
+        questions = next(f["questions"] for f in figures if f)
+        cells.append([row, str(questions), *("" if f is None else f"{100 * f['accuracy']:.1f}" for f in figures)])
+    caption = (
+        "Accuracy in percent on pictures that came degraded (data/incoming) and on degradations beyond the sixteen. No "
+        "figure of MMD-Bench counts them."
+    )
+    return Table(["set or degradation", "questions", *(NAMES[name] for name in models)], cells, caption)
+
+
 def claims_table(claims: list[Claim], confidence: float) -> Table:
     """One row per claim: verdict, estimate, interval, smallest detectable effect, what decides."""
     rows = []

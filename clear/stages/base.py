@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from clear.config import Config
-from clear.records import file_sha256, read_samples, write_json
+from clear.errors import ClearError
+from clear.records import read_samples, write_json
 from clear.runtime import apply_runtime
 
 OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
@@ -17,6 +18,11 @@ def run(config: Config) -> None:
     if config.model.checkpoint:
         _manifest(Path(config.model.checkpoint))
         return
+    if config.source.kind != "scenes":
+        raise ClearError(
+            f"params: source.kind = {config.source.kind} needs a pretrained model (model.checkpoint = its folder); "
+            "training from scratch knows the words and labels of scenes only."
+        )
     from clear.model.bagel import Bagel
     from clear.model.checkpoint import save_bagel
     from clear.model.images import ImageBank
@@ -66,10 +72,10 @@ def run(config: Config) -> None:
 
 def _manifest(folder: Path) -> None:
     """List the files of a checkpoint folder with their hashes; the weights stay where they are."""
-    from clear.model.checkpoint import read_config
+    from clear.model.checkpoint import fingerprint, read_config
 
     read_config(folder)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in sorted(folder.glob("*.*"))}
+    files = fingerprint(folder)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})
     write_json(METRICS, {"files": len(files)})

@@ -13,6 +13,7 @@ from clear.config import Config
 from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned
 from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, TRAINING_WEIGHTS, draw
+from clear.degradation.registry import chosen, extras
 from clear.records import Sample, ShardWriter, read_samples, write_json
 from clear.sources.intake import Intake
 
@@ -43,11 +44,16 @@ def write_rejects(came: Intake, file: Path = REJECTS) -> None:
 def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[str, dict[str, int]]:
     folder, settings = SAMPLES / split, config.degrade
     copies = settings.validation_copies if split == "validation" else 1
-    variants = _cycled(folder, copies) if split == "validation" else _drawn(folder, settings.severity_weights)
+    names = chosen(settings.plugins, settings.presets)
+    weights = TRAINING_WEIGHTS | {entry.label: entry.weight for entry in extras(names).values()}
+    drawn = _drawn(folder, weights, settings.severity_weights)
+    variants = _cycled(folder, copies) if split == "validation" else drawn
     counts: dict[str, dict[str, int]] = {}
     writer = ShardWriter(DEGRADED / split)
     total = count_rows(folder) * copies
-    for sample in degraded_samples(variants, settings.size_scale, settings.workers, total, f"degrade {split}"):
+    for sample in degraded_samples(
+        variants, settings.size_scale, settings.workers, total, f"degrade {split}", names, settings.cluster
+    ):
         writer.add(sample)
         row = counts.setdefault(sample.corruption, {})
         row[sample.severity] = row.get(sample.severity, 0) + 1
@@ -57,9 +63,9 @@ def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[s
     return counts
 
 
-def _drawn(folder: Path, severity_weights: list[float]) -> Iterator[tuple[Sample, str, str]]:
+def _drawn(folder: Path, weights: dict[str, float], severity_weights: list[float]) -> Iterator[tuple[Sample, str, str]]:
     for sample in read_samples(folder):
-        yield sample, *draw(sample.id, TRAINING_WEIGHTS, severity_weights)
+        yield sample, *draw(sample.id, weights, severity_weights)
 
 
 def _cycled(folder: Path, copies: int) -> Iterator[tuple[Sample, str, str]]:

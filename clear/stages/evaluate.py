@@ -1,7 +1,7 @@
 """Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary.
 
-The benchmark slice of what came degraded (data/bench/incoming) is answered apart, after MMD-Bench, so that no figure of
-MMD-Bench depends on it.
+What came degraded (data/bench/incoming) and copies by further degradations (data/bench/extra) are answered apart, after
+MMD-Bench, so that no figure of MMD-Bench depends on them.
 """
 
 from collections.abc import Container
@@ -47,12 +47,18 @@ def run(config: Config, model: str) -> None:
     if came := list(read_samples("data/bench/incoming")):
         partners = [replace(s, degraded=None, corruption=CLEAN, severity=CLEAN, questions=()) for s in came]
         rows += _answered(answerer, partners + came, model, restore, feedback, "milliseconds_per_incoming_question")
+    if extra := list(read_samples("data/bench/extra")):
+        shown = {s.id for s in extra}
+        partners = [replace(s, questions=()) for s in benchmark if s.degraded is None and s.id in shown]
+        rows += _answered(answerer, partners + extra, model, restore, feedback, "milliseconds_per_extra_question")
     out = Path("data/predictions") / f"{model}.parquet"
     predictions.write(out, rows)
     e = config.evaluate
     found = predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed)
     if came:
         found["incoming"] = predictions.incoming_metrics(predictions.read_incoming(out))
+    if extra:
+        found["extra"] = predictions.extra_metrics(predictions.read_extra(out))
     write_json(f"data/metrics/evaluate_{model}.json", found)
 
 

@@ -1,35 +1,58 @@
 """Stage `grpo`: interleaved GRPO from the bridge model on the rl split."""
 
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.records import read_samples, write_json
+from clear.records import Question, read_samples, write_json
 from clear.runtime import apply_runtime
 
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
 
-def run(config: Config) -> None:
-    """Train and write data/models/grpo, its curves and the first and last figures."""
-    apply_runtime(config)
+    from clear.endpoint import Client
+    from clear.model.bagel import Bagel
+    from clear.reasoning.answering import Answerer
+    from clear.reasoning.engine import Options
+    from clear.reasoning.prompts import Prompt
+    from clear.training.load import Incoming
+
+INPUTS = ("data/models/bridge", "data/degraded/rl", "data/degraded/validation")
+
+
+@dataclass
+class Work:
+    """The model to train and what it is trained on; `holdout` is its true accuracy on degraded validation images."""
+
+    start: "Incoming"
+    answerer: "Answerer"
+    prompts: "list[Prompt]"
+    questions: list[Question]
+    options: "Options"
+    holdout: "Callable[[Bagel], float]"
+
+
+def prepare(config: Config) -> Work:
+    """Load the bridge model and the prompts, and choose what is trained."""
     from clear.model import lora
     from clear.reasoning.answering import Answerer
     from clear.reasoning.engine import Options
     from clear.reasoning.prompts import make_prompt, question_text
-    from clear.stages.paths import checkpoint_dir, model_folder
-    from clear.training.grpo import train
-    from clear.training.load import incoming, save, trainable
-    from clear.training.parallel import rank
-    from clear.training.trainer import StageRun
+    from clear.stages.paths import model_folder
+    from clear.training import sft
+    from clear.training.load import incoming, trainable
 
-    start = incoming(model_folder("bridge", config), config)
+    s, g = config.sampling, config.grpo
+    start = incoming(model_folder("bridge", config), config, whole=False)
     model, tokenizer = start.model, start.tokenizer
     lora.set_dropout(model, 0.0)
     answerer = Answerer(model, start.vae, tokenizer, config)
-    work = StageRun(
-        "grpo", config, ["data/models/bridge", "data/degraded/rl", "data/degraded/validation"], checkpoint_dir("grpo")
-    )
     samples = list(read_samples("data/degraded/rl"))
-    clean = round(config.grpo.clean_share * len(samples))
+    clean = round(g.clean_share * len(samples))
     shown = [s.image if i < clean else s.seen for i, s in enumerate(samples)]
     bank = answerer.bank(shown, [s.key for s in samples])
     asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:1]]
@@ -39,12 +62,13 @@ def run(config: Config) -> None:
     held_bank = answerer.bank([s.seen for s in held], [s.key for s in held])
     held_asked = [(i, q) for i, s in enumerate(held) for q in s.questions[:1]]
 
-    def holdout(_) -> float:
+    def holdout(policy) -> float:
+        answerer.model = policy  # sharded weights cannot answer; this is a whole copy of them
         answers = answerer.answer(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
-    s, g = config.sampling, config.grpo
     options = Options(
+        restore=g.restore,
         flow_steps=s.flow_steps,
         shift=s.shift,
         sigma=g.sigma,
@@ -52,16 +76,48 @@ def run(config: Config) -> None:
         max_tokens=s.max_think_tokens,
         max_restorations=s.max_restorations,
         batch=s.batch,
+        shared_noise=g.shared_noise,
     )
-    trainable(model)
-    before = holdout(model)
-    train(work, model, tokenizer, prompts, [q for _, q in asked], options, holdout)
-    save(Path("data/models/grpo"), start, config)
-    first, last = work.curve[0], work.curve[-1]
+    never = (*sft.FROZEN, *(sft.GENERATION if g.experts == "und" else ()))
+    trainable(model, sft.GENERATION if g.experts == "gen" else (), never)
+    return Work(start, answerer, prompts, [q for _, q in asked], options, holdout)
+
+
+def _judge(config: Config) -> "AbstractContextManager[Client | None]":
+    """The judge that `grpo.accuracy` asks for, its replies kept beside the project; nothing for exact match."""
+    from clear.endpoint import connect
+    from clear.stages.paths import replies_file
+
+    if config.grpo.accuracy == "exact":
+        return nullcontext()
+    return connect(config.judge, "judge", replies_file("judge"))
+
+
+def run(config: Config) -> None:
+    """Train and write data/models/grpo, its curves and the first and last figures."""
+    apply_runtime(config)
+    from clear.stages.paths import checkpoint_dir, record_run
+    from clear.training import sharded
+    from clear.training.grpo import train
+    from clear.training.load import save
+    from clear.training.parallel import rank
+    from clear.training.trainer import StageRun
+
+    work = prepare(config)
+    run = StageRun("grpo", config, INPUTS, checkpoint_dir("grpo"))
+    before = None if sharded.enabled() else work.holdout(work.start.model)
+    with _judge(config) as judge:
+        model, given = work.start.model, (work.prompts, work.questions, work.options, work.holdout)
+        done = train(run, model, work.start.tokenizer, *given, judge)
+    save(Path("data/models/grpo"), work.start, config)
+    first, last = run.curve[0], run.curve[-1]
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")
     figures = {f"{when}_{n}": row.get(n) for when, row in (("first", first), ("last", last)) for n in names}
-    after = holdout(model)
+    after = work.holdout(work.start.model)
+    before = first.get("accuracy_holdout") if before is None else before
     if rank() == 0:
-        found = {"holdout_before": before, "holdout_after": after, "steps": g.steps, **figures}
+        found = {"holdout_before": before, "holdout_after": after, "steps": done.steps, "stopped": done.stopped}
+        found |= figures
         write_json("data/metrics/grpo.json", found)
-    work.finish("data/plots/grpo.csv")
+        record_run("grpo", **{f"{name}_seconds_per_step": value for name, value in done.seconds_per_step.items()})
+    run.finish("data/plots/grpo.csv")

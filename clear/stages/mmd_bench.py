@@ -3,7 +3,7 @@
 Reads data/samples/bench, writes data/bench/{clean,degraded} and data/metrics/mmd_bench.json. Protocol `row`: one
 corruption per image at three levels, as the published generator; `full`: all 48 variants, as the paper says. The
 benchmark slice of what came degraded (data/incoming) lies apart, in data/bench/incoming, and counts for no figure of
-MMD-Bench.
+MMD-Bench; neither do copies by degradations beyond the sixteen (plugins, presets), in data/bench/extra.
 
 Departure (METHOD §8 item 15): `row` deals the corruptions out evenly instead of drawing them, and every row records
 what it got. Two images that share a minimal pair get the same corruption, so that a pair stays minimal.
@@ -19,6 +19,7 @@ from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.incoming import planned
 from clear.degradation.protocol import PROTOCOL_VERSION, SEVERITIES, order_of
+from clear.degradation.registry import chosen, extras
 from clear.records import Sample, ShardWriter, read_samples, write_json
 
 SAMPLES, BENCH, METRICS = Path("data/samples/bench"), Path("data/bench"), Path("data/metrics/mmd_bench.json")
@@ -36,15 +37,41 @@ def run(config: Config) -> None:
         counts["questions"] += len(kept.questions)
         clean.add(kept)
     clean.close()
+    extra = _write_extra(outline, config)
     report = {
         "protocol": settings.protocol,
         "protocol_version": PROTOCOL_VERSION,
         "clean": counts,
         "degraded": _write_degraded(plan, config),
     }
+    if extra:
+        report["extra"] = extra
     if came := _write_incoming(config):
         report["incoming"] = came
     write_json(METRICS, report)
+
+
+def _write_extra(outline: list[Sample], config: Config) -> dict[str, int]:
+    """Write the copies by further degradations (plugins, presets) apart: one type per image, dealt out as in `row`, at
+    all levels; an empty shard without any. Returns images per type."""
+    names = chosen(config.degrade.plugins, config.degrade.presets)
+    plan = corruption_plan(outline, list(extras(names))) if extras(names) else {}
+
+    def variants() -> Iterator[tuple[Sample, str, str]]:
+        for sample in read_samples(SAMPLES) if plan else ():
+            kept = _keep(sample, config.mmd_bench.degraded_questions)
+            yield from ((kept, label, severity) for label in plan[sample.id] for severity in SEVERITIES)
+
+    counts = dict.fromkeys(extras(names), 0)
+    settings, total = config.degrade, len(plan) * len(SEVERITIES)
+    writer = ShardWriter(BENCH / "extra")
+    for sample in degraded_samples(
+        variants(), settings.size_scale, settings.workers, total, "extra" * bool(plan), names
+    ):
+        writer.add(sample)
+        counts[sample.corruption] += 1
+    writer.close()
+    return counts
 
 
 def _write_incoming(config: Config) -> dict[str, dict[str, int]]:
@@ -69,7 +96,14 @@ def _write_degraded(plan: dict[str, tuple[str, ...]], config: Config) -> dict:
     total = sum(len(corruptions) for corruptions in plan.values()) * len(SEVERITIES)
     cells = {c: {s: {"images": 0, "questions": 0} for s in SEVERITIES} for c in CORRUPTIONS}
     writer = ShardWriter(BENCH / "degraded")
-    stream = degraded_samples(variants(), config.degrade.size_scale, config.degrade.workers, total, "mmd_bench")
+    stream = degraded_samples(
+        variants(),
+        config.degrade.size_scale,
+        config.degrade.workers,
+        total,
+        "mmd_bench",
+        cluster=config.degrade.cluster,
+    )
     for sample in stream:
         writer.add(sample)
         cell = cells[sample.corruption][sample.severity]
@@ -87,15 +121,15 @@ def _keep(sample: Sample, count: int) -> Sample:
     return replace(sample, questions=tuple(pairs + others[: max(0, count - len(pairs))]))
 
 
-def corruption_plan(samples: Iterable[Sample]) -> dict[str, tuple[str, ...]]:
-    """One corruption for every sample id (protocol `row`), from ids and questions alone.
+def corruption_plan(samples: Iterable[Sample], names: Iterable[str] = tuple(CORRUPTIONS)) -> dict[str, tuple[str, ...]]:
+    """One corruption of `names` for every sample id (protocol `row`), from ids and questions alone.
 
     Images joined by minimal pairs are dealt out together, larger groups first, each to the corruption that has the
     fewest images so far: counts differ by at most one if there are enough single images to fill up, else by less than
     the largest group. The order of the deal is a fixed shuffle of the ids, so the order of the input is of no account.
     """
     groups = sorted(_pair_groups(samples), key=lambda ids: (-len(ids), order_of(ids[0])))
-    load = dict.fromkeys(CORRUPTIONS, 0)
+    load = dict.fromkeys(names, 0)
     plan = {}
     for ids in groups:
         corruption = min(load, key=load.__getitem__)

@@ -9,6 +9,7 @@ its report in the user's own folder. Nothing here may enter a tracked output.
     $CLEAR_HOME/runs/<profile>/<stage>.json       seconds, memory and whatever the stage adds with `record_run`
     $CLEAR_HOME/scratch/<profile>/                copies of the workspace for other profiles
     $CLEAR_HOME/../data/report/<profile>/         the report
+    $CLEAR_HOME/../data/replies/<name>.sqlite     paid replies of a teacher or judge, kept by `make clean`
 """
 
 import json
@@ -53,6 +54,11 @@ def profile(workspace: Path | str = "") -> str:
 def report_dir(name: str | None = None) -> Path:
     """Folder of the rendered report of a profile (default: the current one), created if need be."""
     return _made(home().parent / "data" / "report" / (name or profile()))
+
+
+def replies_file(name: str) -> Path:
+    """Where the replies of an endpoint (`teacher`, `judge`) are kept; every profile and scratch copy shares them."""
+    return _made(home().parent / "data" / "replies") / f"{name}.sqlite"
 
 
 def checkpoint_dir(stage: str) -> Path:

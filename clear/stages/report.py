@@ -1,10 +1,12 @@
 """Stage `report`: predictions, metrics, curves and run records → the report and the tracked table of claims.
 
 Reads data/predictions/<model>.parquet, data/metrics, data/plots and data/bench/degraded; writes the rendered report to
-the report's folder (a run record, not tracked) and data/metrics/report.json (tracked, without clock or machine).
+the report's folder (a run record, not tracked), and without clock or machine data/metrics/report.json (claims),
+data/metrics/summary.json (the few figures that `dvc metrics diff` compares) and data/plots/accuracy.csv (DVC's plot).
 """
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,8 @@ from clear.records import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from clear.report.claims import Bootstrap
 
 CURVES = ("base", "sft", "sft_direct", "bridge", "grpo")
 METRICS = ("source", "degrade", "mmd_bench", "validate", "base", "traces", "sft", "sft_direct", "bridge", "grpo")
@@ -42,15 +46,53 @@ def run(config: Config, data: Path = Path("data")) -> None:
         records=records,
         examples=gallery.collect(frames, data / "bench" / "degraded", config.report.pictures),
         bootstrap=bootstrap,
+        beyond=read_beyond(data, frames),
     )
     render.write(inputs, report_dir())
     write_json(data / "metrics" / "report.json", to_json(claims, frames, bootstrap))
+    write_summary(data, frames, bootstrap)
+
+
+def write_summary(data: Path, frames: dict[str, "pd.DataFrame"], bootstrap: "Bootstrap") -> None:
+    """metrics/summary.json {model: {level: accuracy, restores_hard: share}} and plots/accuracy.csv, a row per level."""
+    import pandas as pd
+
+    from clear.report.claims import LEVELS
+
+    figures, rows = {}, []
+    for model, frame in frames.items():
+        found = predictions.metrics(frame, bootstrap.confidence, bootstrap.resamples, bootstrap.seed)
+        figures[model] = {LEVELS[level]: value for level, value in found["accuracy"].items()}
+        if frame.restored.any():
+            figures[model]["restores_hard"] = found["call_rate"].get("high")
+        rows += [(model, LEVELS[level], value, *found["interval"][level]) for level, value in found["accuracy"].items()]
+    write_json(data / "metrics" / "summary.json", figures)
+    file = data / "plots" / "accuracy.csv"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table = pd.DataFrame(rows, columns=["model", "level", "accuracy", "low", "high"])
+    table.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
 
 
 def read_frames(data: Path) -> dict[str, "pd.DataFrame"]:
     """The predictions that are there, by model in the order of the report."""
     files = {model: data / "predictions" / f"{model}.parquet" for model in predictions.MODELS}
     return {model: predictions.read(file) for model, file in files.items() if file.exists()}
+
+
+def read_beyond(data: Path, models: Iterable[str]) -> dict[str, dict[str, dict]]:
+    """{model: {row: figures}} outside MMD-Bench: one row per set that came degraded, and per further degradation and
+    level. Empty where there is neither."""
+    from clear.report.claims import LEVELS
+
+    found = {}
+    for model in models:
+        file = data / "predictions" / f"{model}.parquet"
+        further = predictions.extra_metrics(predictions.read_extra(file))
+        rows = {f"{name}, {LEVELS[level]}": figures for name, row in further.items() for level, figures in row.items()}
+        rows = predictions.incoming_metrics(predictions.read_incoming(file)) | rows
+        if rows:
+            found[model] = rows
+    return found
 
 
 def read_curves(data: Path) -> dict[str, "pd.DataFrame"]:

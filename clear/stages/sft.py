@@ -19,7 +19,7 @@ def run(config: Config, direct: bool = False) -> None:
     from clear.training.trainer import StageRun, optimise
 
     name = "sft_direct" if direct else "sft"
-    start = incoming(model_folder("base", config), config)
+    start = incoming(model_folder("base", config), config, whole=False)
     model, ema = start.model, config.sft.ema
     data = trace_data(start.tokenizer, start.vae, config)
     work = StageRun(name, config, ["data/models/base", "data/traces", "data/degraded/sft"], checkpoint_dir(name))

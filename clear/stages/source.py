@@ -1,7 +1,8 @@
 """Stage `source`: clean samples, split once into five sets that share no image.
 
-Reads `config.source`, writes data/samples/<split>/ and data/metrics/source.json. The bytes depend on the seed, the
-image size and the counts, not on the number of worker processes.
+Reads `config.source`, writes data/samples/<split>/, data/rejects/source.parquet and data/metrics/source.json. Scenes
+are rendered: their bytes depend on the seed, the image size and the counts, not on the number of worker processes. The
+other kinds read data below data/raw (docs/DATA.md); what cannot be used goes to the rejects with its reason.
 """
 
 import multiprocessing
@@ -10,21 +11,25 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
 
-from clear.config import Config
+from clear.config import Config, Source
 from clear.errors import ClearError
-from clear.records import Sample, read_samples, write_json, write_samples
+from clear.records import Sample, ShardWriter, read_samples, write_json, write_samples
+from clear.rejects import Reject, RejectWriter
 from clear.sources.questions import blind_baseline
+from clear.sources.rows import SPLITS, Examined, assigned, examined
 from clear.sources.scenes import check_request, couple
 
-SPLITS = ("pretrain", "sft", "rl", "validation", "bench")
 SAMPLES = Path("data/samples")
-METRICS = Path("data/metrics/source.json")
+METRICS, REJECTS = Path("data/metrics/source.json"), Path("data/rejects/source.parquet")
+RAW = Path("data/raw")
+_SHARD = 64 * 2**20  # image bytes of a shard of real data: five are filled at a time
 _WINDOW, _CHUNK = 1024, 16  # couples handed to the pool at once, and per task: bounds what waits in memory
 
 
@@ -34,6 +39,9 @@ def run(config: Config) -> None:
     Raises ClearError for counts that scenes cannot have, and for an image that occurs twice.
     """
     source = config.source
+    if source.kind != "scenes":
+        _read_raw(config)
+        return
     counts = {split: getattr(source, split) for split in SPLITS}
     for split, count in counts.items():
         check_request(split, count, source.questions_per_image)
@@ -46,7 +54,87 @@ def run(config: Config) -> None:
             made = chain.from_iterable(over(make, count // 2))
             shown = tqdm(made, desc=f"source {split}", total=count, unit="image", mininterval=1)
             write_samples(SAMPLES / split, distinct(shown, owners))
+    with RejectWriter(REJECTS):
+        pass
     write_json(METRICS, metrics({split: _questions_only(split) for split in SPLITS}))
+
+
+def _read_raw(config: Config) -> None:
+    """Sample the rows below `source.path`, and if it is set all of `source.bench_path` into the split bench."""
+    source = config.source
+    workers = config.degrade.workers or os.cpu_count() or 1
+    writers = {split: ShardWriter(SAMPLES / split, size=_SHARD) for split in SPLITS}
+    counts: dict[str, Counter] = {name: Counter() for name in ("images", "questions", "rejected", "not_sampled")}
+    held_out: set[bytes] = set()
+    shares = list(source.shares)
+
+    def keep(items: Iterable[Sample | Reject]) -> None:
+        for item in items:
+            if isinstance(item, Reject):
+                rejects.add(item)
+                counts["rejected"][item.reason] += 1
+            elif item.split:
+                writers[item.split].add(item)
+                counts["images"][item.split] += 1
+                counts["questions"][item.split] += len(item.questions)
+            else:
+                counts["not_sampled"]["images"] += 1
+
+    with RejectWriter(REJECTS) as rejects:
+        if source.bench_path:
+            shares[-1] = 0.0  # and no rule of sampling applies to a benchmark
+            whole = replace(source, kind="lmudata", min_side=0, max_aspect=0.0, skip_cjk=False)
+            found = _found("lmudata", source.bench_path, whole, workers, "bench_path")
+            keep(assigned(_noting(found, held_out), config.seed, [0.0, 0.0, 0.0, 0.0, 1.0]))
+        found = _found(source.kind, source.path, source, workers, "path")
+        keep(assigned(found, config.seed, shares, held_out))
+    if not counts["images"]:
+        raise ClearError(
+            f"source: no row of {source.path} is used: {counts['rejected'].total()} are rejected ({REJECTS} says why), "
+            f"{counts['not_sampled'].total()} fall to no split. Check source.shares and the rules."
+        )
+    for writer in writers.values():
+        writer.close()
+    images = {split: counts["images"][split] for split in SPLITS}
+    summary = {"kind": source.kind, "images": images, "questions": counts["questions"]}
+    write_json(METRICS, summary | {"rejects": counts["rejected"], "not_sampled": counts["not_sampled"].total()})
+
+
+def _found(kind: str, path: str, rules: Source, workers: int, key: str) -> Iterator[Examined | Reject]:
+    """Every row at a path, examined, behind a progress bar. Raises ClearError if it is not below data/raw."""
+    place = Path(path)
+    if not place.absolute().is_relative_to(RAW.absolute()) or ".." in place.parts:
+        raise ClearError(
+            f"params: source.{key} = {path} is not below {RAW}, where DVC notices when data changes; move it there, or "
+            f"link its files with `cp -rs {place.absolute()} $PWD/{RAW}/` and name that folder."
+        )
+    if not place.exists():
+        raise ClearError(f"params: source.{key} = {path}: nothing is there; put the data there or correct the path.")
+    for link in _linked_folders(place):
+        raise ClearError(
+            f"{link} is a link to a folder, into which DVC does not look; remove it and link the files instead: "
+            f"`cp -rs {link.resolve()} $PWD/{link}`."
+        )
+    from clear.sources import folder, llava_onevision, lmudata
+
+    reader = {"folder": folder, "llava_onevision": llava_onevision, "lmudata": lmudata}[kind]
+    items = examined(reader.rows(place), rules, workers)
+    return tqdm(items, desc=f"source {place.name}", total=reader.count(place), unit="row", mininterval=1)
+
+
+def _linked_folders(place: Path) -> Iterator[Path]:
+    """Links to folders on the way from data/raw to a place, and below it; data/raw itself may be one."""
+    steps = place.absolute().relative_to(RAW.absolute()).parts
+    yield from (p for i in range(len(steps)) if (p := RAW.joinpath(*steps[: i + 1])).is_symlink() and p.is_dir())
+    for folder, names, _ in os.walk(place):
+        yield from (Path(folder, name) for name in names if Path(folder, name).is_symlink())
+
+
+def _noting(found: Iterable[Examined | Reject], pixels: set[bytes]) -> Iterator[Examined | Reject]:
+    for item in found:
+        if isinstance(item, Examined):
+            pixels.add(item.pixels)
+        yield item
 
 
 def distinct(samples: Iterable[Sample], owners: dict[str, str]) -> Iterator[Sample]:

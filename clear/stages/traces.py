@@ -1,28 +1,44 @@
-"""Stage `traces`: let the base answer the degraded training images and write the demonstrations."""
+"""Stage `traces`: let the base answer the degraded training images and write the demonstrations.
+
+With `traces.kind: oracle` their words come from the evidence of the source, with `teacher` from a model behind an
+endpoint (clear/traces/teacher.py): what it cannot write goes to data/rejects/traces.parquet, its cost to the run
+record.
+"""
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from tqdm import tqdm
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.records import read_samples, write_json
+from clear.errors import ClearError
+from clear.records import Question, Sample, read_samples, write_json
+from clear.rejects import Reject, RejectWriter
 from clear.runtime import apply_runtime
 from clear.traces.oracle import restores, trace_row
-from clear.traces.records import write_traces
+from clear.traces.records import TraceRow, write_traces
 
-OUT, METRICS = Path("data/traces"), Path("data/metrics/traces.json")
+OUT, METRICS, REJECTS = Path("data/traces"), Path("data/metrics/traces.json"), Path("data/rejects/traces.parquet")
 
 
 def run(config: Config) -> None:
     """Write data/traces and the share of each pathway per severity."""
+    if config.traces.kind == "teacher":
+        _check_endpoints(config)  # before anything that takes long
     apply_runtime(config)
     from clear.reasoning.answering import Answerer
     from clear.stages.paths import model_folder
 
     degraded = list(read_samples("data/degraded/sft"))
     asked = [(i, q) for i, s in enumerate(degraded) for q in s.questions[: config.traces.questions]]
+    blind = next((q.id for _, q in asked if not q.evidence), None)
+    if config.traces.kind == "oracle" and blind is not None:
+        raise ClearError(
+            f"traces: question {blind} brings no evidence, so that no trace can be composed; set traces.kind = teacher."
+        )
     answerer = Answerer.load(model_folder("base", config), config)
     step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
     # Without a clean partner there is neither a clean image to show nor one to restore.
@@ -33,18 +49,38 @@ def run(config: Config) -> None:
         bank = answerer.bank(images, [s.key for s in degraded])
         with tqdm(total=len(chosen), desc="traces", unit="question", mininterval=2) as bar:
             answers = answerer.answer(bank, [asked[n] for n in chosen], restore="plain", progress=bar.update)
-        return {n: is_correct(a.prediction, asked[n][1]) for n, a in zip(chosen, answers, strict=True)}
+        found = {n: is_correct(a.prediction, asked[n][1]) for n, a in zip(chosen, answers, strict=True)}
+        return found | _agreeing(config, {n: (asked[n][1], a.prediction) for n, a in zip(chosen, answers, strict=True)})
 
     seen = right([s.seen for s in degraded], list(range(len(asked))))
     # The clean image is asked only where its answer matters: in a clean trace, or after a failure.
     clean = right([s.image for s in degraded], [n for n in range(len(asked)) if n in shown_clean or not seen[n]])
-    rows = []
-    for n, (i, question) in enumerate(asked):
-        restore = degraded[i].paired and restores(config.traces.restore_when, seen[n], clean.get(n, True))
-        rows.append(trace_row(degraded[i], question, restore, seen[n]))
-    for n in sorted(shown_clean):
-        i, question = asked[n]
-        rows.append(trace_row(degraded[i], question, False, clean[n], clean=True))
+
+    def wanted() -> Iterator[tuple[Sample, Question, bool | None, bool, bool]]:
+        """(sample, question, whether to restore, base_correct, clean) of every trace."""
+        rule = config.traces.restore_when
+        for n, (i, question) in enumerate(asked):
+            restore = None if rule == "teacher" else restores(rule, seen[n], clean.get(n, True))
+            yield degraded[i], question, restore if degraded[i].paired else False, seen[n], False
+        for n in sorted(shown_clean):
+            i, question = asked[n]
+            yield degraded[i], question, False, clean[n], True
+
+    rejected: Counter = Counter()
+    with RejectWriter(REJECTS) as rejects:
+        if config.traces.kind == "teacher":
+            rows = []
+            total = len(asked) + len(shown_clean)
+            for found in tqdm(_taught(config, wanted()), desc="teacher", total=total, unit="trace", mininterval=2):
+                if isinstance(found, Reject):
+                    rejects.add(found)
+                    rejected[found.reason] += 1
+                else:
+                    rows.append(found)
+        else:
+            rows = [trace_row(*task) for task in wanted()]
+    if not rows:
+        raise ClearError(f"traces: the teacher wrote no usable trace; {REJECTS} says why ({dict(rejected)}).")
     write_traces(OUT, rows)
     shown = Counter(row.severity for row in rows)
     restored = Counter(row.severity for row in rows if row.reply_2)
@@ -55,5 +91,59 @@ def run(config: Config) -> None:
             "traces": len(rows),
             "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
             "base_accuracy": {s: answered[s] / shown[s] for s in sorted(shown)},
+            **(_teaching(config, rejected) if config.traces.kind == "teacher" else {}),
         },
     )
+
+
+def _check_endpoints(config: Config) -> None:
+    from clear.endpoint import connect
+    from clear.stages.paths import replies_file
+
+    for name in ("teacher", *(("judge",) if config.traces.judge else ())):
+        connect(getattr(config, name), name, replies_file(name)).close()
+
+
+def _taught(config: Config, tasks: Iterator[tuple]) -> Iterator[TraceRow | Reject]:
+    """The teacher's trace of each task; what it cost goes to the run record, also when it stops half-way."""
+    from clear.endpoint import connect
+    from clear.stages.paths import record_run, replies_file
+    from clear.traces.teacher import Task, write
+
+    judge = connect(config.judge, "judge", replies_file("judge")) if config.traces.judge else nullcontext()
+    with connect(config.teacher, "teacher", replies_file("teacher")) as teacher, judge as judge:
+        try:
+            yield from write(teacher, (Task(*task) for task in tasks), config.traces.give_answer, judge)
+        finally:
+            cost = {"teacher": teacher.report()} | ({"judge": judge.report()} if judge else {})
+            record_run("traces", **cost)
+            spent = cost["teacher"]
+            print(
+                f"teacher: {spent['replies']} replies, {spent['prompt_tokens']} + {spent['completion_tokens']} tokens, "
+                f"{spent['spent_usd']:.2f} of {spent['budget_usd']:.2f} USD"
+            )
+
+
+def _teaching(config: Config, rejected: Counter) -> dict:
+    from clear.endpoint import setting
+    from clear.traces.teacher import prompt_hash
+
+    model = setting(config.teacher.model, "teacher.model")
+    return {"rejects": rejected, "teacher": {"model": model, "prompts": prompt_hash()}}
+
+
+def _agreeing(config: Config, answers: dict[int, tuple[Question, str]]) -> dict[int, bool]:
+    """The judge's verdict on the base's free answers that do not match exactly; an outage stops the stage."""
+    from clear.bench.judge import agreements
+    from clear.endpoint import Outage, connect
+    from clear.stages.paths import replies_file
+
+    open_ = {n: (q, a) for n, (q, a) in answers.items() if not q.options and a and not is_correct(a, q)}
+    if not config.traces.judge or not open_:
+        return {}
+    with connect(config.judge, "judge", replies_file("judge")) as judge:
+        verdicts = agreements(judge, [(q.text, q.answer, a) for q, a in open_.values()])
+    failed = [v for v in verdicts if isinstance(v, str)]
+    if failed:
+        raise Outage(f"traces: the judge gave no verdict on {len(failed)} answers of the base, the first: {failed[0]}")
+    return dict(zip(open_, verdicts, strict=True))

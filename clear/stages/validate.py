@@ -1,7 +1,8 @@
 """Stage `validate`: prove that the degraded data are what they claim to be.
 
 Reads data/degraded/{sft,rl,validation} and data/bench/{clean,degraded,incoming}; writes data/metrics/validate.json,
-data/rejects/validate.parquet and, outside DVC, Data Docs in the report folder. All of it is written before a failed
+data/rejects/validate.parquet and, outside DVC, Data Docs and the metrics of every sample (samples/<dataset>.parquet) in
+the report folder. All of it is written before a failed
 expectation stops the stage, so that what failed can be looked up; nothing downstream runs. Pictures that came degraded
 are judged as sets of their own (`incoming_<name>`), over all their slices.
 """
@@ -15,10 +16,19 @@ import pandas as pd
 from clear.config import Config
 from clear.degradation.build import count_rows, parallel
 from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
+from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
 from clear.records import INCOMING, read_samples, write_json
 from clear.validation import frames as columns
-from clear.validation.expectations import Check, Failure, clean_checks, degraded_checks, incoming_checks, run_checks
+from clear.validation.expectations import (
+    MONOTONE,
+    Check,
+    Failure,
+    clean_checks,
+    degraded_checks,
+    incoming_checks,
+    run_checks,
+)
 from clear.validation.metrics import measure
 
 DATASETS = {
@@ -27,10 +37,11 @@ DATASETS = {
     "degraded_validation": Path("data/degraded/validation"),
     "bench_clean": Path("data/bench/clean"),
     "bench_degraded": Path("data/bench/degraded"),
+    "bench_extra": Path("data/bench/extra"),
     "bench_incoming": Path("data/bench/incoming"),
 }
 TRAINING = ("degraded_sft", "degraded_rl")
-BENCH = ("bench_clean", "bench_degraded")
+BENCH = ("bench_clean", "bench_degraded", "bench_extra")
 METRICS, REJECTS = Path("data/metrics/validate.json"), Path("data/rejects/validate.parquet")
 
 
@@ -44,6 +55,10 @@ def run(config: Config) -> None:
     rejects = rejected(frames, checks)
     REJECTS.parent.mkdir(parents=True, exist_ok=True)
     rejects.to_parquet(REJECTS, index=False)
+    for name, frame in frames.items():  # a run record, like the Data Docs
+        file = report_dir() / "samples" / f"{name}.parquet"
+        file.parent.mkdir(exist_ok=True)
+        frame.drop(columns="answers").to_parquet(file, index=False)
     summaries = {name: summary(frame, failures[name], checks[name]) for name, frame in frames.items()}
     success = not any(failures.values())
     write_json(METRICS, {"success": success, "rejected": len(rejects), "datasets": summaries})
@@ -67,6 +82,8 @@ def by_set(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
         came.append(frame[mine])
         kept[name] = frame[~mine].reset_index(drop=True)
     del kept["bench_incoming"]
+    if kept["bench_extra"].empty:
+        del kept["bench_extra"]
     for name, rows in pd.concat(came, ignore_index=True).groupby("corruption", sort=True):
         kept[f"incoming_{name}"] = rows.reset_index(drop=True)
     return kept
@@ -74,18 +91,24 @@ def by_set(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
 
 def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[Check]]:
     """Add the columns that judge each dataset and return its checks."""
-    bands, rules = columns.load_bands(), config.validate
+    further = extras(chosen(config.degrade.plugins, config.degrade.presets))
+    bands, rules = columns.load_bands() | columns.further_bands(further), config.validate
+    falling = set(TRAINING_WEIGHTS) - set(columns.NOT_MONOTONE) | {name for name, e in further.items() if e.monotone}
     even_corruptions = dict.fromkeys(TRAINING_WEIGHTS, 1)
     even_severities = dict.fromkeys(SEVERITIES, 1)
     drawn_severities = dict(zip(SEVERITIES, config.degrade.severity_weights, strict=True))
     copies = {
         "degraded_validation": config.degrade.validation_copies,
         "bench_degraded": len(SEVERITIES) if config.mmd_bench.protocol == "row" else len(CELLS),
+        "bench_extra": len(SEVERITIES),
     }
     checks = {}
     came = {name: frame for name, frame in frames.items() if name.startswith("incoming_")}
     taught = [*(frames[split] for split in TRAINING), *(frame[frame["split"] != "bench"] for frame in came.values())]
-    asked = [*(frames[name] for name in BENCH), *(frame[frame["split"] == "bench"] for frame in came.values())]
+    asked = [
+        *(frames[name] for name in BENCH if name in frames),
+        *(frame[frame["split"] == "bench"] for frame in came.values()),
+    ]
     for name, frame in frames.items():
         limit = None
         columns.add_answer_share(frame)
@@ -99,13 +122,19 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
         if name == "bench_clean":
             checks[name] = clean_checks(limit)
             continue
-        columns.add_protocol(frame)
+        columns.add_protocol(frame, further)
         columns.add_psnr_bands(frame, bands)
         if name in TRAINING:
-            columns.add_histograms(frame, TRAINING_WEIGHTS, drawn_severities)
+            weights = TRAINING_WEIGHTS | {label: entry.weight for label, entry in further.items()}
+            columns.add_histograms(frame, weights, drawn_severities)
+        elif name == "bench_extra":
+            columns.add_histograms(frame, dict.fromkeys(further, 1), even_severities)
         else:
             columns.add_histograms(frame, even_corruptions, even_severities)
-        checks[name] = degraded_checks(copies.get(name, 1), rules.alpha, rules.psnr_slack, limit)
+        checks[name] = degraded_checks(copies.get(name, 1), rules.alpha, rules.psnr_slack, limit, tuple(further))
+        if name in BENCH:  # every image at all levels: the means of a type are of the same pictures
+            columns.add_monotone(frame, falling)
+            checks[name].append(MONOTONE)
     return checks
 
 

@@ -7,9 +7,10 @@ schedule, checkpoints, metric averaging. What is replaced, because trl's machine
 reloaded by name); the reference here is a frozen copy of the incoming policy (of its adapter, where it has one), so
 the KL is exactly 0 at step 0.
 
-Several processes share the prompts of a step, each with a sampling stream of its own; the loss is normalised by the
-tokens and steps of all. Sharded weights (FSDP) are refused: a rollout runs as long as its longest reply, and every
-process would have to gather each layer the same number of times.
+Several processes share the prompts of a step; each prompt then has a sampling stream of its own, and the loss is
+normalised by the tokens and steps of all, so that their number does not matter. Under FSDP policy and reference are
+scored sharded, in step everywhere. A rollout cannot be: it takes as many forwards as its longest reply has tokens. So
+the weights are gathered for its length into a copy without hooks (clear/training/sharded.py).
 
 Departures from the published code: the text loss is normalised by the real number of scored tokens; groups without
 reward variance are skipped and counted; the image term may be anchored by the squared distance of the velocity to
@@ -19,78 +20,57 @@ the reference's (no pixel supervision).
 import contextlib
 import copy
 import os
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast, PrinterCallback
+from transformers import (
+    PrinterCallback,
+)
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.config import Grpo
+from clear.endpoint import Client
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
+from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import Prompt
 from clear.records import Question
-from clear.training import scoring
-from clear.training.parallel import gathered, rank, world
+from clear.training import objective, scoring, sharded
+from clear.training.judging import judged
+from clear.training.objective import advantages
+from clear.training.parallel import gathered, world
+from clear.training.policy import Policy, order, processing_class, streams
 from clear.training.preemption import saved_on_sigterm
-from clear.training.rewards import advantages, rewards
+from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
+from clear.training.stopping import StopRule
 from clear.training.trainer import (
     MarkComplete,
     Progress,
     StageRun,
     TrainedOnly,
+    adopt_trained,
     curve_rows,
     last_complete,
     training_arguments,
 )
 
 
-class PolicyConfig(PretrainedConfig):
-    """What trl wants to see of a configuration."""
-
-    model_type = "clear_policy"
-
-
-class Policy(PreTrainedModel):
-    """Bagel in the dress trl expects; all work goes through `bagel`."""
-
-    config_class = PolicyConfig
-    base_model_prefix = "bagel"
-    main_input_name = "index"
-
-    def __init__(self, bagel: Bagel) -> None:
-        super().__init__(PolicyConfig())
-        self.bagel = bagel
-        self.generation_config = GenerationConfig()
-        self.warnings_issued: dict[str, bool] = {}
-
-    def _init_weights(self, module) -> None:
-        """Weights come with the bagel."""
-
-    def get_input_embeddings(self):
-        """The token embedding."""
-        return self.bagel.language_model.model.embed_tokens
-
-    def get_output_embeddings(self):
-        """The language head."""
-        return self.bagel.language_model.lm_head
-
-    def forward(self, call: Callable[[Bagel], Any]) -> Any:
-        """`call(bagel)`: gradients of several processes meet only in what runs inside the policy's forward."""
-        with lora.autocast(self.bagel):
-            return call(self.bagel)
-
-
 class InterleavedGRPO(TrainedOnly, GRPOTrainer):
-    """GRPO over trajectories of text and restorations."""
+    """GRPO over trajectories of text and restorations.
+
+    token_budget: trajectories that are scored together share rows of so many tokens (0: a row each). own_streams: a
+    prompt's rollouts do not depend on the process that makes them.
+    """
+
+    token_budget, own_streams = 0, False
 
     def __init__(
         self,
@@ -102,30 +82,42 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         options: Options,
         holdout: Callable[[Bagel], float] | None,
         args: GRPOConfig,
+        judge: Client | None = None,
     ) -> None:
         self.reference = None
+        self.sharded = sharded.Policies(policy) if sharded.enabled() else None
         if lora.has_adapter(policy.bagel):
             lora.add_reference(policy.bagel)
-        else:
+        elif self.sharded is None:
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
+        self.judge = judge
+        self.measured: Callable[[float], None] | None = None
         self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
         self.rollout: list[Trajectory] = []
+        self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0, "holdout": 0.0}
         super().__init__(
             model=policy,
             reward_funcs=_no_reward,
             args=args,
-            train_dataset=Dataset.from_dict({"prompt": _order(len(prompts), grpo, args.seed)}),
-            processing_class=_processing_class(tokenizer, policy.bagel),
+            train_dataset=Dataset.from_dict({"prompt": order(len(prompts), grpo, args.seed)}),
+            processing_class=processing_class(tokenizer, policy.bagel),
             callbacks=[MarkComplete(), Progress("grpo")],
         )
         if self.reference is not None:
             self.reference.to(self.accelerator.device)
 
-    def _incoming(self, bagel: Bagel) -> contextlib.AbstractContextManager[Bagel]:
-        """The policy as it came in, for the length of a with block."""
-        return lora.reference(bagel) if self.reference is None else contextlib.nullcontext(self.reference)
+    @contextlib.contextmanager
+    def _incoming(self, bagel: Bagel) -> Iterator[Callable]:
+        """What calls a function with the policy as it came in, for the length of a with block."""
+        if self.sharded:
+            yield self.sharded.reference()
+        elif self.reference is not None:
+            yield lambda call: call(self.reference)
+        else:
+            with lora.reference(bagel) as incoming:
+                yield lambda call: call(incoming)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Average the figures over the processes."""
@@ -136,32 +128,109 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         """Roll out all groups of a generation batch; returns numbers into `self.rollout` and their advantages."""
         group = self.num_generations
         numbers = [int(row["prompt"]) for row in inputs[::group]]
-        bagel = self.accelerator.unwrap_model(self.model).bagel
+        bagel = self.sharded.whole() if self.sharded else self.accelerator.unwrap_model(self.model).bagel
         if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
-            self._metrics["train"]["accuracy_holdout"].append(self.holdout(bagel))
+            asked = time.perf_counter()
+            accuracy = self.holdout(bagel)
+            self.seconds["holdout"] += time.perf_counter() - asked
+            self._metrics["train"]["accuracy_holdout"].append(accuracy)
+            if self.measured is not None:
+                self.measured(accuracy)
         seed = int(torch.randint(2**31, (1,)))
-        generator = torch.Generator().manual_seed((seed + rank()) % 2**31)
+        if self.own_streams:  # the processes' own random states differ
+            seed = self.args.seed * 2**20 + self.state.global_step
+            torch.manual_seed(seed)  # trl's shuffling of the slices
+        generator = torch.Generator().manual_seed(seed)
         prompts = [self.prompts[i] for i in numbers]
+        begun = time.perf_counter()
+        options = self._placed(generator)
         with lora.autocast(bagel):
-            self.rollout = generate(bagel, self.text_tokenizer, prompts, self.options, group, generator)
+            self.rollout = self._roll_out(bagel, prompts, options, generator, seed)
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
-        parts = []
-        for trajectory in self.rollout:
-            question = self.questions[numbers[trajectory.prompt]]
-            texts = trajectory.texts(self.text_tokenizer)
-            parts.append(rewards(texts, bool(trajectory.restorations), question, self.grpo))
-        found = advantages([p["reward"] for p in parts], group, self.grpo.scale_advantages)
-        self.steps = [self._chosen_steps(generator) for _ in self.rollout]
-        log = self._metrics["train"]
-        for name in parts[0]:
-            log[name].append(sum(p[name] for p in parts) / len(parts))
-        log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
-        flat = [found[s : s + group] for s in range(0, len(found), group)]
-        log["groups_with_variance"].append(sum(any(g) for g in flat) / len(flat))
-        counted = [n for n, a in enumerate(found) if a != 0.0]
+        rolled = time.perf_counter()
+        parts = self._rewards(bagel, [self.questions[numbers[t.prompt]] for t in self.rollout])
+        text, image = (advantages(v, group, self.grpo.scale_advantages) for v in self._totals(parts))
+        of_step = streams(seed, "steps", len(self.rollout)) if self.own_streams else [generator] * len(self.rollout)
+        self.steps = [self._chosen_steps(options, stream) for stream in of_step]
+        self._log_rollout(parts, text, image)
+        counted = [n for n, pair in enumerate(zip(text, image, strict=True)) if any(pair)]
+        self.rows = self._per_process(len(counted))
         self.tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
         self.images = self._per_process(sum(len(self.rollout[n].restorations) * len(self.steps[n]) for n in counted))
-        return {"index": torch.arange(len(found)), "advantages": torch.tensor(found)}
+        self.seconds["rollout"] += rolled - begun
+        self.seconds["reward"] += time.perf_counter() - rolled
+        found = torch.tensor(text), torch.tensor(image)
+        return {"index": torch.arange(len(text)), "advantages": found[0], "image_advantages": found[1]}
+
+    def _placed(self, generator: torch.Generator) -> Options:
+        """The rollout's options, with the window of this rollout drawn within `grpo.sde_range`."""
+        if self.grpo.sde_choice != "window":
+            return self.options
+        count = min(self.grpo.sde_steps, self.options.flow_steps)
+        low, high = (round(share * (self.options.flow_steps - count)) for share in self.grpo.sde_range)
+        first = int(torch.randint(low, high + 1, (1,), generator=generator))
+        return replace(self.options, window=(first, first + count))
+
+    def _rewards(self, bagel: Bagel, questions: Sequence[Question]) -> list[dict[str, float] | None]:
+        """Every reward of every trajectory, by name; None for one that the judge could not score."""
+        texts = [t.texts(self.text_tokenizer) for t in self.rollout]
+        accuracy: list[float | None] = [None] * len(texts)
+        if self.judge is not None:
+            accuracy = judged(self.judge, questions, [extract_answer(t[-1]) for t in texts])
+        more: dict[str, list[float]] = {}
+        if self.grpo.reward_answer:
+            with lora.autocast(bagel):
+                rows = bagel, self.text_tokenizer, self.rollout_prompts, self.rollout, questions
+                more["reward_answer"] = answer_rewards(*rows, self.grpo.answer_scored, self.options.batch)
+        found: list[dict[str, float] | None] = []
+        for n, (trajectory, question) in enumerate(zip(self.rollout, questions, strict=True)):
+            if self.judge is not None and accuracy[n] is None:
+                found.append(None)
+                continue
+            own = {name: values[n] for name, values in more.items()}
+            found.append(rewards(texts[n], bool(trajectory.restorations), question, self.grpo, own, accuracy[n]))
+        return found
+
+    def _totals(self, parts: list[dict[str, float] | None]) -> tuple[list[float | None], list[float | None]]:
+        """What the text and what the image is judged by: the sum of all rewards, or each by its own."""
+        if not self.grpo.separate_advantages:
+            return ([p and p["reward"] for p in parts],) * 2
+        names = {name for p in parts if p for name in p} - {"reward", *IMAGE_REWARDS}
+        text, image = ([p and weighted(p, self.grpo, sorted(n)) for p in parts] for n in (names, IMAGE_REWARDS))
+        return text, image
+
+    def _log_rollout(self, parts: list[dict | None], text: list[float], image: list[float]) -> None:
+        log, group = self._metrics["train"], self.num_generations
+        known = [p for p in parts if p]
+        for name in known[0]:
+            log[name].append(sum(p[name] for p in known) / len(known))
+        if self.judge is not None:
+            log["rejected"].append(float(len(parts) - len(known)))
+        log["image_advantage"].append(sum(map(abs, image)) / len(image))
+        log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
+        judged = {"groups_with_variance": text}
+        if self.grpo.separate_advantages:
+            judged["image_groups_with_variance"] = image
+        for name, found in judged.items():
+            flat = [found[s : s + group] for s in range(0, len(found), group)]
+            log[name].append(sum(any(g) for g in flat) / len(flat))
+
+    def _roll_out(self, bagel: Bagel, prompts: Sequence[Prompt], options: Options, generator, seed: int):
+        """The groups of all prompts: drawn from one stream, or each from its own."""
+        given, group = (bagel, self.text_tokenizer), self.num_generations
+        if not self.own_streams:
+            return generate(*given, prompts, options, group, generator)
+        found = []
+        for place, stream in enumerate(streams(seed, "rollout", len(prompts))):
+            found += (own := generate(*given, prompts[place : place + 1], options, group, stream))
+            for trajectory in own:
+                trajectory.prompt = place
+        return found
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        if self.sharded:
+            self.sharded.split_reference()  # while the policy still is the incoming one
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _per_process(self, count: int) -> float:
         """Mean of a count over the processes, as the mean of their gradients asks for it; at least one in all."""
@@ -170,80 +239,114 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         total = self.accelerator.reduce(torch.tensor(count, device=self.accelerator.device)).item()
         return max(1, total) / world()
 
-    def _chosen_steps(self, generator: torch.Generator) -> list[int]:
-        """K distinct SDE steps, in order."""
-        count = min(self.grpo.sde_steps, self.options.flow_steps)
-        return sorted(torch.randperm(self.options.flow_steps, generator=generator)[:count].tolist())
+    def _chosen_steps(self, options: Options, generator: torch.Generator) -> list[int]:
+        """The SDE steps that are scored, in order: K distinct ones, those of the window, or all."""
+        if self.grpo.sde_choice != "random":
+            return list(range(*(options.window or (0, options.flow_steps))))
+        count = min(self.grpo.sde_steps, options.flow_steps)
+        return sorted(torch.randperm(options.flow_steps, generator=generator)[:count].tolist())
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """trl's, timed; the rollout that the first slice of a step asks for is timed apart."""
+        begun, apart = time.perf_counter(), sum(self.seconds.values())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        apart = sum(self.seconds.values()) - apart
+        self.seconds["update"] += time.perf_counter() - begun - apart
+        return loss
 
     def _compute_loss(self, model, inputs: dict[str, Tensor]) -> Tensor:
         """Clipped text and image terms, KL to the reference and the velocity anchor, of one slice of the rollout."""
-        bagel = self.accelerator.unwrap_model(model).bagel
-        kept = [(int(n), float(a)) for n, a in zip(inputs["index"], inputs["advantages"], strict=True) if a != 0]
+        grpo, bagel = self.grpo, self.accelerator.unwrap_model(model).bagel
+        rows = zip(*(inputs[name].tolist() for name in ("index", "advantages", "image_advantages")), strict=True)
+        text_too = grpo.text_weight > 0 or grpo.beta > 0
+        kept = [row for row in rows if any(row[1:]) and (text_too or self.rollout[row[0]].restorations)]
+        idle = self.sharded is not None and not kept
+        if idle:  # every process takes part in every gathering of a layer, here with weight 0
+            kept = [(int(inputs["index"][0]), 0.0, 0.0)]
         if not kept:
             return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
-        numbers = [n for n, _ in kept]
-        chosen = [self.rollout[n] for n in numbers]
+        numbers = [n for n, _, _ in kept]
+        chosen = [self.rollout[n] if text_too else _until_restored(self.rollout[n]) for n in numbers]
         steps = [self.steps[n] for n in numbers]
         request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
-        new = model(lambda policy: scoring.score(policy, *request, self.grpo.temperature))
+        request += (grpo.temperature, self.token_budget)
+        new = scoring.Scores(*model(lambda policy: self._scores(policy, request)))
         old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
-        with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
-            reference = scoring.score(incoming, *request, self.grpo.temperature)
-        advantage = torch.tensor([a for _, a in kept], device=new.text.device)
-        ratio = torch.exp(new.text - old_text)
+        reference = new
+        if grpo.beta or grpo.velocity_weight:
+            with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
+                reference = incoming(lambda policy: scoring.score(policy, *request))
+        text_advantage, image_advantage = torch.tensor([r[1:] for r in kept], device=new.text.device).T
+        bounds = grpo.clip, grpo.clip_high or grpo.clip
+        weight = objective.log_weights(new.text, old_text, new.text_row, grpo.ratio_level)
         gap = reference.text - new.text
         kl = torch.exp(gap) - gap - 1
-        text = self._clipped(ratio, advantage[new.text_row]) + self.grpo.beta * kl
-        loss = text.sum() / self.tokens
+        terms = objective.policy_terms(grpo.loss_type, weight, new.text, text_advantage[new.text_row], *bounds)
+        parts, longest = (
+            self.args.gradient_accumulation_steps,
+            self.options.max_tokens * (1 + self.options.max_restorations),
+        )
+        share = self.tokens, self.rows, parts, longest
+        text = objective.aggregate(grpo.loss_type, terms + grpo.beta * kl, new.text_row, *share)
+        loss = grpo.text_weight * text
+        if idle:
+            return loss * 0.0
         log = self._metrics["train"]
-        image_error = 0.0
+        ratio, image_error = torch.exp(weight), 0.0
         if len(new.image):
-            image_ratio = torch.exp(new.image - old_image)
-            image = self._clipped(image_ratio, advantage[new.image_row]).sum() / self.images
+            image_weight = new.image - old_image
+            image_terms = objective.policy_terms(
+                "clip", image_weight, new.image, image_advantage[new.image_row], *bounds
+            )
             anchor = ((new.velocity - reference.velocity) ** 2).mean() * len(new.image) / self.images
-            loss = loss + self.grpo.image_weight * image + self.grpo.velocity_weight * anchor
+            loss = loss + grpo.image_weight * (image_terms.sum() / self.images) + grpo.velocity_weight * anchor
+            image_ratio = torch.exp(image_weight)
             image_error = (image_ratio - 1).abs().max().item()
-            log["velocity_distance"].append(anchor.item())
-        log["kl"].append(kl.mean().item())
-        log["entropy"].append(new.entropy.mean().item())
-        log["ratio_error"].append(max((ratio - 1).abs().max().item(), image_error))
-        log["clipped"].append(((ratio - 1).abs() > self.grpo.clip).float().mean().item())
+            if reference is not new:
+                log["velocity_distance"].append(anchor.item())
+            log["image_clipped"].append(((image_ratio - 1).abs() > grpo.clip).float().mean().item())
+        text_error = 0.0
+        if len(new.text):
+            text_error = (ratio - 1).abs().max().item()
+            log["entropy"].append(new.entropy.mean().item())
+            log["clipped"].append(((ratio - 1).abs() > grpo.clip).float().mean().item())
+            if reference is not new:
+                log["kl"].append(kl.mean().item())
+        log["ratio_error"].append(max(text_error, image_error))
+        if self.token_budget:
+            log["real_tokens"].append(new.real)
         return loss
 
-    def _clipped(self, ratio: Tensor, advantage: Tensor) -> Tensor:
-        """−min(ρA, clip(ρ, 1 ± ε)·A), per element."""
-        low, high = 1 - self.grpo.clip, 1 + self.grpo.clip
-        return -torch.minimum(ratio * advantage, ratio.clamp(low, high) * advantage)
+    def _scores(self, policy: Bagel, request: tuple) -> tuple:
+        """The fields of the scores: FSDP finds tensors in a tuple, to wait for their gradients, and not in `Scores`."""
+        found = scoring.score(policy, *request)
+        if self.sharded:
+            found.text = found.text + self.sharded.anchor()
+        return tuple(vars(found).values())
 
 
-def _order(count: int, grpo: Grpo, seed: int) -> list[str]:
-    """Prompt numbers of the whole run, one shuffled pass after the other.
-
-    trl's own sampler shuffles with a generator that a resumed run would start again in a later epoch.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    while len(order) < grpo.steps * grpo.prompts:
-        order += torch.randperm(count, generator=generator).tolist()
-    return [str(i) for i in order[: grpo.steps * grpo.prompts]]
+def _until_restored(trajectory: Trajectory) -> Trajectory:
+    """The trajectory up to its last restoration: all that the image term reads."""
+    return replace(trajectory, replies=trajectory.replies[: len(trajectory.restorations)])
 
 
 def _no_reward(completions, **_) -> list[float]:
     raise RuntimeError("Rewards are computed with the rollout; trl must not ask for them.")
 
 
-def _processing_class(tokenizer, bagel: Bagel) -> PreTrainedTokenizerFast:
-    special = bagel.config.special
-    name = tokenizer.id_to_token
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token=name(special.bos),
-        eos_token=name(special.eos),
-        pad_token=name(special.eos),
-    )
+@dataclass
+class Done:
+    """How a run ended: optimiser steps, and whether the stop rule ended it (the weights are then the best measured).
+
+    seconds_per_step: of a step in this process, by part: rollout, reward, update, holdout.
+    """
+
+    steps: int
+    stopped: bool
+    seconds_per_step: dict[str, float]
 
 
-def train(
+def make_trainer(
     run: StageRun,
     model: Bagel,
     tokenizer,
@@ -251,26 +354,26 @@ def train(
     questions: Sequence[Question],
     options: Options,
     holdout: Callable[[Bagel], float] | None,
-) -> None:
-    """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
-
-    Raises ClearError under FSDP, or if the prompts of a step do not divide by the processes.
-    """
+    judge: Client | None = None,
+) -> InterleavedGRPO:
+    """The trainer of `train`, ready to run. Raises ClearError as `train` does."""
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+    if sharded.enabled() and lora.has_adapter(model):
         raise ClearError(
-            "grpo: its rollouts need whole weights; launch it without FSDP (--multi_gpu), with lora.rank > 0."
+            "grpo: adapters need no sharding, and their rollouts none of its gathering; launch it without FSDP "
+            "(--multi_gpu), or train all weights with lora.rank = 0."
         )
+    if sharded.enabled() and grpo.stop_after:
+        raise ClearError("grpo: the stop rule keeps whole weights; under FSDP set grpo.stop_after = 0.")
     if grpo.prompts % processes:
         raise ClearError(f"params: grpo.prompts = {grpo.prompts} must divide by the {processes} processes.")
     total = grpo.prompts // processes * grpo.group_size
     micro = max(n for n in range(1, min(grpo.rows_per_pass, total) + 1) if total % n == 0)
     accumulation = total // micro
-    folder: Path = run.folder / "grpo"
     args = training_arguments(
         GRPOConfig,
         run,
-        folder,
+        run.folder / "grpo",
         grpo.steps,
         micro,
         grpo.lr,
@@ -286,12 +389,45 @@ def train(
         shuffle_dataset=False,
     )
     args.logging_steps = 1
-    trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args)
+    trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args, judge)
+    trainer.token_budget = run.config.runtime.token_budget
+    trainer.own_streams |= processes > 1 or sharded.enabled()
     trainer.remove_callback(PrinterCallback)
-    checkpoint = last_complete(folder)
+    return trainer
+
+
+def train(
+    run: StageRun,
+    model: Bagel,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    questions: Sequence[Question],
+    options: Options,
+    holdout: Callable[[Bagel], float] | None,
+    judge: Client | None = None,
+) -> Done:
+    """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
+
+    Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
+    """
+    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout, judge)
+    best = run.folder / "best.safetensors"
+    rule = StopRule(trainer, best, run.config.grpo)
+    if run.config.grpo.stop_after:
+        trainer.add_callback(rule)
+        trainer.measured = rule.on_measured
+    checkpoint = last_complete(run.folder / "grpo")
+    first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
     with saved_on_sigterm(trainer):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    if trainer.sharded:
+        trainer.sharded.join()
+    if stopped := rule.stopped():
+        adopt_trained(trainer.accelerator.unwrap_model(trainer.model), best)
     model.eval()
     hidden = {"step_time", "num_tokens", "frac_reward_zero_std", "grad_norm"}
     rows = curve_rows("grpo", trainer.state.log_history)
     run.curve += [{k: v for k, v in row.items() if k not in hidden and not k.startswith("completions")} for row in rows]
+    here = max(1, trainer.state.global_step - first)
+    seconds = {name: value / here for name, value in trainer.seconds.items()}
+    return Done(trainer.state.global_step, stopped, seconds)

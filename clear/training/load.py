@@ -17,12 +17,13 @@ from clear.config import Config
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
-from clear.model.checkpoint import save_bagel
+from clear.model.checkpoint import fingerprint, save_bagel
 from clear.model.images import ImageBank
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
 from clear.records import read_samples
 from clear.traces.records import read_traces
+from clear.training import sharded
 from clear.training.parallel import rank
 from clear.training.sft import FROZEN, TraceData, set_trainable
 
@@ -52,11 +53,13 @@ def device(config: Config) -> str:
     return "cuda"
 
 
-def incoming(folder: Path, config: Config) -> Incoming:
+def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     """Load the model folder a stage starts from, ready to be trained as `config.lora` says.
 
     With `lora.rank` > 0 a folder with weights gets a fresh adapter and one with an adapter continues it. Sharded
-    training (FSDP) starts from weights in host memory. Raises ClearError if folder and `config.lora` disagree.
+    training (FSDP) starts from weights in host memory, unless they must be `whole` only of the first process, which
+    gives the others their shards (fsdp_cpu_ram_efficient_loading); these have none before. Raises ClearError if folder
+    and `config.lora` disagree.
     """
     place = device(config)
     base = config.model.checkpoint or None
@@ -65,9 +68,10 @@ def incoming(folder: Path, config: Config) -> Incoming:
         raise ClearError(
             f"{folder} holds an adapter and lora.rank = 0 trains all weights; set lora.rank, or `clear merge` it first."
         )
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    kind = TYPES[config.runtime.weights]
-    model, vae, tokenizer = lora.load_model(folder, kind, "cpu" if sharded else place, base)
+    kind, start = TYPES[config.runtime.weights], place
+    if sharded.enabled():
+        start = "meta" if rank() and not whole and sharded.from_first() else "cpu"
+    model, vae, tokenizer = lora.load_model(folder, kind, start, base)
     if tokenizer is None:
         raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
     weights, files = Path(folder), {}
@@ -80,8 +84,11 @@ def incoming(folder: Path, config: Config) -> Incoming:
         torch.manual_seed(config.seed)
         lora.attach(model, config.lora)
         given = base is not None and Path(base) == Path(folder) and MANIFEST.exists()
-        files = json.loads(MANIFEST.read_text())["files"] if given else lora.fingerprint(folder)
+        files = json.loads(MANIFEST.read_text())["files"] if given else fingerprint(folder)
+    if start == "meta":
+        model.to_empty(device="cpu")  # never touched, so no memory; accelerate tells parameters apart by their address
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
+    model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files)
 
 

@@ -5,6 +5,8 @@ batch's tokens come out as in one process (see `Share.weight`). METHOD §8 item 
 normalise by their own tokens, or that exchange only when they happen to hold an image.
 """
 
+import itertools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clear.model.bagel import Contents
-from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Segment, SpecialTokens, layout
+from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Segment, SpecialTokens, layout, length, pack
 
 
 def world() -> int:
@@ -35,14 +37,40 @@ def barrier() -> None:
         dist.barrier()
 
 
-_pass = (0, 1)
+@dataclass
+class Pass:
+    """One of the forwards that a process computes a batch in; `share_batch` divides the batch and counts.
+
+    rows: rows of a forward (0 = all of the process); budget: samples are packed into rows of so many tokens (0 = one
+    sample per row). number: which pass this is; passes: how many there are, the same in all processes; tokens, real:
+    of all passes so far, with and without padding.
+    """
+
+    rows: int = 0
+    budget: int = 0
+    number: int = 0
+    passes: int = 1
+    tokens: int = 0
+    real: int = 0
+
+    def divide(self, samples: Sequence[Sequence[Segment]]) -> list[list[int]]:
+        """The rows of the whole batch, each with the numbers of its samples; sets `passes`."""
+        if self.budget:
+            rows = pack([length(sample) for sample in samples], self.budget)
+        else:
+            rows = [[i] for i in range(len(samples))]
+        self.passes = math.ceil(math.ceil(len(rows) / world()) / (self.rows or len(rows)))
+        return rows
+
+
+_pass = Pass()
 
 
 @contextmanager
-def one_pass(number: int, passes: int) -> Iterator[None]:
-    """Inside, a process computes only the `number`-th of `passes` parts of its rows: a smaller forward at a time."""
+def one_pass(now: Pass) -> Iterator[None]:
+    """Inside, `share_batch` leaves a process only the rows of this pass: a smaller forward at a time."""
     global _pass
-    before, _pass = _pass, (number, passes)
+    before, _pass = _pass, now
     try:
         yield
     finally:
@@ -53,13 +81,14 @@ def one_pass(number: int, passes: int) -> Iterator[None]:
 class Share:
     """What part of a batch this process computes now: `whole` is everybody's layout, `mine` its rows of it.
 
-    rows: numbers of its rows. A process without a row (fewer rows than processes) computes row 0 with weight 0.
+    samples: numbers of its samples, in the order of its rows. A process without a row (fewer rows than processes)
+    computes the first one with weight 0.
     """
 
     whole: Layout
     mine: Layout
-    rows: range
-    noise: slice  # its part of a list with one entry per noise segment of the whole batch
+    samples: Sequence[int]
+    noise: Sequence[int]  # its part of a list with one entry per noisy latent of the whole batch
     idle: bool = False
 
     def weight(self, chosen: Callable[[Layout], Tensor]) -> float:
@@ -73,37 +102,50 @@ class Share:
         total = int(chosen(self.whole).sum())
         return 0.0 if self.idle or not total else world() * int(chosen(self.mine).sum()) / total
 
+    def targets(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Of a list with one entry per noisy latent of the whole batch, those of `mine`, in its order."""
+        return [values[i] for i in self.noise]
+
 
 def share_batch(
-    rows: Sequence[Sequence[Segment]], contents: Contents, special: SpecialTokens
+    samples: Sequence[Sequence[Segment]], contents: Contents, special: SpecialTokens
 ) -> tuple[Layout, Contents, Share]:
     """The layout and contents of this process's rows of a batch that all processes have built alike.
 
-    With one process it is `layout(rows, special)` and the contents as they are.
+    With one process and one pass it is the whole batch: `layout(samples, special)` and the contents as they are, or
+    packed (`Pass.budget`) with the contents in the order of the rows.
     """
-    whole, _ = layout(rows, special)
-    count, all_ = len(rows), slice(None)
-    number, passes = _pass
-    parts, place = world() * passes, rank() * passes + number
-    if parts == 1:
-        return whole, contents, Share(whole, whole, range(count), all_)
-    mine = range(count * place // parts, count * (place + 1) // parts)
-    idle = not len(mine)
-    mine = mine or range(1)
-    built, _ = layout([rows[i] for i in mine], special)
+    rows = _pass.divide(samples)
+    parts, place = world() * _pass.passes, rank() * _pass.passes + _pass.number
+    own = range(len(rows) * place // parts, len(rows) * (place + 1) // parts)
+    idle = not len(own)
+    chosen = [rows[i] for i in own] or rows[:1]
+    mine = [i for row in chosen for i in row]
 
-    def part(wanted: Callable[[Image], bool]) -> slice:
-        counts = [sum(isinstance(s, Image) and wanted(s) for s in row) for row in rows]
-        return slice(sum(counts[: mine.start]), sum(counts[: mine.stop]))
+    def part(wanted: Callable[[Image], bool]) -> list[int]:
+        counts = [sum(isinstance(s, Image) and wanted(s) for s in sample) for sample in samples]
+        starts = list(itertools.accumulate(counts, initial=0))
+        return [k for i in mine for k in range(starts[i], starts[i] + counts[i])]
 
+    noise = part(lambda s: s.kind == LATENT and s.noise)
+    built, _ = layout(samples, special, packed=chosen)
+    _pass.tokens += built.ids.numel()
+    _pass.real += int(built.valid.sum())
+    if parts == 1 and mine == list(range(len(samples))):
+        return built, contents, Share(built, built, mine, noise)
+    whole_ = built if parts == 1 else layout(samples, special)[0]
     latent = part(lambda s: s.kind == LATENT)
-    own = Contents(
-        vit=contents.vit[part(lambda s: s.kind == VIT)],
-        latent=contents.latent[latent],
-        time=contents.time[latent],
-        bridge=contents.bridge[part(lambda s: s.kind == BRIDGE)],
+    found = Contents(
+        vit=_entries(contents.vit, part(lambda s: s.kind == VIT)),
+        latent=_entries(contents.latent, latent),
+        time=_entries(contents.time, latent),
+        bridge=_entries(contents.bridge, part(lambda s: s.kind == BRIDGE)),
     )
-    return built, own, Share(whole, built, mine, part(lambda s: s.kind == LATENT and s.noise), idle)
+    return built, found, Share(whole_, built, mine, noise, idle)
+
+
+def _entries(values: Sequence | Tensor, numbers: list[int]) -> Sequence | Tensor:
+    return values[numbers] if isinstance(values, Tensor) else [values[i] for i in numbers]
 
 
 def one_random_state(device: torch.device) -> None:

@@ -1,14 +1,29 @@
-"""Rewards of interleaved GRPO (METHOD §4 "Rewards"), as pure functions of what a trajectory wrote.
+"""Rewards of interleaved GRPO (METHOD §4 "Rewards"), of what a trajectory wrote.
 
-Accuracy is exact match. Each reward is logged apart, and the true metric (held-out accuracy) beside them.
+Accuracy is exact match, or a judge's score. Each reward is logged apart, and the true metric (held-out accuracy) beside
+them. Addition: the right answer's probability as a reward, which differs within a group where exact match does not.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
 
 from clear.bench.scoring import is_correct
 from clear.config import Grpo
+from clear.model.bagel import Bagel
 from clear.reasoning import grammar
+from clear.reasoning.engine import Reply, Trajectory
+from clear.reasoning.prompts import Prompt, question_text
+from clear.reasoning.tokenizer import decode, encode
 from clear.records import Question
+from clear.training import scoring
+
+LIMIT = 5.0
+"""Nats below which an answer counts as hopeless: a reward must not be ruled by what cannot be restored."""
+
+IMAGE_REWARDS = ("reward_answer",)
+"""The rewards of the restored image, whose advantage may be the image term's alone (METHOD §4)."""
 
 DECISION = {
     # (restored, correct) → reward
@@ -26,25 +41,73 @@ def format_reward(replies: Sequence[str]) -> float:
     return 0.35 * think + 0.35 * answer + 0.3 * ordered
 
 
-def rewards(replies: Sequence[str], restored: bool, question: Question, config: Grpo) -> dict[str, float]:
-    """Each reward and their weighted sum under "reward"."""
-    correct = is_correct(grammar.extract_answer(replies[-1]), question)
+def rewards(
+    replies: Sequence[str],
+    restored: bool,
+    question: Question,
+    config: Grpo,
+    more: Mapping[str, float] | None = None,
+    accuracy: float | None = None,
+) -> dict[str, float]:
+    """Each reward and their weighted sum under "reward". `more` are rewards that need the model, by name.
+
+    accuracy: a judge's score in place of exact match; above 0.5 the answer counts as right.
+    """
+    if accuracy is None:
+        accuracy = float(is_correct(grammar.extract_answer(replies[-1]), question))
+    correct = accuracy > 0.5
     parts = {
-        "reward_accuracy": float(correct),
+        "reward_accuracy": accuracy,
         "reward_format": format_reward(replies),
         "reward_decision": DECISION[config.decision_table][restored, correct],
+        **(more or {}),
     }
-    total = sum(getattr(config, name) * value for name, value in parts.items())
-    return {"reward": total, **parts}
+    return {"reward": weighted(parts, config, tuple(parts)), **parts}
 
 
-def advantages(values: Sequence[float], group: int, scale: str) -> list[float]:
-    """Reward minus the group's mean; with scale "group" divided by the group's standard deviation."""
+def weighted(parts: Mapping[str, float], config: Grpo, names: Sequence[str]) -> float:
+    """Weighted sum of the named rewards, as far as they were given."""
+    return sum(getattr(config, name) * parts[name] for name in names if name in parts)
+
+
+@torch.no_grad()
+def answer_rewards(
+    model: Bagel,
+    tokenizer,
+    prompts: Sequence[Prompt],
+    trajectories: Sequence[Trajectory],
+    questions: Sequence[Question],
+    scored: str,
+    batch: int,
+) -> list[float]:
+    """How probable the right answer was to the model that rolled out: 1 + max(log p, −LIMIT) / LIMIT, in [0, 1].
+
+    Exact match says the same for most members of a group; this says how near each came. scored: "answer" for the
+    answer block after the trajectory's own thought, "reply" for the whole last reply of a demonstration, of which the
+    question must bring the `evidence`. Prompts and questions are the trajectories' own; `batch` rows at a time.
+    """
+    told = [_told(tokenizer, t, q, scored) for t, q in zip(trajectories, questions, strict=True)]
     found: list[float] = []
-    for start in range(0, len(values), group):
-        part = values[start : start + group]
-        mean = sum(part) / len(part)
-        spread = (sum((v - mean) ** 2 for v in part) / max(1, len(part) - 1)) ** 0.5
-        divisor = spread + 1e-4 if scale == "group" else 1.0
-        found += [(v - mean) / divisor if spread > 1e-8 else 0.0 for v in part]
+    for start in range(0, len(told), batch):
+        part = told[start : start + batch]
+        steps = [[]] * len(part)
+        scores = scoring.score(model, prompts[start : start + batch], part, steps, (), 1.0, 1.0)
+        total = scores.text.new_zeros(len(part)).index_add(0, scores.text_row, scores.text)
+        found += (1 + total.clamp(min=-LIMIT) / LIMIT).tolist()
     return found
+
+
+def _told(tokenizer, trajectory: Trajectory, question: Question, scored: str) -> Trajectory:
+    """The trajectory with the right answer as its last reply; only that is to be scored."""
+    *before, last = trajectory.replies
+    if scored == "reply":
+        make = grammar.restore_trace if trajectory.restorations else grammar.direct_trace
+        asked = (question_text(question),) if trajectory.restorations else ()
+        forced, ids = 0, encode(tokenizer, make(*asked, question.evidence, question.answer).replies[-1])
+    else:
+        thought = decode(tokenizer, last.ids).split(grammar.ANSWER)[0].rstrip()
+        opened = encode(tokenizer, f"{thought} {grammar.ANSWER}")
+        forced, ids = len(opened), opened + encode(tokenizer, f" {question.answer} {grammar.END_ANSWER}")
+    fixed = [Reply(r.ids, r.log_probs, len(r.ids)) for r in before]
+    replies = [*fixed, Reply(ids, [0.0] * len(ids), forced)]
+    return replace(trajectory, replies=replies)

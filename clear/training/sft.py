@@ -110,7 +110,7 @@ def restoration_loss(model: Bagel, data: TraceData) -> Loss:
             contents.time.append(times[k].item())
             rows.append(row)
         built, contents, share = share_batch(rows, contents, model.config.special)
-        mse = _velocity_loss(model, model(built, contents), built, (noise - clean).split(sizes)[share.noise])
+        mse = _velocity_loss(model, model(built, contents), built, share.targets((noise - clean).split(sizes)))
         return mse * share.weight(lambda b: b.noisy), {"mse": mse.item()}
 
     return loss
@@ -191,8 +191,8 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         ce = F.cross_entropy(logits, target)
         figures = {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
         total = weights.ce * ce * share.weight(lambda b: b.target != IGNORE)
-        if targets[share.noise]:
-            mse = _velocity_loss(model, hidden, built, targets[share.noise])
+        if share.noise:
+            mse = _velocity_loss(model, hidden, built, share.targets(targets))
             total, figures["mse"] = total + weights.mse * mse * share.weight(lambda b: b.noisy), mse.item()
         if teach and taught_pairs(built):
             distilled = distillation(hidden, built, collect, weights.stride)

@@ -16,7 +16,6 @@ is trained; under FSDP they are sharded.
 
 import hashlib
 import json
-import math
 import os
 import random
 import shutil
@@ -37,7 +36,7 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArgu
 from clear.config import Config, Phase
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
-from clear.training.parallel import barrier, copy_whole, gathered, one_pass, one_random_state, rank, whole, world
+from clear.training.parallel import Pass, barrier, copy_whole, gathered, one_pass, one_random_state, rank, whole, world
 from clear.training.preemption import saved_on_sigterm
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
@@ -178,7 +177,7 @@ def adopt_trained(module: nn.Module, file: Path) -> None:
 class _Trainer(TrainedOnly, Trainer):
     """The Trainer, with the objective's side figures in every log line and the whole batch in every process."""
 
-    rows_per_pass = 0
+    rows_per_pass = token_budget = 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         objective = self.accelerator.unwrap_model(self.model)
@@ -206,16 +205,21 @@ class _Trainer(TrainedOnly, Trainer):
             self.accelerator.unwrap_model(self.model).logged = logged
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
-        """One step, in several passes where the rows of this process exceed `rows_per_pass`."""
-        passes = math.ceil(math.ceil(len(inputs["index"]) / world()) / (self.rows_per_pass or len(inputs["index"])))
-        if passes == 1:
+        """One step, in as many passes as `rows_per_pass` and `token_budget` ask for."""
+        if not (self.rows_per_pass or self.token_budget):
             return super().training_step(model, inputs, num_items_in_batch)
-        state, total = self._random_state(), 0.0
-        for number in range(passes):
-            # Each pass draws for the whole batch again, as one pass would; only its rows are computed.
-            self._set_random_state(state)
-            with one_pass(number, passes):
+        now, state, total = Pass(self.rows_per_pass, self.token_budget), self._random_state(), 0.0
+        while now.number < now.passes:
+            if now.number:
+                # Each pass draws for the whole batch again, as one pass would; only its rows are computed.
+                self._set_random_state(state)
+            with one_pass(now):
                 total = total + super().training_step(model, inputs, num_items_in_batch)
+            now.number += 1
+        if self.token_budget and now.tokens:
+            logged = self.accelerator.unwrap_model(self.model).logged
+            logged.setdefault("real_tokens", []).append(now.real / now.tokens)
+            logged.setdefault("passes", []).append(now.passes)
         return total
 
     @staticmethod
@@ -258,7 +262,10 @@ class Ema(TrainerCallback):
             self._mean[name].lerp_(value.float(), 1 - self._decay)
 
     def on_save(self, args, state, control, **_) -> None:
-        found = {name: whole(value) for name, value in self._mean.items()}
+        found = {}
+        for name, value in self._mean.items():
+            full = whole(value)  # all processes take part, one keeps it
+            found |= {name: full} if rank() == 0 else {}
         if rank() == 0:
             save_file(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
 
@@ -330,6 +337,9 @@ def training_arguments(kind: type, run: StageRun, folder: Path, steps: int, batc
     runtime = run.config.runtime
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         more["accelerator_config"] = {"even_batches": False}
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            # Else the gradients of all weights stay whole in every process until the last part of a step.
+            more["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
     args = kind(
         output_dir=str(folder),
         max_steps=steps,
@@ -394,6 +404,7 @@ def optimise(
         callbacks=[*average, MarkComplete(), Progress(name)],
     )
     trainer.rows_per_pass = run.config.runtime.rows_per_pass
+    trainer.token_budget = run.config.runtime.token_budget
     trainer.remove_callback(PrinterCallback)
     module.train()
     _always_both_experts(objective, sharded)
@@ -431,11 +442,16 @@ def _always_both_experts(objective: Objective, sharded: bool) -> None:
 
 
 def _unshard(module: nn.Module) -> None:
-    """Replace sharded parameters by whole ones on the CPU; the module can then be saved, in every process."""
+    """Replace sharded parameters by whole ones on the first process's CPU, which can then save the module.
+
+    The others keep none: a host has no room for as many whole models as it has GPUs.
+    """
     for part in module.modules():
         for name, value in list(part._parameters.items()):
             if isinstance(value, DTensor):
-                part._parameters[name] = nn.Parameter(whole(value), requires_grad=value.requires_grad)
+                full = value.detach().full_tensor()
+                full = full.to("cpu" if rank() == 0 else "meta")
+                part._parameters[name] = nn.Parameter(full, requires_grad=value.requires_grad)
 
 
 def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:

@@ -8,30 +8,42 @@ monotone in it, and some corruptions hardly show at low.
 
 import json
 from collections.abc import Iterable
+from pathlib import Path
 
 import numpy as np
 
 from clear.degradation.build import degraded_samples, parallel
 from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.presets import PRESETS
 from clear.degradation.protocol import CELLS, SEVERITIES
-from clear.records import Sample, encode_image, sha256
-from clear.validation.frames import BANDS
+from clear.degradation.registry import Chosen
+from clear.records import EXTRA, Sample, encode_image, sha256
+from clear.validation.frames import BANDS, PRESET_BANDS
 from clear.validation.metrics import measure
 
 SIZE, SCALE, SCENES, SEED = 256, 0.4, 96, 7
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
 
 
-def psnr_by_cell(samples: list[Sample]) -> dict[tuple[str, str], np.ndarray]:
-    """PSNR of every sample in each of the 48 cells."""
-    variants = [(sample, *cell) for sample in samples for cell in CELLS]
-    found: dict[tuple[str, str], list[float]] = {cell: [] for cell in CELLS}
-    for row in parallel(measure, degraded_samples(variants, SCALE), workers=1):
-        found[row.corruption, row.severity].append(row.psnr)
+PRESET_CELLS = tuple((EXTRA + name, severity) for name in PRESETS for severity in SEVERITIES)
+
+
+def psnr_by_cell(samples: list[Sample], cells: tuple = CELLS) -> dict[tuple[str, str], np.ndarray]:
+    """PSNR of every sample in each of the 48 cells, or in those of `cells`."""
+    return {cell: values[:, 0] for cell, values in quality_by_cell(samples, cells).items()}
+
+
+def quality_by_cell(samples: list[Sample], cells: tuple) -> dict[tuple[str, str], np.ndarray]:
+    """PSNR and SSIM (n, 2) of every sample in each cell."""
+    variants = [(sample, *cell) for sample in samples for cell in cells]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {cell: [] for cell in cells}
+    further = Chosen(presets=tuple(PRESETS))
+    for row in parallel(measure, degraded_samples(variants, SCALE, workers=1, names=further), workers=1):
+        found[row.corruption, row.severity].append((row.psnr, row.ssim))
     return {cell: np.array(values) for cell, values in found.items()}
 
 
-def bands_of(kinds: Iterable[dict[tuple[str, str], np.ndarray]]) -> dict:
+def bands_of(kinds: Iterable[dict[tuple[str, str], np.ndarray]], names: Iterable[str] = tuple(CORRUPTIONS)) -> dict:
     """Bands from the PSNR per cell of several kinds of pictures: see the module's first lines."""
     kinds = list(kinds)
 
@@ -48,9 +60,7 @@ def bands_of(kinds: Iterable[dict[tuple[str, str], np.ndarray]]) -> dict:
         }
         return {name: round(float(value), 1) for name, value in found.items()}
 
-    return {
-        corruption: {severity: band((corruption, severity)) for severity in SEVERITIES} for corruption in CORRUPTIONS
-    }
+    return {name.removeprefix(EXTRA): {severity: band((name, severity)) for severity in SEVERITIES} for name in names}
 
 
 def photographs() -> list[Sample]:
@@ -70,18 +80,24 @@ def photographs() -> list[Sample]:
 
 
 def main() -> None:
-    """Measure and write `bands.json` beside this file."""
+    """Measure and write `bands.json` and `presets.json` beside this file."""
     from clear.sources.scenes import scenes
 
     kinds = {"scenes": list(scenes("sft", SCENES, SEED, SIZE, 4)), "photographs": photographs()}
-    cells = bands_of(psnr_by_cell(samples) for samples in kinds.values())
+    labels = [EXTRA + name for name in PRESETS]
+    for file, cells, names in ((BANDS, CELLS, list(CORRUPTIONS)), (PRESET_BANDS, PRESET_CELLS, labels)):
+        write_bands(file, bands_of((psnr_by_cell(samples, cells) for samples in kinds.values()), names), kinds)
+
+
+def write_bands(file: Path, cells: dict, kinds: dict[str, list[Sample]]) -> None:
+    """Write bands with the setting they were measured in."""
     images = {name: len(samples) for name, samples in kinds.items()}
     setting = {"command": "python -m clear.validation.bands", "size": SIZE, "scale": SCALE, "images": images}
     lines = [
         f'  "{c}": {{\n' + ",\n".join(f'   "{s}": {json.dumps(band)}' for s, band in row.items()) + "\n  }"
         for c, row in cells.items()
     ]
-    BANDS.write_text(f'{{\n "measured": {json.dumps(setting)},\n "cells": {{\n' + ",\n".join(lines) + "\n }\n}\n")
+    file.write_text(f'{{\n "measured": {json.dumps(setting)},\n "cells": {{\n' + ",\n".join(lines) + "\n }\n}\n")
 
 
 if __name__ == "__main__":

@@ -74,11 +74,16 @@ def clean_checks(duplicate_limit: int | None = None) -> list[Check]:
     ]
 
 
-def degraded_checks(copies: int, alpha: float, psnr_slack: float, duplicate_limit: int | None = None) -> list[Check]:
-    """Rules for degraded samples, of which every image has `copies`."""
+def degraded_checks(
+    copies: int, alpha: float, psnr_slack: float, duplicate_limit: int | None = None, further: tuple[str, ...] = ()
+) -> list[Check]:
+    """Rules for degraded samples, of which every image has `copies`; `further` are types beyond the sixteen."""
+    known = (*CORRUPTIONS, *further)
     return [
         *_common(duplicate_limit),
-        Check("corruption_known", "corruption", "the corruption is one of the sixteen", allowed=tuple(CORRUPTIONS)),
+        Check(
+            "corruption_known", "corruption", "the corruption is one of the sixteen or named in params", allowed=known
+        ),
         Check("severity_known", "severity", "the severity is low, mid or high", allowed=tuple(SEVERITIES)),
         Check("copies", "copies", f"every image has {copies} degraded copies", allowed=(copies,)),
         Check("as_labelled", "as_labelled", "intensity and seed belong to id, corruption, severity", allowed=(True,)),
@@ -89,6 +94,10 @@ def degraded_checks(copies: int, alpha: float, psnr_slack: float, duplicate_limi
         Check("severity_histogram", "severity_p", "severities follow the protocol", low=alpha, whole=True),
         Check("corruption_histogram", "corruption_p", "corruptions follow the protocol", low=alpha, whole=True),
     ]
+
+
+MONOTONE = Check("monotone", "monotone", "mean PSNR and SSIM of the type fall from low to high", allowed=(True,))
+"""Rule for a benchmark with every image at all levels."""
 
 
 def incoming_checks(duplicate_limit: int) -> list[Check]:

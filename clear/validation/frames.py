@@ -8,17 +8,23 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from math import sqrt
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import pandas as pd
 
 from clear.degradation.protocol import SEVERITIES, seed_of
+from clear.degradation.registry import Degradation
 from clear.validation.metrics import Measured
 
 BANDS = Path(__file__).with_name("bands.json")
 """PSNR bands per corruption and severity; measured by clear/validation/bands.py."""
+
+PRESET_BANDS = BANDS.with_name("presets.json")
+"""The same for the presets of clear/degradation/presets.py, by name."""
 
 
 def load_bands(path: Path = BANDS) -> dict[str, dict[str, dict[str, float]]]:
@@ -49,12 +55,59 @@ def add_answer_share(frame: pd.DataFrame) -> None:
     frame["answer_share"] = [max((share[pair] for pair in row), default=0.0) for row in frame["answers"]]
 
 
-def add_protocol(frame: pd.DataFrame) -> None:
+ENOUGH = 30
+"""Images of a corruption from which on its mean quality must fall, however little."""
+
+NOT_MONOTONE = ("sharpness", "color_diffusion")
+"""Those of the sixteen whose damage does not grow with severity (METHOD §6, items 7 and 8)."""
+
+
+def further_bands(further: Mapping[str, Degradation]) -> dict[str, dict]:
+    """Bands in the form of `load_bands` for degradations beyond the sixteen: measured ones of the presets, and what a
+    plugin states; a level without either is not judged."""
+    measured, found = load_bands(PRESET_BANDS), {}
+    for label, entry in further.items():
+        stated = {
+            level: {"low": low, "high": high, "mean_low": low, "mean_high": high, "sd": 0.0}
+            for level, (low, high) in entry.psnr.items()
+        }
+        found[label] = (measured.get(entry.name, {}) if entry.trusted else {}) | stated
+    return found
+
+
+def add_monotone(frame: pd.DataFrame, falling: Iterable[str]) -> None:
+    """Column `monotone`: whether mean PSNR and mean SSIM of the row's corruption fall strictly over the severities; for
+    the corruptions of `falling` only.
+
+    Copies of one image are compared. Fewer than ENOUGH images fail only if a rise exceeds two standard errors; a
+    corruption without all levels is not judged.
+    """
+    frame["monotone"] = pd.Series(None, index=frame.index, dtype=object)
+    for corruption, rows in frame.groupby("corruption"):
+        if corruption in falling and set(SEVERITIES) <= set(rows["severity"]):
+            by_level = (rows[rows["severity"] == level].groupby("id")[["psnr", "ssim"]].mean() for level in SEVERITIES)
+            frame.loc[rows.index, "monotone"] = all(_falls(two - one) for one, two in pairwise(by_level))
+
+
+def _falls(steps: pd.DataFrame) -> bool:
+    steps = steps.dropna()
+    if steps.empty:
+        return True  # nothing was measured; `decodable` says why
+    error = 2 * steps.std().fillna(0) / sqrt(len(steps)) if len(steps) < ENOUGH else 0.0
+    return bool(((steps.mean() < 0) | (steps.mean() < error)).all())
+
+
+def add_protocol(frame: pd.DataFrame, further: Mapping[str, Degradation] = MappingProxyType({})) -> None:
     """Column `as_labelled`: intensity and seed are those of the row's id, corruption and severity."""
     frame["as_labelled"] = [
-        row.intensity == SEVERITIES.get(row.severity) and row.seed == seed_of(row.id, row.corruption, row.severity)
+        row.intensity == _levels(row.corruption, further).get(row.severity)
+        and row.seed == seed_of(row.id, row.corruption, row.severity)
         for row in frame.itertuples()
     ]
+
+
+def _levels(corruption: str, further: Mapping[str, Degradation]) -> Mapping[str, float]:
+    return further[corruption].severities if corruption in further else SEVERITIES
 
 
 def add_psnr_bands(frame: pd.DataFrame, bands: Mapping) -> None:

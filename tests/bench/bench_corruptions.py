@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clear.degradation.build import _one_thread
+from clear.degradation.build import one_thread
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES
 from clear.errors import ClearError
@@ -57,7 +57,7 @@ def cell_seconds(name: str, intensity: float, image: np.ndarray) -> tuple[float,
 def cells() -> dict[str, list[tuple[float, float]]]:
     """Seconds of (ours, transcription) per corruption, one pair per severity."""
     image = decode_image(couple("bench", 0, 0, SIZE, 4)[0].image)
-    with _one_thread():
+    with one_thread():
         return {name: [cell_seconds(name, level, image) for level in SEVERITIES.values()] for name in CORRUPTIONS}
 
 

@@ -1,0 +1,54 @@
+"""What was not used, and why: one small Parquet file per stage under data/rejects."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Reject:
+    """One row that is not used. `reason` is one of a few words that are counted, `detail` says what was found.
+
+    `subset` is the part of the data that the row belongs to.
+    """
+
+    id: str
+    subset: str
+    reason: str
+    detail: str
+
+
+class RejectWriter:
+    """Streams rejects to a Parquet file with the columns of Reject; in place when its `with` block ends.
+
+    Also when the block ends with an error, so that what was found can be looked up.
+    """
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        self.path, self._partial = path, path.with_name(path.name + ".partial")
+        self._schema = pa.schema([(item.name, pa.string()) for item in fields(Reject)])
+        self._rows: list[dict] = []
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._writer = pq.ParquetWriter(self._partial, self._schema, compression="zstd")
+
+    def add(self, reject: Reject) -> None:
+        """Append one."""
+        self._rows.append(asdict(reject))
+        if len(self._rows) >= 4096:
+            self._flush()
+
+    def _flush(self) -> None:
+        import pyarrow as pa
+
+        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        self._rows = []
+
+    def __enter__(self) -> "RejectWriter":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flush()
+        self._writer.close()
+        self._partial.rename(self.path)

@@ -1,0 +1,110 @@
+"""Where replies of an endpoint are kept, and what was spent on them: one SQLite file, safe to kill at any time.
+
+A reply and its cost enter in one transaction. An attempt's highest cost is written before it is sent and corrected when
+it is over; if the process dies between, the sum stays set aside, because the server may have billed it. Several
+processes may share a file.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from clear.errors import ClearError
+
+_TABLES = """
+CREATE TABLE IF NOT EXISTS replies (
+    hash TEXT PRIMARY KEY, text TEXT NOT NULL,
+    prompt INTEGER NOT NULL, completion INTEGER NOT NULL, cut INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS attempts (
+    id INTEGER PRIMARY KEY, hash TEXT NOT NULL, cost REAL NOT NULL, settled INTEGER NOT NULL
+);
+CREATE TABLE IF NOT EXISTS total (one INTEGER PRIMARY KEY CHECK (one = 1), spent REAL NOT NULL);
+INSERT OR IGNORE INTO total VALUES (1, 0.0);
+"""
+
+
+class ReplyStore:
+    """Replies by hash, and a ledger. Made with the file's path; folders are created."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = threading.Lock()
+        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+        with self._errors():
+            self._db.execute("PRAGMA synchronous = NORMAL")
+            self._db.executescript(_TABLES)
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
+        try:
+            yield
+        except sqlite3.DatabaseError as error:
+            raise ClearError(
+                f"{self.path}: not a usable file of kept replies ({error}); move it away, and everything is asked anew."
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, self._errors():
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def get(self, key: str) -> tuple[str, int, int, bool] | None:
+        """The kept reply: text, prompt tokens, completion tokens, whether it was cut."""
+        with self._lock, self._errors():
+            row = self._db.execute(
+                "SELECT text, prompt, completion, cut FROM replies WHERE hash = ?", (key,)
+            ).fetchone()
+        return (*row[:3], bool(row[3])) if row else None
+
+    def reserve(self, key: str, cost: float, budget: float) -> tuple[int | None, float]:
+        """Set `cost` aside and return a ticket, or None if that would pass `budget`; and the sum so far (USD)."""
+        with self._transaction() as db:
+            spent = db.execute("SELECT spent FROM total").fetchone()[0]
+            if cost and spent + cost > budget + 1e-9:  # what costs nothing may follow paid work
+                return None, spent
+            db.execute("UPDATE total SET spent = spent + ?", (cost,))
+            ticket = db.execute("INSERT INTO attempts (hash, cost, settled) VALUES (?, ?, 0)", (key, cost)).lastrowid
+        return ticket, spent
+
+    def settle(self, ticket: int, cost: float, key: str = "", reply: tuple[str, int, int, bool] | None = None) -> None:
+        """Replace what was set aside by what the attempt cost, and keep its reply."""
+        with self._transaction() as db:
+            aside = db.execute("SELECT cost FROM attempts WHERE id = ?", (ticket,)).fetchone()[0]
+            db.execute("UPDATE total SET spent = max(0.0, spent + ?)", (cost - aside,))
+            db.execute("UPDATE attempts SET cost = ?, settled = 1 WHERE id = ?", (cost, ticket))
+            if reply is not None:
+                db.execute("INSERT OR REPLACE INTO replies VALUES (?, ?, ?, ?, ?)", (key, *reply))
+
+    def totals(self) -> dict[str, float]:
+        """Counts and sums over all runs."""
+        with self._lock, self._errors():
+            replies, prompt, completion = self._db.execute(
+                "SELECT count(*), coalesce(sum(prompt), 0), coalesce(sum(completion), 0) FROM replies"
+            ).fetchone()
+            attempts, open_cost = self._db.execute(
+                "SELECT count(*), coalesce(sum(CASE WHEN settled THEN 0 ELSE cost END), 0) FROM attempts"
+            ).fetchone()
+            spent = self._db.execute("SELECT spent FROM total").fetchone()[0]
+        return {
+            "replies": replies,
+            "attempts": attempts,
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "spent_usd": spent,
+            "unconfirmed_usd": open_cost,
+        }
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            self._db.close()

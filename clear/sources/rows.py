@@ -1,0 +1,149 @@
+"""What the sources of real data share: rows and rejects, the sampling rules, and the split by content (METHOD §6).
+
+A reader (llava_onevision, lmudata, folder) yields a `Row` for every row it can read and a `Reject` for every other
+one. `examine` decodes the image, applies the rules and makes a `Sample`. Which split a sample belongs to follows from
+the hash of its decoded pixels and the seed: the same picture under another name, in another file or re-encoded without
+loss is always in the same split. Departures from the published sampling: it draws by chance, so duplicates straddle
+its splits, and it skips rows silently; here a row is sampled, left over by its hash, or rejected with a reason.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from clear.config import Source
+from clear.errors import ClearError
+from clear.records import Question, Sample, decode_image, encode_image, sha256
+from clear.rejects import Reject
+
+SPLITS = ("pretrain", "sft", "rl", "validation", "bench")
+
+_CJK = re.compile("[\u1100-\u11ff\u2e80-\u2fdf\u3005-\u30ff\u3100-\u318f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
+                  "\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff]")  # fmt: skip
+"""Chinese, Japanese and Korean characters; full-width punctuation and Latin letters are not among them."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One readable row: an encoded image with its questions. `origin` is kept as the sample's annotation."""
+
+    id: str
+    subset: str
+    image: bytes
+    questions: tuple[Question, ...]
+    origin: dict
+
+
+@dataclass(frozen=True)
+class Examined:
+    """A sample without a split, and the hash of its pixels."""
+
+    sample: Sample
+    pixels: bytes
+
+
+def pixel_hash(array: np.ndarray) -> bytes:
+    """SHA-256 over shape and values of a decoded image, uint8 RGB (H, W, 3)."""
+    digest = hashlib.sha256(repr(array.shape).encode())
+    digest.update(np.ascontiguousarray(array))
+    return digest.digest()
+
+
+def split_of(pixels: bytes, seed: int, shares: Sequence[float]) -> str:
+    """The split of an image by the hash of its pixels, or "" for the part that no share covers."""
+    place = int.from_bytes(hashlib.sha256(b"%d/" % seed + pixels).digest()[:8], "big") / 2**64
+    for split, bound in zip(SPLITS, np.cumsum(shares), strict=True):
+        if place < bound:
+            return split
+    return ""
+
+
+def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
+    """Apply the rules to a row and decode its image; a reject passes through.
+
+    PNG and JPEG files are kept byte for byte, any other format becomes a JPEG of quality 95 (as published).
+    """
+    if isinstance(row, Reject):
+        return row
+
+    def reject(reason: str, detail: str) -> Reject:
+        return Reject(row.id, row.subset, reason, detail)
+
+    texts = [text for q in row.questions for text in (q.text, q.answer, *q.options)]
+    if rules.skip_cjk and any(_CJK.search(text) for text in texts):
+        return reject("language", "Chinese, Japanese or Korean characters (source.skip_cjk)")
+    try:
+        array = decode_image(row.image, row.id)
+    except ClearError as error:
+        return reject("image", str(error))
+    height, width = array.shape[:2]
+    if min(height, width) < rules.min_side:
+        return reject("size", f"{width} x {height} px, source.min_side = {rules.min_side}")
+    if rules.max_aspect and max(height, width) > rules.max_aspect * min(height, width):
+        return reject("aspect", f"{width} x {height} px, source.max_aspect = {rules.max_aspect:g}")
+    kept = row.image.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
+    image = row.image if kept else encode_image(array, "jpeg")
+    origin = json.dumps(row.origin, sort_keys=True, ensure_ascii=False) if row.origin else ""
+    questions = row.questions[: rules.questions_per_image]
+    return Examined(Sample(row.id, rules.kind, "", image, sha256(image), questions, origin), pixel_hash(array))
+
+
+def examined(rows: Iterable[Row | Reject], rules: Source, workers: int) -> Iterator[Examined | Reject]:
+    """`examine` every row in order on `workers` threads; few rows are in memory at a time."""
+    waiting: list = []
+    with ThreadPoolExecutor(workers) as pool:
+        for row in rows:
+            waiting.append(pool.submit(examine, row, rules))
+            if len(waiting) > 4 * workers:
+                yield waiting.pop(0).result()
+        while waiting:
+            yield waiting.pop(0).result()
+
+
+def assigned(
+    found: Iterable[Examined | Reject], seed: int, shares: Sequence[float], held_out: set[bytes] = frozenset()
+) -> Iterator[Sample | Reject]:
+    """Give every sample its split ("" = not sampled) and reject what is in `held_out` or repeats an id."""
+    ids: set[bytes] = set()
+    for item in found:
+        if isinstance(item, Reject):
+            yield item
+            continue
+        sample, subset = item.sample, json.loads(item.sample.annotation or "{}").get("subset", "")
+        split = split_of(item.pixels, seed, shares)
+        key = hashlib.sha256(sample.id.encode()).digest()[:12]
+        if split and item.pixels in held_out:
+            yield Reject(sample.id, subset, "in bench", "its image is in source.bench_path")
+        elif split and key in ids:
+            yield Reject(sample.id, subset, "id", "another row has this id")
+        else:
+            if split:
+                ids.add(key)
+            yield replace(sample, split=split)
+
+
+_CHOICE = re.compile(r"^\s*\(?([A-J])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
+
+
+def options_in(text: str) -> tuple[str, ...]:
+    """The options of a multiple-choice question that its text lists as lines "A. …", "B. …", …; () if it lists none."""
+    found = _CHOICE.findall(text)
+    letters = "".join(letter for letter, _ in found)
+    return tuple(option for _, option in found) if len(found) > 1 and "ABCDEFGHIJ".startswith(letters) else ()
+
+
+def question(id: str, task: str, text: str, answer: str, options: Sequence[str] = (), **more: str) -> Question | str:
+    """A question, or the reason why it is none: an empty text or answer, or an answer that names no option."""
+    text, answer = text.strip(), answer.strip()
+    if not text or not answer:
+        return f"the {'question' if not text else 'answer'} is empty"
+    letters = [chr(ord("A") + i) for i in range(len(options))]
+    named = answer.rstrip(".").strip("()") in letters or [o.strip().lower() for o in options].count(answer.lower()) == 1
+    if options and not named:
+        return f"the answer {answer[:80]!r} names none of the options {', '.join(options)[:200]}"
+    return Question(id, task, text, answer, tuple(options), **more)

@@ -1,0 +1,78 @@
+"""The arithmetic of the GRPO objective (METHOD §4 "Text loss", "Image loss", "Advantage"), as pure functions.
+
+Names and formulas of the text loss are trl's. Departures: rows without an advantage are not counted by any of them
+(their group teaches nothing), and `dr_grpo` divides by the longest possible trajectory, not by 16384.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SAPO_TEMPERATURES = 1.0, 1.05
+"""trl's defaults for positive and negative advantages."""
+
+
+def log_weights(new: Tensor, old: Tensor, row: Tensor, level: str) -> Tensor:
+    """Log importance weights (T,): of each token, or the mean over its row ("sequence", GSPO). row (T,) long."""
+    gap = new - old
+    if level == "token" or not len(gap):
+        return gap
+    rows = int(row.max()) + 1
+    sums = gap.new_zeros(rows).index_add(0, row, gap)
+    counts = gap.new_zeros(rows).index_add(0, row, torch.ones_like(gap)).clamp(min=1)
+    return (sums / counts)[row]
+
+
+def policy_terms(kind: str, log_weight: Tensor, log_prob: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """The policy loss of every element (T,); log_weight, log_prob, advantage (T,).
+
+    −min(ρA, clip(ρ, 1−low, 1+high)·A); "cispo": −min(ρ, 1+high)·A·log p with the weight held constant; "sapo": a
+    sigmoid gate around ρ = 1 in place of the clip.
+    """
+    ratio = torch.exp(log_weight)
+    if kind == "cispo":
+        return -ratio.clamp(max=1 + high).detach() * advantage * log_prob
+    if kind == "sapo":
+        positive, negative = SAPO_TEMPERATURES
+        temperature = torch.where(advantage > 0, positive, negative)
+        return -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
+    return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+
+
+def aggregate(kind: str, terms: Tensor, row: Tensor, tokens: float, rows: float, parts: int, longest: int) -> Tensor:
+    """Terms (T,) of one of the `parts` slices of a step to their share of the step's loss.
+
+    tokens, rows: scored tokens and rows with an advantage of the whole step; longest: most tokens that a row can have.
+    "dapo", "cispo": mean over the step's tokens. "grpo", "sapo": mean over its rows of the row's mean. "luspo": mean
+    over its rows of the row's sum. "dr_grpo": the same, divided by `longest`. "bnpo": mean over the slice's tokens.
+    """
+    if kind in ("dapo", "cispo"):
+        return terms.sum() / tokens
+    if kind == "bnpo":
+        return terms.sum() / max(1, len(terms)) / parts
+    if kind in ("grpo", "sapo"):
+        lengths = torch.bincount(row) if len(row) else row.new_ones(1)
+        return (terms / lengths[row]).sum() / rows
+    return terms.sum() / rows / (longest if kind == "dr_grpo" else 1)
+
+
+def advantages(values: Sequence[float | None], group: int, scale: str) -> list[float]:
+    """Reward minus the group's mean, divided by a standard deviation: the group's, the whole list's ("batch") or none.
+
+    None is a rejected sample: it counts in no mean and gets 0, as does every member of a group of equal rewards.
+    """
+    found: list[float] = []
+    whole = _spread([v for v in values if v is not None]) if scale == "batch" else 0.0
+    for start in range(0, len(values), group):
+        known = [v for v in values[start : start + group] if v is not None]
+        mean, spread = sum(known) / max(1, len(known)), _spread(known)
+        divisor = {"none": 1.0, "group": spread + 1e-4, "batch": whole + 1e-4}[scale]
+        part = values[start : start + group]
+        found += [(v - mean) / divisor if v is not None and spread > 1e-8 else 0.0 for v in part]
+    return found
+
+
+def _spread(values: list[float]) -> float:
+    mean = sum(values) / max(1, len(values))
+    return (sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)) ** 0.5

@@ -1,0 +1,207 @@
+"""The options of the GRPO objective: loss types against trl's formulas, windows, rewards, the judge, the stop rule."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from clear.config import compose, from_dict
+from clear.endpoint import connect
+from clear.errors import ClearError
+from clear.model import flow
+from clear.reasoning import engine, grammar
+from clear.reasoning.engine import Options, Reply, Trajectory, generate
+from clear.reasoning.tokenizer import decode, encode
+from clear.records import Question
+from clear.training import scoring
+from clear.training.judging import judged, score_of
+from clear.training.objective import advantages, aggregate, log_weights, policy_terms
+from clear.training.rewards import answer_rewards, rewards, weighted
+from clear.training.stopping import falls_while_reward_rises, measured
+from tests.chat_server import completion, serving, settings, user_text
+from tests.tiny import tiny_model, tiny_prompts
+
+SDE = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=4, restore="always")
+
+
+def reference_loss(kind, level, new, old, advantage, mask, longest, low=0.2, high=0.3):
+    """trl's loss of one batch, written over padded (B, T) arrays as there."""
+    gap = (new - old) * mask
+    weight = gap if level == "token" else (gap.sum(1) / mask.sum(1)).unsqueeze(1)
+    ratio, advantage = torch.exp(weight), advantage.unsqueeze(1)
+    if kind == "cispo":
+        terms = -ratio.clamp(max=1 + high).detach() * advantage * new
+    elif kind == "sapo":
+        temperature = torch.where(advantage > 0, 1.0, 1.05)
+        terms = -torch.sigmoid(temperature * (ratio - 1)) * 4 / temperature * advantage
+    else:
+        terms = -torch.min(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
+    terms = terms * mask
+    if kind in ("grpo", "sapo"):
+        return (terms.sum(1) / mask.sum(1)).mean()
+    if kind == "dr_grpo":
+        return terms.sum() / (len(new) * longest)
+    return terms.sum(1).mean() if kind == "luspo" else terms.sum() / mask.sum()
+
+
+@pytest.mark.parametrize("kind", ["dapo", "bnpo", "grpo", "dr_grpo", "luspo", "cispo", "sapo"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_the_text_loss_is_trls(kind, level):
+    torch.manual_seed(0)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]], dtype=torch.float)
+    new = torch.randn(3, 5).requires_grad_()
+    old, advantage = new.detach() + 0.4 * torch.randn(3, 5), torch.tensor([0.5, -1.0, 0.7])
+    row = torch.arange(3)[:, None].expand(3, 5)[mask.bool()]
+    flat = new[mask.bool()]
+    weight = log_weights(flat, old[mask.bool()], row, level)
+    terms = policy_terms(kind, weight, flat, advantage[row], 0.2, 0.3)
+    loss = aggregate(kind, terms, row, tokens=10, rows=3, parts=1, longest=5)
+    expected = reference_loss(kind, level, new, old, advantage, mask, 5)
+    torch.testing.assert_close(loss, expected)
+    ours, theirs = (torch.autograd.grad(x, new, retain_graph=True)[0] for x in (loss, expected))
+    assert ours.abs().sum() > 0
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_advantages_by_batch_and_without_rejected_samples():
+    assert advantages([1.0, 0.0, None, 0.5, 0.5, None], 3, "none") == [0.5, -0.5, 0.0, 0.0, 0.0, 0.0]
+    assert advantages([None, None, 1.0, None], 2, "group") == [0.0] * 4
+    scaled = advantages([3.0, 1.0, 0.0, 0.0], 2, "batch")
+    assert scaled[0] == pytest.approx(1.0 / 1.4142, rel=1e-3) and scaled[2:] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "direct"])
+def test_noise_enters_in_the_window_only_and_is_all_that_tells_a_group_apart(bridge):
+    model, tokenizer = tiny_model(bridge)
+    prompts = tiny_prompts(tokenizer, 3)
+    options = replace(SDE, window=(1, 3), shared_noise=True)
+    found = generate(model, tokenizer, prompts, options, 4, torch.Generator().manual_seed(2))
+    for start in range(0, 12, 4):
+        states = torch.stack([t.restorations[0].states for t in found[start : start + 4]])
+        spread = states.std(dim=0).amax(dim=(1, 2))
+        assert spread[:2].max() == 0.0 and spread[2:].min() > 0.01
+        for t in found[start : start + 4]:
+            assert t.restorations[0].log_probs.isnan().tolist() == [True, False, False, True]
+    chosen = [[1, 2]] * len(found)
+    owners = [prompts[t.prompt] for t in found]
+    with torch.no_grad():
+        new = scoring.score(model, owners, found, chosen, flow.time_grid(4, 3.0).tolist(), 0.3, 1.0)
+    _, old = scoring.recorded(found, chosen)
+    assert (torch.exp(new.image - old) - 1).abs().max() <= 1e-3
+
+
+def test_a_shared_trunk_equals_every_row_on_its_own(monkeypatch):
+    model, tokenizer = tiny_model()
+    prompts = tiny_prompts(tokenizer, 3)
+    options = replace(SDE, window=(2, 3), shared_noise=True)
+    batches = []
+    plain = engine.velocities
+
+    def counted(model, context, grid, x, t):
+        batches.append(len(x))
+        return plain(model, context, grid, x, t)
+
+    monkeypatch.setattr(engine, "velocities", counted)
+    found = generate(model, tokenizer, prompts, options, 4, torch.Generator().manual_seed(2))
+    assert batches == [3, 3, 12, 12], "until the window a group is one row"
+    whole = engine.denoise
+    monkeypatch.setattr(engine, "denoise", lambda *a: whole(*a[:8]))
+    batches.clear()
+    alone = generate(model, tokenizer, prompts, options, 4, torch.Generator().manual_seed(2))
+    assert batches == [12] * 4
+    for a, b in zip(found, alone, strict=True):
+        torch.testing.assert_close(a.restorations[0].states, b.restorations[0].states, atol=1e-5, rtol=0)
+
+
+def test_a_window_outside_the_steps_is_refused():
+    for window in ((2, 2), (-1, 2), (3, 5)):
+        with pytest.raises(ClearError, match=r"window = .* must lie within the 4 flow steps"):
+            replace(SDE, window=window)
+
+
+def test_the_answers_probability_is_that_of_the_model_reading_its_own_restoration(monkeypatch):
+    monkeypatch.setattr("clear.training.rewards.LIMIT", 80.0)  # a random model is very far from an answer
+    model, tokenizer = tiny_model()
+    prompts = tiny_prompts(tokenizer, 2)
+    found = generate(model, tokenizer, prompts, SDE, 2, torch.Generator().manual_seed(1))
+    owners = [prompts[t.prompt] for t in found]
+    question = Question("q", "test", "a b", "c", evidence="d e")
+    given = model, tokenizer, owners, found, [question] * 4
+    reply = answer_rewards(*given, "reply", 64)
+    assert reply == pytest.approx(answer_rewards(*given, "reply", 1), abs=1e-5)
+    wanted = grammar.restore_trace("a b", "d e", "c").replies[1]
+    told = [
+        Trajectory(t.prompt, t.vocabulary, [t.replies[0], Reply(encode(tokenizer, wanted))], t.restorations)
+        for t in found
+    ]
+    with torch.no_grad():
+        scores = scoring.score(model, owners, told, [[]] * 4, (), 1.0, 1.0)
+    for n, value in enumerate(reply):
+        total = scores.text[scores.text_row == n].sum().item()
+        assert value == pytest.approx(1 + total / 80, abs=1e-5)
+    # After the trajectory's own thought only the answer block is scored.
+    thought = encode(tokenizer, "<think> d </think> <answer> j </answer>")
+    for t in found:
+        t.replies[-1] = Reply([*thought, 1], [0.0] * (len(thought) + 1), 0)
+    answer = answer_rewards(*given, "answer", 64)
+    sure = answer_rewards(model, tokenizer, owners, found, [replace(question, answer="j")] * 4, "answer", 64)
+    assert decode(tokenizer, found[0].replies[-1].ids).endswith("j </answer>"), "the trajectory stays as it was"
+    assert all(0 < x < 1 for x in answer + sure + reply) and answer != sure
+    assert min(answer) > max(reply), "two tokens are likelier than nine"
+    monkeypatch.setattr("clear.training.rewards.LIMIT", 1.0)
+    assert answer_rewards(*given, "reply", 64) == [0.0] * 4, "hopeless answers are told apart no further"
+
+
+def test_a_judges_score_replaces_exact_match_and_decides_what_counts_as_right():
+    config = from_dict(compose(["profile=smoke", "grpo.reward_decision=1.0"])).grpo
+    question = Question("q", "test", "a b", "c")
+    text = ["<think> a </think> <answer> d </answer>"]
+    assert rewards(text, True, question, config)["reward_accuracy"] == 0.0
+    found = rewards(text, True, question, config, {"reward_answer": 0.25}, accuracy=0.8)
+    assert found["reward_accuracy"] == 0.8 and found["reward_decision"] == 1.0 and found["reward_answer"] == 0.25
+    assert weighted(found, config, ("reward_answer", "absent")) == config.reward_answer * 0.25
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("0.5", 0.5), (" 1.0\n", 1.0), ("1", 1.0), (".25.", 0.25), ("1.5", None), ("right", None), ("0.9 of 1", None)],
+)
+def test_a_judges_reply_is_a_number_or_nothing(text, expected):
+    assert score_of(text) == expected
+
+
+def test_an_outage_of_the_judge_rejects_the_sample_and_a_total_one_stops(tmp_path):
+    questions = [Question(str(n), "test", f"what {n}", "c") for n in range(4)]
+
+    def answer(body, number):
+        said = user_text(body)
+        if "what 1" in said:
+            return 503, {}, {"error": "busy"}
+        return 200, {}, completion("maybe" if "what 2" in said else "0.75")
+
+    with serving(answer) as server, connect(settings(server.url, retries=1), "judge", tmp_path / "j", 0.01) as client:
+        assert judged(client, questions, ["d", "d", "d", ""]) == [0.75, None, None, 0.0]
+        asked = len(server.bodies)
+        assert judged(client, questions[:1], ["d"]) == [0.75] and len(server.bodies) == asked, "asked once"
+        with pytest.raises(ClearError, match=r"scored none of 1 answers.*503"):
+            judged(client, questions[1:2], ["d"])
+
+
+def test_a_falling_accuracy_under_a_rising_reward_stops():
+    falling = [(0.80, 0.5), (0.85, 0.6), (0.82, 0.7), (0.81, 0.8)]
+    assert falls_while_reward_rises(falling, 2, 0.0)
+    assert not falls_while_reward_rises(falling, 0, 0.0), "off"
+    assert not falls_while_reward_rises(falling, 2, 0.05), "within the margin"
+    assert not falls_while_reward_rises(falling[:3], 2, 0.0), "one fall is not two"
+    assert not falls_while_reward_rises([*falling[:3], (0.81, 0.55)], 2, 0.0), "the reward fell too"
+    assert not falls_while_reward_rises([*falling[:3], (0.86, 0.9)], 2, 0.0), "it recovered"
+
+
+def test_measurements_carry_the_mean_reward_since_the_one_before():
+    history = [
+        {"reward": 0.2, "accuracy_holdout": 0.8},
+        {"reward": 0.4},
+        {"other": 1.0},
+        {"reward": 0.6, "accuracy_holdout": 0.7},
+    ]
+    assert measured(history) == [(0.8, 0.2), (0.7, pytest.approx(0.5))]

@@ -1,0 +1,170 @@
+"""Packing: samples that share a row are to the model what they are alone, and so are losses, gradients and scores."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clear.config import Phase
+from clear.model import flow
+from clear.model.sequence import BRIDGE, IGNORE, LATENT, length, pack
+from clear.reasoning import grammar
+from clear.reasoning.engine import Options, generate
+from clear.reasoning.tokenizer import encode
+from clear.training import scoring
+from clear.training.parallel import Pass, one_pass
+from clear.training.sft import TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
+from clear.training.trainer import StageRun, optimise
+from tests.test_mixed_sizes import config, images, parts  # noqa: F401, fixtures
+from tests.tiny import tiny_model, tiny_prompts
+
+TIMES = flow.time_grid(4, 3.0).tolist()
+BUDGETS = [1, 120, 190, 10**6]
+"""Tokens of a row: one sample each, some alone and some not, at most two or three together, all in one."""
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 150))
+def test_every_sample_has_one_place_and_rows_keep_to_the_budget(lengths, budget):
+    rows = pack(lengths, budget)
+    assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+    filled = [sum(lengths[i] for i in row) for row in rows]
+    assert all(total <= budget or len(row) == 1 for total, row in zip(filled, rows, strict=True))
+    assert all(row == sorted(row) for row in rows) and rows == sorted(rows)
+    assert sum(2 * total <= budget for total in filled) <= 1, "two rows that are half empty would have been one"
+    assert pack(lengths, budget) == rows
+
+
+def _objective(name, model, data):
+    if name == "restoration":
+        return restoration_loss(model, data)
+    if name == "direct answer":
+        return direct_loss(model, data)
+    feedback = BRIDGE if name == "mlp" else LATENT
+    return trace_loss(model, data, TraceWeights(feedback, distill=0.5, drop_vit=0.4))
+
+
+def _traces(kind, config, images):  # noqa: F811
+    """Model and traces of four pictures of three sizes; the second one answers at once."""
+    model, tokenizer, _, data = parts("mlp" if kind == "mlp" else "direct", config, images)
+    data.reply_1[1], data.reply_2[1] = encode(tokenizer, "<think> a b c </think> <answer> c </answer>"), None
+    assert encode(tokenizer, grammar.restore_reply()) == data.reply_1[0]
+    set_trainable(model)
+    return model, data
+
+
+def _gradients(model, loss, rows: int, budget: int):
+    """Loss and gradients of one batch, in as many passes as it takes; also how many those were."""
+    model.zero_grad()
+    now, total = Pass(rows, budget), 0.0
+    while now.number < now.passes:
+        torch.manual_seed(4)
+        with one_pass(now):
+            part, _ = loss([0, 1, 2, 3, 1])
+        part.backward()
+        total, now.number = total + part.item(), now.number + 1
+    return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, now
+
+
+@pytest.mark.parametrize("kind", ["direct", "mlp", "restoration", "direct answer"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_packing_changes_neither_loss_nor_gradients(config, images, kind, rows):  # noqa: F811
+    """float32; the sums of a batch are taken in another order."""
+    model, data = _traces(kind, config, images)
+    loss = _objective(kind, model, data)
+    expected, gradients, _ = _gradients(model, loss, 0, 0)
+    passes = set()
+    for budget in BUDGETS:
+        found, others, now = _gradients(model, loss, rows, budget)
+        passes.add(now.passes)
+        assert found == pytest.approx(expected, rel=2e-6)
+        assert others.keys() == gradients.keys()
+        largest = max(value.abs().max().item() for value in gradients.values())
+        for name, value in gradients.items():
+            torch.testing.assert_close(others[name] / largest, value / largest, atol=2e-6, rtol=0, msg=name)
+        assert rows == 0 or now.real == now.tokens, "a row of its own has no padding"
+    assert passes == ({1} if rows == 0 else passes) and (rows == 0 or {1, 5} <= passes)
+
+
+def test_a_packed_run_logs_its_real_tokens_and_resumes_exactly(config, images, tmp_path):  # noqa: F811
+    class Interrupted(Exception):
+        """Stands for the kill of the process."""
+
+    (tmp_path / "input.txt").write_text("data")
+    runtime = replace(config.runtime, precision="float32", log_every=1, checkpoint_every=2, device="cpu")
+
+    def train(folder, budget, rows, stop=None):
+        model, data = _traces("direct", config, images)
+        loss, calls = _objective("direct", model, data), 0
+
+        def counted(index):
+            nonlocal calls
+            calls += 1
+            if calls == stop:
+                raise Interrupted
+            return loss(index)
+
+        used = replace(config, runtime=replace(runtime, token_budget=budget, rows_per_pass=rows))
+        run = StageRun("test", used, [tmp_path / "input.txt"], tmp_path / folder)
+        torch.manual_seed(1)
+        optimise(run, "phase", model, counted, len(data), Phase(steps=6, batch=3, lr=1e-3, warmup=0))
+        return run.curve, {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    plain, _ = train("plain", 0, 0)
+    curve, weights = train("packed", 120, 1)
+    assert [row["loss"] for row in curve] == pytest.approx([row["loss"] for row in plain], rel=1e-4)
+    assert all(row["real_tokens"] == 1.0 for row in curve) and max(row["passes"] for row in curve) > 1
+    assert "real_tokens" not in plain[0]
+    together, _ = train("together", 120, 0)
+    assert min(row["real_tokens"] for row in together) < 1.0
+    with pytest.raises(Interrupted):
+        train("killed", 120, 1, stop=8)
+    again, found = train("killed", 120, 1)
+    assert again == curve and all(torch.equal(found[name], value) for name, value in weights.items())
+
+
+@pytest.mark.parametrize("bridge", ["mlp", "direct"])
+@pytest.mark.parametrize("budget", [1, 110, 10**6])
+def test_a_packed_scoring_is_that_of_single_rows_and_of_the_rollout(bridge, budget):
+    model, tokenizer = tiny_model(bridge)
+    prompts = tiny_prompts(tokenizer, 4)
+    options = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=8, batch=64)
+    found = []
+    for n, restore in enumerate(("always", "auto")):
+        generator = torch.Generator().manual_seed(5 + n)
+        found += generate(model, tokenizer, prompts, replace(options, restore=restore), 2, generator)
+    owners, steps = [prompts[t.prompt] for t in found], [[n % 4, 3] if n % 4 < 3 else [1] for n in range(len(found))]
+    request = (owners, found, steps, TIMES, 0.3, 1.0)
+    scores, gradients = [], []
+    for used in (0, budget):
+        model.zero_grad()
+        new = scoring.score(model, *request, used)
+        (new.text.sum() + new.image.sum() + new.velocity.square().mean()).backward()
+        scores.append(new)
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
+    alone, packed = scores
+    for name in ("text", "entropy", "image", "velocity"):
+        torch.testing.assert_close(getattr(packed, name), getattr(alone, name), atol=1e-5, rtol=1e-5, msg=name)
+    assert packed.text_row.equal(alone.text_row) and packed.image_row.equal(alone.image_row)
+    largest = max(value.abs().max().item() for value in gradients[0].values())
+    for name, value in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name] / largest, value / largest, atol=1e-5, rtol=0, msg=name)
+    text, image = scoring.recorded(found, steps)
+    assert (torch.exp(packed.text - text) - 1).abs().max() <= 1e-3
+    assert (torch.exp(packed.image - image) - 1).abs().max() <= 1e-3
+    assert packed.real == 1.0 if budget == 10**6 else packed.real < 1.0
+
+
+def test_length_is_that_of_the_layout(config, images):  # noqa: F811
+    model, data = _traces("direct", config, images)
+    seen = []
+    hook = model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))
+    now = Pass(0, 10**6)
+    with one_pass(now), torch.no_grad():
+        trace_loss(model, data, TraceWeights(LATENT))([0, 1, 2])
+    hook.remove()
+    assert seen[0].ids.shape[0] == 1 and seen[0].sample.max() == 2 and (seen[0].target != IGNORE).any()
+    assert now.tokens == now.real == seen[0].ids.shape[1]
+    prompt = data.prompt(0)
+    assert length(prompt.segments(True)) == length(prompt.segments()) - len(prompt.patches) - 2

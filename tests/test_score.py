@@ -1,0 +1,253 @@
+"""Scoring prediction files of the public benchmarks: options, circular, pairs, a judge over HTTP, robustness."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+
+from clear.bench import benchmarks, judge
+from clear.bench.options import REFUSED, chosen
+from clear.endpoint import connect
+from clear.errors import ClearError
+from clear.scratch import write_params
+from tests.chat_server import completion, serving, settings, user_text
+from tests.conftest import ROOT
+
+OPTIONS = ["a red cup", "a blue cup", "no cup", "two cups"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("B", "B"),
+        ("(C)", "C"),
+        ("The answer is D.", "D"),
+        ("A. a red cup", "A"),
+        ("It is option {B}!", "B"),
+        ("a blue cup", "B"),
+        ("I see A Blue Cup here", "B"),  # two rules: the letter A is a word, and it comes first in VLMEvalKit
+        ("i see two cups", "D"),
+        ("A or B", ""),
+        ("a red cup and a blue cup", ""),
+        ("b", ""),
+        ("", ""),
+        ("There is no cup on the table, and " + "much more is to be said of it " * 5, ""),
+        ("Sorry, I can't help with images of people yet.", REFUSED),
+        ("Z", REFUSED),
+        ("CD", ""),
+    ],
+)
+def test_the_option_that_a_text_chooses(text, expected):
+    expected = "A" if text.startswith("I see A Blue") else expected
+    assert chosen(text, OPTIONS) == expected
+
+
+def test_options_that_contain_each_other_are_not_guessed():
+    assert chosen("two cups", ["two", "two cups"]) == ""
+    assert chosen("B", ["x"]) == "", "a letter beyond the options chooses nothing"
+
+
+def write(file, rows) -> str:
+    pd.DataFrame(rows).to_csv(file, sep="\t", index=False)
+    return str(file)
+
+
+def mcq(index: int, prediction: str, answer: str = "A", **more) -> dict:
+    listed = {"A": "red", "B": "blue"}
+    return {"index": index, "question": "Which?", **listed, "answer": answer, "prediction": prediction, **more}
+
+
+def scored(tmp_path, client=None, **files):
+    frames = [
+        benchmarks.read_predictions(tmp_path / f"{name}.tsv")
+        for name in files
+        if write(tmp_path / f"{name}.tsv", files[name])
+    ]
+    return benchmarks.score(pd.concat(frames, ignore_index=True), client)
+
+
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("CLEAR_MMStar", ("CLEAR_MMStar", "clean", "clean")),
+        ("CLEAR_MMStar_LOW_LEVEL_HIGH", ("CLEAR_MMStar", "mixed", "high")),
+        ("my_model_MMBench_DEV_EN_V11_gaussian_noise_MID", ("my_model_MMBench_DEV_EN_V11", "gaussian_noise", "mid")),
+        ("x_some_bench_LOW", ("x_some_bench", "mixed", "low")),
+    ],
+)
+def test_benchmark_corruption_and_level_are_in_the_name(name, place):
+    assert benchmarks.place_of(name) == place
+
+
+def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
+    rows = [
+        mcq(1, "A"),
+        mcq(1000001, "B", "B"),
+        mcq(2, "A"),
+        mcq(1000002, "A", "B"),
+        mcq(2000002, "B", "B"),
+        mcq(3, "?"),
+    ]
+    found = benchmarks.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))["benchmarks"]["MMBench_DEV_EN_V11"]
+    level = found["levels"]["clean"]
+    assert level["circular"] == level["score"] == pytest.approx(1 / 3) and level["single"] == pytest.approx(4 / 6)
+    assert level["questions"] == 6 and level["unmatched"] == 1 and level["rejected"] == 0
+
+
+def test_mmvp_is_scored_by_single_question_and_by_pair(tmp_path):
+    rows = [mcq(i, "A" if right else "B") for i, right in zip((1, 2, 3, 4, 5), (1, 1, 1, 0, 1), strict=True)]
+    level = benchmarks.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
+    assert level["score"] == level["single"] == pytest.approx(0.8)
+    assert level["pair"] == 0.5, "the last question has no partner and is no pair"
+
+
+def test_levels_give_robustness_and_averages_need_every_benchmark(tmp_path):
+    right, wrong = mcq(0, "<think>B?</think><answer>A</answer>"), mcq(1, "B")
+    frame = scored(
+        tmp_path,
+        MMStar=[right, mcq(1, "A")],
+        MMStar_LOW_LEVEL_HIGH=[right, wrong],
+        RealWorldQA=[right, mcq(1, "A"), mcq(2, "A"), mcq(3, "B")],
+        RealWorldQA_dark_HIGH=[right],
+        RealWorldQA_jpeg_HIGH=[wrong, mcq(2, "B")],
+        RealWorldQA_jpeg_LOW=[right],
+    )
+    found = benchmarks.summary(frame)
+    star, real = found["benchmarks"]["MMStar"], found["benchmarks"]["RealWorldQA"]
+    assert star["robustness"] == {"absolute": 0.5, "relative": 0.5}
+    assert real["levels"]["high"]["corruptions"] == {"dark": 1.0, "jpeg": 0.0}
+    assert real["levels"]["high"]["score"] == 0.5, "the mean over corruptions, however many rows each has"
+    assert real["robustness"]["relative"] == pytest.approx(0.5 / 0.75)
+    assert found["average"]["levels"] == {"clean": pytest.approx(0.875), "high": 0.5}, "low was not run on MMStar"
+    text = benchmarks.table(found)
+    assert "50.00" in text and "66.67" in text and text.splitlines()[-1].startswith("average")
+
+
+def test_free_answers_are_matched_exactly_and_gold_answers_may_be_texts(tmp_path):
+    free = {"index": 0, "question": "How many?", "answer": "Two.", "prediction": "two"}
+    frame = scored(tmp_path, RealWorldQA=[free, mcq(1, "B", "blue"), free | {"index": 2, "prediction": "2"}])
+    assert frame.score.tolist() == [1.0, 1.0, 0.0] and frame.how.tolist() == ["exact", "rule", "exact"]
+    with pytest.raises(ClearError, match="index 1: the answer 'green' names none"):
+        scored(tmp_path, X=[mcq(1, "B", "green")])
+
+
+def mmvet(index: int, answer: str, prediction: str) -> dict:
+    return {"index": index, "question": f"Q{index}?", "answer": answer, "prediction": prediction}
+
+
+def test_mm_vet_is_graded_by_the_judge_and_a_failing_judge_rejects_the_row(tmp_path):
+    def answer(body, number):
+        text = user_text(body)
+        asked = text[text.rindex("Question: ") :]
+        if "Q0?" in asked:
+            return 200, {}, completion("0.5")
+        if "Q1?" in asked:  # an unusable reply first
+            return 200, {}, completion("rather good" if body["temperature"] == 0 else "Grade: 1.0")
+        if "Q2?" in asked:
+            return 200, {}, completion("7")
+        if "Q3?" in asked:
+            return 500, {}, b"down"
+        if "Which?" in asked:
+            return 200, {}, completion("B." if "the azure" in asked else "Z")
+        return 400, {}, {"error": "filtered"}
+
+    rows = [mmvet(i, "x <AND> y", "x") for i in range(5)]
+    with serving(answer) as server:
+        with connect(settings(server.url, retries=1), "judge", tmp_path / "j.sqlite", pause=0.01) as client:
+            frame = scored(tmp_path, client, MMVet=rows, MMStar=[mcq(0, "the azure one", "B"), mcq(1, "hm")])
+        assert "x <AND> y" in user_text(server.bodies[0]) and server.bodies[0]["temperature"] == 0
+    vet, star = frame[frame.bench == "MMVet"], frame[frame.bench == "MMStar"]
+    assert vet.score.tolist()[:2] == [0.5, 1.0] and vet.score.isna().tolist() == [False, False, True, True, True]
+    assert [reason.split(":")[0] for reason in vet.reject] == ["", "", "malformed", "outage", "refused"]
+    assert star.score.tolist() == [1.0, 0.0] and star.how.tolist() == ["judge", "judge"]
+    assert star.extracted.tolist() == ["B", REFUSED]
+    found = benchmarks.summary(frame)["benchmarks"]["MMVet"]["levels"]["clean"]
+    assert found["score"] == 0.75 and found["rejected"] == 3 and found["questions"] == 5
+    with pytest.raises(ClearError, match=r"graded by a judge; set judge.url"):
+        scored(tmp_path, MMVet=rows)
+
+
+def test_a_level_of_which_nothing_was_graded_has_no_figure(tmp_path):
+    with serving(lambda body, number: (500, {}, b"")) as server:
+        client = connect(settings(server.url, retries=0), "judge", tmp_path / "j.sqlite", pause=0.01)
+        frame = scored(tmp_path, client, MMVet=[mmvet(0, "x", "x")])
+        client.close()
+    found = benchmarks.summary(frame)
+    assert found["benchmarks"]["MMVet"]["levels"]["clean"]["score"] is None and found["average"]["levels"] == {}
+    assert "–" in benchmarks.table(found)
+
+
+def test_agreement_is_read_from_json_and_nothing_else(tmp_path):
+    replies = {
+        "q0": '{"consistent": true}',
+        "q1": 'Sure: ```{"consistent": false}```',
+        "q2": "yes",
+        "q3": '{"consistent": 1}',
+    }
+
+    def answer(body, number):
+        return 200, {}, completion(next(v for k, v in replies.items() if f"Question: {k}" in user_text(body)))
+
+    with serving(answer) as server:
+        with connect(settings(server.url), "judge", tmp_path / "j.sqlite") as client:
+            found = judge.agreements(client, [(q, "r", "a") for q in replies])
+        assert server.bodies[0]["response_format"] == {"type": "json_object"}
+    assert found[:2] == [True, False]
+    assert all(
+        isinstance(one, str) and one.startswith("malformed: the judge gave no verdict in 5") for one in found[2:]
+    )
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([{"index": 1, "question": "?", "answer": "x"}], "no column 'prediction'"),
+        ([mcq(1, "A"), mcq(1, "B")], "index 1 occurs twice"),
+        ([mcq(1, "A", "")], "index 1 has no answer"),
+        ([mcq(1, "A", severity="worst")], "severity 'worst' is not one of"),
+    ],
+)
+def test_a_file_that_cannot_be_scored_is_named(tmp_path, rows, said):
+    with pytest.raises(ClearError, match=rf"X\.tsv: .*{said}"):
+        benchmarks.read_predictions(tmp_path / "X.tsv") if write(tmp_path / "X.tsv", rows) else None
+
+
+def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path):
+    """With a judge that is there only the first time: the second run asks nothing."""
+    write_params(tmp_path / "params.yaml")
+    files = [
+        write(tmp_path / "MMVet.tsv", [mmvet(0, "x", "x"), mmvet(1, "x", "")]),
+        write(tmp_path / "MMVet_LOW_LEVEL_HIGH.tsv", [mmvet(0, "x", "y")]),
+    ]
+    command = [sys.executable, "-m", "clear", "score", *files, "--json", "s.json", "--rows", "out/r.parquet"]
+
+    def run(*more, **environment):
+        plain = {k: v for k, v in os.environ.items() if k != "CLEAR_HOME"}
+        return subprocess.run(
+            [*command, *more],
+            cwd=tmp_path,
+            env=plain | {"PYTHONPATH": str(ROOT)} | environment,
+            capture_output=True,
+            text=True,
+        )
+
+    refused = run()
+    assert refused.returncode == 1 and "set judge.url" in refused.stderr
+    text = (tmp_path / "params.yaml").read_text()
+    head, tail = text.split("judge:\n")
+    (tmp_path / "params.yaml").write_text(f"{head}judge:\n{tail.replace(chr(39) * 2, '$J_URL', 1)}")
+    assert "J_URL is not set" in run("--judge").stderr
+    with serving(lambda body, number: (200, {}, completion("1.0" if number < 2 else "0.2"))) as server:
+        done = run("--judge", J_URL=server.url, CLEAR_JUDGE_KEY="k")
+        assert done.returncode == 0, done.stderr
+        assert len(server.bodies) == 3 and server.keys[0] == "Bearer k"
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert set(found["benchmarks"]) == {"MMVet"} and found["judge"]["model"] == "gpt-4.1"
+    assert found["judge"]["replies"] == 3 and len(found["judge"]["prompts"]) == 12
+    assert done.stdout.startswith("benchmark") and "MMVet" in done.stdout
+    assert len(pd.read_parquet(tmp_path / "out/r.parquet")) == 3
+    again = run("--judge", J_URL=server.url, CLEAR_JUDGE_KEY="k")
+    assert again.returncode == 0 and again.stdout == done.stdout, again.stderr

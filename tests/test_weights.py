@@ -1,0 +1,196 @@
+"""Weights in S3, against a real server of its protocol: fetched once, verified, resumed, refused with a remedy."""
+
+import hashlib
+import os
+import socket
+
+import boto3
+import pytest
+from boto3.s3.transfer import TransferConfig
+from moto.server import ThreadedMotoServer
+
+from clear.config import compose, from_dict
+from clear.errors import ClearError
+from clear.stages import weights
+from clear.stages.weights import etag_matches, fetch, with_local_weights
+
+MIB = 2**20
+FILES = {"llm_config.json": b"{}", "ema.safetensors": os.urandom(300_000), "empty.txt": b""}
+
+
+@pytest.fixture(scope="module")
+def server():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = ThreadedMotoServer("127.0.0.1", port, verbose=False)
+    found.start()
+    yield f"http://127.0.0.1:{port}"
+    found.stop()
+
+
+@pytest.fixture
+def bucket(server, tmp_path, monkeypatch):
+    """A bucket with a model folder, beside which lie files of another one; requests are counted."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {
+        "AWS_ENDPOINT_URL": server,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+        "CLEAR_HOME": str(tmp_path / "home"),
+    }
+    for name, value in settings.items():
+        monkeypatch.setenv(name, value)
+    client = boto3.client("s3")
+    name = f"models-{tmp_path.name.replace('_', '-')}"[:60].strip("-")
+    client.create_bucket(Bucket=name)
+    for file, content in FILES.items():
+        client.put_object(Bucket=name, Key=f"bagel/7b/{file}", Body=content)
+    client.put_object(Bucket=name, Key="bagel/7b-other/ema.safetensors", Body=b"other")
+    client.put_object(Bucket=name, Key="bagel/7b/nested/file", Body=b"nested")
+    return client, name
+
+
+@pytest.fixture
+def gets(monkeypatch):
+    """Keys and ranges of the objects asked for."""
+    found, original = [], weights._client
+
+    def client():
+        made = original()
+        made.meta.events.register(
+            "before-parameter-build.s3.GetObject",
+            lambda params, **_: found.append((params["Key"], params.get("Range"))),
+        )
+        return made
+
+    monkeypatch.setattr(weights, "_client", client)
+    return found
+
+
+def test_a_folder_is_fetched_once(bucket, gets):
+    _, name = bucket
+    folder = fetch(f"s3://{name}/bagel/7b/")
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == FILES
+    assert len(gets) == len(FILES)
+    assert fetch(f"s3://{name}/bagel/7b") == folder and len(gets) == len(FILES)
+
+
+def test_a_changed_file_is_fetched_again_and_a_deleted_one_goes(bucket, gets):
+    client, name = bucket
+    folder = fetch(f"s3://{name}/bagel/7b")
+    gets.clear()
+    client.put_object(Bucket=name, Key="bagel/7b/llm_config.json", Body=b"[]")
+    client.delete_object(Bucket=name, Key="bagel/7b/empty.txt")
+    (folder / "ema.safetensors").write_bytes(b"cut")
+    fetch(f"s3://{name}/bagel/7b")
+    assert sorted(key.rpartition("/")[2] for key, _ in gets) == ["ema.safetensors", "llm_config.json"]
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {
+        "llm_config.json": b"[]",
+        "ema.safetensors": FILES["ema.safetensors"],
+    }
+
+
+def test_a_broken_download_goes_on_where_it_stopped(bucket, gets, monkeypatch):
+    _, name = bucket
+    monkeypatch.setattr(weights, "_CHUNK", 100_000)
+
+    class Cable:
+        """Fails when a second chunk of the large file arrives."""
+
+        def __init__(self, **_):
+            self.seen = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def update(self, amount):
+            self.seen += amount
+            if self.seen >= 200_000:
+                raise ConnectionError("the line is dead")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(weights, "tqdm", Cable)
+        with pytest.raises(ClearError, match=r"interrupted \(the line is dead\).*goes on where it stopped"):
+            fetch(f"s3://{name}/bagel/7b")
+    folder = weights.home() / "weights" / name / "bagel" / "7b"
+    assert not (folder / "ema.safetensors").exists()
+    gets.clear()
+    fetch(f"s3://{name}/bagel/7b")
+    assert ("bagel/7b/ema.safetensors", "bytes=200000-") in gets
+    assert (folder / "ema.safetensors").read_bytes() == FILES["ema.safetensors"]
+
+
+def test_a_part_of_other_content_is_not_accepted(bucket):
+    _, name = bucket
+    folder = weights.home() / "weights" / name / "bagel" / "7b"
+    folder.mkdir(parents=True)
+    etag = hashlib.md5(FILES["ema.safetensors"]).hexdigest()
+    part = folder / f"ema.safetensors.{etag}.part"
+    part.write_bytes(b"x" * 1000)
+    (folder / "ema.safetensors.0123.part").write_bytes(b"of an older version")
+    with pytest.raises(ClearError, match="does not match the ETag"):
+        fetch(f"s3://{name}/bagel/7b")
+    assert not part.exists() and not (folder / "ema.safetensors.0123.part").exists()
+    assert (fetch(f"s3://{name}/bagel/7b") / "ema.safetensors").read_bytes() == FILES["ema.safetensors"]
+
+
+@pytest.mark.parametrize("size", [5 * MIB, 8 * MIB])
+def test_uploads_in_parts_are_verified(bucket, size):
+    client, name = bucket
+    content = os.urandom(2 * size + 1000)
+    client.put_object(Bucket=name, Key="parts/llm_config.json", Body=b"{}")
+    from io import BytesIO
+
+    client.upload_fileobj(
+        BytesIO(content), name, "parts/big", Config=TransferConfig(multipart_threshold=MIB, multipart_chunksize=size)
+    )
+    etag = client.head_object(Bucket=name, Key="parts/big")["ETag"].strip('"')
+    file = fetch(f"s3://{name}/parts") / "big"
+    assert etag.endswith("-3") and etag_matches(file, etag)
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert not etag_matches(file, etag)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("s3://no-such-bucket-here/bagel", "NoSuchBucket: there is no such bucket"),
+        ("s3://{name}/nothing", "holds no files; check the prefix"),
+        ("s3://{name}", "is no S3 folder; write s3://bucket/prefix"),
+        ("s3://{name}/a/../../b", "leaves its folder"),
+    ],
+)
+def test_what_is_not_there_is_named(bucket, url, message):
+    with pytest.raises(ClearError, match=message):
+        fetch(url.format(name=bucket[1]))
+
+
+def test_without_credentials_and_without_a_server(bucket, monkeypatch):
+    _, name = bucket
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    with pytest.raises(ClearError, match=r"interrupted .*check AWS_ENDPOINT_URL"):
+        fetch(f"s3://{name}/bagel/7b")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    with pytest.raises(ClearError, match=r"no complete AWS credentials.*set AWS_ACCESS_KEY_ID"):
+        fetch(f"s3://{name}/bagel/7b")
+
+
+def test_only_readers_of_weights_fetch_them(bucket, gets):
+    _, name = bucket
+    config = from_dict(compose(["profile=bagel_7b_lora", f"model.checkpoint=s3://{name}/bagel/7b"]))
+    assert with_local_weights(config, "degrade") is config and not gets
+    found = with_local_weights(config, "sft").model.checkpoint
+    assert found == str(weights.home() / "weights" / name / "bagel" / "7b") and len(gets) == len(FILES)
+    local = from_dict(compose(["profile=bagel_7b_lora", "model.checkpoint=weights"]))
+    assert with_local_weights(local, "sft") is local
