@@ -53,7 +53,7 @@ def parts(bridge, config, images):
     assert all(bank.latent_grid(i) != bank.vit_grid(i) for i in range(len(bank)))
     samples, rows = [], []
     for i, image in enumerate(images):
-        samples.append(Sample(f"s{i}", "test", "sft", image, sha256(image), degraded=image))
+        samples.append(Sample(f"s{i}", "test", "sft", image, sha256(image), degraded=b"other " + image))
         replies = grammar.restore_reply(), "<think> b </think> <answer> c </answer>"
         rows.append(TraceRow(f"s{i}", "q", "a b", "dark", "high", *replies, "<answer> c </answer>", replies[1], False))
     return model, tokenizer, vae, TraceData(tokenizer, rows, samples, bank, bank)
