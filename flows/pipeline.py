@@ -111,11 +111,17 @@ def missing_outputs(workspace: Path, stages: list[str] | None = None) -> list[st
 
 
 def unchanged(workspace: Path) -> set[str]:
-    """The stages of dvc.yaml that neither changed nor depend on one that did; one question instead of one per stage."""
+    """The stages of dvc.yaml that neither changed nor depend on one that did; one question instead of one per stage.
+
+    None is known while another DVC process is in the way: then each stage asks for itself, and waits.
+    """
     import networkx
     from dvc.repo import Repo
 
-    lines = dvc(["status", "--json"], workspace, lambda line: None)
+    try:
+        lines = dvc(["status", "--json"], workspace, lambda line: None)
+    except Temporary:
+        return set()
     changed = set(json.loads(next((line for line in reversed(lines) if line.startswith("{")), "{}")))
     with Repo(str(workspace)) as repo:
         graph = repo.index.graph
