@@ -12,8 +12,8 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ def reproduce(
         try:
             adopt(result, inputs, store, workspace, compute, say)
             return f"taken from job {result['job']}, which had run it"
-        except Unreachable:
+        except (Unreachable, Temporary):
             raise
         except ClearError as error:
             say(f"the result of an earlier job is not used: {error}")
@@ -153,6 +153,7 @@ class _Work:
                 self.say(f"stage {self.inputs.stage} is already job {self.job_id}: waiting for it")
             else:
                 self.say(f"stage {self.inputs.stage} on AWS Batch, {estimate}")
+                cost.settle(self.store, self.account.batch)
                 cost.refuse_beyond_budget(self.store, self.compute, estimate, self.inputs.stage)
                 self._submit(name, spot, estimate.allowed)
             while (ended := self._follow(spot, estimate.allowed)) == "on demand":
@@ -162,8 +163,8 @@ class _Work:
             raise  # the job goes on; the next attempt finds it
         except BaseException as error:
             if self.job_id:
-                self.say(f"ending job {self.job_id}")
-                batch.terminate(self.account.batch, self.job_id, f"its flow ended: {type(error).__name__}")
+                with suppress(ClearError):  # then the sweeper ends it
+                    batch.terminate(self.account.batch, self.job_id, f"its flow ended: {type(error).__name__}")
             raise
         return ended
 
@@ -183,7 +184,8 @@ class _Work:
         tags = {"stage": self.inputs.stage, "key": self.key}
         url = self.store.url(request)
         self.job_id = batch.submit(self.account, self.compute, self.job, image, name, spot, url, tags)
-        cost.enter(self.store, self.job_id, self.inputs.stage, allowed)
+        hourly = cost.hourly(self.compute, self.job, spot)
+        cost.enter(self.store, self.job_id, self.inputs.stage, allowed, hourly=hourly)
         self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")
 
     def _cached(self) -> list[str]:
@@ -213,13 +215,13 @@ class _Work:
                 self.say(f"job {self.job_id}: {last}")
             self.hours = batch.hours(job)
             spent = self.before + self.hours * price
-            if last in ("SUCCEEDED", "FAILED"):
+            if last in batch.ENDED:
                 cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
                 self._show_log(shown)
                 if last == "SUCCEEDED":
                     return spent
                 return self._failed(job, spot, spent)
-            if spot and last == "RUNNABLE" and self._waited(job) > self.compute.spot_wait_minutes * 60:
+            if spot and last == "RUNNABLE" and batch.waiting(job) > self.compute.spot_wait_minutes * 60:
                 self.say(f"no spot machine within {self.compute.spot_wait_minutes:g} min: asking on demand")
                 batch.terminate(self.account.batch, self.job_id, "no spot machine in time")
                 cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
@@ -240,9 +242,6 @@ class _Work:
         reason = job.get("statusReason") or job.get("container", {}).get("reason") or "no reason given"
         kept = [line for line in self._log_end() if line.startswith("error: ")]
         raise ClearError(f"stage {self.inputs.stage}: job {self.job_id} failed: {(kept or [reason])[-1]}")
-
-    def _waited(self, job: dict[str, Any]) -> float:
-        return datetime.now(UTC).timestamp() - job["createdAt"] / 1000 if job.get("createdAt") else 0.0
 
     def _logs(self) -> list[str]:
         return sorted(self.store.names(f"logs/{self.key}/{self.job_id}-"))

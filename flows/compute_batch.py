@@ -22,6 +22,7 @@ PREEMPTED = 75
 RECLAIMED = "Host EC2"
 """How the reason begins that Batch gives for a job whose machine was taken away."""
 TAG = "clear"
+ENDED = ("SUCCEEDED", "FAILED")
 ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
 OUTPUTS = ("Bucket", "SpotQueue", "OnDemandQueue", "Repository", "JobRole", "ExecutionRole", "LogGroup")
 
@@ -185,6 +186,12 @@ def hours(job: dict[str, Any]) -> float:
     if job["status"] == "RUNNING" and "startedAt" in job:
         total += max(0, datetime.now(UTC).timestamp() * 1000 - job["startedAt"])
     return total / 3.6e6
+
+
+def waiting(job: dict[str, Any]) -> float:
+    """Seconds since a job that waits for a machine was submitted, or lost the last one."""
+    begun = max([job.get("createdAt", 0), *(one.get("stoppedAt", 0) for one in job.get("attempts", []))])
+    return datetime.now(UTC).timestamp() - begun / 1000 if begun else 0.0
 
 
 def reclaimed(job: dict[str, Any]) -> bool:

@@ -8,9 +8,12 @@ once it has ended, what it cost; its sum may not exceed `compute.budget_usd`.
 
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
 
 from clear.errors import ClearError
 from clear.placement import BatchJob, Compute
+from flows.compute_batch import ENDED, describe, hours
 from flows.compute_store import Store
 
 
@@ -45,6 +48,16 @@ def spent(store: Store, month: str | None = None) -> float:
     """US dollars of this (or the named, YYYY-MM) month: what ended jobs cost, what the others are allowed."""
     notes = [store.read(name) or {} for name in store.names(f"ledger/{month or _month()}/")]
     return sum(note.get("allowed", 0.0) if note.get("cost") is None else note["cost"] for note in notes)
+
+
+def settle(store: Store, batch: Any) -> None:
+    """Enter what the jobs of this month cost that have ended without their flow: cancelled, swept, or it was gone."""
+    for name in store.names(f"ledger/{_month()}/"):
+        note = store.read(name) or {}
+        if note.get("cost") is None and "hourly" in note:
+            job = describe(batch, Path(name).stem)
+            if job is not None and job["status"] in ENDED:
+                store.write(name, note | {"cost": hours(job) * note["hourly"], "hours": hours(job)})
 
 
 def refuse_beyond_budget(store: Store, compute: Compute, found: Estimate, stage: str) -> None:

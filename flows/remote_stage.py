@@ -146,13 +146,21 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
     finally:
         keeper.stop()
         if status:
-            keeper.keep()
+            _last_checkpoint(keeper, log)
     if status:
         return status
     dvc("push", inputs.stage)
     _hand_over(store, inputs, key, job, folder, home, time.monotonic() - begun)
     forget(store, key)
     return 0
+
+
+def _last_checkpoint(keeper: Keeper, log: Log) -> None:
+    """Keep what there is; if that fails the last one kept counts, and why the stage ended is not covered up."""
+    try:
+        keeper.keep()
+    except ClearError as error:
+        log.say(f"checkpoint not kept in S3: {error}")
 
 
 def _obey(command: list[str], folder: Path, environment: dict[str, str], log: Log, notice: Notice) -> int:

@@ -1,6 +1,7 @@
 """Where stages run: what is asked of AWS Batch (on moto), what it may cost, and that nothing changes without it."""
 
 import copy
+import time
 
 import boto3
 import pytest
@@ -10,7 +11,17 @@ from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.placement import Price
 from flows import compute, compute_cost
-from flows.compute_batch import Account, definition, describe, ensure_definition, hours, job_name, reclaimed, submit
+from flows.compute_batch import (
+    Account,
+    definition,
+    describe,
+    ensure_definition,
+    hours,
+    job_name,
+    reclaimed,
+    submit,
+    waiting,
+)
 from flows.compute_request import Inputs, differences
 from flows.compute_store import Store, split
 
@@ -114,6 +125,11 @@ def test_time_and_reason_are_read_from_what_batch_says():
     assert not reclaimed({"attempts": [{"container": {"exitCode": 1}}], "statusReason": "Essential container exited"})
     assert hours({"status": "SUCCEEDED", "startedAt": 1000, "stoppedAt": 1_801_000}) == 0.5
     assert hours({"status": "RUNNABLE"}) == 0
+    now = int(time.time() * 1000)
+    waits = {"createdAt": now - 3_600_000, "attempts": []}
+    assert waiting(waits) == pytest.approx(3600, abs=60)
+    waits["attempts"] = [{"startedAt": now - 3_000_000, "stoppedAt": now - 60_000}]
+    assert waiting(waits) == pytest.approx(60, abs=30), "after a reclaim it waits anew"
 
 
 def test_an_estimate_takes_the_dearest_machine_where_the_job_starts(settings):

@@ -148,6 +148,9 @@ def test_a_flow_that_is_cancelled_ends_its_job(work, cloud, reason):
     process = cloud.batch.processes[job["jobId"]]
     wait_until(lambda: job["status"] == "FAILED", 10, "the end of the job")
     assert job["statusReason"] == f"its flow ended: {reason.__name__}" and not alive(process.pid)
+    before = compute_cost.spent(cloud.store)
+    compute_cost.settle(cloud.store, mine.account.batch)
+    assert 0 < compute_cost.spent(cloud.store) < 1 < before, "what it cost counts, not what it was allowed"
 
 
 def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, monkeypatch):
