@@ -246,6 +246,7 @@ def test_a_stage_waits_for_another_dvc_process_and_a_full_run_says_it_has_no_rem
 # Deployed
 
 
+@pytest.mark.slow
 def test_what_is_deployed_runs_one_at_a_time_on_schedule_in_this_folder(server):
     for name, cron in DEPLOYED.items():
         deployment = server.deployment(name)
@@ -260,6 +261,7 @@ def test_what_is_deployed_runs_one_at_a_time_on_schedule_in_this_folder(server):
     assert automation.enabled and automation.trigger.within == timedelta(seconds=90)
 
 
+@pytest.mark.slow
 def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(server, worker, project):
     (project / "code/source.txt").write_text("more than before")
     plot = project / "data/report/tiny/plots/accuracy.png"

@@ -212,6 +212,7 @@ def resumed(plain) -> Path:
     return plain
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(plain):
     _close(plain / "whole_2", plain / "whole_1")
     rows = [row["rows"] for row in _result(plain / "whole_2")[0]]

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,6 +13,7 @@ from tests.bench import gpu
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_the_program_measures_a_small_model_on_the_cpu(tmp_path):
     out = tmp_path / "deep/gpu.json"
     command = [sys.executable, "tests/bench/gpu.py", "--small", "--device=cpu", "--repeats=1", "--pixels=64"]

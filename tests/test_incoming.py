@@ -317,6 +317,7 @@ def test_the_name_of_a_corruption_is_refused(inside):
         degrade.run(inside)
 
 
+@pytest.mark.slow
 def test_check_gives_a_verdict_and_a_report(inside):
     put(Path("data/incoming/road"), range(10))
     lines(Path("data/incoming/road"), {"image": "absent.jpg", "question": "q", "answer": "a"})

@@ -48,7 +48,13 @@ stages:
     foreach: {{grpo: grpo}}
     do:
       cmd: {python} code/evaluate.py ${{key}}
-      deps: [code/evaluate.py, data/bench/clean, data/bench/degraded, data/bench/incoming, "data/models/${{item}}"]
+      deps:
+        - code/evaluate.py
+        - data/bench/clean
+        - data/bench/degraded
+        - data/bench/incoming
+        - data/metrics/validate.json
+        - data/models/${{item}}
       outs:
         - data/predictions/${{key}}.parquet: {{cache: false}}
       metrics:
@@ -250,6 +256,7 @@ def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(tra
         look(trained, incoming="s3://bucket")
 
 
+@pytest.mark.slow
 def test_a_new_set_becomes_a_branch_with_both_models_on_the_new_benchmark_and_one_pull_request(trained, forge):
     outcome, said = look(trained)
     branch = outcome.branch

@@ -213,6 +213,7 @@ def run_stage(folder: Path, url: str, **environment: str) -> subprocess.Popen:
     return subprocess.Popen([sys.executable, "-m", "clear", "traces"], cwd=folder, env=plain | environment, **pipes)
 
 
+@pytest.mark.slow
 def test_the_stage_resumes_after_sigkill_and_asks_nothing_twice(prepared):
     """Nine traces: six restoring ones of two requests each, three clean ones; the last question has no good reply."""
     asked = [s.questions[0] for s in read_samples(prepared / "data/degraded/sft")]

@@ -66,7 +66,7 @@ def test_ids_are_those_of_transformers_own_tokenizer(qwen, text):
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(max_size=40))
+@given(text=st.text(max_size=40).filter(lambda text: not any(marker in text for marker in [END, *MARKERS])))
 def test_encoding_and_decoding_return_the_text(qwen, text):
     assert decode(qwen[1], encode(qwen[1], text)) == unicodedata.normalize("NFC", text)
 
