@@ -44,6 +44,7 @@ def address_of(tmp_path) -> str:
     raise AssertionError((tmp_path / "0.log").read_text())
 
 
+@pytest.mark.slow
 def test_a_killed_worker_changes_no_byte(tmp_path, start):
     samples = list(scenes("rl", 8, 3, 256, 4))
     variants = [(sample, *cell) for sample in samples for cell in CELLS]

@@ -231,6 +231,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(resumed, first, sec
     _close(resumed / f"from_{first}_on_{second}", resumed / "whole_1")
 
 
+@pytest.mark.slow
 def test_only_the_first_process_writes(plain):
     assert (plain / "whole_2" / "curve_0.csv").exists() and not (plain / "whole_2" / "curve_1.csv").exists()
     left = [json.loads((plain / "whole_2" / f"left_{rank}.json").read_text()) for rank in range(2)]

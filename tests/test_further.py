@@ -186,6 +186,7 @@ def inside(plugin):
     return configuration.from_dict(plain)
 
 
+@pytest.mark.slow
 def test_they_flow_through_the_stages_and_a_wrong_order_is_caught_by_name(inside, plugin):
     degrade.run(inside)
     mmd_bench.run(inside)

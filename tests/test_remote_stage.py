@@ -153,6 +153,7 @@ def _pull(folder, paths):
         repo.pull(targets=[str(folder / path) for path in paths])
 
 
+@pytest.mark.slow
 def test_a_job_makes_the_stage_and_the_flow_takes_it_over(request_of, training, cloud, monkeypatch):
     key = request_of["key"]
     (request,) = cloud.store.names(f"requests/{key}/")

@@ -171,6 +171,7 @@ def run_command(folder: Path, *arguments: str) -> subprocess.Popen:
     )
 
 
+@pytest.mark.slow
 def test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run(tmp_path):
     mmbench(tmp_path / "in", count=5)
     reference = write_benchmarks(tmp_path / "in", tmp_path / "whole", "full", workers=1)
