@@ -41,7 +41,7 @@ def run(root: Path, port: int) -> None:
     started = {"server": server}
     try:
         deadline = time.monotonic() + STARTUP_SECONDS
-        while not _answers(f"{api}/health"):
+        while not answers(f"{api}/health"):
             if server.poll() is not None or time.monotonic() > deadline:
                 raise ClearError("the Prefect server did not start; its reason is above.")
             time.sleep(0.2)
@@ -60,7 +60,8 @@ def run(root: Path, port: int) -> None:
             children.stop(process)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether something at `url` answers with status 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return answer.status == 200

@@ -1,18 +1,24 @@
 """What a Prefect run costs over plain DVC where there is nothing to do: `python -m flows.pipeline` against `dvc repro`.
 
-Both run in a project of this one's stages and sizes, everything cached, without a Prefect server: the flow starts and
-ends Prefect's temporary one, as on a command line. The flow is to cost at most 15 s more.
+Both run in a project of this one's stages and edges, everything cached. `flow_overhead` is the flow as it is deployed,
+with a Prefect server at hand; it is to cost at most 15 s more. In `flow_overhead_without_server` the command starts and
+ends Prefect's temporary server too.
 """
 
 import os
+import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clear.errors import ClearError
+from flows import children
+from flows.local import HOST, STARTUP_SECONDS, answers
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 3
@@ -55,15 +61,42 @@ def _seconds(command: list[str], folder: Path, environment: dict[str, str]) -> f
     return time.perf_counter() - start
 
 
+@contextmanager
+def _server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
+    """A Prefect server on a free port; yields its API's address."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    with (folder / "server.log").open("w") as log:
+        server = children.start(command, folder, environment, stdout=log, stderr=log)
+        try:
+            deadline = time.monotonic() + STARTUP_SECONDS
+            while not answers(f"http://{HOST}:{port}/api/health"):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    raise ClearError(f"no Prefect server: {(folder / 'server.log').read_text()[-500:]}")
+                time.sleep(0.2)
+            yield f"http://{HOST}:{port}/api"
+        finally:
+            children.stop(server)
+
+
 def bench_flow_overhead() -> dict[str, dict]:
     """Seconds of the flow and of `dvc repro`, medians of three in turn."""
+    flow, plain = [sys.executable, "-m", "flows.pipeline"], [sys.executable, "-m", "dvc", "repro"]
+
+    def compared(folder: Path, environment: dict[str, str]) -> dict:
+        _seconds(flow, folder, environment)  # the first run fills caches, and creates the database of a new server
+        pairs = [(_seconds(flow, folder, environment), _seconds(plain, folder, environment)) for _ in range(REPEATS)]
+        took, needed = (statistics.median(column) for column in zip(*pairs, strict=True))
+        return {"value": took, "unit": "s", "baseline": needed, "ratio": took / needed}
+
     with tempfile.TemporaryDirectory(prefix="clear-bench-") as made:
         folder = Path(made) / "project"
         _workspace(folder)
         environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
         environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(Path(made) / "prefect")}
-        flow, plain = [sys.executable, "-m", "flows.pipeline"], [sys.executable, "-m", "dvc", "repro"]
-        _seconds(flow, folder, environment)  # the first run creates Prefect's database
-        pairs = [(_seconds(flow, folder, environment), _seconds(plain, folder, environment)) for _ in range(REPEATS)]
-    took, needed = (statistics.median(column) for column in zip(*pairs, strict=True))
-    return {"flow_overhead": {"value": took, "unit": "s", "baseline": needed, "ratio": took / needed}}
+        alone = compared(folder, environment)
+        with _server(Path(made), environment) as api:
+            deployed = compared(folder, environment | {"PREFECT_API_URL": api})
+    return {"flow_overhead": deployed, "flow_overhead_without_server": alone}

@@ -2,7 +2,7 @@
 
 Every function `bench_*` in tests/bench/bench_*.py returns `{row: {"value", "unit", "baseline", "ratio"}}`: what was
 measured, in which unit, the same quantity for the plain way of doing it (measured in the same process, on the same
-input), and value / baseline. The rows are printed and written to data/metrics/bench.json.
+input), and value / baseline. The rows are printed; a run of all is written to data/metrics/bench.json.
 """
 
 import importlib.util
@@ -39,7 +39,7 @@ def benchmarks(folder: Path, wanted: list[str]) -> Iterator[tuple[str, Callable[
 
 
 def main(folder: Path = HERE, wanted: list[str] | None = None, output: Path = OUTPUT) -> None:
-    """Run benchmarks, print one line per row, and write all rows with the machine they were measured on."""
+    """Run benchmarks and print one line per row; a run of all is written with the machine it was measured on."""
     rows = {}
     for name, measure in benchmarks(folder, wanted or []):
         for row, figures in measure().items():
@@ -48,6 +48,9 @@ def main(folder: Path = HERE, wanted: list[str] | None = None, output: Path = OU
             rows[row] = figures
             shown = f"{figures['value']:>12.4g} {figures['unit']:<10} baseline {figures['baseline']:<10.4g}"
             print(f"{row:<36}{shown} ratio {figures['ratio']:.3f}", flush=True)
+    if wanted:  # figures of one run belong together
+        print(f"{output} is left as it is: only a run of all benchmarks is written.")
+        return
     write_json(output, {"machine": {"cores": os.cpu_count(), "processor": platform.machine()}, "rows": rows})
     print(f"written: {output}")
 
