@@ -23,12 +23,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from clear.degradation.build import CHUNK, parallel
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, file_sha256, sha256
 from clear.sources import lmudata
+from clear.workers import CHUNK, parallel
 
 PROTOCOLS = ("row", "full")
 LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}
