@@ -18,7 +18,6 @@ from typing import Any, Literal
 import yaml
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.exceptions import CancelledRun
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
@@ -28,7 +27,8 @@ from clear.scratch import clone, link
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, read_json
-from flows.pipeline import address, command_lock, dvc, on_the_command_line, remote_of, reproduce
+from flows.compute_request import address
+from flows.pipeline import command_lock, dvc, here_and_now, remote_of, reproduce
 
 ALL = ["base", "sft_direct", "sft", "reencode", "bridge", "grpo"]
 
@@ -58,6 +58,8 @@ def benchmark(
         raise ClearError(f"{given}: no model folder here; name one such as data/models/grpo.")
     logger = get_run_logger()
     scratch = source / ".clear" / "scratch"
+    if given is not None and given.is_relative_to(scratch / "benchmark"):
+        raise ClearError(f"{given} is in the benchmark's own clone, which is made anew; copy it elsewhere first.")
     try:
         with writer(scratch, when_busy, f"flow run {flow_run.name}", logger.info):
             return _measure(source, revision, chosen, given, force, cluster, scratch / "benchmark")
@@ -136,7 +138,7 @@ def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> li
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the flow here and now and print the figures; 0 done, 1 failed with one line, 3 left because it is busy."""
+    """Run the flow here and now and print the figures; the exit status of `here_and_now`."""
     parser = argparse.ArgumentParser(prog="python -m flows.benchmark", description="MMD-Bench, aside.")
     parser.add_argument("revision", nargs="?", default="HEAD", help="git revision")
     parser.add_argument("--model", action="append", dest="models", help=f"{', '.join(ALL)}; default: all")
@@ -145,17 +147,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")
     parser.add_argument("--cluster", help="address of a Dask scheduler whose workers answer; '' = this machine")
     given = parser.parse_args(arguments)
-    try:
-        with on_the_command_line():
-            benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy, given.cluster)
-    except CancelledRun as left:
-        print(left, file=sys.stderr)
-        return 3
-    except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(metrics_table(Path(".clear/scratch/benchmark")))
-    return 0
+    chosen = (given.models, given.folder, given.force, given.when_busy, given.cluster)
+    status, done = here_and_now(lambda: benchmark(".", given.revision, *chosen), ", it starts anew")
+    if done:
+        print(metrics_table(Path(".clear/scratch/benchmark")))
+    return status
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ class Inputs:
 
 
 def address(stage: "PipelineStage", workspace: Path) -> str:
-    """How DVC calls a stage inside the workspace (as in flows/pipeline.py, which a job cannot import: no Prefect)."""
+    """How DVC calls a stage inside the workspace; its own `addressing` depends on the working directory."""
     file, name = os.path.relpath(stage.path, workspace), getattr(stage, "name", None)
     return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 

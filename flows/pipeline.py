@@ -16,7 +16,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
@@ -32,10 +32,8 @@ from clear.stages.paths import profile
 from clear.writer import Busy, writer
 from flows import children
 from flows.artifacts import metrics_table, picture
+from flows.compute_request import address
 from flows.explain import explain
-
-if TYPE_CHECKING:
-    from dvc.stage import Stage
 
 STARTUP_SECONDS = 180
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
@@ -68,12 +66,6 @@ retrying = {
     "retry_delay_seconds": [20, 60, 180],
     "retry_condition_fn": _may_pass,
 }
-
-
-def address(stage: "Stage", workspace: Path) -> str:
-    """How DVC calls a stage inside the workspace; its own `addressing` depends on the working directory."""
-    file, name = os.path.relpath(stage.path, workspace), getattr(stage, "name", None)
-    return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
 
 def stages_in_order(workspace: Path) -> list[str]:
@@ -279,26 +271,34 @@ def on_the_command_line() -> Iterator[None]:
         yield
 
 
+def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, Any]:
+    """Call a flow on the command line; (exit status, its result).
+
+    Status 0 done, 1 failed with one line, 3 left because another run is in the way, 130 interrupted.
+    """
+    try:
+        with on_the_command_line():
+            return 0, run()
+    except CancelledRun as left:
+        print(left, file=sys.stderr)
+        return 3, None
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1, None
+    except KeyboardInterrupt:
+        print(f"interrupted; run the same command again{after_interruption}", file=sys.stderr)
+        return 130, None
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Run the flow here and now; 0 done, 1 failed with one line, 3 left because the workspace is busy."""
+    """Run the flow here and now; the exit status of `here_and_now`."""
     parser = argparse.ArgumentParser(prog="python -m flows.pipeline", description="Reproduce the pipeline.")
     parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
     parser.add_argument("--stage", action="append", dest="stages", help="only this stage; may be repeated")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another run writes there")
     given = parser.parse_args(arguments)
-    try:
-        with on_the_command_line():
-            pipeline(given.workspace, given.stages, given.when_busy)
-    except CancelledRun as left:
-        print(left, file=sys.stderr)
-        return 3
-    except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to resume from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    again = " to resume from the last checkpoint"
+    return here_and_now(lambda: pipeline(given.workspace, given.stages, given.when_busy), again)[0]
 
 
 if __name__ == "__main__":

@@ -243,14 +243,15 @@ def same_environment(folder: Path) -> None:
 def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> None:
     """Bring the files of `model.checkpoint` from S3; those that the base's manifest lists must have its hashes.
 
-    Does nothing for a model trained from scratch. Raises ClearError without an address, or for a wrong file.
+    Does nothing for a model trained from scratch, and where `model.checkpoint` is itself in S3: the stage fetches that.
+    Raises ClearError without an address, or for a wrong file.
     """
     import json
 
     import yaml
 
     model = (yaml.safe_load((folder / "params.yaml").read_text()) or {}).get("model") or {}
-    if not model.get("checkpoint"):
+    if not model.get("checkpoint") or str(model["checkpoint"]).startswith("s3://"):
         return
     if not address:
         raise ClearError("params: model.checkpoint is set and compute.weights is not; name the weights' s3:// prefix.")

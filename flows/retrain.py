@@ -11,17 +11,15 @@ from typing import Any, Literal
 
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.exceptions import CancelledRun
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from clear.errors import ClearError
 from clear.retrain import Tools
 from clear.retrain import retrain as run_retrain
 from clear.retrain_intake import FOLDER
 from clear.writer import Busy, writer
 from flows import children
-from flows.pipeline import command_lock, dvc, environment, on_the_command_line, pipeline, retrying
+from flows.pipeline import command_lock, dvc, environment, here_and_now, pipeline, retrying
 
 
 @task(task_run_name="dvc {arguments}", **retrying)
@@ -76,7 +74,7 @@ def _tools(say) -> Tools:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the flow here and now; 0 done or nothing to do, 1 failed with one line, 3 left because another one runs."""
+    """Run the flow here and now; the exit status of `here_and_now`, 0 too where there is nothing to do."""
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="Retrain on new degradation data.")
     parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
     parser.add_argument("--incoming", default=FOLDER, help=f"folder or s3://bucket/prefix (default: {FOLDER})")
@@ -84,20 +82,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--target", help="branch of the pull request (default: the one checked out)")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another retraining runs")
     given = parser.parse_args(arguments)
-    try:
-        with on_the_command_line():
-            done = retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy)
-    except CancelledRun as left:
-        print(left, file=sys.stderr)
-        return 3
-    except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again, it continues after its last step", file=sys.stderr)
-        return 130
-    print(done["message"])
-    return 0
+    status, done = here_and_now(
+        lambda: retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy),
+        ", it continues after its last step",
+    )
+    if done:
+        print(done["message"])
+    return status
 
 
 if __name__ == "__main__":

@@ -83,9 +83,11 @@ def test_a_benchmark_measures_a_revision_or_a_folder_aside(server, evaluated, tm
         ({"models": ["sft"]}, "no stage evaluate@sft; it has evaluate@base, evaluate@grpo"),
         ({"folder": "data/models/grpo"}, "name the one model it is evaluated as"),
         ({"models": ["grpo"], "folder": "elsewhere"}, "no model folder here"),
+        ({"models": ["grpo"], "folder": ".clear/scratch/benchmark/data/models/grpo"}, "which is made anew; copy it"),
     ],
 )
 def test_a_benchmark_of_what_is_not_there_says_so(server, evaluated, given, said):
+    (evaluated / ".clear/scratch/benchmark/data/models/grpo").mkdir(parents=True)
     with pytest.raises(Exception, match=said):
         benchmark(str(evaluated), **given)
 

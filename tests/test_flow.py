@@ -16,6 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
+from prefect.exceptions import CancelledRun
 
 from clear.errors import ClearError
 from clear.stages.paths import profile
@@ -302,6 +303,32 @@ def test_the_picture_is_the_plot_of_the_current_profile(project, tmp_path):
     file.parent.mkdir(parents=True)
     file.write_bytes(b"\x89PNG")
     assert picture(tmp_path, project).endswith(f"base64,{base64.b64encode(file.read_bytes()).decode()})")
+
+
+# On the command line
+
+
+@pytest.mark.parametrize(
+    ("raised", "status", "said"),
+    [
+        (None, 0, ""),
+        (ClearError("the disk is full."), 1, "error: the disk is full.\n"),
+        (CancelledRun("another run writes."), 3, "another run writes.\n"),
+        (KeyboardInterrupt(), 130, "interrupted; run the same command again, please\n"),
+    ],
+)
+def test_a_flow_on_the_command_line_ends_with_a_status_and_one_line(capsys, raised, status, said):
+    def run():
+        if raised is not None:
+            raise raised
+        return {"done": True}
+
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert pipeline.here_and_now(run, ", please") == (status, None if raised else {"done": True})
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == said
 
 
 # What is deployed

@@ -339,8 +339,11 @@ def test_weights_come_from_s3_and_are_those_of_the_base(cloud, tmp_path):
     manifest.write_text(json.dumps({"files": {"ae.safetensors": {"sha256": "0"}}}))
     with pytest.raises(ClearError, match=r"ae\.safetensors there"):
         remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel", print)
-    (tmp_path / "params.yaml").write_text("model: {checkpoint: ''}\n")
-    remote_stage.fetch_weights(tmp_path, "", print)
+    before = sorted(tmp_path.rglob("*"))
+    for checkpoint in ("''", "s3://cloud/bagel"):
+        (tmp_path / "params.yaml").write_text(f"model: {{checkpoint: {checkpoint}}}\n")
+        remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_job_with_several_gpus_starts_a_process_for_each(tmp_path, monkeypatch):
