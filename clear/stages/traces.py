@@ -2,7 +2,9 @@
 
 With `traces.kind: oracle` their words come from the evidence of the source, with `teacher` from a model behind an
 endpoint (clear/traces/teacher.py): what it cannot write goes to data/rejects/traces.parquet, its cost to the run
-record.
+record. The written table is then checked by named expectations (clear/validation/traces.py); a violated one stops the
+stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its rows can be
+looked up.
 """
 
 from collections import Counter
@@ -19,13 +21,18 @@ from clear.records import Question, Sample, read_samples, write_json
 from clear.rejects import Reject, RejectWriter
 from clear.runtime import apply_runtime
 from clear.traces.oracle import restores, trace_row
-from clear.traces.records import TraceRow, write_traces
+from clear.traces.records import TraceRow, read_traces, write_traces
+from clear.validation.expectations import Failure, as_json, listed, run_checks
+from clear.validation.traces import TRACE_CHECKS, trace_frame
 
 OUT, METRICS, REJECTS = Path("data/traces"), Path("data/metrics/traces.json"), Path("data/rejects/traces.parquet")
 
 
 def run(config: Config) -> None:
-    """Write data/traces and the share of each pathway per severity."""
+    """Write data/traces, the share of each pathway per severity, and the verdict on the written traces.
+
+    Raises ClearError naming expectation and rows if an expectation fails.
+    """
     if config.traces.kind == "teacher":
         _check_endpoints(config)  # before anything that takes long
     apply_runtime(config)
@@ -79,9 +86,10 @@ def run(config: Config) -> None:
                     rows.append(found)
         else:
             rows = [trace_row(*task) for task in wanted()]
-    if not rows:
-        raise ClearError(f"traces: the teacher wrote no usable trace; {REJECTS} says why ({dict(rejected)}).")
-    write_traces(OUT, rows)
+        if not rows:
+            raise ClearError(f"traces: the teacher wrote no usable trace; {REJECTS} says why ({dict(rejected)}).")
+        write_traces(OUT, rows)
+        failures = _failures(config, rejects)
     shown = Counter(row.severity for row in rows)
     restored = Counter(row.severity for row in rows if row.reply_2)
     answered = Counter(row.severity for row in rows if row.base_correct)
@@ -89,11 +97,27 @@ def run(config: Config) -> None:
         METRICS,
         {
             "traces": len(rows),
+            "validation": {"success": not failures, "expectations": len(TRACE_CHECKS), "failed": as_json(failures)},
             "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
             "base_accuracy": {s: answered[s] / shown[s] for s in sorted(shown)},
             **(_teaching(config, rejected) if config.traces.kind == "teacher" else {}),
         },
     )
+    if failures:
+        verdict = listed({"data/traces": failures}, "traces")
+        raise ClearError(f"traces: {verdict}. See {REJECTS}; repair the samples, or the code that wrote these traces.")
+
+
+def _failures(config: Config, rejects: RejectWriter) -> list[Failure]:
+    """The expectations that the table on disk violates; all of their rows go to the rejects, Data Docs to the report's
+    folder."""
+    from clear.stages.paths import report_dir
+
+    frame = trace_frame(read_traces(OUT), read_samples("data/degraded/sft"), config.traces.judge)
+    for check in TRACE_CHECKS:
+        for row in frame[check.failing(frame)].itertuples():
+            rejects.add(Reject(row.key, row.severity, check.name, f"not true that {check.means}"))
+    return run_checks({"traces": frame}, {"traces": TRACE_CHECKS}, report_dir() / "traces" / "data_docs")["traces"]
 
 
 def _check_endpoints(config: Config) -> None:
