@@ -212,3 +212,26 @@ def test_a_trace_that_breaks_the_grammar_stops_the_stage_and_is_named(tmp_path, 
     assert pq.read_table(traces.REJECTS).num_rows == 0
     verdict = json.loads(traces.METRICS.read_text())["validation"]
     assert verdict == {"success": True, "expectations": len(TRACE_CHECKS), "failed": []}
+
+
+def test_the_blocks_that_bound_the_memory_change_no_byte(tmp_path, monkeypatch):
+    """Three questions about one image fall into three blocks of four, and some images into two blocks."""
+    monkeypatch.chdir(tmp_path)
+    samples = list(degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 4, 1, 64, 4)], 0.1, 1))
+    made = []
+    for batch in (4, 64):
+        settings = ["traces.questions=3", "traces.clean_share=0.5", f"sampling.batch={batch}"]
+        traces.run(trace_workspace(tmp_path, settings, samples))
+        made.append([file.read_bytes() for file in (traces.OUT / FILE, traces.METRICS)])
+    assert made[0] == made[1]
+    rows = read_traces(traces.OUT)
+    asked = [q.id for sample in samples for q in sample.questions[:3]]
+    assert [row.question for row in rows] == [*asked, *asked[::2]]
+    assert [row.severity for row in rows] == ["low"] * 12 + [CLEAN] * 6
+
+
+def test_no_clean_trace_where_none_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    samples = degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 2, 1, 64, 1)], 0.1, 1)
+    traces.run(trace_workspace(tmp_path, ["traces.clean_share=0"], samples))
+    assert {row.severity for row in read_traces(traces.OUT)} == {"low"}
