@@ -45,7 +45,7 @@ def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
     from clear.stages.paths import stage_run
     from clear.stages.weights import with_local_weights
 
-    config = with_local_weights(load(), name)
+    config = with_local_weights(load(), module)
     with stage_run(name):
         importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
 

@@ -290,6 +290,7 @@ class Evaluate:
 
     bootstrap: int = between(10, 10**6)
     confidence: float = between(0.5, 0.999)
+    cluster: str = field()  # address of a Dask scheduler whose workers answer; "" = this process
 
 
 @dataclass

@@ -279,16 +279,22 @@ def _reply(config: Config) -> int:
     return min(REPLY_TOKENS, config.sampling.max_think_tokens)
 
 
+def scored_steps(config: Config) -> int:
+    """SDE steps of a restoration that GRPO scores, each with a noisy split of its own."""
+    steps = config.sampling.flow_steps
+    return steps if config.grpo.sde_choice == "all" else min(config.grpo.sde_steps, steps)
+
+
 def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
     """The micro-batch of a training stage on one of `gpus` devices, every row a restoring trace of full size.
 
-    Rows have the layout of the stage's loss: prompt, reply, the noisy latents (sft: one, grpo: `sde_steps`, bridge:
-    none), the feedback (clean ViT tokens in sft with the mlp bridge, else the latent; with distillation its ViT
+    Rows have the layout of the stage's loss: prompt, reply, the noisy latents (sft: one, grpo: `scored_steps`,
+    bridge: none), the feedback (clean ViT tokens in sft with the mlp bridge, else the latent; with distillation its ViT
     teacher on the same grid), reply; grpo repeats this for every allowed restoration.
     """
     latent, vit = grids(config)
     mlp, reply = config.bridge.kind == "mlp", _reply(config)
-    noisy = {"sft": 1 if config.sft.mse_weight else 0, "bridge": 0, "grpo": config.grpo.sde_steps}[stage]
+    noisy = {"sft": 1 if config.sft.mse_weight else 0, "bridge": 0, "grpo": scored_steps(config)}[stage]
     rounds = max(1, config.sampling.max_restorations) if stage == "grpo" else 1
     teacher = latent + 2 if not mlp and config.sft.distill_weight and stage != "grpo" else 0
     by_vit = mlp and stage == "sft"

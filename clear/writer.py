@@ -97,6 +97,9 @@ def _acquire(file: Path) -> int | None:
 
 def main(arguments: list[str]) -> int:
     """Run a command as the only writer of the folders before `--`; its status, or 1 with one line if one is busy."""
+    if "--" not in arguments[:-1]:
+        print("usage: python -m clear.writer FOLDER … -- COMMAND …", file=sys.stderr)
+        return 2
     split = arguments.index("--")
     try:
         with ExitStack() as held:

@@ -4,7 +4,8 @@ The run happens in a clone of the revision in `.clear/scratch/benchmark` that sh
 remote; the workspace is only read. A model under test is a stage `evaluate@<model>` of that revision, so the code, the
 benchmark and the parameters are the revision's own. A given folder takes the place of the model that the stage reads.
 By default DVC decides whether anything is to be measured at all; `force` measures anew, as the nightly deployment
-does, and the table then shows both what was recorded with the revision and what this machine found.
+does, and the table then shows both what was recorded with the revision and what this machine found. With `cluster`
+the workers of a Dask cluster answer the questions, with the same predictions.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.exceptions import CancelledRun
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
+from clear.config import PARAMS
 from clear.errors import ClearError
 from clear.scratch import clone, link
 from clear.writer import Busy, writer
@@ -38,11 +41,13 @@ def benchmark(
     folder: str | None = None,
     force: bool = False,
     when_busy: Literal["wait", "leave"] = "wait",
+    cluster: str | None = None,
 ) -> dict[str, Any]:
     """Evaluate models (default: all six) of a revision; returns {model: content of its metrics file}.
 
     `folder` names a model folder to be evaluated in place of the one that the single model in `models` reads. Two
-    benchmarks of one workspace do not run at once: the second waits or leaves, as `when_busy` says.
+    benchmarks of one workspace do not run at once: the second waits or leaves, as `when_busy` says. `cluster` is the
+    address of a Dask scheduler, "" this machine, and None what the revision's parameters say.
     """
     source = Path(workspace).resolve()
     chosen = models or ALL
@@ -55,17 +60,21 @@ def benchmark(
     scratch = source / ".clear" / "scratch"
     try:
         with writer(scratch, when_busy, f"flow run {flow_run.name}", logger.info):
-            return _measure(source, revision, chosen, given, force, scratch / "benchmark")
+            return _measure(source, revision, chosen, given, force, cluster, scratch / "benchmark")
     except Busy as busy:
         logger.warning(str(busy))
         return Cancelled(message=str(busy))
 
 
-def _measure(source: Path, revision: str, models: list[str], given: Path | None, force: bool, copy: Path) -> Any:
+def _measure(
+    source: Path, revision: str, models: list[str], given: Path | None, force: bool, cluster: str | None, copy: Path
+) -> Any:
     """Metrics by model; raises what the first evaluation that failed raised."""
     children.settle(command_lock(copy))
     commit = clone(source, revision, copy)
     get_run_logger().info(f"commit {commit} in {copy}")
+    if cluster is not None:
+        answer_on(cluster, copy)
     recorded = metrics_table(copy)
     stages = {model: f"evaluate@{model}" for model in models}
     replaced = fetch_inputs(copy, list(stages.values()), skip_models=given is not None)
@@ -81,6 +90,18 @@ def _measure(source: Path, revision: str, models: list[str], given: Path | None,
     text = f"Measured: {what}\n\n{metrics_table(copy, done)}\n\nRecorded in commit {commit}:\n\n{recorded}"
     create_markdown_artifact(text, "benchmark", f"MMD-Bench of {what}")
     return {model: read_json(copy / "data/metrics" / f"evaluate_{model}.json") for model in models}
+
+
+def answer_on(cluster: str, copy: Path) -> None:
+    """Set `evaluate.cluster` in the copy's params.yaml. Raises ClearError where the revision knows no such parameter.
+
+    It is no parameter for DVC: what is up to date stays so.
+    """
+    found = yaml.safe_load((copy / PARAMS).read_text())
+    if "cluster" not in found.get("evaluate", {}):
+        raise ClearError(f"cluster = {cluster!r}: this revision evaluates on one machine only; leave it out.")
+    found["evaluate"]["cluster"] = cluster
+    (copy / PARAMS).write_text(yaml.safe_dump(found, sort_keys=False))
 
 
 def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> list[str]:
@@ -122,10 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--folder", help="evaluate this model folder in place of the model's own")
     parser.add_argument("--force", action="store_true", help="measure even what is recorded as up to date")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")
+    parser.add_argument("--cluster", help="address of a Dask scheduler whose workers answer; '' = this machine")
     given = parser.parse_args(arguments)
     try:
         with on_the_command_line():
-            benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy)
+            benchmark(".", given.revision, given.models, given.folder, given.force, given.when_busy, given.cluster)
     except CancelledRun as left:
         print(left, file=sys.stderr)
         return 3

@@ -1,17 +1,23 @@
-"""Degrading on a Dask cluster of real processes: the bytes of a local run, even when a worker is killed meanwhile."""
+"""Degrading and answering on a Dask cluster of real processes: the results of a local run, even when a worker is
+killed meanwhile."""
 
 import os
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 
-from clear.degradation.build import degraded_samples, parallel
+from clear.bench.answers import UnderTest, answer, answer_shard
+from clear.config import compose, from_dict
+from clear.degradation.build import degraded_samples
 from clear.degradation.protocol import CELLS
 from clear.errors import ClearError
 from clear.sources.scenes import scenes
+from clear.workers import code_digest, parallel
 from tests.conftest import ROOT
 
 
@@ -44,10 +50,8 @@ def address_of(tmp_path) -> str:
     raise AssertionError((tmp_path / "0.log").read_text())
 
 
-@pytest.mark.slow
-def test_a_killed_worker_changes_no_byte(tmp_path, start):
-    samples = list(scenes("rl", 8, 3, 256, 4))
-    variants = [(sample, *cell) for sample in samples for cell in CELLS]
+def two_workers(tmp_path, start) -> tuple[str, list[subprocess.Popen]]:
+    """The address of a cluster, and its two worker processes."""
     start("scheduler", "--host", "127.0.0.1", "--port", "0")
     address = address_of(tmp_path)
     workers = [start("worker", "--nthreads", "1", "--no-nanny", "--name", name) for name in "ab"]
@@ -55,6 +59,14 @@ def test_a_killed_worker_changes_no_byte(tmp_path, start):
 
     with Client(address) as client:
         client.wait_for_workers(2, timeout=60)
+    return address, workers
+
+
+@pytest.mark.slow
+def test_a_killed_worker_changes_no_byte(tmp_path, start):
+    samples = list(scenes("rl", 8, 3, 256, 4))
+    variants = [(sample, *cell) for sample in samples for cell in CELLS]
+    address, workers = two_workers(tmp_path, start)
     stream = degraded_samples(variants, 0.4, cluster=address)
     found = [next(stream)]
     os.kill(workers[0].pid, signal.SIGKILL)
@@ -64,7 +76,7 @@ def test_a_killed_worker_changes_no_byte(tmp_path, start):
 
 
 def test_an_unreachable_cluster_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr("clear.degradation.build.CLUSTER_TIMEOUT", 1)
+    monkeypatch.setattr("clear.workers.CLUSTER_TIMEOUT", 1)
     with pytest.raises(ClearError, match=r"degrade.cluster = 'tcp://127.0.0.1:1' cannot be reached; start `dask"):
         list(parallel(len, ["a"], cluster="tcp://127.0.0.1:1"))
     with pytest.raises(ClearError, match=r"degrade.cluster = 'nowhere"):
@@ -72,7 +84,83 @@ def test_an_unreachable_cluster_is_one_clear_line(monkeypatch):
 
 
 def test_a_cluster_without_workers_is_not_waited_for_forever(tmp_path, start, monkeypatch):
-    monkeypatch.setattr("clear.degradation.build.CLUSTER_TIMEOUT", 3)
+    monkeypatch.setattr("clear.workers.CLUSTER_TIMEOUT", 3)
     start("scheduler", "--host", "127.0.0.1", "--port", "0")
     with pytest.raises(ClearError, match="has no worker; start `dask"):
         list(parallel(len, ["a"], cluster=address_of(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def tested(tmp_path_factory) -> UnderTest:
+    """A random model of the smoke profile's size that is made to restore; 24 questions to a shard."""
+    from clear.model.bagel import Bagel
+    from clear.model.checkpoint import save_bagel
+    from clear.model.vae import AutoEncoder
+    from clear.reasoning.tokenizer import word_tokenizer
+    from clear.training.build import bagel_config, scene_words
+
+    few = ["sampling.batch=24", "sampling.flow_steps=2", "sampling.max_think_tokens=6", "runtime.threads=1"]
+    config = from_dict(compose(["profile=smoke", *few]))
+    tokenizer = word_tokenizer(scene_words())
+    torch.manual_seed(1)
+    shapes = bagel_config(config, tokenizer)
+    model, folder = Bagel(shapes).initialise(), tmp_path_factory.mktemp("model")
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "_moe_gen" in name or "llm2vae" in name:
+                value.add_(0.1 * torch.randn_like(value))
+    save_bagel(folder, model, AutoEncoder(shapes.vae), tokenizer)
+    return UnderTest(folder, "always", "bridge", config)
+
+
+@pytest.fixture(scope="module")
+def benchmark():
+    """Eight pictures with three questions each, clean and with five degradations: 144 questions."""
+    clean = [replace(sample, questions=sample.questions[:3]) for sample in scenes("bench", 8, 3, 256, 4)]
+    return clean + list(degraded_samples([(s, *cell) for s in clean for cell in CELLS[::10]], 0.4, workers=1))
+
+
+@pytest.mark.slow
+def test_a_benchmark_that_a_cluster_answers_has_the_rows_of_a_local_run(tmp_path, start, tested, benchmark):
+    here, _ = answer(tested, benchmark)
+    assert len(here) == 144 and all(row["restored"] for row in here)
+    assert sum(row["restored_png"] is not None for row in here) == 6, "one picture per corruption and level"
+    address, workers = two_workers(tmp_path, start)
+    config = replace(tested.config, evaluate=replace(tested.config.evaluate, cluster=address))
+    asked, killed = [], []
+
+    def progress(number: int) -> None:
+        asked.append(number)
+        if not killed:
+            os.kill(workers[0].pid, signal.SIGKILL)
+            killed.append(workers[0].wait(10))
+
+    there, seconds = answer(replace(tested, config=config), benchmark, progress)
+    assert there == here and seconds > 0
+    assert asked == [24] * 6 and killed == [-signal.SIGKILL] and workers[1].poll() is None
+
+
+def test_a_question_has_the_same_noise_in_any_shard(tested, benchmark):
+    few = benchmark[:4]
+    config = replace(tested.config, sampling=replace(tested.config.sampling, batch=5))
+    whole, _ = answer(tested, few)
+    parts, _ = answer(replace(tested, config=config), few)
+    degraded = [few[0], *benchmark[8:10]]
+    assert [row["question"] for row in parts] == [row["question"] for row in whole]
+    assert [row["output"] for row in parts] == [row["output"] for row in whole]
+    one, _ = answer(tested, degraded)
+    other, _ = answer(replace(tested, config=config), degraded)
+    for a, b in zip(one[3:], other[3:], strict=True):
+        assert a["psnr_restored"] == pytest.approx(b["psnr_restored"], abs=1e-3)
+
+
+def test_a_worker_with_another_model_or_other_code_is_refused(tested, benchmark):
+    from clear.bench.answers import Shard
+    from clear.workers import _run_remote
+
+    shard = Shard(replace(tested, digest="{}"), 0, ((benchmark[0], benchmark[0].questions[0]),))
+    with pytest.raises(ClearError, match=r"does not find the model under test there; .* evaluate.cluster"):
+        answer_shard(shard)
+    assert _run_remote(len, ["abc"], code_digest()) == [3]
+    with pytest.raises(ClearError, match=r"has other code of this project, in .*clear; start the workers again"):
+        _run_remote(len, ["abc"], "other")

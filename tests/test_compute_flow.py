@@ -14,9 +14,11 @@ import boto3
 import psutil
 import pytest
 from botocore.config import Config
+from prefect.logging import disable_run_logger
 
 from clear.errors import ClearError
 from clear.placement import Price
+from clear.scratch import write_params
 from flows import compute, compute_batch, compute_cost, sweep
 from flows.compute_request import Inputs
 from flows.compute_store import Damaged, Store, Unreachable
@@ -244,6 +246,18 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
     assert sweep.main(["--minutes", "10"]) == 0
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
+
+
+def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, cloud, training, tmp_path):
+    cloud.batch.held |= {"spot", "ondemand"}
+    mine = work("ends")
+    job = compute_batch.submit(mine.account, mine.compute, mine.job, "image", "clear-left", True, REQUEST, {})
+    cloud.batch.jobs[job]["createdAt"] = 0
+    write_params(tmp_path / "params.yaml")
+    with disable_run_logger():
+        assert sweep.sweep_jobs.fn(str(tmp_path)) == []
+        assert cloud.batch.jobs[job]["status"] == "RUNNABLE"
+        assert sweep.sweep_jobs.fn(str(training)) == [job]
 
 
 def test_an_attempt_is_ended_after_its_time(work, cloud):

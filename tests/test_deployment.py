@@ -31,7 +31,12 @@ from tests.conftest import ROOT
 from tests.test_flow import GONE_WITHIN, alive, free_port, run_dvc, wait_until
 
 PREFECT = [sys.executable, "-m", "prefect"]
-DEPLOYED = {"pipeline/weekly": "0 3 * * 6", "benchmark/nightly": "0 1 * * *", "retrain/check": "30 4 * * *"}
+DEPLOYED = {
+    "pipeline/weekly": "0 3 * * 6",
+    "benchmark/nightly": "0 1 * * *",
+    "retrain/check": "30 4 * * *",
+    "sweep/orphans": "*/15 * * * *",
+}
 PATIENCE = 180
 """Seconds for what ends by itself; two cores that are also busy with something else need some."""
 
@@ -292,6 +297,14 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
     shown = server.artifacts(run)
     assert "| source | Ran |" in shown["metrics"] and shown["picture"].startswith("![accuracy](data:image/png;base64,")
     assert (project / "data/samples").read_text() == "more than before"
+
+
+@pytest.mark.slow
+def test_the_deployed_sweeper_ends_at_once_where_nothing_is_in_the_cloud(server, worker, project):
+    run = server.start("sweep/orphans", workspace=str(project))
+    assert server.ended(run).is_completed(), server.state(run)
+    said = "no stage is placed on AWS Batch (compute.place): nothing to sweep."
+    wait_until(lambda: said in [one["message"] for one in server.logs(run)], 20, "its log")
 
 
 @pytest.mark.slow

@@ -5,8 +5,12 @@ import sys
 import textwrap
 
 import pytest
+import yaml
 
-from flows.benchmark import benchmark
+from clear.config import load
+from clear.errors import ClearError
+from clear.scratch import write_params
+from flows.benchmark import answer_on, benchmark
 from tests import test_deployment
 from tests.conftest import git
 from tests.test_flow import run_dvc
@@ -61,6 +65,9 @@ def test_a_benchmark_measures_a_revision_or_a_folder_aside(server, evaluated, tm
     given.mkdir()
     (given / "w").write_text("7")
     assert benchmark(str(evaluated), "main", ["grpo"], str(given)) == {"grpo": {"average": 0.7}}
+    assert benchmark(str(evaluated), models=["base"], cluster="tcp://a:1") == {"base": {"average": 0.1}}
+    params = yaml.safe_load((evaluated / ".clear/scratch/benchmark/params.yaml").read_text())
+    assert params["evaluate"]["cluster"] == "tcp://a:1"
     (evaluated / "code/evaluate.py").write_bytes(before[evaluated / "code/evaluate.py"])
     assert git(evaluated, "status", "--porcelain") == ""
     for file, content in before.items():
@@ -81,3 +88,16 @@ def test_a_benchmark_measures_a_revision_or_a_folder_aside(server, evaluated, tm
 def test_a_benchmark_of_what_is_not_there_says_so(server, evaluated, given, said):
     with pytest.raises(Exception, match=said):
         benchmark(str(evaluated), **given)
+
+
+def test_a_cluster_is_the_only_parameter_that_changes(tmp_path):
+    write_params(tmp_path / "params.yaml")
+    before = load(tmp_path / "params.yaml")
+    answer_on("tcp://a:1", tmp_path)
+    after = load(tmp_path / "params.yaml")
+    assert after.evaluate.cluster == "tcp://a:1"
+    answer_on("", tmp_path)
+    assert load(tmp_path / "params.yaml") == before
+    (tmp_path / "params.yaml").write_text("evaluate: {bootstrap: 2000}")
+    with pytest.raises(ClearError, match="this revision evaluates on one machine only"):
+        answer_on("", tmp_path)

@@ -20,7 +20,7 @@ import yaml
 from clear.errors import ClearError
 from clear.stages.paths import profile
 from clear.writer import Busy, holder, lock_file, writer
-from flows import benchmark, children, pipeline, retrain
+from flows import benchmark, children, pipeline, retrain, sweep
 from flows.artifacts import metrics_table, picture
 from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
 from flows.explain import explain
@@ -310,7 +310,7 @@ def test_the_picture_is_the_plot_of_the_current_profile(project, tmp_path):
 def test_deployments_name_flows_with_the_parameters_they_have():
     content = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())
     flows = {"flows/pipeline.py:pipeline": pipeline.pipeline, "flows/benchmark.py:benchmark": benchmark.benchmark}
-    flows |= {"flows/retrain.py:retrain": retrain.retrain}
+    flows |= {"flows/retrain.py:retrain": retrain.retrain, "flows/sweep.py:sweep_jobs": sweep.sweep_jobs}
     assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
     for one in content["deployments"]:
         flow = flows[one["entrypoint"]]

@@ -17,11 +17,22 @@ from tests.conftest import ROOT
 def test_the_program_measures_a_small_model_on_the_cpu(tmp_path):
     out = tmp_path / "deep/gpu.json"
     command = [sys.executable, "tests/bench/gpu.py", "--small", "--device=cpu", "--repeats=1", "--pixels=64"]
-    done = subprocess.run([*command, "--flow-steps=2", f"--out={out}"], cwd=ROOT, capture_output=True, text=True)
+    command += ["--flow-steps=2", "--attention=dense", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
+    assert found["attention"] == found["settings"]["attention"] == "dense"
     assert found["sft_step"]["tokens"] > found["grpo_scoring"]["tokens"] > 0
     assert found["restoration_batch_8"]["seconds_per_image"] > 0
+
+
+def test_the_attention_is_that_of_the_option_and_flex_needs_a_gpu(monkeypatch, capsys):
+    for attention in ("dense", "flex"):
+        assert gpu.random_model(True, "cpu", 4, attention).language_model.attention == attention
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--small", "--device=cpu", "--attention=flex"])
+    with pytest.raises(SystemExit):
+        gpu.main()
+    assert "--attention flex has a backward pass on CUDA only" in capsys.readouterr().err
 
 
 def test_the_formula_counts_what_a_step_without_recomputation_does():

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clear.writer import lock_file, writer
+from clear.writer import lock_file, main, writer
 from tests.conftest import ROOT
 
 TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "plots", "params", "check", "remote"]
@@ -191,6 +191,12 @@ def test_every_imported_package_is_a_dependency(declared):
                 assert {_plain(owner) for owner in owners[module]} & declared, f"{file}: {module}"
 
 
+@pytest.mark.parametrize("arguments", [[], ["."], [".", "--"]])
+def test_the_writer_without_a_command_says_how_it_is_called(arguments, capsys):
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == "usage: python -m clear.writer FOLDER … -- COMMAND …\n"
+
+
 BENCHMARK = """
 def bench_sum():
     return {"sum": {"value": 1.0, "unit": "ms", "baseline": 2.0, "ratio": 0.5}}
@@ -202,21 +208,21 @@ def bench_odd():
 
 def test_benchmarks_are_found_checked_and_written(tmp_path, capsys):
     from clear.errors import ClearError
-    from tests.bench.run import main
+    from tests.bench import run
 
     with pytest.raises(ClearError, match="no file bench_"):
-        main(tmp_path)
+        run.main(tmp_path)
     (tmp_path / "bench_a.py").write_text(BENCHMARK)
     output = tmp_path / "bench.json"
-    main(tmp_path, ["sum"], output)
+    run.main(tmp_path, ["sum"], output)
     assert not output.exists()  # a part is shown; figures of one run belong together
     assert "ratio 0.500" in capsys.readouterr().out
     with pytest.raises(ClearError, match="odd has the keys"):
-        main(tmp_path, [], output)
+        run.main(tmp_path, [], output)
     with pytest.raises(ClearError, match="no benchmark nothing; there are odd, sum"):
-        main(tmp_path, ["nothing"], output)
+        run.main(tmp_path, ["nothing"], output)
     (tmp_path / "bench_a.py").write_text(BENCHMARK.split("def bench_odd")[0])
-    main(tmp_path, [], output)
+    run.main(tmp_path, [], output)
     assert json.loads(output.read_text())["rows"] == {
         "sum": {"value": 1.0, "unit": "ms", "baseline": 2.0, "ratio": 0.5}
     }

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,11 +19,13 @@ from clear.model.bagel import Bagel
 from clear.model.images import ImageBank
 from clear.model.sequence import IGNORE, LATENT, VIT
 from clear.model.vae import AutoEncoder
+from clear.reasoning.engine import Options
 from clear.reasoning.tokenizer import word_tokenizer
 from clear.records import Sample, encode_image
 from clear.traces.records import TraceRow
 from clear.training import sft
 from clear.training.build import scene_words
+from clear.training.grpo import InterleavedGRPO
 from clear.training.load import trainable
 from clear.training.trainer import Objective
 
@@ -199,6 +202,20 @@ def test_the_cache_is_exact(tokenizer):
 
 def test_what_is_restated_here_is_what_the_training_does():
     assert memory.FROZEN == sft.FROZEN and memory.GENERATION == sft.GENERATION
+
+
+@pytest.mark.parametrize("choice", ["random", "window", "all"])
+@pytest.mark.parametrize(("steps", "flow_steps"), [(2, 8), (8, 8), (40, 8)])
+def test_the_noisy_splits_are_those_that_grpo_scores(choice, steps, flow_steps):
+    config = _config(f"grpo.sde_choice={choice}", f"grpo.sde_steps={steps}", f"sampling.flow_steps={flow_steps}")
+    trainer = SimpleNamespace(grpo=config.grpo, options=Options(flow_steps=flow_steps))
+    generator = torch.Generator()
+    placed = InterleavedGRPO._placed(trainer, generator)
+    scored = InterleavedGRPO._chosen_steps(trainer, placed, generator)
+    assert memory.scored_steps(config) == len(scored)
+    latent, _ = memory.grids(config)
+    batch = memory.stage_batch(config, "grpo")
+    assert batch.noisy == batch.rows * len(scored) * latent
 
 
 def test_bagel_has_the_published_number_of_parameters():

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clear.degradation.build import degraded_samples, parallel
+from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import (
     BENCHMARK_WEIGHTS,
@@ -24,6 +24,7 @@ from clear.degradation.protocol import (
 from clear.errors import ClearError
 from clear.records import Question, Sample, decode_image, encode_image, sha256
 from clear.stages.mmd_bench import _keep, corruption_plan
+from clear.workers import parallel
 
 HALVES = (0.2, 0.3, 0.5)
 

@@ -11,6 +11,7 @@ from moto.server import ThreadedMotoServer
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
+from clear.scratch import write_params
 from clear.stages import weights
 from clear.stages.weights import etag_matches, fetch, with_local_weights
 
@@ -194,3 +195,10 @@ def test_only_readers_of_weights_fetch_them(bucket, gets):
     assert found == str(weights.home() / "weights" / name / "bagel" / "7b") and len(gets) == len(FILES)
     local = from_dict(compose(["profile=bagel_7b_lora", "model.checkpoint=weights"]))
     assert with_local_weights(local, "sft") is local
+
+
+def test_evaluations_fetch_them_too_whatever_the_model(bucket, gets, clear, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_params(tmp_path / "params.yaml", ["profile=bagel_7b_lora", f"model.checkpoint=s3://{bucket[1]}/bagel/7b"])
+    status, _, stderr = clear("evaluate", "base")
+    assert status == 1 and "no Parquet shards here" in stderr and len(gets) == len(FILES)

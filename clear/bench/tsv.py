@@ -25,13 +25,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 
-from clear.degradation.build import CHUNK, parallel
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, file_sha256, sha256
 from clear.rejects import Reject, RejectWriter
 from clear.sources import lmudata
+from clear.workers import CHUNK, parallel
 
 PROTOCOLS = ("row", "full")
 LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}

@@ -100,10 +100,14 @@ class Answerer:
         restore: str = "auto",
         feedback: str = "bridge",
         progress: Callable[[int], None] | None = None,
+        first: int = 0,
     ) -> list[Answer]:
-        """Answer (image number, question) pairs in order. Noise depends on the seed and the place in the list only."""
+        """Answer (image number, question) pairs in order. Noise depends on the seed and the place in the list only.
+
+        For a part of a longer list, `first` is the place of its first question there.
+        """
         prompts = [make_prompt(self.tokenizer, bank, i, question_text(q), self.system) for i, q in asked]
-        options = replace(self.options, restore=restore, feedback=feedback, noise_seed=self.config.seed)
+        options = replace(self.options, restore=restore, feedback=feedback, noise_seed=self.config.seed + first)
         with lora.autocast(self.model):
             done = generate(
                 self.model,

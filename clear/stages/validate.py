@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 
 from clear.config import Config
-from clear.degradation.build import count_rows, parallel
+from clear.degradation.build import count_rows
 from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
 from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
@@ -23,6 +23,7 @@ from clear.validation import frames as columns
 from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
 from clear.validation.metrics import measure
 from clear.validation.suites import MONOTONE, clean_checks, degraded_checks, incoming_checks
+from clear.workers import parallel
 
 DATASETS = {
     "degraded_sft": Path("data/degraded/sft"),

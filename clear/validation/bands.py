@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from clear.degradation.build import degraded_samples, parallel
+from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.presets import PRESETS
 from clear.degradation.protocol import CELLS, SEVERITIES
@@ -20,6 +20,7 @@ from clear.degradation.registry import Chosen
 from clear.records import EXTRA, Sample, encode_image, sha256
 from clear.validation.frames import BANDS, PRESET_BANDS
 from clear.validation.metrics import measure
+from clear.workers import parallel
 
 SIZE, SCALE, SCENES, SEED = 256, 0.4, 96, 7
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")

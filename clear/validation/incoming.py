@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 
 from clear.config import Config
-from clear.degradation.build import parallel
 from clear.degradation.incoming import planned
 from clear.records import write_json
 from clear.sources.incoming import FOLDER
@@ -20,6 +19,7 @@ from clear.validation import frames as columns
 from clear.validation.expectations import Failure, run_checks
 from clear.validation.metrics import measure
 from clear.validation.suites import incoming_checks
+from clear.workers import parallel
 
 SHOWN = 20
 """Rejected rows in a verdict; rejects.parquet has all."""

@@ -11,12 +11,12 @@ from collections.abc import Callable
 
 import numpy as np
 
-from clear.degradation.build import one_thread
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES
 from clear.errors import ClearError
 from clear.records import decode_image
 from clear.sources.scenes import couple
+from clear.workers import one_thread
 from tests.bench.transcription import FORMULAS
 
 SIZE, REPEATS, SLOW_REPEATS = 512, 7, 3

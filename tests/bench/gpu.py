@@ -26,7 +26,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from clear.config import Lora
-from clear.model import flow, lora
+from clear.model import flex, flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
@@ -40,8 +40,11 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 QUESTION, REPLY = 64, 300  # tokens
 
 
-def random_model(small: bool, device: str, rank: int) -> Bagel:
-    """A Bagel of the published shapes (or a tiny one) with random bfloat16 weights and a fresh adapter."""
+def random_model(small: bool, device: str, rank: int, attention: str = "auto") -> Bagel:
+    """A Bagel of the published shapes (or a tiny one) with random bfloat16 weights and a fresh adapter.
+
+    `attention`: that of training forwards, as `runtime.attention` (restorations read a cache, which is dense).
+    """
     llm = LlmConfig(600, 64, 2, 4, 2, 128) if small else LlmConfig()
     vit = VitConfig(48, 1, 2, 96, 14, 70) if small else VitConfig()
     config = BagelConfig(llm, vit, VaeConfig(), SpecialTokens(0, 1, 2, 3))
@@ -57,6 +60,7 @@ def random_model(small: bool, device: str, rank: int) -> Bagel:
     model.requires_grad_(False)
     lora.attach(model, Lora(rank, 2.0 * rank, 0.0, TARGETS, "both"))
     model.language_model.gradient_checkpointing = True
+    model.language_model.attention = attention
     return model.train()
 
 
@@ -192,6 +196,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the program without a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--attention", default="auto", choices=("auto", "dense", "flex"), help="runtime.attention")
     parser.add_argument("--rows", type=int, default=4, help="rows of an SFT step")
     parser.add_argument("--pixels", type=int, default=512, help="side of the images")
     parser.add_argument("--repeats", type=int, default=5)
@@ -199,14 +204,17 @@ def main() -> None:
     parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
+    if given.device == "cpu" and given.attention == "flex":
+        parser.error("--attention flex has a backward pass on CUDA only.")
     if given.device == "cpu" and not given.small:
         parser.error("no GPU is here; the 7B shapes need one with 80 GB. `--small` tries the program on the CPU.")
     torch.manual_seed(0)
-    model = random_model(given.small, given.device, given.rank)
+    model = random_model(given.small, given.device, given.rank, given.attention)
     common = (given.repeats, given.device)
     found = {
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "torch": torch.__version__,
+        "attention": "flex" if flex.wanted(given.attention, torch.device(given.device)) else "dense",
         "parameters": sum(p.numel() for p in model.parameters()),
         "settings": {k: str(v) for k, v in sorted(vars(given).items()) if k not in ("out", "device")},
         "sft_step": measure_sft(model, given.rows, given.pixels, *common, given.peak),

@@ -1,0 +1,208 @@
+"""Answer a benchmark with one model, here or on a Dask cluster, into rows of clear.bench.predictions.
+
+The questions are cut into shards of one batch of the engine (`sampling.batch`), in their order, whoever computes them:
+what is computed together is the same everywhere, and so is every prediction. The starting noise of a restoration
+belongs to the question's number in the benchmark (clear/reasoning/engine.py), not to its shard. A process loads the
+model once; on a cluster each worker reads its folder under the same path and refuses it if its files are others.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clear.bench.scoring import is_correct
+from clear.config import Config
+from clear.errors import ClearError
+from clear.records import Question, Sample, encode_image
+from clear.workers import parallel
+
+if TYPE_CHECKING:
+    from clear.reasoning.answering import Answer, Answerer
+
+DECODED = 128
+"""Restored pictures that the autoencoder decodes at once."""
+
+
+@dataclass(frozen=True)
+class UnderTest:
+    """A model under test: its folder, how it restores and reads what it restored (Options of the engine)."""
+
+    folder: Path
+    restore: str
+    feedback: str
+    config: Config
+    digest: str = ""
+    """What the files of the folder must be (`digest_of`); empty where the folder is this machine's own."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Questions that are answered together; `first` is the number of the first one in the benchmark."""
+
+    model: UnderTest
+    first: int
+    asked: tuple[tuple[Sample, Question], ...]
+
+
+@dataclass(frozen=True)
+class Answered:
+    """Rows of one shard, and the seconds that answering took (without loading, decoding and comparing pictures)."""
+
+    rows: list[dict]
+    seconds: float
+
+
+def answer(
+    model: UnderTest, samples: Sequence[Sample], progress: Callable[[int], None] | None = None
+) -> tuple[list[dict], float]:
+    """Rows for every question of `samples`, in order, and the seconds of all processes together.
+
+    Of each corruption and severity the first restored picture is kept in its row. `progress` is called with the number
+    of questions done. With `evaluate.cluster` the workers there compute. Raises ClearError as clear.workers.parallel.
+    """
+    cluster = model.config.evaluate.cluster
+    if cluster:
+        model = _shared(model)
+    rows, seconds, shown = [], 0.0, set()
+    shards = _shards(model, samples)
+    for found in parallel(answer_shard, shards, workers=1, cluster=cluster, section="evaluate", chunk=1):
+        for row in found.rows:
+            cell = row["corruption"], row["severity"]
+            if row["restored_png"] is not None and cell in shown:
+                row["restored_png"] = None
+            shown |= {cell} if row["restored_png"] is not None else set()
+        rows += found.rows
+        seconds += found.seconds
+        if progress:
+            progress(len(found.rows))
+    return rows, seconds
+
+
+def _shards(model: UnderTest, samples: Sequence[Sample]) -> Iterator[Shard]:
+    asked = [(sample, question) for sample in samples for question in sample.questions]
+    size = model.config.sampling.batch
+    for first in range(0, len(asked), size):
+        yield Shard(model, first, tuple(asked[first : first + size]))
+
+
+def _shared(model: UnderTest) -> UnderTest:
+    """The model as other machines find it: by absolute paths, and only if the files are these."""
+    folder, given = model.folder.absolute(), model.config.model
+    if given.checkpoint:
+        given = replace(given, checkpoint=str(Path(given.checkpoint).absolute()))
+    return replace(model, folder=folder, config=replace(model.config, model=given), digest=digest_of(folder))
+
+
+def digest_of(folder: Path) -> str:
+    """The content of a model folder as one string; of weights that an adapter names, the names and hashes it has."""
+    from clear.model.checkpoint import fingerprint
+
+    return json.dumps({name: file["sha256"] for name, file in fingerprint(folder).items()}, sort_keys=True)
+
+
+def answer_shard(shard: Shard) -> Answered:
+    """Answer the questions of one shard. Raises ClearError where the model's folder is missing or another one."""
+    from clear.model.images import ImageBank
+
+    with _one_at_a_time:
+        answerer = _loaded(shard.model)
+        samples = list({sample.key: sample for sample, _ in shard.asked}.values())
+        place = {sample.key: i for i, sample in enumerate(samples)}
+        bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
+        paired = {s.image_sha256: s for s in samples if s.degraded is not None and s.paired}
+        bases = ImageBank(
+            [s.image for s in paired.values()], shard.model.config.model, [s.key for s in paired.values()]
+        )
+        clean = {name: bases.uint8(i) for i, name in enumerate(paired)}
+        asked = [(place[sample.key], question) for sample, question in shard.asked]
+        start = perf_counter()
+        answers = answerer.answer(bank, asked, shard.model.restore, shard.model.feedback, first=shard.first)
+        seconds = perf_counter() - start
+        pictures = _pictures(answerer, answers)
+    kept = _kept([sample for sample, _ in shard.asked], pictures)
+    rows = []
+    for n, ((sample, question), given) in enumerate(zip(shard.asked, answers, strict=True)):
+        before = None if sample.degraded is None or not sample.paired else clean[sample.image_sha256]
+        row = {
+            "sample": sample.id,
+            "corruption": sample.corruption,
+            "severity": sample.severity,
+            "question": question.id,
+            "task": question.task,
+            "pair": question.pair,
+            "text": question.text,
+            "answer": question.answer,
+            "prediction": given.prediction,
+            "output": given.trace,
+            "restored": given.restored,
+            "correct": is_correct(given.prediction, question),
+            "tokens": given.tokens,
+            "restored_png": encode_image(pictures[n]) if n in kept else None,
+        }
+        rows.append(row | _quality(before, bank.uint8(place[sample.key]), pictures.get(n)))
+    return Answered(rows, seconds)
+
+
+_one_at_a_time = threading.Lock()
+"""A worker with several threads has one model, and torch's threads are for one shard."""
+_held: dict[str, "Answerer"] = {}
+"""The model that this process has loaded, by what it was loaded from."""
+
+
+def _loaded(model: UnderTest) -> "Answerer":
+    from clear.reasoning.answering import Answerer
+    from clear.runtime import apply_runtime
+
+    key = repr((model.folder, model.config, model.digest))
+    if key not in _held:
+        if model.digest and digest_of(model.folder) != model.digest:
+            raise ClearError(
+                f"{model.folder}: a Dask worker does not find the model under test there; give the workers this folder "
+                'under the same path (a shared file system), or set evaluate.cluster to "".'
+            )
+        _held.clear()
+        apply_runtime(model.config)
+        _held[key] = Answerer.load(model.folder, model.config)
+    return _held[key]
+
+
+def _pictures(answerer: "Answerer", answers: "Sequence[Answer]") -> dict[int, np.ndarray]:
+    """The restored picture of every answer that restored, decoded in batches."""
+    import torch
+
+    chosen = [n for n, answer in enumerate(answers) if answer.restored]
+    found: dict[int, np.ndarray] = {}
+    for grid in sorted({answers[n].grid for n in chosen}):
+        same = [n for n in chosen if answers[n].grid == grid]
+        for start in range(0, len(same), DECODED):
+            part = same[start : start + DECODED]
+            decoded = answerer.pictures(torch.stack([answers[n].latent for n in part]), grid)
+            found |= dict(zip(part, decoded, strict=True))
+    return found
+
+
+def _kept(samples: Sequence[Sample], restored: Container[int]) -> set[int]:
+    """Numbers of the restored pictures that are stored with the predictions: the first of each corruption and level."""
+    first: dict[tuple[str, str], int] = {}
+    for n, sample in enumerate(samples):
+        if n in restored:
+            first.setdefault((sample.corruption, sample.severity), n)
+    return set(first.values())
+
+
+def _quality(clean: np.ndarray | None, shown: np.ndarray, restored: np.ndarray | None) -> dict:
+    """PSNR and SSIM at the model's own resolution; absent where there is nothing to compare."""
+    from clear.validation.metrics import psnr, ssim
+
+    row = {f"{name}_{kind}": None for name in ("psnr", "ssim") for kind in ("degraded", "restored")}
+    if clean is not None:
+        row |= {"psnr_degraded": psnr(clean, shown), "ssim_degraded": ssim(clean, shown)}
+        if restored is not None:
+            row |= {"psnr_restored": psnr(clean, restored), "ssim_restored": ssim(clean, restored)}
+    return row
