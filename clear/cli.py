@@ -263,9 +263,11 @@ def mmd_bench_files(
 ) -> None:
     """Write degraded benchmark files (TSV) that VLMEvalKit reads; the stage `mmd_bench` makes this project's own.
 
-    The same command again continues after an interruption. docs/DATA.md says how to evaluate with the files.
+    The same command again continues after an interruption. Rows that cannot be degraded are left out, listed in
+    rejects.parquet, and make the exit status 1. docs/DATA.md says how to evaluate with the files.
     """
-    from clear.bench.tsv import PROTOCOLS, write_benchmarks
+    from clear.bench.tsv import PROTOCOLS, REJECTS, write_benchmarks
+    from clear.rejects import read_rejects
 
     if protocol not in PROTOCOLS:
         raise ClearError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}.")
@@ -274,6 +276,11 @@ def mmd_bench_files(
     for file in write_benchmarks(source, out, protocol, scale, workers, typer.echo):
         typer.echo(str(file))
     typer.echo(str(out / "manifest.parquet"))
+    if rejects := read_rejects(out / REJECTS):
+        raise ClearError(
+            f"rows that cannot be degraded and were left out: {len(rejects)}; all others are written. "
+            f"{out / REJECTS} has them, the first: {rejects[0].id} ({rejects[0].reason}): {rejects[0].detail}"
+        )
 
 
 @app.command(rich_help_panel=TOOLS)

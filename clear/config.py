@@ -207,7 +207,8 @@ class Sft:
     distill_weight: float = between(0, 100)
     distill_stride: int = between(0, 1000)  # layers between distilled ones; 0 = final_mse
     drop_vit: float = between(0, 1)
-    other_path: float = between(0, 1)  # share of direct traces that also learn to answer after a restoration
+    other_path: float = between(0, 1)  # share of direct traces that learn to answer after a restoration instead
+    both_paths: bool  # wherever a restoration is shown that the trace has not, learn its own reply too, beside it
     ema: float = between(0, 0.999999)  # decay of the averaged weights the stage ends with; 0 = the last weights
 
 

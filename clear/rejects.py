@@ -17,6 +17,13 @@ class Reject:
     detail: str
 
 
+def read_rejects(path: Path) -> list[Reject]:
+    """What a RejectWriter wrote."""
+    import pyarrow.parquet as pq
+
+    return [Reject(**row) for row in pq.read_table(path).to_pylist()]
+
+
 class RejectWriter:
     """Streams rejects to a Parquet file with the columns of Reject; in place when its `with` block ends.
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.degradation.filters import add_noise, gaussian_blur, sparse_filter
+from clear.degradation.inpaint import inpaint
 from clear.degradation.mean_shift import mean_shift_filter
 from clear.errors import ClearError
 from tests.bench.transcription import FORMULAS
@@ -370,3 +371,20 @@ def test_the_mean_shift_kernel_has_the_pixels_of_opencv(height, width, spatial, 
         assert np.array_equal(
             mean_shift_filter(image, spatial, color), cv2.pyrMeanShiftFiltering(image, spatial, color)
         )
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (9, 40), (129, 96), (200, 131)])
+@pytest.mark.parametrize("radius", [1.0, 1.2, 3.0, 7.4])
+def test_the_filling_kernel_has_the_pixels_of_opencv(height, width, radius):
+    rng = np.random.default_rng(height + int(10 * radius))
+    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
+    for image in (noise, smooth, cv2.convertScaleAbs(smooth, alpha=3, beta=-250)):
+        for number in (0, 1, 3, 12):
+            mask = np.zeros((height, width), np.uint8)
+            for _ in range(number):  # often over an edge, often over one another
+                (y, x), size = rng.integers([height, width]), rng.integers(1, [height // 2 + 2, width // 2 + 2])
+                mask[y : y + size[0], x : x + size[1]] = 255
+            assert np.array_equal(inpaint(image, mask, radius), cv2.inpaint(image, mask, radius, cv2.INPAINT_TELEA))
+    everything = np.ones((height, width), np.uint8)
+    assert np.array_equal(inpaint(noise, everything, radius), noise), "nothing is known, so nothing is filled"

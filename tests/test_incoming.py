@@ -205,6 +205,30 @@ def test_a_picture_of_data_samples_stays_on_its_side(tmp_path, split):
     assert ("bench" in parts) == (split == "bench")
 
 
+def test_a_clean_partner_takes_all_its_copies_to_one_side(tmp_path):
+    """Only the dark copy is known to the benchmark; the noisy one shows the same scene and must not be trained on."""
+    put(tmp_path / "dusk", range(12))
+    put(tmp_path / "grain", range(12), kind="gaussian_noise")
+    known = {incoming.sha256(picture(n)[0]): "bench" for n in range(12)}
+    samples = intake.read(tmp_path, known=known).samples(*intake.SLICES)
+    assert Counter((s.corruption, s.split) for s in samples) == {("dusk", "bench"): 12, ("grain", "bench"): 12}
+
+
+def test_a_chain_of_copies_and_partners_is_one_group(tmp_path):
+    """Copy a has partners 1 and 2 (in two sets), copy b has partner 2 alone: all three rows go to one slice."""
+    for first, second in zip(range(0, 24, 2), range(1, 24, 2), strict=True):
+        folder = tmp_path / str(first)
+        put(folder / "one", [first])
+        put(folder / "two", [second], kind="gaussian_noise")
+        (folder / "three").mkdir()
+        shared, partner = (folder / "one" / f"{first}.jpg").read_bytes(), picture(second)[1]
+        (folder / "three" / "a.jpg").write_bytes(shared)
+        (folder / "three" / "c.png").write_bytes(partner)
+        lines(folder / "three", {"image": "a.jpg", "clean": "c.png", "question": "is there a ring ?", "answer": "yes"})
+        slices = {s.split for s in intake.read(folder, bench_share=0.5).samples(*intake.SLICES)}
+        assert len(slices) == 1
+
+
 def test_one_picture_of_both_sides_is_refused(tmp_path):
     put(tmp_path / "road", range(1))
     degraded, clean, _ = picture(0)

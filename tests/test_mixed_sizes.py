@@ -16,11 +16,12 @@ from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
+from clear.reasoning.tokenizer import encode
 from clear.records import Question, Sample, encode_image, sha256
 from clear.traces.records import TraceRow
 from clear.training import scoring
 from clear.training.bridge import imitation_loss, own_latents
-from clear.training.sft import TraceData, TraceWeights, restoration_loss, set_trainable, trace_loss
+from clear.training.sft import TraceData, TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
 from clear.training.trainer import StageRun, optimise
 from tests.tiny import tiny_model
 
@@ -79,6 +80,41 @@ def test_restoration_loss_is_the_token_mean_over_all_images(config, images):
     torch.testing.assert_close(found, torch.cat(errors).mean(), atol=1e-5, rtol=1e-5)
     found.backward()
     assert model.llm2vae.weight.grad.abs().sum() > 0
+
+
+def test_a_reply_beside_a_restoration_is_learned_as_if_either_were_alone(config, images):
+    model, tokenizer, _, data = parts("direct", config, images)
+    data.reply_1[1], data.reply_2[1] = encode(tokenizer, "<think> a b c </think> <answer> c </answer>"), None
+    data.direct, index = data.reply_1, [0, 1, 3]
+
+    def measured(loss, numbers):
+        model.zero_grad()
+        torch.manual_seed(3)
+        total, figures = loss(numbers)
+        total.backward()
+        return figures, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    both, gradients = measured(restoration_loss(model, data, replies=True), index)
+    alone, restoring = measured(restoration_loss(model, data), index)
+    direct, answering = measured(direct_loss(model, data), index)
+    assert both == pytest.approx(alone | direct, rel=1e-5)
+    for name, value in gradients.items():
+        zero = torch.zeros_like(value)
+        expected = restoring.get(name, zero) + answering.get(name, zero)
+        torch.testing.assert_close(value, expected, atol=1e-5, rtol=1e-4, msg=name)
+
+    # A trace loss's row 1 is shown the restoration its trace has not; its own reply is one branch more.
+    weights = TraceWeights(LATENT, other_path=1.0)
+    shown, _ = measured(trace_loss(model, data, weights), [1])
+    both, _ = measured(trace_loss(model, data, replace(weights, both_paths=True)), [1])
+    alone, _ = measured(direct_loss(model, data), [1])
+    tokens = len(data.restored[1]) + 1, len(data.direct[1]) + 1
+    assert both["mse"] == pytest.approx(shown["mse"], rel=1e-5)
+    assert both["ce"] == pytest.approx(np.average([shown["ce"], alone["ce"]], weights=tokens), rel=1e-5)
+    # Where the trace restores there is one path only.
+    assert measured(trace_loss(model, data, weights), [0])[0] == pytest.approx(
+        measured(trace_loss(model, data, replace(weights, both_paths=True)), [0])[0]
+    )
 
 
 @pytest.mark.parametrize("stride", [0, 1])

@@ -39,6 +39,8 @@ def test_every_sample_has_one_place_and_rows_keep_to_the_budget(lengths, budget)
 def _objective(name, model, data):
     if name == "restoration":
         return restoration_loss(model, data)
+    if name == "both paths":
+        return restoration_loss(model, data, replies=True)
     if name == "direct answer":
         return direct_loss(model, data)
     feedback = BRIDGE if name == "mlp" else LATENT
@@ -67,7 +69,7 @@ def _gradients(model, loss, rows: int, budget: int):
     return total, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}, now
 
 
-@pytest.mark.parametrize("kind", ["direct", "mlp", "restoration", "direct answer"])
+@pytest.mark.parametrize("kind", ["direct", "mlp", "restoration", "both paths", "direct answer"])
 @pytest.mark.parametrize("rows", [0, 1])
 def test_packing_changes_neither_loss_nor_gradients(config, images, kind, rows):  # noqa: F811
     """float32; the sums of a batch are taken in another order."""

@@ -13,19 +13,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 
 from clear.config import compose, from_dict
+from clear.degradation.build import degraded_samples
 from clear.endpoint import BudgetSpent, Outage, connect
 from clear.errors import ClearError
 from clear.reasoning.grammar import asks_restoration, extract_answer, well_formed
-from clear.records import Question, Sample, encode_image, read_samples, write_json, write_samples
+from clear.records import Question, Sample, encode_image, read_samples
 from clear.rejects import Reject
-from clear.scratch import write_params
+from clear.sources.scenes import scenes
 from clear.traces.records import read_traces
 from clear.traces.teacher import ATTEMPTS, Task, demonstrate, write
 from tests.chat_server import completion, serving, settings, user_text
 from tests.conftest import ROOT
+from tests.tiny import trace_workspace
 
 CLEAN, BAD = (encode_image(np.full((8, 8, 3), value, np.uint8)) for value in (200, 20))
 QUESTION = Question("q1", "colour", "which colour is the cup ?", "red")
@@ -181,29 +182,11 @@ def test_settings_of_the_teacher_do_not_fit_the_oracle():
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
     """A workspace with a few degraded scenes and an untrained base."""
-    from clear.degradation.build import degraded_samples
-    from clear.model.bagel import Bagel
-    from clear.model.checkpoint import save_bagel
-    from clear.model.vae import AutoEncoder
-    from clear.reasoning.tokenizer import word_tokenizer
-    from clear.sources.scenes import scenes
-    from clear.training.build import bagel_config, scene_words
-
     folder = tmp_path_factory.mktemp("prepared")
     teacher = ["traces.kind=teacher", "traces.restore_when=always", "traces.questions=1", "teacher.url=$T_URL"]
     quick = ["teacher.key=''", "teacher.concurrency=1", "teacher.timeout=60", "traces.clean_share=0.5"]
-    small = ["profile=smoke", "runtime.threads=1", "sampling.max_think_tokens=2"]
-    write_params(folder / "params.yaml", [*small, *teacher, *quick])
-    config = from_dict(compose([*small, *teacher, *quick]))
     made = [(sample, "dark", "high") for sample in scenes("sft", 6, 1, 256, 4)]
-    write_samples(folder / "data/degraded/sft", degraded_samples(made, 0.4, 1))
-    write_json(folder / "data/metrics/validate.json", {})
-    tokenizer = word_tokenizer(scene_words())
-    shapes = bagel_config(config, tokenizer)
-    torch.manual_seed(0)
-    model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
-    model.initialise()
-    save_bagel(folder / "data/models/base", model, vae, tokenizer)
+    trace_workspace(folder, [*teacher, *quick], degraded_samples(made, 0.4, 1))
     return folder
 
 

@@ -1,14 +1,23 @@
 """Demonstrations: the rule that chooses them, their table, and tables that are not whole."""
 
+import json
+from dataclasses import replace
+
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.reasoning.grammar import asks_restoration, extract_answer, well_formed
-from clear.records import CLEAN, Question, Sample
+from clear.records import CLEAN, Question, Sample, write_samples
+from clear.sources.scenes import scenes
+from clear.stages import traces
 from clear.traces.oracle import restores, trace_row
 from clear.traces.records import FILE, TraceRow, read_traces, write_traces
+from clear.validation.expectations import listed, run_checks
+from clear.validation.traces import TRACE_CHECKS, trace_frame
+from tests.tiny import trace_workspace
 
 QUESTION = Question("q1", "colour", "what colour is the cup ?", "red", evidence="cup is red")
 SAMPLE = Sample("s1", "scenes", "sft", b"", "", (QUESTION,), degraded=b"x", corruption="dark", severity="high")
@@ -84,3 +93,145 @@ def test_a_missing_column_is_named(tmp_path, rows, column):
     pq.write_table(table.drop_columns([column]), tmp_path / FILE)
     with pytest.raises(ClearError, match=rf"{FILE}.*'{column}'"):
         read_traces(tmp_path)
+
+
+# --- the expectations ------------------------------------------------------------------------------------------------
+
+CHOICE = Question("q3", "colour", "is the cup red or blue ?", "B", options=("red", "blue"), evidence="cup is blue")
+ALONE = Sample("s2", "incoming/set", "sft", b"x", "", (QUESTION,), degraded=b"x", corruption="set", severity="incoming")
+ASKED = replace(SAMPLE, questions=(QUESTION, CHOICE))
+GOOD = [
+    trace_row(ASKED, QUESTION, restore=True, base_correct=False),
+    trace_row(ASKED, CHOICE, restore=False, base_correct=True),
+    trace_row(ASKED, CHOICE, restore=False, base_correct=True, clean=True),
+    trace_row(ALONE, QUESTION, restore=False, base_correct=False),
+]
+
+
+def violated(tmp_path, rows: list[TraceRow], judged: bool = False) -> dict[str, list[str]]:
+    """{failed check: its rows} of a written table, without Great Expectations, which takes a second per table."""
+    write_traces(tmp_path / "traces", rows)
+    frame = trace_frame(read_traces(tmp_path / "traces"), iter([ASKED, ALONE]), judged)
+    broken = {check.name: frame["key"][check.failing(frame)].tolist() for check in TRACE_CHECKS}
+    return {name: keys for name, keys in broken.items() if keys}
+
+
+def swapped(row: TraceRow, old: str, new: str) -> TraceRow:
+    """The trace with another answer in every reply."""
+    parts = {name: getattr(row, name).replace(f"> {old} <", f"> {new} <") for name in ("reply_1", "direct", "restored")}
+    return replace(row, **parts)
+
+
+FAULTS = {
+    "a tag that is never closed": (
+        1,
+        lambda row: replace(row, reply_1=row.reply_1.replace("</think>", "")),
+        {"grammar"},
+    ),
+    "a reply of the baseline with two answers": (
+        0,
+        lambda row: replace(row, direct=row.direct + row.direct),
+        {"grammar"},
+    ),
+    "an asked restoration that never comes": (
+        0,
+        lambda row: replace(row, reply_2=""),
+        {"grammar", "both_replies", "answer"},
+    ),
+    "a second reply nobody asked for": (
+        1,
+        lambda row: replace(row, reply_2=row.restored),
+        {"grammar", "both_replies"},
+    ),
+    "the other option's letter": (1, lambda row: swapped(row, "B", "A"), {"answer"}),
+    "the answer of another question": (3, lambda row: swapped(row, "red", "blue"), {"answer"}),
+    "a restored clean image": (
+        2,
+        lambda row: replace(trace_row(ASKED, CHOICE, True, True), corruption=CLEAN, severity=CLEAN),
+        {"restorable"},
+    ),
+    "a restoration without a clean partner": (3, lambda row: trace_row(ALONE, QUESTION, True, False), {"restorable"}),
+    "a question that was never asked": (1, lambda row: replace(row, question="q9"), {"known"}),
+}
+
+
+def test_good_traces_violate_nothing(tmp_path):
+    assert violated(tmp_path, GOOD) == {}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_an_injected_fault_is_caught_by_name_and_row(tmp_path, fault):
+    place, spoil, checks = FAULTS[fault]
+    rows = [*GOOD]
+    rows[place] = spoil(rows[place])
+    row = rows[place]
+    key = f"{row.sample}/{row.corruption}/{row.severity}/{row.question}"
+    assert violated(tmp_path, rows) == {check: [key] for check in checks}
+
+
+def test_a_trace_written_twice_is_caught(tmp_path):
+    assert violated(tmp_path, [*GOOD, GOOD[1]]) == {"unique": ["s1/dark/high/q3"] * 2}
+
+
+def test_what_a_judge_accepted_is_not_compared_again(tmp_path):
+    crimson = swapped(GOOD[3], "red", "crimson")
+    assert violated(tmp_path, [crimson]).keys() == {"answer"}
+    assert violated(tmp_path, [crimson], judged=True) == {}
+
+
+def test_great_expectations_gives_the_verdict_and_the_data_docs(tmp_path):
+    faults = [replace(GOOD[0], reply_1="restore it <image_restore>"), swapped(GOOD[1], "B", "A"), *GOOD[2:]]
+    frames = {name: trace_frame(rows, [ASKED, ALONE]) for name, rows in (("good", GOOD), ("bad", faults))}
+    found = run_checks(frames, dict.fromkeys(frames, TRACE_CHECKS), tmp_path / "docs")
+    assert found["good"] == [] and (tmp_path / "docs" / "index.html").is_file()
+    assert {f.check.name: f.keys for f in found["bad"]} == {
+        "grammar": ("s1/dark/high/q1",),
+        "answer": ("s1/dark/high/q3",),
+    }
+    assert "bad fails 'grammar' (every reply obeys the trace grammar) for 1 traces: s1/dark/high/q1" in listed(
+        found, "traces"
+    )
+
+
+def test_a_trace_that_breaks_the_grammar_stops_the_stage_and_is_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one, *others = degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 4, 1, 64, 2)], 0.1, 1)
+    bad = replace(one.questions[0], evidence="</think> the sign says a")
+    one = replace(one, questions=(bad, *one.questions[1:]))
+    config = trace_workspace(tmp_path, ["traces.restore_when=never"], [one, *others])
+    key = f"{one.key}/{bad.id}"
+    with pytest.raises(ClearError, match=rf"^traces: .* fails 'grammar' .* {key}.*See {traces.REJECTS}"):
+        traces.run(config)
+    verdict = json.loads(traces.METRICS.read_text())["validation"]
+    failed = {found["expectation"]: found for found in verdict["failed"]}
+    assert not verdict["success"] and key in failed["grammar"]["ids"]
+    rejects = pq.read_table(traces.REJECTS).to_pylist()
+    assert {"id": key, "subset": "low", "reason": "grammar"}.items() <= rejects[0].items()
+    write_samples("data/degraded/sft", others)
+    traces.run(config)
+    assert pq.read_table(traces.REJECTS).num_rows == 0
+    verdict = json.loads(traces.METRICS.read_text())["validation"]
+    assert verdict == {"success": True, "expectations": len(TRACE_CHECKS), "failed": []}
+
+
+def test_the_blocks_that_bound_the_memory_change_no_byte(tmp_path, monkeypatch):
+    """Three questions about one image fall into three blocks of four, and some images into two blocks."""
+    monkeypatch.chdir(tmp_path)
+    samples = list(degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 4, 1, 64, 4)], 0.1, 1))
+    made = []
+    for batch in (4, 64):
+        settings = ["traces.questions=3", "traces.clean_share=0.5", f"sampling.batch={batch}"]
+        traces.run(trace_workspace(tmp_path, settings, samples))
+        made.append([file.read_bytes() for file in (traces.OUT / FILE, traces.METRICS)])
+    assert made[0] == made[1]
+    rows = read_traces(traces.OUT)
+    asked = [q.id for sample in samples for q in sample.questions[:3]]
+    assert [row.question for row in rows] == [*asked, *asked[::2]]
+    assert [row.severity for row in rows] == ["low"] * 12 + [CLEAN] * 6
+
+
+def test_no_clean_trace_where_none_is_wanted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    samples = degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 2, 1, 64, 1)], 0.1, 1)
+    traces.run(trace_workspace(tmp_path, ["traces.clean_share=0"], samples))
+    assert {row.severity for row in read_traces(traces.OUT)} == {"low"}

@@ -3,6 +3,7 @@
 import base64
 import csv
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, sha256
+from clear.rejects import read_rejects
 from clear.sources import lmudata
 from tests.conftest import ROOT
 
@@ -127,20 +129,65 @@ def test_pictures_beside_the_file_become_base64(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("row", "said"),
+    ("row", "reason", "said"),
     [
-        ({"image": b64(picture(0))[:-4] + "!!!!"}, "row 7: the image is not base64"),
-        ({"image": b64(b"no picture at all" * 9)}, "X-7.*not a complete image"),
-        ({"image": "99"}, "row 7 names the picture of row 99, which has none"),
-        ({"image": ""}, "row 7: the row has no image"),
+        ({"image": b64(picture(0))[:-4] + "!!!!"}, "no image", "the image is not base64"),
+        ({"image": b64(b"no picture at all" * 9)}, "image", "X-7.*not a complete image"),
+        ({"image": "99"}, "no image", "index 99, and no row"),
+        ({"image": ""}, "no image", "the row has no image"),
     ],
 )
-def test_a_picture_that_cannot_be_used_stops_the_command_and_leaves_no_file(tmp_path, row, said):
+def test_a_picture_that_cannot_be_used_is_left_out_and_what_was_good_is_kept(tmp_path, row, reason, said):
     rows = [{"index": 6, "image": b64(picture(1)), "question": "?", "answer": "x"}]
-    write_tsv(tmp_path / "in/X.tsv", [*rows, {"index": 7, "question": "?", "answer": "x"} | row])
-    with pytest.raises(ClearError, match=said):
-        write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
-    assert not list((tmp_path / "out").glob("*.tsv")) and not (tmp_path / "out/manifest.parquet").exists()
+    rows += [{"index": 7, "question": "?", "answer": "x"} | row, rows[0] | {"index": 8, "image": "6"}]
+    write_tsv(tmp_path / "in/X.tsv", rows)
+    files = write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
+    for file in files:
+        assert as_vlmevalkit(file)["index"].tolist() == ["6", "8"]
+    (reject,) = read_rejects(tmp_path / "out/rejects.parquet")
+    assert (reject.id, reject.subset, reject.reason) == ("X-7", "X", reason) and re.search(said, reject.detail)
+    assert len(pd.read_parquet(tmp_path / "out/manifest.parquet")) == 3 * 2
+    write_tsv(tmp_path / "sound/X.tsv", [rows[0], rows[2]])
+    for good, file in zip(
+        write_benchmarks(tmp_path / "sound", tmp_path / "without", "row", workers=1), files, strict=True
+    ):
+        assert good.read_bytes() == file.read_bytes(), "the other rows are what they are without the bad one"
+
+
+def test_a_row_is_at_all_levels_or_at_none_and_takes_those_that_show_its_picture_with_it(tmp_path):
+    """A picture of 40 px has room for the blocks of low and mid, not for those of high; row 1 names it beforehand."""
+    common = {"question": "?", "answer": "x"}
+    rows = [
+        {"index": 1, "image": "2"},
+        {"index": 2, "image": b64(picture(2, 40))},
+        {"index": 3, "image": b64(picture(3))},
+    ]
+    write_tsv(tmp_path / "in/X.tsv", [row | common for row in rows])
+    files = write_benchmarks(tmp_path / "in", tmp_path / "out", "full", workers=1)
+    found = {file.stem: as_vlmevalkit(file)["index"].tolist() for file in files}
+    for level in LEVELS.values():
+        assert found[f"X_block_exchange_{level}"] == ["3"]
+        assert found[f"X_dark_{level}"] == ["1", "2", "3"]
+    rejects = {(r.id, r.subset): r for r in read_rejects(tmp_path / "out/rejects.parquet")}
+    assert "needs two blocks of 32 px" in rejects["X-2", "X/block_exchange"].detail
+    assert rejects["X-1", "X/block_exchange"].detail == "it shows the picture of row 2"
+    assert {subset for _, subset in rejects} == {"X/block_exchange", "X/watermark_damage"}
+    manifest = pd.read_parquet(tmp_path / "out/manifest.parquet")
+    assert len(manifest) == 3 * (14 * 3 + 2 * 1)
+    again = (tmp_path / "out/rejects.parquet").read_bytes()
+    write_benchmarks(tmp_path / "in", tmp_path / "out", "full", workers=1)
+    assert (tmp_path / "out/rejects.parquet").read_bytes() == again, "a second run knows the rejects of the first"
+
+
+def test_a_killed_run_leaves_no_file_that_has_to_be_moved_away(tmp_path):
+    """The part of the manifest comes first: a TSV that has its name is complete."""
+    mmbench(tmp_path / "in", count=1)
+    files = write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
+    whole = [file.read_bytes() for file in files]
+    files[1].unlink()  # as if killed between the part and the TSV
+    said: list[str] = []
+    write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1, say=said.append)
+    assert [file.read_bytes() for file in files] == whole and len(said) == 2
 
 
 def test_files_of_other_data_or_another_hand_are_refused(tmp_path):
@@ -187,8 +234,6 @@ def test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_ru
         if (tmp_path / f"out/.parts/{f.stem}.jsonl").exists()
     }
     assert 4 <= len(left) < 48 and not (tmp_path / "out/manifest.parquet").exists()
-    for file in tmp_path.glob("out/*.tsv"):  # a file whose part of the manifest is missing was not finished
-        assert file.name in left or file.unlink() is None
     with run_command(tmp_path, *arguments) as process:
         stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 0, stderr
@@ -196,6 +241,20 @@ def test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_ru
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in left} == left, "nothing is made twice"
     for file in [*reference, tmp_path / "whole/manifest.parquet"]:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_the_command_counts_what_it_left_out_and_says_so_in_its_status(tmp_path):
+    rows = [{"index": n, "image": b64(picture(n)) if n else "", "question": "?", "answer": "x"} for n in range(3)]
+    write_tsv(tmp_path / "in/X.tsv", rows)
+    for _ in range(2):  # also where all files are there already
+        with run_command(tmp_path, "--source", "in", "--out", "out") as process:
+            stdout, stderr = process.communicate(timeout=60)
+        assert process.returncode == 1 and "Traceback" not in stderr
+        assert stderr.splitlines()[-1] == (
+            "error: rows that cannot be degraded and were left out: 1; all others are written. out/rejects.parquet has "
+            "them, the first: X-0 (no image): the row has no image"
+        )
+        assert stdout.endswith("out/manifest.parquet\n") and stdout.count("out/X_LOW_LEVEL") == 3
 
 
 def test_the_command_is_not_the_stage_and_refuses_by_name(tmp_path):

@@ -1,15 +1,23 @@
 """A small random model and prompts for the tests of the engine and of GRPO: the real architecture, no training."""
 
+from collections.abc import Iterable
+from pathlib import Path
+
 import torch
 
+from clear.config import Config, compose, from_dict
 from clear.model.bagel import Bagel, BagelConfig
+from clear.model.checkpoint import save_bagel
 from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
-from clear.model.vae import VaeConfig
+from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
 from clear.reasoning.tokenizer import encode, word_tokenizer
+from clear.records import Sample, write_json, write_samples
+from clear.scratch import write_params
+from clear.training.build import bagel_config, scene_words
 
 WORDS = [*grammar.WORDS, *"abcdefghij"]
 
@@ -45,3 +53,19 @@ def tiny_prompts(tokenizer, count: int, seed: int = 0, lengths: tuple[int, ...] 
         latent, patches = torch.randn(9, 4, generator=generator), torch.randn(4, 48, generator=generator)
         prompts.append(Prompt((), question, latent, (3, 3), patches, (2, 2)))
     return prompts
+
+
+def trace_workspace(folder: Path, overrides: list[str], samples: Iterable[Sample]) -> Config:
+    """Make `folder` a workspace in which the stage `traces` can run: `samples` to teach, and an untrained base."""
+    settings = ["profile=smoke", "runtime.threads=1", "sampling.max_think_tokens=2", *overrides]
+    write_params(folder / "params.yaml", settings)
+    config = from_dict(compose(settings))
+    write_samples(folder / "data/degraded/sft", samples)
+    write_json(folder / "data/metrics/validate.json", {})
+    tokenizer = word_tokenizer(scene_words())
+    shapes = bagel_config(config, tokenizer)
+    torch.manual_seed(0)
+    model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
+    model.initialise()
+    save_bagel(folder / "data/models/base", model, vae, tokenizer)
+    return config

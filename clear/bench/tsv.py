@@ -6,8 +6,9 @@ Protocol `row`: every picture of a benchmark gets one corruption, the same at th
 columns and every other cell stay as they were, rows that name another row's picture keep doing so.
 
 Departures (METHOD §8 items 15, 16): corruptions are drawn by the published weights from a hash of benchmark and
-picture, not from an unseeded generator; `manifest.parquet` says what each row got; a picture that cannot be degraded
-stops the command instead of staying clean in the file. The two pictures of an MMVP pair get the same corruption.
+picture, not from an unseeded generator; `manifest.parquet` says what each row got; a row whose picture cannot be read,
+or not be degraded at one of the levels, is left out at all of them and listed in `rejects.parquet` instead of staying
+clean in the file. The two pictures of an MMVP pair get the same corruption.
 
 A finished file has its final name, so an interrupted run makes only what is missing; what is there is compared with
 the manifest and the source, and refused if it belongs to other data or another protocol version.
@@ -18,21 +19,23 @@ import csv
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from itertools import groupby
 from pathlib import Path
 
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, file_sha256, sha256
+from clear.rejects import Reject, RejectWriter
 from clear.sources import lmudata
 from clear.workers import CHUNK, parallel
 
 PROTOCOLS = ("row", "full")
 LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}
-MANIFEST = "manifest.parquet"
+MANIFEST, REJECTS = "manifest.parquet", "rejects.parquet"
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,29 @@ class Target:
         return f"{self.bench}_{self.corruption or 'LOW_LEVEL'}_{LEVELS[self.severity]}"
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a file goes, and the part of the manifest and the rejects that belongs to it."""
+
+    target: Target
+    out: Path
+
+    @property
+    def path(self) -> Path:
+        """The TSV."""
+        return self.out / f"{self.target.name}.tsv"
+
+    @property
+    def part(self) -> Path:
+        """A first line with what it was made from, then a JSON object per row of the TSV and per reject."""
+        return self.out / ".parts" / f"{self.target.name}.jsonl"
+
+    @property
+    def partial(self) -> Path:
+        """The TSV while it is written."""
+        return self.path.with_name(self.path.name + ".partial")
+
+
 def targets(bench: str, protocol: str) -> list[Target]:
     """The files of a benchmark. Raises ClearError for an unknown protocol."""
     if protocol not in PROTOCOLS:
@@ -81,8 +107,9 @@ def write_benchmarks(
 ) -> list[Path]:
     """Write the files of every TSV at `source` into `out`, and `out`/manifest.parquet; return the TSVs' paths.
 
-    `scale` multiplies the corruptions' sizes in pixels, `workers` are processes (0 = one per core). Raises ClearError
-    naming the row of a picture that cannot be read or degraded, and for files in `out` that were made from other data.
+    `scale` multiplies the corruptions' sizes in pixels, `workers` are processes (0 = one per core). Rows that cannot be
+    degraded are in none of the files but in `out`/rejects.parquet. Raises ClearError for a TSV that cannot be read, and
+    for files in `out` that were made from other data.
     """
     found = lmudata.files(source)
     if out.resolve() == (source if source.is_dir() else source.parent).resolve():
@@ -92,87 +119,153 @@ def write_benchmarks(
     for file in found:
         state = {"source_sha256": file_sha256(file), "protocol_version": PROTOCOL_VERSION, "size_scale": scale}
         table = None
-        for target in targets(file.stem, protocol):
-            path, part = out / f"{target.name}.tsv", out / ".parts" / f"{target.name}.jsonl"
-            if _finished(path, part, state):
-                say(f"{path.name}: already here")
-            else:
+        for _, group in groupby(targets(file.stem, protocol), key=lambda target: target.corruption):
+            places = [Place(target, out) for target in group]
+            missing = [place for place in places if not _finished(place, state)]
+            for place in places:
+                if place not in missing:
+                    say(f"{place.path.name}: already here")
+            if missing:
                 table = table or lmudata.Table(file)
-                _write(path, part, state, table, target, scale, workers)
-            written.append(path)
-            parts.append(part)
+                _write(missing, [place.target for place in places], state, table, scale, workers)
+            written += [place.path for place in places]
+            parts += [place.part for place in places]
     _write_manifest(out / MANIFEST, parts)
+    with RejectWriter(out / REJECTS) as rejects:
+        for reject in dict.fromkeys(reject for part in parts for reject in _read_part(part)[1]):
+            rejects.add(reject)
     return written
 
 
-def _finished(path: Path, part: Path, state: dict) -> bool:
+def _finished(place: Place, state: dict) -> bool:
     """Whether a file is complete and made from this source; its part of the manifest begins with the state."""
-    if not (path.exists() and part.exists()):
-        if path.exists():
-            raise ClearError(f"{path}: there, but not made by this command; move it away or choose another --out.")
+    if not place.path.exists():
         return False
-    with part.open() as lines:
-        if json.loads(lines.readline()) == state | {"tsv_sha256": file_sha256(path)}:
+    if not place.part.exists():
+        raise ClearError(f"{place.path}: there, but not made by this command; move it away or choose another --out.")
+    with place.part.open() as lines:
+        if json.loads(lines.readline()) == state | {"tsv_sha256": file_sha256(place.path)}:
             return True
     raise ClearError(
-        f"{path}: was changed, or made from other data, another protocol version or scale; choose another --out, or "
-        f"delete it and {part}."
+        f"{place.path}: was changed, or made from other data, another protocol version or scale; choose another --out, "
+        f"or delete it and {place.part}."
     )
 
 
-def _write(
-    path: Path, part: Path, state: dict, table: lmudata.Table, target: Target, scale: float, workers: int
-) -> None:
-    """One TSV and its part of the manifest; each is complete when it has its name, the TSV first."""
-    part.parent.mkdir(exist_ok=True)
-    waiting: deque[tuple[dict[str, str], str, bytes]] = deque()
+@dataclass
+class _Rows:
+    """What became of the rows of a table, by index: a row of the manifest per file, or the index of the row whose
+    picture it shows, or the reason why it is in no file."""
 
-    def jobs() -> Iterator[tuple[bytes, str, str, str, float]]:
+    made: dict[str, list[Made] | str] = field(default_factory=dict)
+    rejects: dict[str, Reject] = field(default_factory=dict)
+
+    def reject_followers(self, bench: str, subset: str) -> set[str]:
+        """Reject the rows that show the picture of a rejected one; their indices."""
+        lost = {index: of for index, of in self.made.items() if isinstance(of, str) and of in self.rejects}
+        for index, of in lost.items():
+            del self.made[index]
+            reason = self.rejects[of].reason
+            self.rejects[index] = Reject(f"{bench}-{index}", subset, reason, f"it shows the picture of row {of}")
+        return set(lost)
+
+
+def _write(
+    places: Sequence[Place], group: Sequence[Target], state: dict, table: lmudata.Table, scale: float, workers: int
+) -> None:
+    """The missing files of one corruption, of `group` at all levels; a file is complete when it has its name."""
+    header = table.header if "image" in table.header else [*table.header, "image"]
+    with ExitStack() as stack:
+        files = [stack.enter_context(_synced(place.partial)) for place in places]
+        for file in files:
+            _write_row(file, header)
+        rows = _degrade_rows(places, group, files, header, table, scale, workers)
+    if lost := rows.reject_followers(group[0].bench, _subset(group[0])):
+        for place in places:
+            _leave_out(place.partial, header, lost)
+    for n, place in enumerate(places):
+        place.part.parent.mkdir(exist_ok=True)
+        with _replacing(place.part) as file:
+            file.write(json.dumps(state | {"tsv_sha256": file_sha256(place.partial)}) + "\n")
+            for index, row in rows.made.items():
+                one = replace(rows.made[row][n], index=index) if isinstance(row, str) else row[n]
+                file.write(json.dumps(asdict(one)) + "\n")
+            for reject in rows.rejects.values():
+                file.write(json.dumps(asdict(reject)) + "\n")
+        place.partial.rename(place.path)
+
+
+def _subset(target: Target) -> str:
+    return f"{target.bench}/{target.corruption}" if target.corruption else target.bench
+
+
+def _degrade_rows(
+    places: Sequence[Place],
+    group: Sequence[Target],
+    files: list,
+    header: list[str],
+    table: lmudata.Table,
+    scale,
+    workers,
+) -> _Rows:
+    """Write the rows that can be degraded at every level of `group` to the open `files`, in the order of the table."""
+    first, rows = group[0], _Rows()
+    levels = tuple(target.severity for target in group)
+    waiting: deque[tuple[dict[str, str], str, bytes | Reject]] = deque()
+
+    def jobs() -> Iterator[tuple[bytes, str, tuple[str, ...], str, float]]:
         for number, record in enumerate(lmudata.records(table.file)):
-            corruption = target.corruption or corruption_of(target.bench, record["index"], number)
-            image = record.get("image", "")
-            if 0 < len(image.strip()) <= lmudata.REFERENCE:  # it names a row; checked, then kept as it is
-                if image.strip() not in table:
-                    raise ClearError(
-                        f"{table.file}: row {record['index']} names the picture of row {image}, which has none."
-                    )
+            corruption = first.corruption or corruption_of(first.bench, record["index"], number)
+            image = record.get("image", "").strip()
+            if 0 < len(image) <= lmudata.REFERENCE and image in table:  # it names a row and is kept as it is
                 waiting.append((record, "", b""))
                 continue
-            data = lmudata.image_of(record, table)
+            id, data = f"{first.bench}-{record['index']}", lmudata.image_of(record, table)
             if isinstance(data, str):
-                raise ClearError(f"{table.file}: row {record['index']}: {data}; repair or remove the row.")
+                waiting.append((record, "", Reject(id, _subset(first), "no image", data)))
+                continue
             waiting.append((record, corruption, data))
-            yield data, corruption, target.severity, f"{target.bench}-{record['index']}", scale
+            yield data, corruption, levels, id, scale
 
-    made: dict[str, Made | str] = {}  # by index; a text is the index of the row that holds the picture
+    def pass_on() -> None:
+        """Settle the rows without a picture of their own that wait in front."""
+        while waiting and not waiting[0][1]:
+            record, _, reject = waiting.popleft()
+            if reject:
+                rows.rejects[record["index"]] = reject
+                continue
+            rows.made[record["index"]] = record["image"].strip()
+            for file in files:
+                _write_row(file, [record[name] for name in header])
+
     total = sum(1 for _ in lmudata.records(table.file))
     workers = 1 if total <= CHUNK else workers  # starting a pool takes longer
-    with _replacing(path) as file:
-        header = table.header if "image" in table.header else [*table.header, "image"]
-        _write_row(file, header)
-
-        def pass_on() -> None:
-            """Write the rows without a picture of their own that wait in front."""
-            while waiting and not waiting[0][1]:
-                record = waiting.popleft()[0]
-                _write_row(file, [record[name] for name in header])
-                made[record["index"]] = record["image"].strip()
-
-        for data in parallel(_degraded, jobs(), workers, total, target.name):
-            pass_on()
-            record, corruption, clean = waiting.popleft()
+    for found in parallel(_degraded, jobs(), workers, total, first.name):
+        pass_on()
+        record, corruption, clean = waiting.popleft()
+        index, id = record["index"], f"{first.bench}-{record['index']}"
+        if isinstance(found, str):
+            rows.rejects[index] = Reject(id, _subset(first), "image", found)
+            continue
+        rows.made[index] = []
+        for place, file in zip(places, files, strict=True):
+            severity = place.target.severity
+            data = found[levels.index(severity)]
             text = base64.b64encode(data).decode()
             _write_row(file, [text if name == "image" else record[name] for name in header])
-            index = record["index"]
-            seed = seed_of(f"{target.bench}-{index}", corruption, target.severity)
-            what = target.bench, path.name, index, index, corruption, target.severity
-            made[index] = Made(*what, SEVERITIES[target.severity], seed, sha256(clean), sha256(data))
-        pass_on()
-    with _replacing(part) as file:
-        file.write(json.dumps(state | {"tsv_sha256": file_sha256(path)}) + "\n")
-        for index, row in made.items():
-            row = replace(made[row], index=index) if isinstance(row, str) else row
-            file.write(json.dumps(asdict(row)) + "\n")
+            what = first.bench, place.path.name, index, index, corruption, severity, SEVERITIES[severity]
+            rows.made[index].append(Made(*what, seed_of(id, corruption, severity), sha256(clean), sha256(data)))
+    pass_on()
+    return rows
+
+
+def _leave_out(path: Path, header: list[str], indices: set[str]) -> None:
+    """Write a TSV again without some rows."""
+    with _replacing(path) as file:
+        _write_row(file, header)
+        for record in lmudata.records(path):
+            if record["index"] not in indices:
+                _write_row(file, [record[name] for name in header])
 
 
 def _write_row(file, cells: list[str]) -> None:
@@ -187,23 +280,41 @@ def corruption_of(bench: str, index: str, number: int) -> str:
     return draw(id, BENCHMARK_WEIGHTS, [1.0] * len(SEVERITIES))[0]
 
 
-def _degraded(job: tuple[bytes, str, str, str, float]) -> bytes:
-    data, corruption, severity, id, scale = job
-    return encode_image(degrade(decode_image(data, id), corruption, severity, id, scale), "jpeg")
+def _degraded(job: tuple[bytes, str, tuple[str, ...], str, float]) -> list[bytes] | str:
+    """The picture at every level, or why there is none at one of them."""
+    data, corruption, levels, id, scale = job
+    try:
+        image = decode_image(data, id)
+        return [encode_image(degrade(image, corruption, level, id, scale), "jpeg") for level in levels]
+    except ClearError as error:
+        return str(error)
+
+
+@contextmanager
+def _synced(path: Path) -> Iterator:
+    """A text file that is on disk when the block ends."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
 
 
 @contextmanager
 def _replacing(path: Path) -> Iterator:
     """A text file that has its name only once it is whole and on disk."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="", encoding="utf-8") as file:
+    with _synced(partial) as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
     partial.rename(path)
 
 
-def _write_manifest(path: Path, parts: list[Path]) -> None:
+def _read_part(part: Path) -> tuple[list[dict], list[Reject]]:
+    """The rows of the manifest and the rejects of one file."""
+    rows = [json.loads(line) for line in part.read_text().splitlines()[1:]]
+    return [row for row in rows if "reason" not in row], [Reject(**row) for row in rows if "reason" in row]
+
+
+def _write_manifest(path: Path, parts: Iterable[Path]) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -212,6 +323,5 @@ def _write_manifest(path: Path, parts: list[Path]) -> None:
     partial = path.with_name(path.name + ".partial")
     with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
         for part in parts:
-            rows = [json.loads(line) for line in part.read_text().splitlines()[1:]]
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+            writer.write_table(pa.Table.from_pylist(_read_part(part)[0], schema))
     partial.rename(path)

@@ -7,6 +7,7 @@ Departures:
 - `scale` multiplies every absolute pixel length (kernel sizes, sigmas, radii, block size, line spacing, wave length),
   so that severity can follow the image size; 1 is exactly the published formula. Grey levels, counts, JPEG's 8-pixel
   blocks and the colour radius of the mean shift are no pixel lengths. Scaled kernels stay at 3 pixels or more.
+- The mean shift and the filling of regions are this project's own kernels, with the pixels of OpenCV's.
 - Wide kernels are computed by `clear.degradation.filters`, within one grey level of the dense ones.
 - Noise is drawn as the whole numbers that the rounding would leave, and the grid blocks are exchanged by number and
   copied once: other draws of the same distributions.
@@ -231,7 +232,9 @@ def watermark_damage(image: np.ndarray, intensity: float, rng: np.random.Generat
         mask[y : y + h, x : x + w] = 255
     if mask.all():  # no pixel left to fill from: inpainting would return the clean image
         mask[[0, -1]] = mask[:, [0, -1]] = 0
-    filled = cv2.inpaint(image, mask, max(1.0, 3 * scale), cv2.INPAINT_TELEA)
+    from clear.degradation.inpaint import inpaint  # here, for it imports numba
+
+    filled = inpaint(image, mask, max(1.0, 3 * scale))
     out = cv2.addWeighted(image, 1 - intensity, filled, intensity, 0)
     if intensity > 0.5:
         edges = cv2.Canny(mask, 50, 150) > 0

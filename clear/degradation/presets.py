@@ -84,7 +84,8 @@ def compression(image: np.ndarray, intensity: float, rng: np.random.Generator, s
     share = 1 - 0.5 * intensity
     size = max(8, round(width * share)), max(8, round(height * share))
     small = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
-    small = _jpeg(small, max(4, round(45 * (1 - intensity))))
+    # Below quality 6 the chroma tables leave a few garish colours: another damage than a weak link's.
+    small = _jpeg(small, max(6, round(26 * (1 - intensity))))
     return cv2.resize(small, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
@@ -129,10 +130,10 @@ def scratches(image: np.ndarray, intensity: float, rng: np.random.Generator, sca
     """Long, nearly vertical lines and dust on old film, bright or dark."""
     out, (height, width) = image.copy(), image.shape[:2]
     for _ in range(2 + int(40 * intensity)):
-        x, drift = rng.uniform(0, width), rng.uniform(-0.06, 0.06) * height
+        x, slope = rng.uniform(0, width), rng.uniform(-0.06, 0.06)
         top, bottom = np.sort(rng.uniform(-0.3, 1.3, 2)) * height
         grey = 235 if rng.random() < 0.7 else 25
-        ends = (round(x), round(top)), (round(x + drift), round(bottom))
+        ends = (round(x), round(top)), (round(x + slope * (bottom - top)), round(bottom))
         cv2.line(out, *ends, (grey,) * 3, _px(1 + 2 * intensity, scale), cv2.LINE_AA)
     for x, y, radius in rng.uniform(0, 1, (int(300 * intensity), 3)).tolist():
         center = round(x * width), round(y * height)
@@ -156,8 +157,10 @@ def stains(image: np.ndarray, intensity: float, rng: np.random.Generator, scale:
     level = np.quantile(field, 1 - 0.75 * intensity)
     inside = np.clip((field - level) * 12, 0, 1)
     rim = np.exp(-(((field - level) * 30) ** 2))
-    share = (inside * (0.25 + 0.4 * intensity) + 0.25 * rim)[..., None]
-    return _saturate(image * (1 - share) + np.array([120, 85, 45], np.float32) * share)
+    damp = (inside * (0.25 + 0.4 * intensity))[..., None]
+    edge = (0.25 + 0.15 * intensity) * rim[..., None]
+    stained = image * (1 - damp) + np.array([120, 85, 45], np.float32) * damp
+    return _saturate(stained * (1 - edge) + np.array([60, 38, 18], np.float32) * edge)
 
 
 FIELDS = {

@@ -58,6 +58,7 @@ def run(config: Config) -> None:
         stride=config.sft.distill_stride,
         own=config.bridge.own_latents,
         other_path=config.sft.other_path,
+        both_paths=config.sft.both_paths,
     )
     optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
     save(Path("data/models/bridge"), start, config)

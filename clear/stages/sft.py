@@ -9,7 +9,10 @@ from clear.runtime import apply_runtime
 
 
 def run(config: Config, direct: bool = False) -> None:
-    """Fine-tune the base on the traces. `direct` answers every trace directly for as many steps as both phases."""
+    """Fine-tune the base on the traces. `direct` answers every trace directly for as many steps as both phases.
+
+    With `sft.both_paths` both models learn replies from the first step, and so under the same learning rates.
+    """
     apply_runtime(config)
     from clear.model.sequence import LATENT, VIT
     from clear.stages.paths import checkpoint_dir, model_folder
@@ -23,14 +26,15 @@ def run(config: Config, direct: bool = False) -> None:
     model, ema = start.model, config.sft.ema
     data = trace_data(start.tokenizer, start.vae, config)
     work = StageRun(name, config, ["data/models/base", "data/traces", "data/degraded/sft"], checkpoint_dir(name))
-    warm, traces = config.sft.restoration, config.sft.traces
+    warm, traces, both = config.sft.restoration, config.sft.traces, config.sft.both_paths
     if direct:
-        both = Phase(warm.steps + traces.steps, traces.batch, traces.lr, traces.warmup)
         trainable(model)
-        optimise(work, "direct", model, sft.direct_loss(model, data), len(data), both, ema)
+        phases = [warm, traces] if both else [Phase(warm.steps + traces.steps, traces.batch, traces.lr, traces.warmup)]
+        for n, phase in enumerate(phases):
+            optimise(work, f"direct_{n}" if n else "direct", model, sft.direct_loss(model, data), len(data), phase, ema)
     else:
-        trainable(model, only=sft.GENERATION)
-        optimise(work, "restoration", model, sft.restoration_loss(model, data), len(data.paired), warm, ema)
+        trainable(model, only=() if both else sft.GENERATION)
+        optimise(work, "restoration", model, sft.restoration_loss(model, data, both), len(data.paired), warm, ema)
         trainable(model)
         weights = sft.TraceWeights(
             feedback=VIT if config.bridge.kind == "mlp" else LATENT,
@@ -40,6 +44,7 @@ def run(config: Config, direct: bool = False) -> None:
             stride=config.sft.distill_stride,
             drop_vit=config.sft.drop_vit,
             other_path=config.sft.other_path,
+            both_paths=both,
         )
         optimise(work, "traces", model, sft.trace_loss(model, data, weights), len(data), traces, ema)
     model.config = replace(model.config, bridge="direct")

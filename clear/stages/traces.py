@@ -2,13 +2,20 @@
 
 With `traces.kind: oracle` their words come from the evidence of the source, with `teacher` from a model behind an
 endpoint (clear/traces/teacher.py): what it cannot write goes to data/rejects/traces.parquet, its cost to the run
-record.
+record. The written table is then checked by named expectations (clear/validation/traces.py); a violated one stops the
+stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its rows can be
+looked up.
+
+Pictures are read from the shards again for each purpose, so that memory does not grow with their number; what is kept
+of a question is two verdicts and its trace, some hundred bytes.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
@@ -19,58 +26,53 @@ from clear.records import Question, Sample, read_samples, write_json
 from clear.rejects import Reject, RejectWriter
 from clear.runtime import apply_runtime
 from clear.traces.oracle import restores, trace_row
-from clear.traces.records import TraceRow, write_traces
+from clear.traces.records import TraceRow, read_traces, write_traces
+from clear.validation.expectations import Failure, as_json, listed, run_checks
+from clear.validation.traces import TRACE_CHECKS, trace_frame
+
+if TYPE_CHECKING:
+    from clear.reasoning.answering import Answerer
 
 OUT, METRICS, REJECTS = Path("data/traces"), Path("data/metrics/traces.json"), Path("data/rejects/traces.parquet")
 
 
 def run(config: Config) -> None:
-    """Write data/traces and the share of each pathway per severity."""
+    """Write data/traces, the share of each pathway per severity, and the verdict on the written traces.
+
+    Raises ClearError naming expectation and rows if an expectation fails.
+    """
     if config.traces.kind == "teacher":
         _check_endpoints(config)  # before anything that takes long
     apply_runtime(config)
     from clear.reasoning.answering import Answerer
     from clear.stages.paths import model_folder
 
-    degraded = list(read_samples("data/degraded/sft"))
-    asked = [(i, q) for i, s in enumerate(degraded) for q in s.questions[: config.traces.questions]]
-    blind = next((q.id for _, q in asked if not q.evidence), None)
-    if config.traces.kind == "oracle" and blind is not None:
-        raise ClearError(
-            f"traces: question {blind} brings no evidence, so that no trace can be composed; set traces.kind = teacher."
-        )
+    total = _checked(config)
     answerer = Answerer.load(model_folder("base", config), config)
-    step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else len(asked) + 1
+    step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else 0
     # Without a clean partner there is neither a clean image to show nor one to restore.
-    shown_clean = {n for n in range(0, len(asked), step) if degraded[asked[n][0]].paired}
-
-    def right(images: list[bytes], chosen: list[int]) -> dict[int, bool]:
-        """Whether the base answers each chosen question from these images."""
-        bank = answerer.bank(images, [s.key for s in degraded])
-        with tqdm(total=len(chosen), desc="traces", unit="question", mininterval=2) as bar:
-            answers = answerer.answer(bank, [asked[n] for n in chosen], restore="plain", progress=bar.update)
-        found = {n: is_correct(a.prediction, asked[n][1]) for n, a in zip(chosen, answers, strict=True)}
-        return found | _agreeing(config, {n: (asked[n][1], a.prediction) for n, a in zip(chosen, answers, strict=True)})
-
-    seen = right([s.seen for s in degraded], list(range(len(asked))))
+    shown_clean = {n for n, sample, _ in _asked(config) if step and n % step == 0 and sample.paired}
+    seen = _right(config, answerer, ((n, s.key, s.seen, q) for n, s, q in _asked(config)), total)
     # The clean image is asked only where its answer matters: in a clean trace, or after a failure.
-    clean = right([s.image for s in degraded], [n for n in range(len(asked)) if n in shown_clean or not seen[n]])
+    asked = shown_clean | {n for n, right in seen.items() if not right}
+    tasks = ((n, s.key, s.image, q) for n, s, q in _asked(config) if n in asked)
+    clean = _right(config, answerer, tasks, len(asked))
 
     def wanted() -> Iterator[tuple[Sample, Question, bool | None, bool, bool]]:
         """(sample, question, whether to restore, base_correct, clean) of every trace."""
         rule = config.traces.restore_when
-        for n, (i, question) in enumerate(asked):
+        for n, sample, question in _asked(config):
             restore = None if rule == "teacher" else restores(rule, seen[n], clean.get(n, True))
-            yield degraded[i], question, restore if degraded[i].paired else False, seen[n], False
-        for n in sorted(shown_clean):
-            i, question = asked[n]
-            yield degraded[i], question, False, clean[n], True
+            yield sample, question, restore if sample.paired else False, seen[n], False
+        for n, sample, question in _asked(config):
+            if n in shown_clean:
+                yield sample, question, False, clean[n], True
 
     rejected: Counter = Counter()
     with RejectWriter(REJECTS) as rejects:
         if config.traces.kind == "teacher":
             rows = []
-            total = len(asked) + len(shown_clean)
+            total += len(shown_clean)
             for found in tqdm(_taught(config, wanted()), desc="teacher", total=total, unit="trace", mininterval=2):
                 if isinstance(found, Reject):
                     rejects.add(found)
@@ -79,9 +81,10 @@ def run(config: Config) -> None:
                     rows.append(found)
         else:
             rows = [trace_row(*task) for task in wanted()]
-    if not rows:
-        raise ClearError(f"traces: the teacher wrote no usable trace; {REJECTS} says why ({dict(rejected)}).")
-    write_traces(OUT, rows)
+        if not rows:
+            raise ClearError(f"traces: the teacher wrote no usable trace; {REJECTS} says why ({dict(rejected)}).")
+        write_traces(OUT, rows)
+        failures = _failures(config, rejects)
     shown = Counter(row.severity for row in rows)
     restored = Counter(row.severity for row in rows if row.reply_2)
     answered = Counter(row.severity for row in rows if row.base_correct)
@@ -89,11 +92,68 @@ def run(config: Config) -> None:
         METRICS,
         {
             "traces": len(rows),
+            "validation": {"success": not failures, "expectations": len(TRACE_CHECKS), "failed": as_json(failures)},
             "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
             "base_accuracy": {s: answered[s] / shown[s] for s in sorted(shown)},
             **(_teaching(config, rejected) if config.traces.kind == "teacher" else {}),
         },
     )
+    if failures:
+        verdict = listed({"data/traces": failures}, "traces")
+        raise ClearError(f"traces: {verdict}. See {REJECTS}; repair the samples, or the code that wrote these traces.")
+
+
+def _failures(config: Config, rejects: RejectWriter) -> list[Failure]:
+    """The expectations that the table on disk violates; all of their rows go to the rejects, Data Docs to the report's
+    folder."""
+    from clear.stages.paths import report_dir
+
+    frame = trace_frame(read_traces(OUT), read_samples("data/degraded/sft"), config.traces.judge)
+    for check in TRACE_CHECKS:
+        for row in frame[check.failing(frame)].itertuples():
+            rejects.add(Reject(row.key, row.severity, check.name, f"not true that {check.means}"))
+    return run_checks({"traces": frame}, {"traces": TRACE_CHECKS}, report_dir() / "traces" / "data_docs")["traces"]
+
+
+def _asked(config: Config, columns: Iterable[str] | None = None) -> Iterator[tuple[int, Sample, Question]]:
+    """(number, sample, question) of every question to demonstrate, in order. Read anew on each call: there may be more
+    pictures than memory holds. `columns` as in read_samples."""
+    samples = read_samples("data/degraded/sft", columns)
+    pairs = ((sample, question) for sample in samples for question in sample.questions[: config.traces.questions])
+    return ((n, *pair) for n, pair in enumerate(pairs))
+
+
+def _checked(config: Config) -> int:
+    """How many questions there are. Raises ClearError if the oracle cannot demonstrate one of them."""
+    total = 0
+    for _, _, question in _asked(config, ("id", "questions")):
+        total += 1
+        if config.traces.kind == "oracle" and not question.evidence:
+            raise ClearError(
+                f"traces: question {question.id} brings no evidence, so that no trace can be composed; set "
+                "traces.kind = teacher."
+            )
+    return total
+
+
+def _right(
+    config: Config, answerer: "Answerer", tasks: Iterable[tuple[int, str, bytes, Question]], total: int
+) -> dict[int, bool]:
+    """Whether the base answers each of `total` (number, image name, image, question) right, by number.
+
+    Only the images of `sampling.batch` questions are in memory at once; the engine answers no more at once either.
+    """
+    found: dict[int, bool] = {}
+    tasks = iter(tasks)
+    with tqdm(total=total, desc="traces", unit="question", mininterval=2) as bar:
+        while block := list(islice(tasks, config.sampling.batch)):
+            images = {name: image for _, name, image, _ in block}
+            bank, place = answerer.bank(list(images.values()), list(images)), {name: i for i, name in enumerate(images)}
+            questions = [(place[name], question) for _, name, _, question in block]
+            answers = answerer.answer(bank, questions, restore="plain", progress=bar.update)
+            said = {n: (q, a.prediction) for (n, _, _, q), a in zip(block, answers, strict=True)}
+            found |= {n: is_correct(prediction, q) for n, (q, prediction) in said.items()} | _agreeing(config, said)
+    return found
 
 
 def _check_endpoints(config: Config) -> None:

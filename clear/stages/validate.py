@@ -20,16 +20,9 @@ from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
 from clear.records import INCOMING, read_samples, write_json
 from clear.validation import frames as columns
-from clear.validation.expectations import (
-    MONOTONE,
-    Check,
-    Failure,
-    clean_checks,
-    degraded_checks,
-    incoming_checks,
-    run_checks,
-)
+from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
 from clear.validation.metrics import measure
+from clear.validation.suites import MONOTONE, clean_checks, degraded_checks, incoming_checks
 from clear.workers import parallel
 
 DATASETS = {
@@ -160,7 +153,7 @@ def summary(frame: pd.DataFrame, failures: list[Failure], checks: list[Check]) -
         "images": len(frame),
         "questions": int(frame["questions"].sum()),
         "expectations": len(checks),
-        "failed": [{"expectation": f.check.name, "count": f.count, "ids": list(f.keys)} for f in failures],
+        "failed": as_json(failures),
         "luminance": _mean(frame["luminance"]),
         "sharpness": _mean(frame["sharpness"]),
         "entropy": _mean(frame["entropy"]),
@@ -180,10 +173,4 @@ def _mean(values: pd.Series) -> float | None:
 
 def complaint(failures: dict[str, list[Failure]]) -> str:
     """One sentence that names every failed dataset and expectation with its first samples."""
-    parts = [
-        f"{name} fails '{f.check.name}' ({f.check.means}) for {f.count} samples: {', '.join(f.keys[:3])}"
-        for name, found in failures.items()
-        for f in found
-    ]
-    shown = "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")
-    return f"validate: {shown}. See {REJECTS} and {METRICS}; repair the samples or the stage that made them."
+    return f"validate: {listed(failures)}. See {REJECTS} and {METRICS}; repair the samples or the stage that made them."

@@ -11,7 +11,7 @@ restoration warm-up on unlabelled pairs is an option whose neutral value (0 step
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -89,10 +89,11 @@ class TraceData:
         return prompt.segments(drop_vit)
 
 
-def restoration_loss(model: Bagel, data: TraceData) -> Loss:
-    """Velocity loss alone on degraded → clean pairs; no answer and no reply is learned.
+def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
+    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` the first one of each trace.
 
-    Its sample numbers count `data.paired`: a picture without a clean partner is not among them.
+    Restoration and reply stand in two branches behind the prompt: neither sees the other. The sample numbers count
+    `data.paired`: a picture without a clean partner is not among them.
     """
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -104,16 +105,26 @@ def restoration_loss(model: Bagel, data: TraceData) -> Loss:
         noised = flow.interpolate(clean, noise, times.repeat_interleave(torch.tensor(sizes))).split(sizes)
         rows, contents = [], Contents(vit=[], latent=[], time=[])
         for k, n in enumerate(index):
-            row = [*data.open_row(n, contents), Text(data.trigger)]
-            row.append(Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True))
+            prompt = data.open_row(n, contents)
+            path = [Text(data.trigger), Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True)]
             contents.latent.append(noised[k])
             contents.time.append(times[k].item())
-            rows.append(row)
+            rows.append(_both(prompt, path, data.reply_1[n]) if replies else [*prompt, *path])
         built, contents, share = share_batch(rows, contents, model.config.special)
-        mse = _velocity_loss(model, model(built, contents), built, share.targets((noise - clean).split(sizes)))
-        return mse * share.weight(lambda b: b.noisy), {"mse": mse.item()}
+        hidden = model(built, contents)
+        mse = _velocity_loss(model, hidden, built, share.targets((noise - clean).split(sizes)))
+        total, figures = mse * share.weight(lambda b: b.noisy), {"mse": mse.item()}
+        if replies:
+            ce, found = _reply_loss(model, hidden, built)
+            total, figures = total + ce * share.weight(lambda b: b.target != IGNORE), figures | found
+        return total, figures
 
     return loss
+
+
+def _both(prompt: Sequence[Segment], path: Sequence[Segment], reply: Sequence[int]) -> list[Segment]:
+    """A prompt with two branches: a path with a restoration, and a reply without one, which is learned."""
+    return [*prompt, *(replace(part, branch=1) for part in path), Text(reply, scored=True, branch=2)]
 
 
 def direct_loss(model: Bagel, data: TraceData) -> Loss:
@@ -123,12 +134,16 @@ def direct_loss(model: Bagel, data: TraceData) -> Loss:
         contents = Contents(vit=[], latent=[], time=[])
         rows = [[*data.open_row(n, contents), Text(data.direct[n], scored=True)] for n in index]
         built, contents, share = share_batch(rows, contents, model.config.special)
-        logits, target = model.scored_logits(model(built, contents), built)
-        ce = F.cross_entropy(logits, target)
-        hit = (logits.argmax(-1) == target).float().mean().item()
-        return ce * share.weight(lambda b: b.target != IGNORE), {"ce": ce.item(), "token_accuracy": hit}
+        ce, figures = _reply_loss(model, model(built, contents), built)
+        return ce * share.weight(lambda b: b.target != IGNORE), figures
 
     return loss
+
+
+def _reply_loss(model: Bagel, hidden: Hidden, built: Layout) -> tuple[Tensor, dict[str, float]]:
+    logits, target = model.scored_logits(hidden, built)
+    ce = F.cross_entropy(logits, target)
+    return ce, {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
 
 
 def _velocity_loss(model: Bagel, hidden: Hidden, built: Layout, targets: Sequence[Tensor]) -> Tensor:
@@ -148,6 +163,7 @@ class TraceWeights:
     drop_vit: float = 0.0
     own: float = 0.0
     other_path: float = 0.0
+    both_paths: bool = False
 
 
 def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[int, Tensor] | None = None) -> Loss:
@@ -156,7 +172,8 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
     `own` maps trace numbers to the model's own denoised latents; with probability `weights.own` a restoring row
     reads it instead of the clean latent. With probability `weights.other_path` a direct trace of a degraded image
     shows the restoring path instead, its first reply unscored: the model learns to answer after any restoration,
-    while the decision to restore is learned from the rule's own traces only.
+    while the decision to restore is learned from the rule's own traces only. With `weights.both_paths` such a row
+    learns its direct reply too, in a branch of its own.
     """
     teach = weights.distill > 0 and weights.feedback == LATENT
     layers = model.config.llm.layers
@@ -171,7 +188,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
             degraded, direct = data.rows[n].severity != CLEAN, data.reply_2[n] is None
             shown_only = direct and degraded and n in paired and other < weights.other_path
             first = Text(data.trigger) if shown_only else Text(data.reply_1[n], scored=True)
-            row = [*data.open_row(n, contents, drop < weights.drop_vit), first]
+            prompt, path = data.open_row(n, contents, drop < weights.drop_vit), [first]
             if shown_only or not direct:
                 i = data.image[n]
                 grid, clean = data.clean.latent_grid(i), data.clean.latents[i]
@@ -180,16 +197,15 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
                     contents.latent.append(flow.interpolate(clean[None], noise[None], t)[0])
                     contents.time.append(t.item())
                     targets.append(noise - clean)
-                    row.append(Image(LATENT, grid, noise=True))
+                    path.append(Image(LATENT, grid, noise=True))
                 fed = own[n] if own and n in own and use_own < weights.own else clean
-                row += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
-                row.append(Text(data.restored[n], scored=True))
-            rows.append(row)
+                path += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
+                path.append(Text(data.restored[n], scored=True))
+            both = shown_only and weights.both_paths
+            rows.append(_both(prompt, path, data.reply_1[n]) if both else [*prompt, *path])
         built, contents, share = share_batch(rows, contents, model.config.special)
         hidden = model(built, contents, collect=collect)
-        logits, target = model.scored_logits(hidden, built)
-        ce = F.cross_entropy(logits, target)
-        figures = {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
+        ce, figures = _reply_loss(model, hidden, built)
         total = weights.ce * ce * share.weight(lambda b: b.target != IGNORE)
         if share.noise:
             mse = _velocity_loss(model, hidden, built, share.targets(targets))

@@ -1,6 +1,7 @@
 """What a dataset must satisfy, checked by Great Expectations: the only module that imports it.
 
-A `Check` is one rule on one column of a validation frame. Great Expectations gives the verdict and the Data Docs;
+A `Check` is one rule on one column of a validation frame; clear/validation/suites.py has those for samples,
+clear/validation/traces.py those for demonstrations. Great Expectations gives the verdict and the Data Docs;
 which rows break a rule is read from the frame itself, because its own listing stops at twenty values. One validation
 per dataset, SUMMARY results: more detail costs minutes and hangs the Data Docs.
 """
@@ -12,19 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from clear.degradation.corruptions import CORRUPTIONS
-from clear.degradation.protocol import SEVERITIES
-from clear.records import CLEAN, INCOMING
-
-ANSWER_SHARE = 0.7
-"""No answer may hold a larger share of the questions of its task."""
-
-LEAST_LIKENESS = 0.15
-"""Between a picture and its clean partner: the sixteen corruptions at high leave 0.2 and more, other pictures mostly
-less."""
-
 SHOWN = 20
-"""Sample ids listed per failed check."""
+"""Rows listed per failed check."""
 
 
 @dataclass(frozen=True)
@@ -59,70 +49,11 @@ class Check:
 
 @dataclass(frozen=True)
 class Failure:
-    """A check that failed on a dataset; `keys` are the first samples that broke it, `count` is how many did."""
+    """A check that failed on a dataset; `keys` are the first rows that broke it, `count` is how many did."""
 
     check: Check
     count: int
     keys: tuple[str, ...]
-
-
-def clean_checks(duplicate_limit: int | None = None) -> list[Check]:
-    """Rules for clean samples; with `duplicate_limit`, also for images shared with training."""
-    return [
-        *_common(duplicate_limit),
-        Check("labelled_clean", "corruption", "the sample is labelled clean", allowed=(CLEAN,)),
-    ]
-
-
-def degraded_checks(
-    copies: int, alpha: float, psnr_slack: float, duplicate_limit: int | None = None, further: tuple[str, ...] = ()
-) -> list[Check]:
-    """Rules for degraded samples, of which every image has `copies`; `further` are types beyond the sixteen."""
-    known = (*CORRUPTIONS, *further)
-    return [
-        *_common(duplicate_limit),
-        Check(
-            "corruption_known", "corruption", "the corruption is one of the sixteen or named in params", allowed=known
-        ),
-        Check("severity_known", "severity", "the severity is low, mid or high", allowed=tuple(SEVERITIES)),
-        Check("copies", "copies", f"every image has {copies} degraded copies", allowed=(copies,)),
-        Check("as_labelled", "as_labelled", "intensity and seed belong to id, corruption, severity", allowed=(True,)),
-        Check("same_size", "same_size", "the degraded image has the size of the clean one", allowed=(True,)),
-        Check("changed", "difference", "the degraded image is not the clean one", low=0, strict=True),
-        Check("psnr_band", "psnr_outside", "PSNR lies in the band of its cell", low=0, high=psnr_slack),
-        Check("mean_psnr_band", "mean_psnr_outside", "mean PSNR of the cell lies in its band", low=0, high=psnr_slack),
-        Check("severity_histogram", "severity_p", "severities follow the protocol", low=alpha, whole=True),
-        Check("corruption_histogram", "corruption_p", "corruptions follow the protocol", low=alpha, whole=True),
-    ]
-
-
-MONOTONE = Check("monotone", "monotone", "mean PSNR and SSIM of the type fall from low to high", allowed=(True,))
-"""Rule for a benchmark with every image at all levels."""
-
-
-def incoming_checks(duplicate_limit: int) -> list[Check]:
-    """Rules for a set of pictures that came degraded, over all its slices."""
-    return [
-        *_common(duplicate_limit),
-        Check("labelled_incoming", "severity", "the severity is incoming", allowed=(INCOMING,)),
-        Check("same_size", "same_size", "the degraded image has the size of the clean one", allowed=(True,)),
-        Check("changed", "difference", "the degraded image is not the clean one", low=0, strict=True),
-        Check("partner", "likeness", "the clean partner shows the same scene", low=LEAST_LIKENESS),
-    ]
-
-
-def _common(duplicate_limit: int | None) -> list[Check]:
-    checks = [
-        Check("unique", "key", "no copy occurs twice"),
-        Check("decodable", "decodable", "both images can be read completely", allowed=(True,)),
-        Check("hash", "hash_true", "image_sha256 is the digest of the clean image", allowed=(True,)),
-        Check("has_questions", "questions", "the sample has a question", low=1),
-        Check("answers_balanced", "answer_share", "no answer dominates its task", high=ANSWER_SHARE),
-    ]
-    if duplicate_limit is not None:
-        text = "no image is shared with a training split"
-        checks.append(Check("shared_images", "shared_images", text, low=0, high=duplicate_limit))
-    return checks
 
 
 def run_checks(
@@ -158,6 +89,21 @@ def run_checks(
         failures[name] = _failures(validation, checks[name], frame)
     context.build_data_docs(site_names=["data_docs"])
     return failures
+
+
+def listed(failures: Mapping[str, list[Failure]], rows: str = "samples") -> str:
+    """The failures in words: every dataset and check, at most four, with the first of its rows; "" if there is none."""
+    parts = [
+        f"{name} fails '{f.check.name}' ({f.check.means}) for {f.count} {rows}: {', '.join(f.keys[:3])}"
+        for name, found in failures.items()
+        for f in found
+    ]
+    return "; ".join(parts[:4]) + (f"; and {len(parts) - 4} more" if len(parts) > 4 else "")
+
+
+def as_json(failures: list[Failure]) -> list[dict]:
+    """The failures of a dataset as metrics files list them."""
+    return [{"expectation": f.check.name, "count": f.count, "ids": list(f.keys)} for f in failures]
 
 
 def _expectation(check: Check):

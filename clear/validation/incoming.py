@@ -16,8 +16,9 @@ from clear.records import write_json
 from clear.sources.incoming import FOLDER
 from clear.sources.intake import SLICES
 from clear.validation import frames as columns
-from clear.validation.expectations import Failure, incoming_checks, run_checks
+from clear.validation.expectations import Failure, run_checks
 from clear.validation.metrics import measure
+from clear.validation.suites import incoming_checks
 from clear.workers import parallel
 
 SHOWN = 20
