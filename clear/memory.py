@@ -353,7 +353,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     Over several devices (FSDP) weights, gradients and optimiser are divided; the micro-batch is divided too.
 
     peak = weights + the largest of: encoding the images; training (gradients, optimiser, activations, temporary);
-    generation (optimiser, cache, temporary, and for GRPO on sharded weights a whole copy of them).
+    generation (optimiser, cache, temporary, and for GRPO on sharded weights a whole copy of them). The stage bridge
+    generates before its weights are sharded, on the first device, which then holds all of them and nothing else.
     """
     model, lora, runtime = shapes(config, vocab), config.lora, config.runtime
     mlp = config.bridge.kind == "mlp"
@@ -385,6 +386,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     encoding = encode_workspace(config)
     whole = policy if stage == "grpo" and gpus > 1 and not lora.rank else 0  # gathered for the rollouts
     peak = weights + max(encoding, gradients + optimiser + kept + stepping, whole + optimiser + cache + prefill)
+    if stage == "bridge" and gpus > 1:
+        peak = max(peak, policy + 4 * counts.vae + cache + prefill)
     temporary = max(encoding, stepping, prefill)
     parameters = counts.base + counts.bridge + counts.adapter + counts.vae
     return Estimate(

@@ -8,6 +8,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -271,6 +273,33 @@ def test_a_share_without_rows_weighs_nothing(monkeypatch):
     rows, contents, _ = _rows(tokenizer, [0], tiny_prompts(tokenizer, 2), model.config.special)
     built, _, share = share_batch(rows, contents, model.config.special)
     assert len(built.ids) == 1 and share.weight(lambda b: b.target != IGNORE) == 0.0
+
+
+def test_what_the_first_process_makes_is_what_all_have_also_after_an_interruption(tmp_path, monkeypatch):
+    made = {"7": torch.arange(6.0).reshape(2, 3).T, "12": torch.ones(2, dtype=torch.bfloat16)}
+    file, found = tmp_path / "own.safetensors", []
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    second = threading.Thread(target=lambda: found.append(parallel.made_once(file, lambda: pytest.fail("the second"))))
+    second.start()
+    time.sleep(0.5)
+    assert second.is_alive()  # it waits
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    found.append(parallel.made_once(file, lambda: made))
+    second.join(10)
+    found.append(parallel.made_once(file, lambda: pytest.fail("made twice")))
+    assert len(found) == 3 and not list(tmp_path.glob("*.partial"))
+    for one in found:
+        assert set(one) == set(made)
+        assert all(torch.equal(one[name], value) and one[name].dtype == value.dtype for name, value in made.items())
+
+
+@pytest.mark.parametrize(("here", "all_", "expected"), [(None, None, True), (None, "2", True), ("4", "8", False)])
+def test_a_run_on_several_machines_is_told_apart(monkeypatch, here, all_, expected):
+    for name, value in (("LOCAL_WORLD_SIZE", here), ("WORLD_SIZE", all_)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    assert parallel.one_machine() is expected
 
 
 @pytest.fixture(scope="module")

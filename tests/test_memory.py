@@ -238,6 +238,9 @@ def test_more_memory_is_asked_for_where_more_is_used():
     assert full.optimiser > 100 * usual.optimiser and abs(8 * sharded.optimiser - full.optimiser) <= 8
     assert of("sft.ema=0.0", profile="bagel_7b").optimiser == 2 * full.gradients == full.optimiser * 2 // 3
     assert of(stage="grpo").weights - usual.weights == 4 * usual.trainable  # the frozen adapter of the reference
+    bridge = of("runtime.device=cuda", profile="bagel_7b", stage="bridge", gpus=8)
+    assert bridge.peak > 8 * bridge.weights + bridge.kv_cache  # whole on the first device, where it generates
+    assert of("runtime.device=cuda", "sampling.batch=4", profile="bagel_7b", stage="bridge", gpus=8).peak < 75e9
     assert of("sampling.batch=4", stage="evaluate").kv_cache * 2 == of(stage="evaluate").kv_cache
 
 

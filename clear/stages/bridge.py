@@ -23,11 +23,11 @@ def run(config: Config) -> None:
     from clear.reasoning.engine import Options
     from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import bridge, sft
-    from clear.training.load import incoming, save, trace_data, trainable
-    from clear.training.parallel import rank
+    from clear.training.load import at_work, incoming, save, trace_data, trainable
+    from clear.training.parallel import made_once, one_machine, rank
     from clear.training.trainer import StageRun, optimise
 
-    start = incoming(model_folder("sft", config), config)
+    start = incoming(model_folder("sft", config), config, whole=not one_machine())
     model = start.model
     data = trace_data(start.tokenizer, start.vae, config)
     work = StageRun("bridge", config, ["data/models/sft", "data/traces", "data/degraded/sft"], checkpoint_dir("bridge"))
@@ -42,8 +42,13 @@ def run(config: Config) -> None:
     chosen = degraded[:: max(1, len(degraded) // OWN_LATENTS)]
     s = config.sampling
     options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch, guidance=guidance(s))
-    with lora.autocast(model):
-        own = bridge.own_latents(model, data, chosen, options, config.seed)
+
+    def make() -> dict[str, torch.Tensor]:
+        with at_work(model, config), lora.autocast(model):
+            return {str(n): z for n, z in bridge.own_latents(model, data, chosen, options, config.seed).items()}
+
+    found = made_once(work.folder / "own_latents.safetensors", make)
+    own = {n: found[str(n)] for n in chosen}
     if mlp:
         trainable(model, only=("bridge.",))
         pairs = [(i, None) for i in range(len(data.clean))] + [(data.image[n], z) for n, z in own.items()]

@@ -6,6 +6,8 @@ is `model.checkpoint` where params name one (clear/stages/paths.py); as weights 
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,19 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files)
+
+
+@contextmanager
+def at_work(model: nn.Module, config: Config) -> Iterator[None]:
+    """Inside, the model is where this process computes: sharded training keeps its weights in host memory before."""
+    kept = next(model.parameters()).device
+    model.to(device(config))
+    try:
+        yield
+    finally:
+        model.to(kept)
+        if kept.type == "cpu" and torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what exchanges the shards takes its memory beside torch
 
 
 def trainable(model: nn.Module, only: tuple[str, ...] = (), never: tuple[str, ...] = FROZEN) -> None:

@@ -8,12 +8,15 @@ normalise by their own tokens, or that exchange only when they happen to hold an
 import itertools
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -29,6 +32,28 @@ def world() -> int:
 def rank() -> int:
     """Number of this process, 0 for the first, also before the processes have met."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else int(os.environ.get("RANK", 0))
+
+
+def one_machine() -> bool:
+    """Whether all processes of this run are on this machine."""
+    world = os.environ.get("WORLD_SIZE", "1")
+    return os.environ.get("LOCAL_WORLD_SIZE", world) == world
+
+
+def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """What `make` gives, on the CPU; the first process of a machine makes it, `file` hands it to the others.
+
+    They wait for the file and not in an exchange, which would give up after some minutes. A run that was interrupted
+    finds it, too.
+    """
+    if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.exists():
+        found = {name: value.cpu().contiguous() for name, value in make().items()}
+        partial = file.with_suffix(".partial")
+        save_file(found, partial)
+        partial.rename(file)
+    while not file.exists():
+        time.sleep(0.2)
+    return load_file(file)
 
 
 def barrier() -> None:
