@@ -9,7 +9,6 @@ import time
 from dataclasses import replace
 
 import pytest
-import torch
 
 from clear.bench.answers import UnderTest, answer, answer_shard
 from clear.config import compose, from_dict
@@ -19,6 +18,7 @@ from clear.errors import ClearError
 from clear.sources.scenes import scenes
 from clear.workers import code_digest, parallel
 from tests.conftest import ROOT
+from tests.tiny import save_random_model
 
 
 @pytest.fixture
@@ -93,23 +93,10 @@ def test_a_cluster_without_workers_is_not_waited_for_forever(tmp_path, start, mo
 @pytest.fixture(scope="module")
 def tested(tmp_path_factory) -> UnderTest:
     """A random model of the smoke profile's size that is made to restore; 24 questions to a shard."""
-    from clear.model.bagel import Bagel
-    from clear.model.checkpoint import save_bagel
-    from clear.model.vae import AutoEncoder
-    from clear.reasoning.tokenizer import word_tokenizer
-    from clear.training.build import bagel_config, scene_words
-
     few = ["sampling.batch=24", "sampling.flow_steps=2", "sampling.max_think_tokens=6", "runtime.threads=1"]
     config = from_dict(compose(["profile=smoke", *few]))
-    tokenizer = word_tokenizer(scene_words())
-    torch.manual_seed(1)
-    shapes = bagel_config(config, tokenizer)
-    model, folder = Bagel(shapes).initialise(), tmp_path_factory.mktemp("model")
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "_moe_gen" in name or "llm2vae" in name:
-                value.add_(0.1 * torch.randn_like(value))
-    save_bagel(folder, model, AutoEncoder(shapes.vae), tokenizer)
+    folder = tmp_path_factory.mktemp("model")
+    save_random_model(folder, config)
     return UnderTest(folder, "always", "bridge", config)
 
 

@@ -1,4 +1,4 @@
-"""A small random model and prompts for the tests of the engine and of GRPO: the real architecture, no training."""
+"""Small random models and prompts for the tests of the engine and of the stages: the real architecture, no training."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -69,3 +69,20 @@ def trace_workspace(folder: Path, overrides: list[str], samples: Iterable[Sample
     model.initialise()
     save_bagel(folder / "data/models/base", model, vae, tokenizer)
     return config
+
+
+def save_random_model(folder: Path, config: Config) -> None:
+    """A model folder of a configuration's shapes with the words of scenes; its generation expert is random too."""
+    from clear.model.checkpoint import save_bagel
+    from clear.model.vae import AutoEncoder
+    from clear.training.build import bagel_config, scene_words
+
+    tokenizer = word_tokenizer(scene_words())
+    torch.manual_seed(1)
+    shapes = bagel_config(config, tokenizer)
+    model = Bagel(shapes).initialise()
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "_moe_gen" in name or "llm2vae" in name:
+                value.add_(0.1 * torch.randn_like(value))
+    save_bagel(folder, model, AutoEncoder(shapes.vae), tokenizer)

@@ -1,0 +1,119 @@
+"""The stage bridge on two sharded processes (FSDP2) is the stage on one; the weights are read by one of the two.
+
+Processes are forked from one interpreter, on the CPU with gloo, as in test_distributed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clear.config import compose, from_dict, load
+from clear.degradation.build import degraded_samples
+from clear.degradation.protocol import CELLS
+from clear.reasoning import grammar
+from clear.records import write_samples
+from clear.scratch import write_params
+from clear.sources.scenes import scenes
+from clear.traces.records import TraceRow, write_traces
+from tests.conftest import ROOT
+from tests.test_distributed import _shard_on_cpu, fsdp_environment
+from tests.tiny import save_random_model
+
+SMALL = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]
+SMALL += ["runtime.log_every=1", "runtime.checkpoint_every=4", "sampling.flow_steps=2"]
+SMALL += ["bridge.distill={steps: 3, batch: 4, warmup: 1}", "bridge.answer={steps: 3, batch: 4, warmup: 1}"]
+
+
+def _work(rank: int, world: int, port: int) -> None:
+    """The stage in the working directory; notes where this process loads the weights to and whether it generates."""
+    torch.set_num_threads(1)
+    if world > 1:
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        os.environ.update({name: str(value) for name, value in place.items()} | fsdp_environment())
+        _shard_on_cpu()
+    from clear.errors import ClearError
+    from clear.model import lora
+    from clear.stages import bridge as stage
+    from clear.training import bridge
+
+    def noted(function, say):
+        def call(*given):
+            with Path(f"{rank}.txt").open("a") as file:
+                file.write(say(given))
+            return function(*given)
+
+        return call
+
+    lora.load_model = noted(lora.load_model, lambda given: f"{given[2]} ")
+    bridge.own_latents = noted(bridge.own_latents, lambda _: "generates ")
+    try:
+        stage.run(load())
+    except ClearError as error:  # under FSDP a process trains one phase
+        assert world > 1 and "repeat the command" in str(error)
+
+
+def main() -> None:
+    """Run the stage in each folder given as JSON {folder: number of processes}, twice where there are two."""
+    from clear.stages import bridge  # noqa: F401, imported once, before the processes are forked
+    from clear.training import load as _load  # noqa: F401
+
+    context = torch.multiprocessing.get_context("fork")
+    for folder, world in json.loads(sys.argv[1]).items():
+        os.chdir(folder)
+        for turn in range(world):
+            port = 27000 + (os.getpid() * 7 + turn) % 2000
+            processes = [context.Process(target=_work, args=(rank, world, port)) for rank in range(world)]
+            for process in processes:
+                process.start()
+            for process in processes:
+                process.join(120)
+                if process.exitcode != 0:
+                    for other in processes:
+                        other.kill()
+                    sys.exit(f"{folder} failed")
+
+
+@pytest.mark.slow
+def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    one.mkdir()
+    write_params(one / "params.yaml", SMALL)
+    save_random_model(one / "data/models/sft", from_dict(compose(SMALL)))
+    clean = list(scenes("sft", 8, 3, 256, 4))
+    write_samples(one / "data/degraded/sft", degraded_samples(((s, *CELLS[2]) for s in clean), 0.4, workers=1))
+    rows = []
+    for sample in clean:
+        question = sample.questions[0]
+        direct = f"<think> </think> <answer> {question.answer} </answer>"
+        replies = (grammar.restore_reply(), direct, direct, direct)
+        rows.append(TraceRow(sample.id, question.id, question.text, *CELLS[2], *replies, False))
+    write_traces(one / "data/traces", rows)
+    shutil.copytree(one, two)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.test_distributed_bridge", json.dumps({str(one): 1, str(two): 2})]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+    assert (one / "0.txt").read_text().split() == ["cpu", "generates"]
+    assert (two / "0.txt").read_text().split() == ["cpu", "generates", "cpu"], "latents outlive the first phase"
+    assert (two / "1.txt").read_text().split() == ["meta", "meta"]
+    for name in ("ema", "bridge"):
+        wanted, found = (load_file(folder / f"data/models/bridge/{name}.safetensors") for folder in (one, two))
+        assert set(found) == set(wanted)
+        for key, value in wanted.items():
+            torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3, msg=key)
+    figures = [json.loads((folder / "data/metrics/bridge.json").read_text()) for folder in (one, two)]
+    assert figures[0]["own_latents"] == figures[1]["own_latents"] == len(clean)
+    loss = [one["training"]["answer_loss"] for one in figures]
+    assert loss[1] == pytest.approx(loss[0], rel=1e-3)
+
+
+if __name__ == "__main__":
+    main()
