@@ -1,5 +1,6 @@
 """What was not used, and why: one small Parquet file per stage under data/rejects."""
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -59,3 +60,10 @@ class RejectWriter:
         self._flush()
         self._writer.close()
         self._partial.rename(self.path)
+
+
+def write_rejects(path: Path, rejects: Iterable[Reject]) -> None:
+    """Write rejects that are all known, as RejectWriter does."""
+    with RejectWriter(path) as writer:
+        for reject in rejects:
+            writer.add(reject)

@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +24,7 @@ from clear.cli import app
 from clear.degradation.corruptions import corrupt
 from clear.errors import ClearError
 from clear.records import INCOMING, decode_image, encode_image, read_samples, write_samples
+from clear.rejects import read_rejects
 from clear.report import tables
 from clear.scratch import run
 from clear.sources import incoming, intake
@@ -130,6 +131,16 @@ BAD = {
     "other partner": ({"image": "0.jpg", "clean": "1_clean.png", "question": "q", "answer": "yes"}, "another clean"),
 }
 
+REASONS = {
+    **dict.fromkeys(("not json", "a list"), "line"),
+    **dict.fromkeys(("no picture", "missing file", "outside"), "no image"),
+    "truncated": "image",
+    **dict.fromkeys(("small", "other size"), "size"),
+    **dict.fromkeys(("no partner", "other partner"), "partner"),
+    **dict.fromkeys(("no question", "no answer", "empty answer", "tag", "option", "one option"), "question"),
+    "other answer": "answer",
+}
+
 
 @pytest.mark.parametrize("fault", BAD)
 def test_a_bad_row_is_named_with_its_reason_and_the_others_are_kept(tmp_path, fault):
@@ -138,24 +149,24 @@ def test_a_bad_row_is_named_with_its_reason_and_the_others_are_kept(tmp_path, fa
     (folder / "cut.jpg").write_bytes(picture(0)[0][:2000])
     (folder / "small.png").write_bytes(encode_image(np.zeros((31, 64, 3), np.uint8)))
     (folder / "wide.png").write_bytes(encode_image(np.zeros((256, 300, 3), np.uint8)))
-    bad, reason = BAD[fault]
+    bad, detail, word = *BAD[fault], REASONS[fault]
     if isinstance(bad, dict) and bad.get("question") == "FIRST":
         bad = bad | {"question": picture(0)[2][0].text}
     lines(folder, bad)
     number = sum(len(picture(n)[2]) for n in range(2)) + 1
     came = intake.read(tmp_path)
-    rejected = {row: why for _, row, why in came.rejects if row.startswith("rows.jsonl")}
-    assert list(rejected) == [f"rows.jsonl:{number}"]
-    assert reason in rejected[f"rows.jsonl:{number}"]
+    (reject,) = (one for one in came.rejects if one.id.startswith("road/rows.jsonl"))
+    assert (reject.id, reject.subset, reject.reason) == (f"road/rows.jsonl:{number}", "road", word)
+    assert detail in reject.detail
     assert came.count(*intake.SLICES) == 2
 
 
 def test_a_picture_without_a_row_is_named(tmp_path):
     put(tmp_path / "road", range(1))
     (tmp_path / "road" / "forgotten.png").write_bytes(picture(1)[1])
-    assert [(row, why.split(";")[0]) for _, row, why in intake.read(tmp_path).rejects] == [
-        ("forgotten.png", "no table names this picture")
-    ]
+    (reject,) = intake.read(tmp_path).rejects
+    assert (reject.id, reject.subset, reject.reason) == ("road/forgotten.png", "road", "no row")
+    assert reject.detail.startswith("no table names this picture")
 
 
 def test_a_closed_vocabulary_refuses_other_words_by_name(tmp_path):
@@ -164,8 +175,9 @@ def test_a_closed_vocabulary_refuses_other_words_by_name(tmp_path):
     assert intake.read(tmp_path).rejects == ()
     from clear.sources.words import VOCABULARY
 
-    ((_, row, why),) = intake.read(tmp_path, words=VOCABULARY).rejects
-    assert row.startswith("rows.jsonl") and "'zebra'" in why and "model.checkpoint" in why
+    (reject,) = intake.read(tmp_path, words=VOCABULARY).rejects
+    assert reject.id.startswith("road/rows.jsonl") and reject.reason == "words"
+    assert "'zebra'" in reject.detail and "model.checkpoint" in reject.detail
 
 
 def test_slices_follow_the_pixels_and_never_share_a_picture(tmp_path):
@@ -235,7 +247,8 @@ def test_one_picture_of_both_sides_is_refused(tmp_path):
     known = {incoming.sha256(degraded): "bench", SCENES[0].image_sha256: "sft"}
     came = intake.read(tmp_path, known=known)
     assert came.count(*intake.SLICES) == 0
-    assert all("joins a picture of the training data" in why for _, _, why in came.rejects)
+    assert {reject.reason for reject in came.rejects} == {"in bench"}
+    assert all("joins a picture of the training data" in reject.detail for reject in came.rejects)
 
 
 def test_fingerprints_follow_the_content_alone(tmp_path):
@@ -326,7 +339,8 @@ def test_the_stages_take_a_set_in_and_leave_the_rest_alone(inside):
     assert json.loads(mmd_bench.METRICS.read_text())["incoming"]["road"]["images"] == bench["road"] > 0
     assert all(sum(row[part] for part in intake.SLICES) == 12 for row in told.values())
     assert told["road"]["fingerprint"] == incoming.sets()[0].fingerprint
-    assert list(pd.read_parquet(degrade.REJECTS)["set"]) == ["ward", "ward"]
+    refused = [(one.subset, one.reason) for one in read_rejects(degrade.REJECTS)]
+    assert refused == [("ward", "question"), ("ward", "line")]
 
     validate.run(inside)
     found = json.loads(validate.METRICS.read_text())
@@ -355,7 +369,8 @@ def test_check_gives_a_verdict_and_a_report(inside):
     report = Path(said["report"])
     assert json.loads(report.read_text())["fingerprint"] == said["fingerprint"]
     assert len(pd.read_parquet(report.with_name("metrics.parquet"))) == 10
-    assert len(pd.read_parquet(report.with_name("rejects.parquet"))) == 1
+    (reject,) = read_rejects(report.with_name("rejects.parquet"))
+    assert (reject.subset, reject.reason) == ("road", "no image") and said["rejects"] == [asdict(reject)]
     assert incoming.sets()[0].fingerprint == said["fingerprint"]
     for n in range(10):  # every clean partner shows another scene
         Path(f"data/incoming/road/{n}_clean.png").write_bytes(encode_image(255 - decode_image(SCENES[n].image)))

@@ -316,7 +316,7 @@ def test_a_bad_set_goes_to_quarantine_and_a_good_one_beside_it_is_trained(traine
     assert not bad.exists() and (trained / "data/quarantine/mist/rows.jsonl").exists()
     report = trained / "data/quarantine/mist.report"
     assert json.loads((report / "refused.json").read_text())["problem"] == "1 rows rejected"
-    assert "no such file" in json.loads((report / "verdict.json").read_text())["rejects"][0]["reason"]
+    assert "no such file" in json.loads((report / "verdict.json").read_text())["rejects"][0]["detail"]
     assert "mist" not in git(trained, "ls-tree", "-r", "--name-only", outcome.branch)
 
     (trained / "data/incoming/mist").mkdir()

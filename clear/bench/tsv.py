@@ -29,7 +29,7 @@ from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, file_sha256, sha256
-from clear.rejects import Reject, RejectWriter
+from clear.rejects import Reject, write_rejects
 from clear.sources import lmudata
 from clear.workers import CHUNK, parallel
 
@@ -131,9 +131,8 @@ def write_benchmarks(
             written += [place.path for place in places]
             parts += [place.part for place in places]
     _write_manifest(out / MANIFEST, parts)
-    with RejectWriter(out / REJECTS) as rejects:
-        for reject in dict.fromkeys(reject for part in parts for reject in _read_part(part)[1]):
-            rejects.add(reject)
+    # The files of one corruption have the same rejects.
+    write_rejects(out / REJECTS, dict.fromkeys(reject for part in parts for reject in _read_part(part)[1]))
     return written
 
 

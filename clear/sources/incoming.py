@@ -2,7 +2,7 @@
 
 A set is a folder with tables (`*.jsonl`, `*.parquet`) and the files that they name. A row names the degraded picture
 (`image`), where there is one its clean partner (`clean`), and the question with its answer; Parquet may hold the
-pictures themselves, or be shards of `clear.records`. A row that cannot be used is passed on with its problem.
+pictures themselves, or be shards of `clear.records`. A row that cannot be used is passed on as its reject.
 `clear.sources.intake` makes samples of the rows.
 """
 
@@ -16,6 +16,7 @@ from typing import Any
 
 from clear.errors import ClearError
 from clear.records import INCOMING, Question, decode_image, file_sha256, open_shard, pixel_sha256, sha256
+from clear.rejects import Reject
 from clear.sources.words import normalise
 
 FOLDER = Path("data/incoming")
@@ -42,16 +43,29 @@ class IncomingSet:
     fingerprint: str
 
 
+class Unusable(ClearError):
+    """What makes a row unusable. `reason` is a word of the rejects, the message their detail."""
+
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(detail)
+        self.reason = reason
+
+
+def rejected(name: str, where: str, reason: str, detail: str) -> Reject:
+    """The reject of a row or file of the set `name`."""
+    return Reject(f"{name}/{where}", name, reason, detail)
+
+
 @dataclass(frozen=True)
 class Row:
-    """A row of a table with its pictures, or the `problem` that makes it unusable. `where` is `<table>:<number>`."""
+    """A row of a table with its pictures, or the reject that says why not. `where` is `<table>:<number>`."""
 
     set: str
     where: str
     image: bytes = b""
     clean: bytes | None = None
     questions: tuple[Question, ...] = ()
-    problem: str = ""
+    reject: Reject | None = None
 
 
 @dataclass(frozen=True)
@@ -61,7 +75,7 @@ class Seen:
     set: str
     where: str
     questions: tuple[Question, ...] = ()
-    problem: str = ""
+    reject: Reject | None = None
     image: str = ""
     clean: str = ""
     files: tuple[str, ...] = ()
@@ -111,9 +125,9 @@ def present(folder: Path = FOLDER, only: str = "") -> list[IncomingSet]:
 
 
 def rows_of(folder: Path) -> Iterator[Row]:
-    """The rows of one set in a fixed order, unusable ones with their problem, pictures not yet decoded.
+    """The rows of one set in a fixed order, unusable ones with their reject, pictures not yet decoded.
 
-    Pictures that no table names follow as rows with a problem. Raises ClearError for a table that cannot be read.
+    Pictures that no table names follow as rejected rows. Raises ClearError for a table that cannot be read.
     """
     named: set[Path] = set()
     for table in (file for file in _files(folder) if file.suffix in (".jsonl", ".parquet")):
@@ -124,16 +138,17 @@ def rows_of(folder: Path) -> Iterator[Row]:
     for file in _files(folder):
         if file.suffix.lower() in PICTURES and file.resolve() not in named:
             where = file.relative_to(folder).as_posix()
-            yield Row(folder.name, where, problem="no table names this picture; add a row with question and answer")
+            detail = "no table names this picture; add a row with question and answer"
+            yield Row(folder.name, where, reject=rejected(folder.name, where, "no row", detail))
 
 
 def _json_lines(table: Path) -> Iterator[Any]:
     with table.open(encoding="utf-8-sig", errors="replace") as lines:
         for line in lines:
             try:
-                yield json.loads(line) if line.strip() else ClearError("the line is empty; remove it")
+                yield json.loads(line) if line.strip() else Unusable("line", "the line is empty; remove it")
             except json.JSONDecodeError as error:
-                yield ClearError(f"the line is no JSON object ({error}); write one object per line")
+                yield Unusable("line", f"the line is no JSON object ({error}); write one object per line")
 
 
 def _parquet_rows(table: Path) -> Iterator[dict]:
@@ -148,18 +163,19 @@ def _parquet_rows(table: Path) -> Iterator[dict]:
 
 def _row(folder: Path, table: Path, where: str, record: Any, named: set[Path]) -> Row:
     try:
-        if isinstance(record, ClearError):
+        if isinstance(record, Unusable):
             raise record
         if not isinstance(record, dict):
-            raise ClearError(f"the row is {type(record).__name__}, expected an object with image, question and answer")
+            what = type(record).__name__
+            raise Unusable("line", f"the row is {what}, expected an object with image, question and answer")
         picture = record.get("image") or record.get("file_name")
         image, clean = picture, record.get("clean")
         if record.get("degraded"):  # the layout of clear.records
             image, clean = record["degraded"], picture
         pictures = [_picture(folder, table, one, key, named) for one, key in ((image, "image"), (clean, "clean"))]
         return Row(folder.name, where, pictures[0] or b"", pictures[1], questions_of(record))
-    except ClearError as error:
-        return Row(folder.name, where, problem=str(error))
+    except Unusable as error:
+        return Row(folder.name, where, reject=rejected(folder.name, where, error.reason, str(error)))
 
 
 def _picture(folder: Path, table: Path, value: Any, key: str, named: set[Path]) -> bytes | None:
@@ -171,49 +187,51 @@ def _picture(folder: Path, table: Path, value: Any, key: str, named: set[Path]) 
     if not value and key == "clean":
         return None
     if not isinstance(value, str) or not value:
-        raise ClearError(f"`{key}` is {value!r}, expected a file name or the bytes of a picture")
+        raise Unusable("no image", f"`{key}` is {value!r}, expected a file name or the bytes of a picture")
     file = (table.parent / value).resolve()
     if not file.is_relative_to(folder.resolve()):
-        raise ClearError(f"`{key}` = {value!r} lies outside {folder}; copy it into the set")
+        raise Unusable("no image", f"`{key}` = {value!r} lies outside {folder}; copy it into the set")
     named.add(file)
     if not file.is_file():
-        raise ClearError(f"`{key}` = {value!r}: no such file beside {table.name}")
+        raise Unusable("no image", f"`{key}` = {value!r}: no such file beside {table.name}")
     return file.read_bytes()
 
 
 def questions_of(record: dict) -> tuple[Question, ...]:
-    """The questions of a row, still without ids. Raises ClearError saying what is wrong with them."""
+    """The questions of a row, still without ids. Raises Unusable saying what is wrong with them."""
     given = record.get("questions")
     if given is None:
         given = [record] if record.get("question") or record.get("answer") else []
     if not isinstance(given, Sequence) or isinstance(given, str) or not given:
-        raise ClearError("there is no question; give `question` and `answer`, or a list `questions` of them")
+        raise Unusable("question", "there is no question; give `question` and `answer`, or a list `questions` of them")
     return tuple(_question(one, record.get("task")) for one in given)
 
 
 def _question(one: Any, task: Any) -> Question:
     if not isinstance(one, dict):
-        raise ClearError(f"a question is {type(one).__name__}, expected an object with question and answer")
+        raise Unusable("question", f"a question is {type(one).__name__}, expected an object with question and answer")
     values = {"question": one.get("question") or one.get("text"), "answer": one.get("answer")}
     values |= {"task": one.get("task") or task or TASK, "evidence": one.get("evidence") or ""}
     options = [str(option) if _is_number(option) else option for option in one.get("options") or ()]
     for name, value in [*values.items(), *(("options", option) for option in options)]:
         value = str(value) if _is_number(value) else value
         if not isinstance(value, str) or (name != "evidence" and not value.strip()):
-            raise ClearError(f"`{name}` is {value!r}, expected a text")
+            raise Unusable("question", f"`{name}` is {value!r}, expected a text")
         if _RESERVED.search(value):
-            raise ClearError(
-                f"`{name}` contains {_RESERVED.search(value)[0]}, a word of the trace grammar; rephrase it"
+            raise Unusable(
+                "question", f"`{name}` contains {_RESERVED.search(value)[0]}, a word of the trace grammar; rephrase it"
             )
         values[name] = value.strip()
     values.pop("options", None)
     answer, choices = normalise(values["answer"]), [normalise(option) for option in options]
     if not answer:
-        raise ClearError(f"`answer` = {values['answer']!r} has no letter or digit, so no reply could match it")
+        raise Unusable(
+            "question", f"`answer` = {values['answer']!r} has no letter or digit, so no reply could match it"
+        )
     if choices and (not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices)):
-        raise ClearError(f"`options` = {options} must be two to {len(LETTERS)} different texts")
+        raise Unusable("question", f"`options` = {options} must be two to {len(LETTERS)} different texts")
     if choices and answer not in choices and answer not in LETTERS[: len(choices)]:
-        raise ClearError(f"`answer` = {values['answer']!r} names none of the options {options}")
+        raise Unusable("question", f"`answer` = {values['answer']!r} names none of the options {options}")
     text = values.pop("question")
     return Question(id="", text=text, options=tuple(option.strip() for option in options), **values)
 
@@ -224,24 +242,28 @@ def _is_number(value: Any) -> bool:
 
 def look(row: Row) -> Seen:
     """Decode the pictures of a row and keep their digests, or say what is wrong with them."""
-    if row.problem:
-        return Seen(row.set, row.where, problem=row.problem)
+    if row.reject:
+        return Seen(row.set, row.where, reject=row.reject)
     try:
         image = decode_image(row.image, "image")
         if min(image.shape[:2]) < LEAST:
-            raise ClearError(f"image: {image.shape[1]}x{image.shape[0]} px, the sides must have at least {LEAST} px")
+            raise Unusable(
+                "size", f"image: {image.shape[1]}x{image.shape[0]} px, the sides must have at least {LEAST} px"
+            )
         digests, files = [pixel_sha256(image), ""], [sha256(row.image)]
         if row.clean is not None:
             clean = decode_image(row.clean, "clean")
             if clean.shape != image.shape:
-                raise ClearError(
+                raise Unusable(
+                    "size",
                     f"the picture has {image.shape[1]}x{image.shape[0]} px and its clean partner "
-                    f"{clean.shape[1]}x{clean.shape[0]} px; resize the degraded one to the clean one"
+                    f"{clean.shape[1]}x{clean.shape[0]} px; resize the degraded one to the clean one",
                 )
             digests[1] = pixel_sha256(clean)
             files.append(sha256(row.clean))
             if digests[0] == digests[1]:
-                raise ClearError("the clean partner is the picture itself; leave `clean` out")
-    except ClearError as error:
-        return Seen(row.set, row.where, problem=str(error))
-    return Seen(row.set, row.where, row.questions, "", *digests, tuple(files))
+                raise Unusable("partner", "the clean partner is the picture itself; leave `clean` out")
+    except ClearError as error:  # what is not Unusable comes from the decoder
+        reason = error.reason if isinstance(error, Unusable) else "image"
+        return Seen(row.set, row.where, reject=rejected(row.set, row.where, reason, str(error)))
+    return Seen(row.set, row.where, row.questions, None, *digests, tuple(files))

@@ -15,7 +15,8 @@ from itertools import chain
 from pathlib import Path
 
 from clear.records import INCOMING, Question, Sample, open_shard, sha256
-from clear.sources.incoming import FOLDER, IncomingSet, Row, Seen, look, present, rows_of
+from clear.rejects import Reject
+from clear.sources.incoming import FOLDER, IncomingSet, Row, Seen, look, present, rejected, rows_of
 from clear.sources.words import normalise
 
 SLICES = ("sft", "rl", "bench")
@@ -36,11 +37,11 @@ class _Planned:
 
 @dataclass(frozen=True)
 class Intake:
-    """All sets, judged: which row becomes which sample of which slice. `rejects` are (set, row, reason)."""
+    """All sets, judged: which row becomes which sample of which slice. The subset of a reject is its set."""
 
     folder: Path
     sets: tuple[IncomingSet, ...]
-    rejects: tuple[tuple[str, str, str], ...]
+    rejects: tuple[Reject, ...]
     rows: Mapping[str, int]
     planned: Mapping[tuple[str, str], _Planned]  # by (set, row)
 
@@ -60,7 +61,7 @@ class Intake:
 
     def summary(self) -> dict[str, dict]:
         """Counts and fingerprint of every set, for the metrics."""
-        rejected = Counter(name for name, _, _ in self.rejects)
+        refused = Counter(reject.subset for reject in self.rejects)
         found = {}
         for one in self.sets:
             mine = [plan for (name, _), plan in self.planned.items() if name == one.name]
@@ -68,7 +69,7 @@ class Intake:
             found[one.name] = {
                 "fingerprint": one.fingerprint,
                 "rows": self.rows[one.name],
-                "rejected": rejected[one.name],
+                "rejected": refused[one.name],
                 "paired": sum(plan.paired for plan in mine),
                 "questions": sum(len(plan.questions) for plan in mine),
                 **{part: parts[part] for part in SLICES},
@@ -113,9 +114,10 @@ def read(
     known, rejects, kept = known or {}, [], []
     vocabulary = None if words is None else frozenset(words)
     for row in seen:
-        problem = row.problem or _foreign_word(row, vocabulary)
-        if problem:
-            rejects.append((row.set, row.where, problem))
+        if row.reject:
+            rejects.append(row.reject)
+        elif foreign := _foreign_word(row, vocabulary):
+            rejects.append(rejected(row.set, row.where, "words", foreign))
         else:
             kept.append(row)
     planned: dict[tuple[str, str], _Planned] = {}
@@ -123,14 +125,14 @@ def read(
         homes = {known[file] for row in group for file in row.files if file in known}
         sides = {"bench" if split == "bench" else "train" for split in homes}
         if len(sides) > 1:
-            reason = "joins a picture of the training data with one of the benchmark; remove one of them"
-            rejects += [(row.set, row.where, reason) for row in group]
+            detail = "joins a picture of the training data with one of the benchmark; remove one of them"
+            rejects += [rejected(row.set, row.where, "in bench", detail) for row in group]
             continue
         part = _slice(group, sides, bench_share, rl_share)
         for same in _by_picture(group):
             planned |= _merged(same, part, rejects)
-    order = {(row.set, row.where): n for n, row in enumerate(seen)}
-    rejects.sort(key=lambda reject: order[reject[:2]])
+    order = {f"{row.set}/{row.where}": n for n, row in enumerate(seen)}
+    rejects.sort(key=lambda reject: order[reject.id])
     counts = Counter(row.set for row in seen)
     return Intake(folder, tuple(found), tuple(rejects), {one.name: counts[one.name] for one in found}, planned)
 
@@ -191,18 +193,20 @@ def _by_picture(group: Iterable[Seen]) -> list[list[Seen]]:
     return list(same.values())
 
 
-def _merged(rows: Sequence[Seen], part: str, rejects: list) -> dict[tuple[str, str], _Planned]:
+def _merged(rows: Sequence[Seen], part: str, rejects: list[Reject]) -> dict[tuple[str, str], _Planned]:
     """One sample from rows about one picture; a row at odds with an earlier one is rejected."""
     first = next((row for row in rows if row.clean), rows[0])
     questions: dict[tuple[str, tuple[str, ...]], tuple[Question, str]] = {}
     for row in rows:
         if row.clean and row.clean != first.clean:
-            rejects.append((row.set, row.where, f"the picture has another clean partner in {first.where}"))
+            detail = f"the picture has another clean partner in {first.where}"
+            rejects.append(rejected(row.set, row.where, "partner", detail))
             continue
         for question in row.questions:
             before, where = questions.setdefault((question.text, question.options), (question, row.where))
             if normalise(before.answer) != normalise(question.answer):
-                rejects.append((row.set, row.where, f"the same question has another answer in {where}"))
+                detail = f"the same question has another answer in {where}"
+                rejects.append(rejected(row.set, row.where, "answer", detail))
                 break
     name = f"{first.set}-{first.image[:16]}"
     numbered = tuple(replace(q, id=f"{name}-q{n}") for n, (q, _) in enumerate(questions.values()))

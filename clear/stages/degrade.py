@@ -15,7 +15,7 @@ from clear.degradation.incoming import planned
 from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, TRAINING_WEIGHTS, draw
 from clear.degradation.registry import chosen, extras
 from clear.records import Sample, ShardWriter, read_samples, write_json
-from clear.sources.intake import Intake
+from clear.rejects import write_rejects
 
 SAMPLES, DEGRADED, METRICS = Path("data/samples"), Path("data/degraded"), Path("data/metrics/degrade.json")
 REJECTS = Path("data/rejects/incoming.parquet")
@@ -25,20 +25,12 @@ SPLITS = ("sft", "rl", "validation")
 def run(config: Config) -> None:
     """Write the degraded splits and their counts. Raises ClearError naming a sample whose image cannot be degraded."""
     came = planned(config)
-    write_rejects(came)
+    write_rejects(REJECTS, came.rejects)
     counts = {split: _degrade_split(split, config, came.samples(split)) for split in SPLITS}
     report = {"protocol_version": PROTOCOL_VERSION, "images": counts}
     if came.sets:
         report["incoming"] = {"sets": came.summary()}
     write_json(METRICS, report)
-
-
-def write_rejects(came: Intake, file: Path = REJECTS) -> None:
-    """Write the rejected rows (set, row, reason) as Parquet."""
-    import pandas as pd
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(came.rejects, columns=["set", "row", "reason"], dtype="str").to_parquet(file, index=False)
 
 
 def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[str, dict[str, int]]:

@@ -13,6 +13,7 @@ import pandas as pd
 from clear.config import Config
 from clear.degradation.incoming import planned
 from clear.records import write_json
+from clear.rejects import write_rejects
 from clear.sources.incoming import FOLDER
 from clear.sources.intake import SLICES
 from clear.validation import frames as columns
@@ -69,7 +70,7 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
         checks = incoming_checks(config.validate.duplicate_limit)
         failed = run_checks({name: frame}, {name: checks}, out / "data_docs")[name]
     write_table(frame.drop(columns="answers"), out / "metrics.parquet")
-    write_table(pd.DataFrame(came.rejects, columns=["set", "row", "reason"], dtype="str"), out / "rejects.parquet")
+    write_rejects(out / "rejects.parquet", came.rejects)
     counts: Mapping[str, int | str] = came.summary()[one.name]
     verdict = Verdict(
         name=one.name,
@@ -83,7 +84,7 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
         failed=[
             {"expectation": f.check.name, "means": f.check.means, "count": f.count, "ids": list(f.keys)} for f in failed
         ],
-        rejects=[{"row": row, "reason": reason} for _, row, reason in came.rejects[:SHOWN]],
+        rejects=[asdict(reject) for reject in came.rejects[:SHOWN]],
         report=out / "verdict.json",
     )
     write_json(verdict.report, verdict.as_json() | {"report": verdict.report.name})
@@ -110,6 +111,6 @@ def lines(verdict: Verdict) -> list[str]:
         for f in verdict.failed
     ]
     said += [f"{verdict.rejected} rows rejected"] if verdict.rejected else []
-    said += [f"  {reject['row']}: {reject['reason']}" for reject in verdict.rejects]
+    said += [f"  {reject['id']} ({reject['reason']}): {reject['detail']}" for reject in verdict.rejects]
     said.append(f"report: {verdict.report}")
     return said
