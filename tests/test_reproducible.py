@@ -77,7 +77,8 @@ def _left(home: Path) -> set[tuple[str, Path, int]]:
         with suppress(FileNotFoundError):
             kind = "written" if (checkpoint / "complete").exists() else "writing"
             found.add((kind, checkpoint, checkpoint.stat().st_ino))
-    return found | {("phase", file, 0) for file in home.glob("checkpoints/smoke/*/*/*.safetensors")}
+    weights = home.glob("checkpoints/smoke/*/*/*.safetensors")
+    return found | {("phase", file, 0) for file in weights if file.with_suffix(".json").exists()}
 
 
 def _killed_when(kind: str, command: list[str], place: Path, environment: dict[str, str]) -> None:
