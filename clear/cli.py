@@ -205,6 +205,17 @@ def ask(
 
 
 @app.command(rich_help_panel=TOOLS)
+def browse(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback interface.")] = 8501,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
+) -> None:
+    """Look at the evaluation in a web page: pictures, answers and traces; degrade and ask about a picture of yours."""
+    from clear.browse import serve
+
+    serve(Path(), port, open_browser)
+
+
+@app.command(rich_help_panel=TOOLS)
 def score(
     files: Annotated[list[Path], typer.Argument(help="TSV or Parquet files with predictions, one per data set.")],
     out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,

@@ -1,0 +1,46 @@
+"""The evaluation in a web page: `clear browse`. data.py finds what is shown, page.py shows it with Streamlit."""
+
+import os
+import socket
+import sys
+from pathlib import Path
+
+from clear.errors import ClearError
+
+HOST = "127.0.0.1"
+
+
+def serve(root: Path, port: int, open_browser: bool) -> None:
+    """Become the server of the page for the workspace `root`, until Ctrl-C; it listens on the loopback interface only.
+
+    Raises ClearError where there is nothing to show, the port is taken, or Streamlit is missing.
+    """
+    from clear.browse.data import evaluated
+
+    if not evaluated(root):
+        raise ClearError(f"{root.resolve()}/data/predictions: no model was evaluated here; run `make repro` first.")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ClearError(f"port {port} is taken; name another one with --port.") from error
+    try:
+        import streamlit  # noqa: F401
+    except ImportError as error:
+        raise ClearError("streamlit is not installed; run `make venv`.") from error
+    page = str(Path(__file__).with_name("page.py"))
+    options = {
+        "server.address": HOST,
+        "server.port": str(port),
+        "server.headless": "false" if open_browser else "true",
+        "server.showEmailPrompt": "false",
+        "server.fileWatcherType": "none",
+        "server.maxUploadSize": "50",
+        "browser.gatherUsageStats": "false",
+        "client.toolbarMode": "minimal",
+        "runner.magicEnabled": "false",  # it would show docstrings and values of expressions on the page
+    }
+    given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    os.chdir(root)
+    os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", page, *given])

@@ -1,0 +1,151 @@
+"""What the page shows: predictions of every model, the pictures they saw, and answers asked for now."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clear.bench import predictions
+from clear.bench.predictions import KEY, MODELS
+from clear.errors import ClearError
+from clear.records import Question, Sample, decode_image, encode_image, read_samples
+from clear.stages.evaluate import MODELS as SETTINGS
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from clear.config import Config
+    from clear.reasoning.answering import Answerer
+
+ALL = "all"
+EVERY, WRONG, RIGHT, RESTORED, GAINED, LOST = (
+    "every answer",
+    "wrong",
+    "right",
+    "restored",
+    "right here, wrong there",
+    "wrong here, right there",
+)
+FILTERS = (EVERY, WRONG, RIGHT, RESTORED, GAINED, LOST)
+"""Which answers are listed; the last two compare with another model."""
+PARTS = ("clean", "degraded", "incoming", "extra")
+
+
+def evaluated(root: Path) -> list[str]:
+    """The models with predictions in `root`, in the order of the report."""
+    return [name for name in MODELS if (root / "data/predictions" / f"{name}.parquet").exists()]
+
+
+def stamp(root: Path) -> tuple:
+    """Changes whenever predictions, benchmark or parameters do; what is kept in memory is kept under it."""
+    files = [root / "params.yaml", *(root / "data/predictions").glob("*.parquet"), *(root / "data/bench").glob("*/*")]
+    return tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file()))
+
+
+def load(root: Path) -> "dict[str, pd.DataFrame]":
+    """Predictions by model: the benchmark's and those beyond it, indexed by KEY.
+
+    Column `number` is the question's place among those of its part, which seeds its restoration. Models evaluated on
+    other questions than the first one keep those they share with it. Raises ClearError as predictions.read.
+    """
+    import pandas as pd
+
+    frames: dict[str, pd.DataFrame] = {}
+    for name in evaluated(root):
+        path = root / "data/predictions" / f"{name}.parquet"
+        parts = [read(path) for read in (predictions.read, predictions.read_incoming, predictions.read_extra)]
+        parts = [part.assign(number=range(len(part))) for part in parts if len(part)]
+        frames[name] = pd.concat(parts, ignore_index=True).set_index(KEY).sort_index()
+    first = next(iter(frames.values())).index
+    for frame in frames.values():
+        first = first.intersection(frame.index)
+    return {name: frame.loc[first] for name, frame in frames.items()}
+
+
+def select(
+    frames: "dict[str, pd.DataFrame]", model: str, other: str, corruption: str, severity: str, task: str, show: str
+) -> list[tuple]:
+    """Keys of the answers of `model` that are asked for, in order; ALL leaves a column open."""
+    frame, there = frames[model], frames[other].correct
+    kept = np.ones(len(frame), bool)
+    for column, wanted in (("corruption", corruption), ("severity", severity)):
+        kept &= (wanted == ALL) | (frame.index.get_level_values(column) == wanted)
+    kept &= (task == ALL) | (frame.task == task).to_numpy()
+    here = frame.correct.to_numpy()
+    kept &= {
+        EVERY: True,
+        WRONG: ~here,
+        RIGHT: here,
+        RESTORED: frame.restored.to_numpy(),
+        GAINED: here & ~there.to_numpy(),
+        LOST: ~here & there.to_numpy(),
+    }[show]
+    return list(frame.index[kept])
+
+
+def sample_of(root: Path, key: tuple) -> Sample | None:
+    """The benchmark's sample of a key, or None where data/bench is not on this machine."""
+    for part in PARTS:
+        folder = root / "data/bench" / part
+        if folder.is_dir():
+            for sample in read_samples(folder):
+                if (sample.id, sample.corruption, sample.severity) == key[:3]:
+                    return sample
+    return None
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model said now: the trace, its answer, and the restored picture (uint8 RGB) if it restored."""
+
+    trace: str
+    answer: str
+    picture: np.ndarray | None
+
+
+class Models:
+    """The models of a workspace, loaded when first asked, the last one kept. Sessions take turns."""
+
+    def __init__(self, root: Path) -> None:
+        """Raises ClearError where params.yaml is missing or wrong."""
+        from clear.config import load as load_config
+        from clear.runtime import apply_runtime
+        from clear.stages.weights import with_local_weights
+
+        self.root = root
+        self.config: Config = with_local_weights(load_config(root / "params.yaml"), "ask")
+        apply_runtime(self.config)
+        self._held: tuple[Path, Answerer] | None = None
+        self._turn = Lock()
+
+    def here(self) -> list[str]:
+        """The models whose weights are on this machine."""
+        return [name for name in MODELS if self._folder(name).is_dir()]
+
+    def _folder(self, model: str) -> Path:
+        from clear.stages.paths import model_folder
+
+        return self.root / model_folder(SETTINGS[model][0], self.config)
+
+    def ask(self, model: str, image: bytes, question: Question, restore: str = "", number: int = 0) -> Reply:
+        """Ask about an encoded image. `restore` is auto, always, plain, or as in the evaluation; `number` seeds it.
+
+        Raises ClearError for weights or an image that cannot be read, and for words the model does not know.
+        """
+        from clear.reasoning.answering import Answerer
+
+        folder, (_, usual, feedback) = self._folder(model), SETTINGS[model]
+        if model == "sft" and self.config.bridge.kind == "direct":
+            feedback = "bridge"
+        with self._turn:
+            if self._held is None or self._held[0] != folder:
+                if not folder.is_dir():
+                    raise ClearError(f"{folder}: no model here; run `make repro`, or `dvc pull {folder}`.")
+                self._held = folder, Answerer.load(folder, self.config)
+            answerer = self._held[1]
+            bank = answerer.bank([encode_image(decode_image(image, "this picture"))], ["this picture"])
+            (said,) = answerer.answer(bank, [(0, question)], restore or usual, feedback, first=number)
+            picture = answerer.pictures(said.latent[None], said.grid)[0] if said.restored else None
+        return Reply(said.trace, said.prediction, picture)

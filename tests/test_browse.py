@@ -1,0 +1,224 @@
+"""`clear browse`: what it lists, and the page itself in a real browser, wide, narrow and by keyboard."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+
+import numpy as np
+import pytest
+
+from clear.bench import predictions
+from clear.browse import data
+from clear.browse.data import ALL, EVERY, FILTERS, GAINED, LOST, RESTORED, RIGHT, WRONG
+from clear.config import compose, from_dict
+from clear.degradation.protocol import SEVERITIES, degrade
+from clear.errors import ClearError
+from clear.records import Question, Sample, encode_image, sha256, write_samples
+from clear.scratch import write_params
+from clear.stages import evaluate
+from tests.browser import PATIENCE, chromium
+from tests.conftest import ROOT
+from tests.tiny import save_random_model
+
+SETTINGS = ["profile=smoke", "runtime.threads=1", "sampling.max_think_tokens=4", "sampling.flow_steps=2"]
+TEXTS = ("which colour is the circle ?", "is there a red circle ?")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Two pictures at two levels, answered by two untrained models; of one answer a restored picture is kept."""
+    folder = tmp_path_factory.mktemp("browse")
+    write_params(folder / "params.yaml", SETTINGS)
+    config = from_dict(compose(SETTINGS))
+    generator = np.random.default_rng(0)
+    clean, degraded = [], []
+    for i in range(2):
+        image = generator.integers(0, 256, (48, 48, 3), dtype=np.uint8)
+        questions = tuple(Question(f"q{n}", "reading", text, "red") for n, text in enumerate(TEXTS))
+        encoded = encode_image(image)
+        sample = Sample(f"scene-{i}", "test", "bench", encoded, sha256(encoded), questions)
+        clean.append(sample)
+        for severity in ("low", "high"):
+            shown = encode_image(degrade(image, "dark", severity, sample.id, 1.0))
+            copy = {"degraded": shown, "corruption": "dark", "severity": severity, "intensity": SEVERITIES[severity]}
+            degraded.append(Sample(**{**vars(sample), **copy}))
+    write_samples(folder / "data/bench/clean", clean)
+    write_samples(folder / "data/bench/degraded", degraded)
+    for part in ("incoming", "extra"):
+        write_samples(folder / "data/bench" / part, [])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("CLEAR_HOME", str(folder / "home"))
+        for model in ("base", "grpo"):
+            save_random_model(folder / "data/models" / model, config)
+            evaluate.run(config, model)
+    path = folder / "data/predictions/grpo.parquet"
+    rows = predictions.read(path).astype(object).to_dict("records")
+    for row in rows:
+        row["correct"], row["prediction"] = row["question"] == "q0", "red" if row["question"] == "q0" else "blue"
+        if row["severity"] == "high" and row["question"] == "q1":
+            row |= {"restored": True, "psnr_restored": 20.5, "ssim_restored": 0.5, "restored_png": clean[0].image}
+        row |= {name: None for name in predictions.NULLABLE[:4] if row[name] != row[name]}
+    predictions.write(path, rows)
+    return folder
+
+
+def test_the_lists_hold_what_their_names_say(workspace):
+    frames = data.load(workspace)
+    assert list(frames) == ["base", "grpo"] and all(len(frame) == 12 for frame in frames.values())
+    found = {show: data.select(frames, "grpo", "base", ALL, ALL, ALL, show) for show in FILTERS}
+    assert len(found[EVERY]) == 12 and found[WRONG] == [key for key in found[EVERY] if key[3] == "q1"]
+    assert sorted(found[WRONG] + found[RIGHT]) == found[EVERY]
+    assert {key[2:] for key in found[RESTORED]} == {("high", "q1")} and len(found[RESTORED]) == 2
+    base = frames["base"].correct
+    assert found[GAINED] == [key for key in found[RIGHT] if not base[key]]
+    assert found[LOST] == [key for key in found[WRONG] if base[key]]
+    assert len(data.select(frames, "grpo", "base", "dark", "low", "reading", EVERY)) == 4
+    assert data.select(frames, "grpo", "base", "clean", "low", ALL, EVERY) == []
+
+
+def test_a_sample_is_found_or_said_to_be_missing(workspace, tmp_path):
+    found = data.sample_of(workspace, ("scene-1", "dark", "high", "q0"))
+    assert found.id == "scene-1" and found.severity == "high" and found.degraded
+    assert data.sample_of(workspace, ("scene-9", "dark", "high", "q0")) is None
+    assert data.sample_of(tmp_path, ("scene-1", "dark", "high", "q0")) is None
+
+
+def test_a_question_asked_again_gets_the_evaluations_answer(workspace):
+    models, frame = data.Models(workspace), data.load(workspace)["base"]
+    assert models.here() == ["base", "grpo"]
+    key = ("scene-0", "dark", "high", "q1")
+    sample = data.sample_of(workspace, key)
+    again = models.ask("base", sample.seen, sample.questions[1], number=int(frame.number.loc[key]))
+    assert again.trace == frame.output.loc[key] and again.picture is None
+    first, second, other = (models.ask("grpo", sample.seen, sample.questions[0], "always", n) for n in (3, 3, 4))
+    assert first.picture.shape == (48, 48, 3)
+    assert np.array_equal(first.picture, second.picture) and not np.array_equal(first.picture, other.picture)
+    with pytest.raises(ClearError, match="data/models/sft: no model here"):
+        models.ask("sft", sample.seen, sample.questions[0])
+    with pytest.raises(ClearError, match="this picture: 3 bytes are not a complete image"):
+        models.ask("base", b"abc", sample.questions[0])
+
+
+def _command(folder, *arguments):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CLEAR_HOME": str(folder / "home")}
+    command = [sys.executable, "-m", "clear", "browse", "--no-open", *arguments]
+    return {"args": command, "cwd": folder, "env": environment, "text": True}
+
+
+def test_nothing_to_show_and_a_taken_port_are_one_line(workspace, tmp_path):
+    done = subprocess.run(**_command(tmp_path), capture_output=True)
+    assert done.returncode == 1 and "no model was evaluated here" in done.stderr and done.stderr.count("\n") == 1
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        done = subprocess.run(**_command(workspace, "--port", str(taken.getsockname()[1])), capture_output=True)
+    assert done.returncode == 1 and "is taken; name another one with --port" in done.stderr
+
+
+@pytest.fixture(scope="module")
+def address(workspace):
+    """The page, served as a user would."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with (workspace / "server.log").open("w") as log:
+        server = subprocess.Popen(**_command(workspace, "--port", str(port)), stdout=log, stderr=log)
+        try:
+            end = time.monotonic() + PATIENCE
+            while True:
+                try:
+                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5):
+                        break
+                except OSError:
+                    alive = server.poll() is None and time.monotonic() < end
+                    assert alive, (workspace / "server.log").read_text()
+                    time.sleep(0.2)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            assert server.wait(20) is not None
+
+
+@pytest.fixture
+def page(tmp_path):
+    with chromium(tmp_path / "browser") as found:
+        yield found
+
+
+PICTURES = "[...document.querySelectorAll('[data-testid=stImage] img')].filter(i => i.complete && i.naturalWidth)"
+SPILLS = "document.documentElement.scrollWidth > document.documentElement.clientWidth"
+
+
+def _ready(page, text: str) -> None:
+    """Wait until the page says `text` and its script has stopped running."""
+    page.wait(f"document.body?.innerText.includes({text!r}) && !document.querySelector('[data-testid=stStatusWidget]')")
+
+
+def test_a_wide_window_shows_pictures_answers_and_traces(address, page, tmp_path):
+    page.open(address, 1280, 900)
+    _ready(page, TEXTS[0])
+    page.wait(f"{PICTURES}.length == 2")
+    text = page.text()
+    assert "right answer: red" in text and "dark, hard" in text and "it answered without restoring" in text
+    assert "trace of CLEAR" in text and "trace of base" in text and "Question (1 to 4; CLEAR is right in 2)" in text
+    tops = page.run(f"{PICTURES}.map(i => Math.round(i.getBoundingClientRect().top))")
+    assert len(set(tops)) == 1, "pictures of one question stand side by side"
+    assert not page.run(SPILLS)
+    page.screenshot(tmp_path / "wide.png")
+
+
+def test_the_keyboard_alone_reaches_the_next_question(address, page):
+    page.open(address, 1280, 900)
+    _ready(page, TEXTS[0])
+    page.tab_to("e.type == 'number'")
+    page.press("ArrowUp")
+    page.press("Enter")
+    _ready(page, TEXTS[1])
+    page.wait(f"{PICTURES}.length == 3")
+    assert "20.5 dB" in page.text() and "restored by CLEAR" in page.text()
+
+
+def test_a_phone_shows_everything_below_each_other(address, page, tmp_path):
+    page.open(address, 390, 844, mobile=True)
+    _ready(page, TEXTS[0])
+    page.wait(f"{PICTURES}.length == 2")
+    assert not page.run(SPILLS)
+    lefts = page.run(f"{PICTURES}.map(i => Math.round(i.getBoundingClientRect().left))")
+    tops = page.run(f"{PICTURES}.map(i => Math.round(i.getBoundingClientRect().top))")
+    assert len(set(lefts)) == 1 and len(set(tops)) == 2
+    page.screenshot(tmp_path / "phone.png")
+
+
+def test_an_own_picture_is_degraded_and_asked_about_by_keyboard(address, page, tmp_path):
+    picture = tmp_path / "own.png"
+    picture.write_bytes(encode_image(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)))
+    page.open(address, 1280, 900)
+    _ready(page, TEXTS[0])
+    page.tab_to("e.type == 'radio'")
+    page.press("ArrowRight")
+    _ready(page, "Choose a picture to degrade and to ask about.")
+    page.choose_file("input[type=file]", picture)
+    page.wait(f"{PICTURES}.length == 1")
+    page.tab_to("e.role == 'combobox' && e.ariaLabel.includes('Degrade it by')")
+    page.type("lens_blur")
+    page.press("Enter")
+    _ready(page, "lens_blur, 0.90")
+    page.tab_to("e.type == 'range'")
+    page.press("ArrowRight")
+    _ready(page, "lens_blur, 0.95")
+    page.tab_to("e.type == 'text'")
+    page.type("which nonsense is this ?")
+    page.press("Enter")
+    _ready(page, "nonsense")
+    page.run("document.activeElement.select()")
+    page.type(TEXTS[0])
+    page.press("Enter")
+    _ready(page, "Answer:")
+    assert "Traceback" not in page.text()
+    (tmp_path / "broken.png").write_bytes(picture.read_bytes()[:50])
+    page.choose_file("input[type=file]", tmp_path / "broken.png")
+    _ready(page, "broken.png: 50 bytes are not a complete image")
