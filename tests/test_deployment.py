@@ -200,7 +200,8 @@ def resume(server: Server, project: Path) -> None:
     (project / ".clear/finish").write_text("")
     run = server.start("pipeline/weekly", workspace=str(project))
     assert server.ended(run).is_completed(), server.state(run)
-    assert f"resumed at {reached}" in [one["message"] for one in server.logs(run)]
+    said = f"resumed at {reached}"
+    wait_until(lambda: said in [one["message"] for one in server.logs(run)], 20, "its log")
     assert (project / "data/long").read_text() == "done"
 
 
@@ -433,6 +434,7 @@ def test_the_smoke_pipeline_completes_as_a_run_and_again_has_nothing_to_do(serve
     for expected in ("Ran", "Cached"):
         run = server.start("pipeline/weekly", workspace=str(folder))
         assert server.ended(run, 1800).is_completed(), server.state(run)
+        wait_until(lambda run=run: {*names} <= {*server.tasks(run)}, 30, "the server knows every task")
         tasks = server.tasks(run)
         assert {tasks[name] for name in names} == {expected}
     assert "| grpo | " in server.artifacts(run)["metrics"] and "picture" in server.artifacts(run)
@@ -443,4 +445,5 @@ def test_a_check_for_new_data_without_any_completes_at_once(server, worker, proj
     (project / "data/incoming").mkdir()
     run = server.start("retrain/check", workspace=str(project))
     assert server.ended(run).is_completed(), server.state(run)
-    assert any("nothing new in data/incoming" in one["message"] for one in server.logs(run))
+    said = "nothing new in data/incoming"
+    wait_until(lambda: any(said in one["message"] for one in server.logs(run)), 20, "its log")
