@@ -271,13 +271,16 @@ def test_equal_requests_under_way_at_once_are_asked_once(client_of):
 
 
 def test_requests_under_way_at_once_are_as_many_as_configured(client_of):
-    most, now, lock = [0], [0], threading.Lock()
+    most, now, lock, full = [0], [0], threading.Lock(), threading.Event()
 
     def answer(body, number):
         with lock:
             now[0] += 1
             most[0] = max(most[0], now[0])
-        time.sleep(0.03)
+            if most[0] >= 3:
+                full.set()
+        full.wait(20)  # on a busy machine the third request takes its time
+        time.sleep(0.03)  # a fourth one would come now
         with lock:
             now[0] -= 1
         return echo(body, number)

@@ -106,8 +106,8 @@ def test_a_stage_killed_in_a_checkpoint_write_or_beside_one_ends_with_the_same_w
     made, place = first / "scratch/smoke", tmp_path / "project"
     shutil.copytree(made / "data", place / "data")
     shutil.rmtree(place / "data/models" / stage)
-    params, often = re.subn(r"checkpoint_every: \d+", "checkpoint_every: 1", (made / "params.yaml").read_text())
-    assert often == 1
+    params, often = re.subn(r"(checkpoint|log)_every: \d+", r"\1_every: 1", (made / "params.yaml").read_text())
+    assert often == 2
     (place / "params.yaml").write_text(params)
     environment = os.environ | {"CLEAR_HOME": str(tmp_path / "home"), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "clear", stage]
