@@ -36,7 +36,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(".clear/bridge_ablation")
 READ = ("traces", "degraded", "bench", "models/sft")
 LEVELS = (CLEAN, "low", "mid", "high")
-TIMED, ROUNDS = 512, 3
+TIMED, ROUNDS = 128, 3
 
 
 @dataclass(frozen=True)
