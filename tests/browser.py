@@ -91,12 +91,18 @@ class Page:
         file.write_bytes(base64.b64decode(self.call("Page.captureScreenshot")["data"]))
 
 
+def executable() -> str:
+    """The browser's path; skips the test where there is none."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found is None:
+        pytest.skip("no Chromium here to look at the page: apt-get install chromium")
+    return found
+
+
 @contextmanager
 def chromium(folder: Path) -> Iterator[Page]:
     """A tab of a browser with its profile in `folder`; skips the test where there is none."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here to look at the page: apt-get install chromium")
+    browser = executable()
     options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--remote-debugging-port=0", "--no-first-run"]
     process = subprocess.Popen(
         [browser, *options, f"--user-data-dir={folder}", "about:blank"],

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -115,10 +116,37 @@ def forget(model: Bagel, rank: int) -> None:
             value.data = torch.full_like(value, torch.nan)
 
 
+def join(rank: int, world: int, port: int) -> None:
+    """Tell this process its place among `world`, as `accelerate launch` does."""
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+
+
+def fork(worker: Callable, arguments: list[tuple], job: str) -> None:
+    """Call `worker` with each of the arguments, each in a process of its own; one failure ends all, and the caller."""
+    context = torch.multiprocessing.get_context("fork")
+    processes = [context.Process(target=worker, args=one) for one in arguments]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        if process.exitcode != 0:
+            for other in processes:
+                other.kill()
+            sys.exit(f"{job} failed")
+
+
+def run_jobs(module: str, jobs: list | dict) -> None:
+    """Run `main` of a test module with jobs, in an interpreter of its own that forks on one thread."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", module, json.dumps(jobs)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
 def _worker(rank: int, world: int, port: int, sharded: bool, job: tuple) -> None:
     if world > 1 or sharded:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        join(rank, world, port)
     if sharded:
         os.environ.update(fsdp_environment())
         _shard_on_cpu()
@@ -146,7 +174,6 @@ def fsdp_environment() -> dict[str, str]:
 
 def main() -> None:
     """Run jobs {folder, world, sharded, adapters, ema, stop_after, direct, copy}, given as JSON, one after another."""
-    context = torch.multiprocessing.get_context("fork")
     for number, line in enumerate(json.loads(sys.argv[1])):
         folder = Path(line["folder"])
         if line.get("copy"):
@@ -155,20 +182,11 @@ def main() -> None:
         job = (folder, line.get("adapters", False), line.get("ema", 0.0), line.get("stop_after"), line.get("direct", 2))
         world, port = line["world"], 29000 + (os.getpid() * 7 + number) % 2000
         arguments = [(rank, world, port, line.get("sharded", False), job) for rank in range(world)]
-        processes = [context.Process(target=_worker, args=one) for one in arguments]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            if process.exitcode:
-                sys.exit(f"job {number} failed")
+        fork(_worker, arguments, f"job {number}")
 
 
 def _run(jobs: list[dict]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.test_distributed", json.dumps(jobs)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_jobs("tests.test_distributed", jobs)
 
 
 def _result(folder: Path) -> tuple[list[dict], dict[str, torch.Tensor]]:

@@ -6,7 +6,6 @@ Processes are forked from one interpreter, on the CPU with gloo, as in test_dist
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -22,8 +21,7 @@ from clear.records import write_samples
 from clear.scratch import write_params
 from clear.sources.scenes import scenes
 from clear.traces.records import TraceRow, write_traces
-from tests.conftest import ROOT
-from tests.test_distributed import _shard_on_cpu, fsdp_environment
+from tests.test_distributed import _shard_on_cpu, fork, fsdp_environment, join, run_jobs
 from tests.tiny import save_random_model
 
 SMALL = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]
@@ -35,8 +33,8 @@ def _work(rank: int, world: int, port: int) -> None:
     """The stage in the working directory; notes where this process loads the weights to and whether it generates."""
     torch.set_num_threads(1)
     if world > 1:
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()} | fsdp_environment())
+        join(rank, world, port)
+        os.environ.update(fsdp_environment())
         _shard_on_cpu()
     from clear.errors import ClearError
     from clear.model import lora
@@ -64,20 +62,11 @@ def main() -> None:
     from clear.stages import bridge  # noqa: F401, imported once, before the processes are forked
     from clear.training import load as _load  # noqa: F401
 
-    context = torch.multiprocessing.get_context("fork")
     for folder, world in json.loads(sys.argv[1]).items():
         os.chdir(folder)
         for turn in range(world):
             port = 27000 + (os.getpid() * 7 + turn) % 2000
-            processes = [context.Process(target=_work, args=(rank, world, port)) for rank in range(world)]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(120)
-                if process.exitcode != 0:
-                    for other in processes:
-                        other.kill()
-                    sys.exit(f"{folder} failed")
+            fork(_work, [(rank, world, port) for rank in range(world)], folder)
 
 
 @pytest.mark.slow
@@ -96,10 +85,7 @@ def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
         rows.append(TraceRow(sample.id, question.id, question.text, *CELLS[2], *replies, False))
     write_traces(one / "data/traces", rows)
     shutil.copytree(one, two)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.test_distributed_bridge", json.dumps({str(one): 1, str(two): 2})]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_jobs("tests.test_distributed_bridge", {str(one): 1, str(two): 2})
 
     assert (one / "0.txt").read_text().split() == ["cpu", "generates"]
     assert (two / "0.txt").read_text().split() == ["cpu", "generates", "cpu"], "latents outlive the first phase"

@@ -6,7 +6,6 @@ Processes are forked from one interpreter, on the CPU with gloo, as in test_dist
 import json
 import os
 import shutil
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -20,8 +19,7 @@ from clear.reasoning.engine import Options
 from clear.records import Question
 from clear.training.load import trainable
 from clear.training.trainer import StageRun
-from tests.conftest import ROOT
-from tests.test_distributed import Interrupted, _shard_on_cpu, forget, fsdp_environment
+from tests.test_distributed import Interrupted, _shard_on_cpu, forget, fork, fsdp_environment, join, run_jobs
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=3, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=6, batch=64)
@@ -89,8 +87,7 @@ def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dic
 
 def _worker(rank: int, world: int, port: int, job: dict) -> None:
     if world > 1 or job.get("sharded"):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        os.environ.update({name: str(value) for name, value in place.items()})
+        join(rank, world, port)
     if job.get("sharded"):
         os.environ.update(fsdp_environment())
         _shard_on_cpu()
@@ -101,30 +98,17 @@ def main() -> None:
     """Run jobs {folder, world, sharded, stop_at, restore, more, copy}, given as JSON, one after another."""
     import clear.training.grpo  # noqa: F401, imported once, before the processes are forked
 
-    context = torch.multiprocessing.get_context("fork")
     for number, job in enumerate(json.loads(sys.argv[1])):
         folder = Path(job["folder"])
         if job.get("copy"):
             shutil.copytree(job["copy"], folder)
         folder.mkdir(parents=True, exist_ok=True)
         port = 31000 + (os.getpid() * 7 + number) % 2000
-        ranks = range(job["world"])
-        processes = [context.Process(target=_worker, args=(rank, job["world"], port, job)) for rank in ranks]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join(120)
-            if process.exitcode != 0:
-                for other in processes:
-                    other.kill()
-                sys.exit(f"job {number} failed")
+        fork(_worker, [(rank, job["world"], port, job) for rank in range(job["world"])], f"job {number}")
 
 
 def _run(jobs: list[dict]) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.test_distributed_grpo", json.dumps(jobs)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
+    run_jobs("tests.test_distributed_grpo", jobs)
 
 
 def _close(found: Path, expected: Path) -> None:

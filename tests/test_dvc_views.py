@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from clear.config import compose
+from tests.browser import executable
 from tests.conftest import ROOT, git
 
 SHOWN = (
@@ -113,12 +114,9 @@ def test_the_page_of_plots_draws_every_plot_without_a_network(repository, tmp_pa
         assert spec["title"] and "<DVC_METRIC" not in json.dumps(spec)
     outside = re.sub(r"<script>.*?</script>", "", text, count=1, flags=re.DOTALL)  # Vega's own text names such tags
     assert "vegaEmbed" in text and not re.search(r"<(script|link|img)[^>]+(src|href)=", outside)
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium here to draw the plots: apt-get install chromium")
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000"]
     options.append("--host-resolver-rules=MAP * ~NOTFOUND")
     drawn = subprocess.run(
-        [browser, *options, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120
+        [executable(), *options, "--dump-dom", f"file://{page}"], capture_output=True, text=True, timeout=120
     )
     assert drawn.stdout.count('class="marks"') == 8

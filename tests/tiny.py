@@ -62,21 +62,12 @@ def trace_workspace(folder: Path, overrides: list[str], samples: Iterable[Sample
     config = from_dict(compose(settings))
     write_samples(folder / "data/degraded/sft", samples)
     write_json(folder / "data/metrics/validate.json", {})
-    tokenizer = word_tokenizer(scene_words())
-    shapes = bagel_config(config, tokenizer)
-    torch.manual_seed(0)
-    model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
-    model.initialise()
-    save_bagel(folder / "data/models/base", model, vae, tokenizer)
+    save_random_model(folder / "data/models/base", config)
     return config
 
 
 def save_random_model(folder: Path, config: Config) -> None:
     """A model folder of a configuration's shapes with the words of scenes; its generation expert is random too."""
-    from clear.model.checkpoint import save_bagel
-    from clear.model.vae import AutoEncoder
-    from clear.training.build import bagel_config, scene_words
-
     tokenizer = word_tokenizer(scene_words())
     torch.manual_seed(1)
     shapes = bagel_config(config, tokenizer)
