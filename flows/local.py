@@ -7,7 +7,7 @@ Both run under the supervisor of flows/children.py, so that they end even if thi
 
 import os
 import signal
-import socket
+import subprocess
 import sys
 import time
 import urllib.error
@@ -16,10 +16,11 @@ from pathlib import Path
 from types import FrameType
 
 from clear.errors import ClearError
+from clear.ports import HOST, require_free
 from flows import children
 from flows.deploy import POOL
 
-HOST = "127.0.0.1"
+PREFECT = [sys.executable, "-m", "prefect"]
 STARTUP_SECONDS = 120
 
 
@@ -28,27 +29,16 @@ def run(root: Path, port: int) -> None:
 
     Raises ClearError where the port is taken, or as soon as one of them ends by itself.
     """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ClearError(f"port {port} is taken; name another one: make prefect-local PORT=4300.") from error
+    require_free(port, ": make prefect-local PORT=4300")
     api = f"http://{HOST}:{port}/api"
     environment = os.environ | {"PREFECT_API_URL": api}
-    prefect = [sys.executable, "-m", "prefect"]
-    server = children.start([*prefect, "server", "start", "--host", HOST, "--port", str(port)], root, environment)
-    started = {"server": server}
+    started = {}
     try:
-        deadline = time.monotonic() + STARTUP_SECONDS
-        while not answers(f"{api}/health"):
-            if server.poll() is not None or time.monotonic() > deadline:
-                raise ClearError("the Prefect server did not start; its reason is above.")
-            time.sleep(0.2)
+        started["server"] = start_server(root, port, environment)
         status, lines = children.run([sys.executable, "-m", "flows.deploy"], root, environment, print)
         if status:
             raise ClearError(lines[-1].removeprefix("error: ") if lines else "the deployments could not be sent.")
-        started["worker"] = children.start([*prefect, "worker", "start", "--pool", POOL], root, environment)
+        started["worker"] = children.start([*PREFECT, "worker", "start", "--pool", POOL], root, environment)
         print(f"Prefect: http://{HOST}:{port}   stop with Ctrl-C   in another shell: export PREFECT_API_URL={api}")
         while True:
             for name, process in started.items():
@@ -60,8 +50,23 @@ def run(root: Path, port: int) -> None:
             children.stop(process)
 
 
-def answers(url: str) -> bool:
-    """Whether something at `url` answers with status 200."""
+def start_server(folder: Path, port: int, environment: dict[str, str], **options) -> subprocess.Popen:
+    """Start a supervised Prefect server and return once its API answers; `options` go to Popen (stdout, stderr).
+
+    Raises ClearError if it does not come up. End it with children.stop.
+    """
+    command = [*PREFECT, "server", "start", "--host", HOST, "--port", str(port)]
+    server = children.start(command, folder, environment, **options)
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while not _answers(f"http://{HOST}:{port}/api/health"):
+        if server.poll() is not None or time.monotonic() > deadline:
+            children.stop(server)
+            raise ClearError("the Prefect server did not start; its reason is above.")
+        time.sleep(0.2)
+    return server
+
+
+def _answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return answer.status == 200

@@ -1,13 +1,11 @@
 """The evaluation in a web page: `clear browse`. data.py finds what is shown, page.py shows it with Streamlit."""
 
 import os
-import socket
 import sys
 from pathlib import Path
 
 from clear.errors import ClearError
-
-HOST = "127.0.0.1"
+from clear.ports import HOST, require_free
 
 
 def serve(root: Path, port: int, open_browser: bool) -> None:
@@ -19,12 +17,7 @@ def serve(root: Path, port: int, open_browser: bool) -> None:
 
     if not evaluated(root):
         raise ClearError(f"{root.resolve()}/data/predictions: no model was evaluated here; run `make repro` first.")
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError as error:
-            raise ClearError(f"port {port} is taken; name another one with --port.") from error
+    require_free(port, " with --port")
     try:
         import streamlit  # noqa: F401
     except ImportError as error:

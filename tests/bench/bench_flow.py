@@ -6,19 +6,15 @@ ends Prefect's temporary server too.
 """
 
 import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from clear.errors import ClearError
-from flows import children
-from flows.local import HOST, STARTUP_SECONDS, answers
+from clear.ports import HOST
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 3
@@ -61,28 +57,12 @@ def _seconds(command: list[str], folder: Path, environment: dict[str, str]) -> f
     return time.perf_counter() - start
 
 
-@contextmanager
-def _server(folder: Path, environment: dict[str, str]) -> Iterator[str]:
-    """A Prefect server on a free port; yields its API's address."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-    with (folder / "server.log").open("w") as log:
-        server = children.start(command, folder, environment, stdout=log, stderr=log)
-        try:
-            deadline = time.monotonic() + STARTUP_SECONDS
-            while not answers(f"http://{HOST}:{port}/api/health"):
-                if server.poll() is not None or time.monotonic() > deadline:
-                    raise ClearError(f"no Prefect server: {(folder / 'server.log').read_text()[-500:]}")
-                time.sleep(0.2)
-            yield f"http://{HOST}:{port}/api"
-        finally:
-            children.stop(server)
-
-
 def bench_flow_overhead() -> dict[str, dict]:
     """Seconds of the flow and of `dvc repro`, medians of three in turn."""
+    from flows import children  # here, for other benchmarks do without Prefect
+    from flows.local import start_server
+    from tests.test_flow import free_port
+
     flow, plain = [sys.executable, "-m", "flows.pipeline"], [sys.executable, "-m", "dvc", "repro"]
 
     def compared(folder: Path, environment: dict[str, str]) -> dict:
@@ -97,6 +77,11 @@ def bench_flow_overhead() -> dict[str, dict]:
         environment = {key: value for key, value in os.environ.items() if key != "PREFECT_API_URL"}
         environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(Path(made) / "prefect")}
         alone = compared(folder, environment)
-        with _server(Path(made), environment) as api:
-            deployed = compared(folder, environment | {"PREFECT_API_URL": api})
+        port = free_port()
+        with (Path(made) / "server.log").open("w") as log:
+            server = start_server(Path(made), port, environment, stdout=log)
+            try:
+                deployed = compared(folder, environment | {"PREFECT_API_URL": f"http://{HOST}:{port}/api"})
+            finally:
+                children.stop(server)
     return {"flow_overhead": deployed, "flow_overhead_without_server": alone}
