@@ -3,7 +3,9 @@
 import base64
 import contextlib
 import inspect
+import io
 import json
+import logging
 import os
 import signal
 import socket
@@ -329,6 +331,20 @@ def test_a_flow_on_the_command_line_ends_with_a_status_and_one_line(capsys, rais
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("name", ["prefect.flow_runs", "prefect.task_runs"])
+def test_a_known_error_is_logged_in_one_line_and_a_bug_with_its_trace(name, monkeypatch):
+    logger, said = logging.getLogger(name), io.StringIO()
+    monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(said)])
+    for error in (ClearError("the disk is full."), ValueError("a bug")):
+        try:
+            raise error
+        except Exception as caught:
+            logger.exception("Encountered exception during execution: %r", caught)
+    first, *rest = said.getvalue().splitlines()
+    assert first == "the disk is full."
+    assert "Traceback" in rest[1] and rest[-1] == "ValueError: a bug"
 
 
 # What is deployed
