@@ -58,6 +58,11 @@ def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, na
         (["compute.jobs.default.attempts=0"], "compute.jobs.default.attempts = 0 is outside [1, 10]"),
         (["compute.weights=bagel"], "write it as s3://bucket/prefix"),
         (["compute.stack=Clear"], "lower-case"),
+        (
+            ["evaluate.cluster=tcp://a:1", "compute.place.evaluate=aws_batch"],
+            "evaluate.cluster and compute.place.evaluate",
+        ),
+        (["degrade.cluster=tcp://a:1", "compute.place.mmd_bench=aws_batch"], "compute.place.mmd_bench = local"),
     ],
 )
 def test_a_place_that_cannot_be_is_refused(changes, named):
