@@ -1,5 +1,8 @@
 """A degradation depends on the sample id, the corruption, the severity and the protocol version, and nothing else."""
 
+import os
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import replace
 
@@ -22,9 +25,11 @@ from clear.degradation.protocol import (
     seed_of,
 )
 from clear.errors import ClearError
-from clear.records import Question, Sample, decode_image, encode_image, sha256
+from clear.records import Question, Sample, decode_image, encode_image, sha256, write_samples
+from clear.stages.degrade import SAMPLES, SPLITS
 from clear.stages.mmd_bench import _keep, corruption_plan
 from clear.workers import parallel
+from tests.conftest import ROOT
 
 HALVES = (0.2, 0.3, 0.5)
 
@@ -112,6 +117,38 @@ def test_a_broken_image_stops_the_build_by_name():
     jobs = [(sample(1), "dark", "low"), (broken, "dark", "low")]
     with pytest.raises(ClearError, match=r"sample s003: \d+ bytes are not a complete image"):
         list(degraded_samples(jobs, 0.4, workers=1))
+
+
+PROGRAM = """
+from clear.config import compose, from_dict
+from clear.stages import degrade
+degrade.run(from_dict(compose(["degrade.workers=1", "degrade.severity_weights=[1,0,0]"])))
+print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
+"""
+
+
+def grain(split: str, number: int) -> Sample:
+    data = encode_image(np.random.default_rng(number).integers(0, 256, (512, 512, 3), np.uint8))
+    return Sample(f"{split}{number}", "test", split, data, sha256(data))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_stays_flat_whatever_the_number_of_images(tmp_path):
+    """From more than one shard of pictures on: what is held is a shard at a time."""
+    peaks = []
+    for count in (250, 1000):
+        folder = tmp_path / str(count)
+        for split, images in zip(SPLITS, (count, 1, 1), strict=True):
+            write_samples(folder / SAMPLES / split, (grain(split, number) for number in range(images)))
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-c", PROGRAM]
+        done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout) / 2**10)
+    size = sum(file.stat().st_size for file in (folder / "data").rglob("*.parquet")) / 2**20
+    print(f"at most {peaks[0]:.0f} and {peaks[1]:.0f} MiB in memory for {size / 4:.0f} and {size:.0f} MiB of data")
+    assert size > 1024 and peaks[1] - peaks[0] < 0.15 * size
 
 
 def test_progress_off_a_terminal_is_a_line_per_tenth(capsys):

@@ -2,17 +2,19 @@
 
 Sixteen corruptions at three severities on one 512x512 picture, on one thread and at the published pixel sizes. The
 draws of all but two random corruptions come in the same order on both sides, so both draw the same discs and lines, and
-their results are compared before anything is timed.
+their results are compared before anything is timed. And how many times as fast a process per core is as one process.
 """
 
+import os
 import statistics
 import time
 from collections.abc import Callable
 
 import numpy as np
 
+from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
-from clear.degradation.protocol import SEVERITIES
+from clear.degradation.protocol import CELLS, SEVERITIES
 from clear.errors import ClearError
 from clear.records import decode_image
 from clear.sources.scenes import couple
@@ -20,6 +22,7 @@ from clear.workers import one_thread
 from tests.bench.transcription import FORMULAS
 
 SIZE, REPEATS, SLOW_REPEATS = 512, 7, 3
+COPIES = 6  # of every cell, for the pool: enough that the start of its processes hardly counts
 SLOW = 0.1  # s, from here on a cell is timed SLOW_REPEATS times
 OTHER_DRAWS = ("gaussian_noise", "block_exchange")  # the same distributions, so means and deviations are compared
 
@@ -75,3 +78,19 @@ def bench_corruptions() -> dict[str, dict]:
             [p for name, pairs in found.items() if name != "mean_shift" for p in pairs]
         ),
     }
+
+
+def bench_degrade_workers() -> dict[str, dict]:
+    """The stage's loop, from encoded picture to encoded picture, over all cells: a process per core against one."""
+    sample = couple("bench", 0, 0, SIZE, 4)[0]
+    variants = [(sample, *cell) for cell in CELLS] * COPIES
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+    def speed(workers: int) -> float:
+        start = time.perf_counter()
+        images = sum(1 for _ in degraded_samples(variants, 1.0, workers))
+        return images / (time.perf_counter() - start)
+
+    speed(1)  # kernels are compiled and cached by now
+    one, all_cores = speed(1), speed(cores)
+    return {"degrade_workers": {"value": all_cores, "unit": "images/s", "baseline": one, "ratio": all_cores / one}}

@@ -1,0 +1,72 @@
+"""Retraining through the real stages: the smoke pipeline learns from a new set, from validation to the pull request."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, git
+from tests.test_flow import run_dvc
+from tests.test_incoming import put
+from tests.test_reproducible import clone as clone  # the fixtures
+from tests.test_reproducible import first as first
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def project(first, tmp_path):
+    """The smoke pipeline's workspace, committed, with its data in a DVC remote and a git remote beside it."""
+    folder = tmp_path / "project"
+    shutil.copytree(first / "scratch/smoke", folder, symlinks=True)
+    git(tmp_path, "init", "-q", "--bare", "-b", "main", "origin.git")
+    git(folder, "checkout", "-q", "-B", "main")
+    git(folder, "remote", "remove", "origin")
+    git(folder, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "The smoke pipeline")
+    git(folder, "push", "-q", "origin", "main")
+    run_dvc(folder, "remote", "add", "-q", "--local", "--default", "storage", str(tmp_path / "remote"))
+    run_dvc(folder, "push", "-q")
+    return folder
+
+
+def _retrain(project) -> str:
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "CLEAR_HOME": str(project.parent / "home")}
+    environment.pop("GITHUB_TOKEN", None)
+    environment["PATH"] = f"{ROOT / '.venv/bin'}{os.pathsep}{environment['PATH']}"
+    command = [sys.executable, "-m", "flows.retrain"]
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_a_new_set_goes_through_every_stage_to_a_pull_request(project, tmp_path):
+    put(project / "data/incoming/night", range(40))
+    head = git(project, "rev-parse", "HEAD")
+    said = _retrain(project)
+    (branch,) = git(project, "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain/").split()
+    assert branch in said and branch.startswith("retrain/night-")
+    assert git(project, "rev-parse", "HEAD") == head and not git(project, "diff", "--name-only"), "the workspace moved"
+
+    steps = git(project, "log", "--reverse", "--format=%s", f"{head}..{branch}").splitlines()
+    assert len(steps) == 3
+    trained = json.loads(git(project, "show", f"{branch}:data/metrics/degrade.json"))
+    assert trained["incoming"]["sets"]["night"]["fingerprint"]
+    incumbent, retrained = (git(project, "rev-parse", f"{branch}{back}") for back in ("~1", ""))
+    for sha in (incumbent, retrained):
+        answered = json.loads(git(project, "show", f"{sha}:data/metrics/evaluate_grpo.json"))
+        assert "night" in json.dumps(answered), "both models were asked about the new pictures"
+    body = (project / "data/report" / branch / "pull_request.md").read_text()
+    assert "night" in body and head[:7] not in body.splitlines()[0]
+
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "-q", "-b", branch, str(tmp_path / "origin.git"), str(other))
+    run_dvc(other, "remote", "add", "-q", "--local", "--default", "storage", str(tmp_path / "remote"))
+    run_dvc(other, "pull", "-q")
+    assert (other / "data/models/grpo").is_dir() and (other / "data/incoming/night/0.jpg").is_file()
+    assert "waits for review" in _retrain(project) or branch in _retrain(project)
+    assert git(project, "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain/").split() == [branch]
