@@ -252,12 +252,14 @@ class Grpo:
     shared_noise: bool = field()  # a group starts its restorations from the same noise
     sigma: float = between(0, 10)
     scale_advantages: str = one_of("none", "group", "batch")
-    separate_advantages: bool = field()  # image term: reward_answer alone; text term: the other rewards
+    separate_advantages: bool = field()  # image term: reward_answer and reward_latent_quality; text term: the others
     accuracy: str = one_of("exact", "judge")  # who says whether an answer is right; `judge` names the endpoint
     reward_accuracy: float = between(0, 1)
     reward_format: float = between(0, 1)
     reward_decision: float = between(0, 1)
     reward_answer: float = between(0, 1)  # how probable the right answer was
+    reward_latent_quality: float = between(0, 1)  # how close the restored picture is to the clean one
+    latent_quality: str = one_of("vae", "vit", "both")  # close as latents, as the ViT sees it, or a mean of both
     answer_scored: str = one_of("answer", "reply")  # of the right answer: its block, or the demonstration's whole reply
     decision_table: str = one_of("paper", "code")
     holdout_every: int = between(0, 10**6)  # steps between measurements of true accuracy; 0 = never
@@ -357,6 +359,8 @@ def check(value: Any, name: str = "") -> None:
             for number in found if isinstance(found, list) else [found]:
                 if not rule["low"] <= number <= rule["high"]:
                     raise ClearError(f"params: {full} = {number} is outside [{rule['low']}, {rule['high']}].")
+    if isinstance(value, Config):
+        _check_clusters(value)
     if isinstance(value, ModelSize):
         _check_shapes(value)
     if isinstance(value, Sampling):
@@ -376,6 +380,16 @@ def check(value: Any, name: str = "") -> None:
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
         # A log line that averages over a checkpoint would lose its first half on resume.
         raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
+
+
+def _check_clusters(config: Config) -> None:
+    for stage, section in {"degrade": "degrade", "mmd_bench": "degrade", "evaluate": "evaluate"}.items():
+        place = getattr(config.compute.place, stage)
+        if getattr(config, section).cluster and place != "local":
+            raise ClearError(
+                f"params: {section}.cluster and compute.place.{stage} = {place}: a rented machine cannot reach your "
+                f'cluster. Set {section}.cluster = "", or compute.place.{stage} = local.'
+            )
 
 
 def _check_source(source: Source, name: str) -> None:

@@ -4,8 +4,8 @@ import os
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -21,6 +21,7 @@ from clear.scratch import write_params
 from clear.stages import evaluate
 from tests.browser import PATIENCE, chromium
 from tests.conftest import ROOT
+from tests.test_flow import free_port, wait_until
 from tests.tiny import save_random_model
 
 SETTINGS = ["profile=smoke", "runtime.threads=1", "sampling.max_think_tokens=4", "sampling.flow_steps=2"]
@@ -119,24 +120,22 @@ def test_nothing_to_show_and_a_taken_port_are_one_line(workspace, tmp_path):
     assert done.returncode == 1 and "is taken; name another one with --port" in done.stderr
 
 
+def _answers(url: str) -> bool:
+    with suppress(OSError), urllib.request.urlopen(url, timeout=5) as answer:
+        return answer.status == 200
+    return False
+
+
 @pytest.fixture(scope="module")
 def address(workspace):
     """The page, served as a user would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with (workspace / "server.log").open("w") as log:
         server = subprocess.Popen(**_command(workspace, "--port", str(port)), stdout=log, stderr=log)
         try:
-            end = time.monotonic() + PATIENCE
-            while True:
-                try:
-                    with urllib.request.urlopen(f"http://127.0.0.1:{port}/_stcore/health", timeout=5):
-                        break
-                except OSError:
-                    alive = server.poll() is None and time.monotonic() < end
-                    assert alive, (workspace / "server.log").read_text()
-                    time.sleep(0.2)
+            health = f"http://127.0.0.1:{port}/_stcore/health"
+            wait_until(lambda: server.poll() is not None or _answers(health), PATIENCE, "the page")
+            assert server.poll() is None, (workspace / "server.log").read_text()
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import cv2
 import numpy as np
-import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
@@ -14,6 +13,7 @@ from clear import config as configuration
 from clear.degradation.protocol import SEVERITIES, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, read_samples, write_samples
+from clear.rejects import read_rejects
 from clear.sources.scenes import scenes
 from clear.stages import degrade, mmd_bench, validate
 from clear.stages.paths import report_dir
@@ -80,8 +80,7 @@ def test_healthy_data_pass_with_metrics_and_docs(inside):
     assert found["datasets"]["bench_clean"]["images_shared_with_training"] == 0
     psnr = found["datasets"]["bench_degraded"]["psnr"]
     assert len(psnr) == 16 and psnr["dark"]["low"] > psnr["dark"]["mid"] > psnr["dark"]["high"]
-    rejects = pd.read_parquet(validate.REJECTS)
-    assert rejects.empty and list(rejects.columns) == ["id", "dataset", "reason"]
+    assert read_rejects(validate.REJECTS) == []
     assert (report_dir() / "data_docs" / "index.html").is_file()
 
 
@@ -171,8 +170,9 @@ def test_failing_stage_writes_everything_and_then_stops(inside, tmp_path, monkey
     found = json.loads(validate.METRICS.read_text())
     failed = found["datasets"]["degraded_validation"]["failed"]
     assert not found["success"] and failed == [{"expectation": "decodable", "count": 1, "ids": [samples_key(1)]}]
-    (reject,) = pd.read_parquet(validate.REJECTS).to_dict("records")
-    assert reject["id"] == samples_key(1) and "500 bytes are not a complete image" in reject["reason"]
+    (reject,) = read_rejects(validate.REJECTS)
+    assert (reject.id, reject.subset, reject.reason) == (samples_key(1), "degraded_validation", "decodable")
+    assert "500 bytes are not a complete image" in reject.detail
     assert (report_dir() / "data_docs" / "index.html").is_file()
 
 

@@ -1,6 +1,6 @@
 """What the page shows: predictions of every model, the pictures they saw, and answers asked for now."""
 
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clear.bench import predictions
+from clear.bench.answers import UnderTest
 from clear.bench.predictions import KEY, MODELS
 from clear.errors import ClearError
-from clear.records import Question, Sample, decode_image, encode_image, read_samples
-from clear.stages.evaluate import MODELS as SETTINGS
+from clear.records import Question, Sample
+from clear.report.gallery import find
+from clear.stages.evaluate import under_test
 
 if TYPE_CHECKING:
     import pandas as pd
 
     from clear.config import Config
     from clear.reasoning.answering import Answerer
+    from clear.reasoning.ask import Asked
 
 ALL = "all"
 EVERY, WRONG, RIGHT, RESTORED, GAINED, LOST = (
@@ -87,22 +90,8 @@ def select(
 
 def sample_of(root: Path, key: tuple) -> Sample | None:
     """The benchmark's sample of a key, or None where data/bench is not on this machine."""
-    for part in PARTS:
-        folder = root / "data/bench" / part
-        if folder.is_dir():
-            for sample in read_samples(folder):
-                if (sample.id, sample.corruption, sample.severity) == key[:3]:
-                    return sample
-    return None
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a model said now: the trace, its answer, and the restored picture (uint8 RGB) if it restored."""
-
-    trace: str
-    answer: str
-    picture: np.ndarray | None
+    folders = [root / "data/bench" / part for part in PARTS]
+    return find([folder for folder in folders if folder.is_dir()], {key[:3]}).get(key[:3])
 
 
 class Models:
@@ -122,30 +111,27 @@ class Models:
 
     def here(self) -> list[str]:
         """The models whose weights are on this machine."""
-        return [name for name in MODELS if self._folder(name).is_dir()]
+        return [name for name in MODELS if self._tested(name).folder.is_dir()]
 
-    def _folder(self, model: str) -> Path:
-        from clear.stages.paths import model_folder
+    def _tested(self, model: str) -> UnderTest:
+        tested = under_test(model, self.config)
+        return replace(tested, folder=self.root / tested.folder)
 
-        return self.root / model_folder(SETTINGS[model][0], self.config)
-
-    def ask(self, model: str, image: bytes, question: Question, restore: str = "", number: int = 0) -> Reply:
-        """Ask about an encoded image. `restore` is auto, always, plain, or as in the evaluation; `number` seeds it.
+    def ask(self, model: str, image: bytes, question: Question, restore: str = "", number: int = 0) -> "Asked":
+        """Ask about an encoded image. `restore` is a mode of the engine, or "" as in the evaluation; `number` seeds it.
 
         Raises ClearError for weights or an image that cannot be read, and for words the model does not know.
         """
         from clear.reasoning.answering import Answerer
+        from clear.reasoning.ask import reply
 
-        folder, (_, usual, feedback) = self._folder(model), SETTINGS[model]
-        if model == "sft" and self.config.bridge.kind == "direct":
-            feedback = "bridge"
+        tested = self._tested(model)
         with self._turn:
-            if self._held is None or self._held[0] != folder:
-                if not folder.is_dir():
-                    raise ClearError(f"{folder}: no model here; run `make repro`, or `dvc pull {folder}`.")
-                self._held = folder, Answerer.load(folder, self.config)
-            answerer = self._held[1]
-            bank = answerer.bank([encode_image(decode_image(image, "this picture"))], ["this picture"])
-            (said,) = answerer.answer(bank, [(0, question)], restore or usual, feedback, first=number)
-            picture = answerer.pictures(said.latent[None], said.grid)[0] if said.restored else None
-        return Reply(said.trace, said.prediction, picture)
+            if self._held is None or self._held[0] != tested.folder:
+                if not tested.folder.is_dir():
+                    raise ClearError(
+                        f"{tested.folder}: no model here; run `make repro`, or `dvc pull {tested.folder}`."
+                    )
+                self._held = tested.folder, Answerer.load(tested.folder, self.config)
+            how = restore or tested.restore, tested.feedback, number
+            return reply(self._held[1], image, "this picture", question, *how)

@@ -10,7 +10,7 @@ import numpy as np
 import streamlit as st
 
 from clear.browse import data
-from clear.browse.data import ALL, FILTERS, GAINED, LOST, SETTINGS, Models
+from clear.browse.data import ALL, FILTERS, GAINED, LOST, Models
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
 from clear.records import CLEAN, Question, decode_image, encode_image
@@ -18,6 +18,7 @@ from clear.report.claims import LEVELS, NAMES
 
 ROOT = Path()
 BENCHMARK, OWN = "Benchmark", "Your picture"
+DECIDES = "as it decides"
 WIDTH = 320
 """Pixels; pictures that have fewer are enlarged without smoothing."""
 
@@ -129,7 +130,7 @@ def with_psnr(title: str, psnr: float) -> str:
 @st.cache_data(show_spinner="restoring …", max_entries=512)
 def restored_again(model: str, key: tuple, number: int, stamp: tuple) -> np.ndarray | None:
     """The picture that the evaluation did not keep, made again from the same noise; None without weights."""
-    asked, sample = models(stamp), data.sample_of(ROOT, key)
+    asked, sample = models(stamp), sample_of(key, stamp)
     if model not in asked.here() or sample is None:
         return None
     question = next(q for q in sample.questions if q.id == key[3])
@@ -156,13 +157,13 @@ def own(stamp: tuple) -> None:
         question = st.text_input("Question", placeholder="which colour is the circle ?")
         first, second = st.columns(2)
         model = first.selectbox("Model", here, format_func=NAMES.get, index=len(here) - 1)
-        restore = second.selectbox("Restore", ["as it decides", "always", "never"])
+        restore = second.selectbox("Restore", [DECIDES, "always", "never"])
         sent = st.form_submit_button("Ask")
     reply = None
     if sent and not question.strip():
         st.error("Type a question first.")
     elif sent:
-        mode = {"as it decides": SETTINGS[model][1], "always": "always", "never": "never"}[restore]
+        mode = "" if restore == DECIDES else restore
         reply = asked.ask(model, encode_image(shown), Question("own", "own", question.strip(), ""), mode)
     left, middle, right = st.columns(3)
     picture(left, "clean", clean, "")

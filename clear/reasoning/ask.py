@@ -1,4 +1,4 @@
-"""One question about one image file: what `clear ask` does."""
+"""One question about one image: what `clear ask` does with a file and `clear browse` with an upload."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +27,21 @@ def ask(image: Path, question: str, model_folder: Path, restore: str, config: Co
     if not image.is_file():
         raise ClearError(f"{image} is not a file; name a PNG or JPEG image.")
     apply_runtime(config)
-    answerer = Answerer.load(model_folder, config)
-    bank = answerer.bank([image.read_bytes()], [str(image)])
-    answer = answerer.answer(bank, [(0, Question("ask", "ask", question, ""))], restore)[0]
+    asked = Question("ask", "ask", question, "")
+    return reply(Answerer.load(model_folder, config), image.read_bytes(), str(image), asked, restore)
+
+
+def reply(
+    answerer: Answerer,
+    image: bytes,
+    name: str,
+    question: Question,
+    restore: str,
+    feedback: str = "bridge",
+    number: int = 0,
+) -> Asked:
+    """Answer one question about an encoded image, which errors call `name`; `number` seeds the restoration."""
+    bank = answerer.bank([image], [name])
+    answer = answerer.answer(bank, [(0, question)], restore, feedback, first=number)[0]
     picture = answerer.pictures(answer.latent[None], answer.grid)[0] if answer.restored else None
     return Asked(answer.trace, answer.restored, answer.prediction, picture)

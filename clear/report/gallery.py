@@ -71,10 +71,13 @@ def records(rows: "pd.DataFrame") -> list:
 
 
 def find(folders: list[Path], wanted: set[tuple[str, str, str]]) -> dict[tuple[str, str, str], Sample]:
-    """The wanted (id, corruption, severity) among benchmark shards, as many as there are; stops at the last one."""
+    """The wanted (id, corruption, severity) among benchmark shards, as many as there are; stops at the last one.
+
+    They have their pictures and questions, and no hash or annotation.
+    """
     found: dict[tuple[str, str, str], Sample] = {}
     for folder in folders:
-        for sample in read_samples(folder, ["id", "image", "degraded", "corruption", "severity"]):
+        for sample in read_samples(folder, ["id", "image", "degraded", "corruption", "severity", "questions"]):
             key = (sample.id, sample.corruption, sample.severity)
             if key in wanted:
                 found[key] = sample

@@ -238,6 +238,7 @@ _REWARD_PANELS = {
             "reward_format": "format",
             "reward_decision": "decision",
             "reward_answer": "probability of the right answer",
+            "reward_latent_quality": "restored latents",
         },
     ),
     "Rewarded and true accuracy": (

@@ -27,8 +27,8 @@ MODELS = {
 until the mlp bridge is trained; with the parameter-free `direct` bridge it answers through the bridge path."""
 
 
-def run(config: Config, model: str) -> None:
-    """Evaluate one model of MODELS on data/bench."""
+def under_test(model: str, config: Config) -> UnderTest:
+    """How a model of MODELS answers under `config`; its folder is one of the working directory."""
     if model not in MODELS:
         raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
     from clear.stages.paths import model_folder
@@ -36,7 +36,12 @@ def run(config: Config, model: str) -> None:
     folder, restore, feedback = MODELS[model]
     if model == "sft" and config.bridge.kind == "direct":
         feedback = "bridge"
-    tested = UnderTest(model_folder(folder, config), restore, feedback, config)
+    return UnderTest(model_folder(folder, config), restore, feedback, config)
+
+
+def run(config: Config, model: str) -> None:
+    """Evaluate one model of MODELS on data/bench."""
+    tested = under_test(model, config)
     rows = _answered(tested, model, ["clean", "degraded"], "milliseconds_per_question")
     came = _answered(tested, model, ["incoming"], "milliseconds_per_incoming_question")
     extra = _answered(tested, model, ["extra"], "milliseconds_per_extra_question")

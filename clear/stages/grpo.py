@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from clear.reasoning.answering import Answerer
     from clear.reasoning.engine import Options
     from clear.reasoning.prompts import Prompt
+    from clear.training.latent_quality import LatentQuality
     from clear.training.load import Incoming
 
 INPUTS = ("data/models/bridge", "data/degraded/rl", "data/degraded/validation")
@@ -26,7 +27,10 @@ INPUTS = ("data/models/bridge", "data/degraded/rl", "data/degraded/validation")
 
 @dataclass
 class Work:
-    """The model to train and what it is trained on; `holdout` is its true accuracy on degraded validation images."""
+    """The model to train and what it is trained on; `holdout` is its true accuracy on degraded validation images.
+
+    `quality` scores restorations against the clean pictures, if they have a weight in the reward.
+    """
 
     start: "Incoming"
     answerer: "Answerer"
@@ -34,6 +38,7 @@ class Work:
     questions: list[Question]
     options: "Options"
     holdout: "Callable[[Bagel], float]"
+    quality: "LatentQuality | None"
 
 
 def prepare(config: Config) -> Work:
@@ -44,6 +49,7 @@ def prepare(config: Config) -> Work:
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.stages.paths import model_folder
     from clear.training import sft
+    from clear.training.latent_quality import LatentQuality
     from clear.training.load import incoming, trainable
 
     s, g = config.sampling, config.grpo
@@ -57,6 +63,12 @@ def prepare(config: Config) -> Work:
     bank = answerer.bank(shown, [s.key for s in samples])
     asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:1]]
     prompts = [make_prompt(tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
+
+    quality = None
+    if g.reward_latent_quality:
+        pictures = answerer.bank([s.image for s in samples], [s.key for s in samples])
+        partners = [i if i < clean or samples[i].paired else None for i, _ in asked]
+        quality = LatentQuality(g.latent_quality, pictures, partners, answerer.reencode)
 
     held = list(read_samples("data/degraded/validation"))
     held_bank = answerer.bank([s.seen for s in held], [s.key for s in held])
@@ -80,7 +92,7 @@ def prepare(config: Config) -> Work:
     )
     never = (*sft.FROZEN, *(sft.GENERATION if g.experts == "und" else ()))
     trainable(model, sft.GENERATION if g.experts == "gen" else (), never)
-    return Work(start, answerer, prompts, [q for _, q in asked], options, holdout)
+    return Work(start, answerer, prompts, [q for _, q in asked], options, holdout, quality)
 
 
 def _judge(config: Config) -> "AbstractContextManager[Client | None]":
@@ -108,7 +120,7 @@ def run(config: Config) -> None:
     before = None if sharded.enabled() else work.holdout(work.start.model)
     with _judge(config) as judge:
         model, given = work.start.model, (work.prompts, work.questions, work.options, work.holdout)
-        done = train(run, model, work.start.tokenizer, *given, judge)
+        done = train(run, model, work.start.tokenizer, *given, judge, work.quality)
     save(Path("data/models/grpo"), work.start, config)
     first, last = run.curve[0], run.curve[-1]
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")

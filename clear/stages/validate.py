@@ -19,6 +19,7 @@ from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
 from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
 from clear.records import INCOMING, read_samples, write_json
+from clear.rejects import Reject, write_rejects
 from clear.validation import frames as columns
 from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
 from clear.validation.metrics import measure
@@ -46,9 +47,8 @@ def run(config: Config) -> None:
     frames = measured_frames(config.degrade.workers)
     checks = prepare(frames, config)
     failures = run_checks(frames, checks, report_dir() / "data_docs")
-    rejects = rejected(frames, checks)
-    REJECTS.parent.mkdir(parents=True, exist_ok=True)
-    rejects.to_parquet(REJECTS, index=False)
+    rejects = list(rejected(frames, checks))
+    write_rejects(REJECTS, rejects)
     for name, frame in frames.items():  # a run record, like the Data Docs
         file = report_dir() / "samples" / f"{name}.parquet"
         file.parent.mkdir(exist_ok=True)
@@ -132,19 +132,16 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
     return checks
 
 
-def rejected(frames: dict[str, pd.DataFrame], checks: dict[str, list[Check]]) -> pd.DataFrame:
-    """Rows (id, dataset, reason): every sample that breaks a rule, and `*` for a rule about the whole dataset."""
-    rows = []
+def rejected(frames: dict[str, pd.DataFrame], checks: dict[str, list[Check]]) -> Iterator[Reject]:
+    """Every sample that breaks a rule, and id `*` for a rule about a whole dataset; the reason is the check's name."""
     for name, frame in frames.items():
         for check in checks[name]:
-            broken = frame[check.failing(frame)]
-            reason = f"{check.name}: not true that {check.means}"
+            broken, detail = frame[check.failing(frame)], f"not true that {check.means}"
             if check.whole:
-                rows += [("*", name, reason)] * (len(broken) > 0)
+                yield from [Reject("*", name, check.name, detail)] * (len(broken) > 0)
                 continue
-            problems = broken["problem"].where(broken["problem"] != "", reason)
-            rows += [(key, name, problem) for key, problem in zip(broken["key"], problems, strict=True)]
-    return pd.DataFrame(rows, columns=["id", "dataset", "reason"], dtype="str")
+            for key, problem in zip(broken["key"], broken["problem"], strict=True):
+                yield Reject(key, name, check.name, problem or detail)
 
 
 def summary(frame: pd.DataFrame, failures: list[Failure], checks: list[Check]) -> dict:

@@ -45,6 +45,7 @@ from clear.reasoning.prompts import Prompt
 from clear.records import Question
 from clear.training import objective, scoring, sharded
 from clear.training.judging import judged
+from clear.training.latent_quality import LatentQuality
 from clear.training.objective import advantages
 from clear.training.parallel import gathered, world
 from clear.training.policy import Policy, order, processing_class, streams
@@ -83,6 +84,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         holdout: Callable[[Bagel], float] | None,
         args: GRPOConfig,
         judge: Client | None = None,
+        quality: LatentQuality | None = None,
     ) -> None:
         self.reference = None
         self.sharded = sharded.Policies(policy) if sharded.enabled() else None
@@ -92,7 +94,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
         self.prompts, self.questions, self.holdout = prompts, questions, holdout
-        self.judge = judge
+        self.judge, self.quality = judge, quality
         self.measured: Callable[[float], None] | None = None
         self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
         self.rollout: list[Trajectory] = []
@@ -148,7 +150,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             self.rollout = self._roll_out(bagel, prompts, options, generator, seed)
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
         rolled = time.perf_counter()
-        parts = self._rewards(bagel, [self.questions[numbers[t.prompt]] for t in self.rollout])
+        parts = self._rewards(bagel, [numbers[t.prompt] for t in self.rollout])
         text, image = (advantages(v, group, self.grpo.scale_advantages) for v in self._totals(parts))
         of_step = streams(seed, "steps", len(self.rollout)) if self.own_streams else [generator] * len(self.rollout)
         self.steps = [self._chosen_steps(options, stream) for stream in of_step]
@@ -171,23 +173,26 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         first = int(torch.randint(low, high + 1, (1,), generator=generator))
         return replace(self.options, window=(first, first + count))
 
-    def _rewards(self, bagel: Bagel, questions: Sequence[Question]) -> list[dict[str, float] | None]:
-        """Every reward of every trajectory, by name; None for one that the judge could not score."""
+    def _rewards(self, bagel: Bagel, numbers: Sequence[int]) -> list[dict[str, float] | None]:
+        """Every reward of every trajectory, whose prompts have these numbers; None where the judge gave no score."""
+        questions = [self.questions[i] for i in numbers]
         texts = [t.texts(self.text_tokenizer) for t in self.rollout]
         accuracy: list[float | None] = [None] * len(texts)
         if self.judge is not None:
             accuracy = judged(self.judge, questions, [extract_answer(t[-1]) for t in texts])
-        more: dict[str, list[float]] = {}
-        if self.grpo.reward_answer:
-            with lora.autocast(bagel):
+        more: dict[str, Sequence[float | None]] = {}
+        with lora.autocast(bagel):
+            if self.grpo.reward_answer:
                 rows = bagel, self.text_tokenizer, self.rollout_prompts, self.rollout, questions
                 more["reward_answer"] = answer_rewards(*rows, self.grpo.answer_scored, self.options.batch)
+            if self.quality is not None:
+                more["reward_latent_quality"] = self.quality(bagel, numbers, self.rollout)
         found: list[dict[str, float] | None] = []
         for n, (trajectory, question) in enumerate(zip(self.rollout, questions, strict=True)):
             if self.judge is not None and accuracy[n] is None:
                 found.append(None)
                 continue
-            own = {name: values[n] for name, values in more.items()}
+            own = {name: values[n] for name, values in more.items() if values[n] is not None}
             found.append(rewards(texts[n], bool(trajectory.restorations), question, self.grpo, own, accuracy[n]))
         return found
 
@@ -196,14 +201,17 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         if not self.grpo.separate_advantages:
             return ([p and p["reward"] for p in parts],) * 2
         names = {name for p in parts if p for name in p} - {"reward", *IMAGE_REWARDS}
-        text, image = ([p and weighted(p, self.grpo, sorted(n)) for p in parts] for n in (names, IMAGE_REWARDS))
-        return text, image
+        text = [p and weighted(p, self.grpo, sorted(names)) for p in parts]
+        images = {name for name in IMAGE_REWARDS if getattr(self.grpo, name)}
+        # What has no image to judge is left out of its group's mean.
+        return text, [weighted(p, self.grpo, sorted(images)) if p and images <= set(p) else None for p in parts]
 
     def _log_rollout(self, parts: list[dict | None], text: list[float], image: list[float]) -> None:
         log, group = self._metrics["train"], self.num_generations
         known = [p for p in parts if p]
-        for name in known[0]:
-            log[name].append(sum(p[name] for p in known) / len(known))
+        for name in dict.fromkeys(name for p in known for name in p):
+            having = [p[name] for p in known if name in p]
+            log[name].append(sum(having) / len(having))
         if self.judge is not None:
             log["rejected"].append(float(len(parts) - len(known)))
         log["image_advantage"].append(sum(map(abs, image)) / len(image))
@@ -355,6 +363,7 @@ def make_trainer(
     options: Options,
     holdout: Callable[[Bagel], float] | None,
     judge: Client | None = None,
+    quality: LatentQuality | None = None,
 ) -> InterleavedGRPO:
     """The trainer of `train`, ready to run. Raises ClearError as `train` does."""
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
@@ -389,7 +398,8 @@ def make_trainer(
         shuffle_dataset=False,
     )
     args.logging_steps = 1
-    trainer = InterleavedGRPO(Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args, judge)
+    given = Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args
+    trainer = InterleavedGRPO(*given, judge, quality)
     trainer.token_budget = run.config.runtime.token_budget
     trainer.own_streams |= processes > 1 or sharded.enabled()
     trainer.remove_callback(PrinterCallback)
@@ -405,12 +415,14 @@ def train(
     options: Options,
     holdout: Callable[[Bagel], float] | None,
     judge: Client | None = None,
+    quality: LatentQuality | None = None,
 ) -> Done:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
+    holdout measures the true accuracy; judge and quality score what grpo.accuracy and grpo.reward_latent_quality ask.
     Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
     """
-    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout, judge)
+    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout, judge, quality)
     best = run.folder / "best.safetensors"
     rule = StopRule(trainer, best, run.config.grpo)
     if run.config.grpo.stop_after:

@@ -1,7 +1,8 @@
 """Rewards of interleaved GRPO (METHOD §4 "Rewards"), of what a trajectory wrote.
 
 Accuracy is exact match, or a judge's score. Each reward is logged apart, and the true metric (held-out accuracy) beside
-them. Addition: the right answer's probability as a reward, which differs within a group where exact match does not.
+them. Addition: the right answer's probability as a reward, which differs within a group where exact match does not. The
+reward of the restored latent itself is in latent_quality.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from clear.training import scoring
 LIMIT = 5.0
 """Nats below which an answer counts as hopeless: a reward must not be ruled by what cannot be restored."""
 
-IMAGE_REWARDS = ("reward_answer",)
+IMAGE_REWARDS = ("reward_answer", "reward_latent_quality")
 """The rewards of the restored image, whose advantage may be the image term's alone (METHOD §4)."""
 
 DECISION = {
@@ -49,7 +50,8 @@ def rewards(
     more: Mapping[str, float] | None = None,
     accuracy: float | None = None,
 ) -> dict[str, float]:
-    """Each reward and their weighted sum under "reward". `more` are rewards that need the model, by name.
+    """Each reward and their weighted sum under "reward". `more` are rewards that need the model, by name; one that a
+    trajectory cannot have (the latent quality of no restoration) is left out, which counts as 0.
 
     accuracy: a judge's score in place of exact match; above 0.5 the answer counts as right.
     """

@@ -23,19 +23,18 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clear.bench.scoring import is_correct
+from clear.bench.scoring import SEVERITIES, is_correct
 from clear.bench.statistics import paired_difference
 from clear.config import load
 from clear.errors import ClearError
 from clear.reasoning.answering import Answerer
-from clear.records import CLEAN, Question, read_samples
+from clear.records import Question, read_samples
 from clear.runtime import apply_runtime
 from clear.scratch import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(".clear/bridge_ablation")
 READ = ("traces", "degraded", "bench", "models/sft")
-LEVELS = (CLEAN, "low", "mid", "high")
 TIMED, ROUNDS = 128, 3
 
 
@@ -94,7 +93,7 @@ class Asked:
         self.samples = [*read_samples("data/bench/clean"), *read_samples("data/bench/degraded")]
         self.bank = self.answerer.bank([s.seen for s in self.samples], [s.key for s in self.samples])
         self.all = [(i, q) for i, s in enumerate(self.samples) for q in s.questions]
-        self.hard = [(i, q) for i, q in self.all if self.samples[i].severity == LEVELS[-1]]
+        self.hard = [(i, q) for i, q in self.all if self.samples[i].severity == SEVERITIES[-1]]
 
     def answers(self, asked: Sequence[tuple[int, Question]], restore: str) -> dict[str, list]:
         """Per (image, question) pair: right or wrong, restored, level and image."""
@@ -134,15 +133,15 @@ def latencies(variants: Sequence[Variant], folder: Path) -> dict[str, float]:
 def rows(found: dict[str, dict[str, list]], milliseconds: dict[str, float]) -> list[str]:
     """The table, each variant against the first one; `milliseconds` may lack."""
     lines = [
-        f"| bridge | {' | '.join(LEVELS)} | restores, {LEVELS[-1]} | against the first, {LEVELS[-1]} "
+        f"| bridge | {' | '.join(SEVERITIES)} | restores, {SEVERITIES[-1]} | against the first, {SEVERITIES[-1]} "
         "| made to restore | against the first | ms per restored answer |",
-        "|---|" + "---|" * (len(LEVELS) + 5),
+        "|---|" + "---|" * (len(SEVERITIES) + 5),
     ]
     first = next(iter(found.values()))
     for name, one in found.items():
         right, level = np.array(one["free_right"], float), np.array(one["free_level"])
-        hard = level == LEVELS[-1]
-        cells = [f"{right[level == wanted].mean():.3f}" for wanted in LEVELS]
+        hard = level == SEVERITIES[-1]
+        cells = [f"{right[level == wanted].mean():.3f}" for wanted in SEVERITIES]
         cells.append(f"{100 * np.array(one['free_restored'])[hard].mean():.1f} %")
         image = np.unique(one["free_image"], return_inverse=True)[1]
         cells.append(_difference(right[hard], np.array(first["free_right"], float)[hard], image[hard]))

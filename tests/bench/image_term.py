@@ -7,6 +7,9 @@ images (`--bench`: of the benchmark, once a setting is chosen), each paired with
 bootstrap interval by image. Beside exact match: the probability reward of clear.training.rewards, in which small
 changes show. Runs are appended to --out, one JSON line each.
 
+The settings named `latent quality…` reward how close the restored latent is to the clean picture's, which brings clean
+pictures back as supervision. Those that end in `every picture` train on all questions about hard-degraded images.
+
 The settings named `pathwise…` are no policy gradient. They differentiate the same reward through the last Euler steps
 and the bridge into the velocity, with no sampling noise: what the image term could reach at most with this reward.
 What was measured before training is kept beside --out; delete it when data/models/bridge has changed.
@@ -41,6 +44,7 @@ from clear.records import read_samples
 from clear.runtime import apply_runtime
 from clear.training import sft
 from clear.training.grpo import train
+from clear.training.latent_quality import LatentQuality
 from clear.training.load import incoming, trainable
 from clear.training.rewards import LIMIT, answer_rewards
 from clear.training.trainer import StageRun
@@ -60,12 +64,18 @@ ALONE = (
     "grpo.warmup=3",
 )
 WINDOW = "grpo.sde_choice=window grpo.shared_noise=true"
+QUALITY = "grpo.reward_answer=0 grpo.reward_latent_quality=1"
 SETTINGS = {
     "published: 2 random of 8 steps": "grpo.lr=1e-4 grpo.steps=60 grpo.prompts=8 grpo.group_size=8",
     "window 2": f"{WINDOW} grpo.sde_steps=2 grpo.lr=1e-4 grpo.steps=60 grpo.prompts=8 grpo.group_size=8",
     "window 1": f"{WINDOW} grpo.sde_steps=1 grpo.lr=1e-4 grpo.steps=60 grpo.prompts=8 grpo.group_size=8",
     "window 1, late": f"{WINDOW} grpo.sde_steps=1 grpo.sde_range=[0.7,1] grpo.lr=1e-4 grpo.steps=80 grpo.prompts=4 "
     "grpo.group_size=16",
+    "latent quality, 2 random of 8 steps": f"{QUALITY} grpo.lr=1e-4 grpo.steps=60 grpo.prompts=8 grpo.group_size=8",
+    "latent quality, window 2": f"{WINDOW} {QUALITY} grpo.sde_steps=2 grpo.lr=1e-4 grpo.steps=60 grpo.prompts=8 "
+    "grpo.group_size=8",
+    "latent quality, window 2, every picture": f"{WINDOW} {QUALITY} grpo.sde_steps=2 grpo.lr=3e-4 grpo.steps=120 "
+    "grpo.prompts=16 grpo.group_size=8",
     "pathwise, last 1": "grpo.lr=1e-4 grpo.steps=40 grpo.prompts=16",
     "pathwise, last 1, lr 1e-3": "grpo.lr=1e-3 grpo.steps=80 grpo.prompts=32",
     "window 1, any, lr 3e-4": f"{WINDOW} grpo.sde_steps=1 grpo.lr=3e-4 grpo.steps=60 grpo.prompts=8 grpo.group_size=16",
@@ -77,10 +87,10 @@ class Asked:
     """Questions about the hard-degraded images of a folder, ready to be asked."""
 
     def __init__(self, answerer: Answerer, folder: str, count: int) -> None:
-        samples = [s for s in read_samples(folder) if s.severity == "high"]
+        self.samples = samples = [s for s in read_samples(folder) if s.severity == "high"]
         bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
         asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:count]]
-        self.questions = [q for _, q in asked]
+        self.questions, self.number = [q for _, q in asked], [i for i, _ in asked]
         text = [(i, question_text(q)) for i, q in asked]
         self.prompts = [make_prompt(answerer.tokenizer, bank, i, t, answerer.system) for i, t in text]
         number = {name: n for n, name in enumerate(sorted({s.id for s in samples}))}
@@ -98,11 +108,10 @@ class Asked:
             "probability": np.array(answer_rewards(*given)),
         }
 
-    def part(self, chosen: np.ndarray) -> tuple[list, list]:
-        """Prompts and questions where `chosen` (bool)."""
-        return [p for p, c in zip(self.prompts, chosen, strict=True) if c], [
-            q for q, c in zip(self.questions, chosen, strict=True) if c
-        ]
+    def part(self, chosen: np.ndarray) -> tuple[list, list, list[int]]:
+        """Prompts, questions and numbers of their samples, where `chosen` (bool)."""
+        lists = self.prompts, self.questions, self.number
+        return tuple([one for one, c in zip(found, chosen, strict=True) if c] for found in lists)
 
 
 def pathwise(model, tokenizer, prompts, questions, config: Config) -> list[dict]:
@@ -177,17 +186,20 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
     if not known.exists():
         np.save(known, rl.measure(answerer, match=False)["probability"])
     likely = np.load(known)
-    prompts, questions = rl.part((likely > 0) & (likely < 0.99))
-    print(f"{len(prompts)} of {len(likely)} questions are undecided", flush=True)
+    undecided = (likely > 0) & (likely < 0.99)
+    print(f"{undecided.sum()} of {len(likely)} questions are undecided", flush=True)
+    clean = answerer.bank([s.image for s in rl.samples], [s.key for s in rl.samples])
     for name in names:
         config = from_dict(compose([f"runtime.threads={base.runtime.threads}", *ALONE, *SETTINGS[name].split()]))
         model.load_state_dict(weights)
         torch.manual_seed(config.seed)
         begun = time.perf_counter()
+        *given, numbers = rl.part(undecided | name.endswith("every picture"))
         if name.startswith("pathwise"):
-            curve = pathwise(model, tokenizer, prompts, questions, config)
+            curve = pathwise(model, tokenizer, *given, config)
         else:
-            curve = sampled(model, tokenizer, prompts, questions, config)
+            quality = LatentQuality(config.grpo.latent_quality, clean, numbers, answerer.reencode)
+            curve = sampled(model, tokenizer, *given, config, quality if config.grpo.reward_latent_quality else None)
         line = {"name": name, "folder": folder, "seconds": round(time.perf_counter() - begun), "curve": curve}
         after = held.measure(answerer)
         for figure, value in after.items():
@@ -199,7 +211,7 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
         print(row(line), flush=True)
 
 
-def sampled(model, tokenizer, prompts, questions, config: Config) -> list[dict]:
+def sampled(model, tokenizer, prompts, questions, config: Config, quality: LatentQuality | None) -> list[dict]:
     """Train with GRPO's own trainer; no reply is sampled, as only the restoration is judged. Returns its curve."""
     s, g = config.sampling, config.grpo
     options = Answerer(model, None, tokenizer, config).options
@@ -207,9 +219,16 @@ def sampled(model, tokenizer, prompts, questions, config: Config) -> list[dict]:
     options = replace(options, shared_noise=g.shared_noise, max_restorations=s.max_restorations)
     with tempfile.TemporaryDirectory() as home:
         run = StageRun("image_term", config, [], Path(home))
-        done = train(run, model, tokenizer, prompts, questions, options, None)
+        done = train(run, model, tokenizer, prompts, questions, options, None, quality=quality)
     print({k: round(v, 2) for k, v in done.seconds_per_step.items()}, flush=True)
-    keys = ("reward_answer", "image_advantage", "image_groups_with_variance", "ratio_error", "image_clipped")
+    keys = (
+        "reward_answer",
+        "reward_latent_quality",
+        "image_advantage",
+        "image_groups_with_variance",
+        "ratio_error",
+        "image_clipped",
+    )
     return [{k: line[k] for k in keys if k in line} for line in run.curve]
 
 
@@ -221,7 +240,7 @@ HEAD = (
 def row(line: dict) -> str:
     """A run as a row of the table."""
     right, likely = line["right"], line["probability"]
-    rewards = [step["reward_answer"] for step in line["curve"]]
+    rewards = [step.get("reward_latent_quality", step.get("reward_answer")) for step in line["curve"]]
     tenth = max(1, len(rewards) // 4)
     return (
         f"| {line['name']} | {right['before']:.4f} → {right['after']:.4f} ({right['n']}) "
