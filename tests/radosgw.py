@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_flow import free_port
 
-PROGRAMS = ("ceph-authtool", "ceph-mon", "ceph", "ceph-osd", "ceph-mgr", "radosgw-admin", "radosgw")
+PROGRAMS = ("ceph-authtool", "monmaptool", "ceph-mon", "ceph", "ceph-osd", "ceph-mgr", "radosgw-admin", "radosgw")
 INSTALL = "apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd ceph-mgr"
 KEY, SECRET = "TESTKEY", "TESTSECRET"
 PATIENCE = 300
@@ -86,8 +86,9 @@ class Gateway:
         self.url = f"http://127.0.0.1:{port}"
         for name in ("log", "mon", "mgr", "osd", "rgw", "run"):
             (folder / name).mkdir(parents=True)
+        self.fsid, self.monitor = str(uuid.uuid4()), free_port()
         file = folder / "ceph.conf"
-        file.write_text(CONFIGURATION.format(folder=folder, fsid=uuid.uuid4(), port=port, monitor=free_port()).lstrip())
+        file.write_text(CONFIGURATION.format(folder=folder, fsid=self.fsid, port=port, monitor=self.monitor).lstrip())
         self.environment = os.environ | {"CEPH_CONF": str(file)}
 
     def run(self, *command: str) -> None:
@@ -103,7 +104,10 @@ class Gateway:
         for number, (name, rights) in enumerate(KEYRING.items()):
             made = [] if number else ["--create-keyring"]
             self.run("ceph-authtool", *made, keyring, "--gen-key", "-n", name, *rights)
-        self.run("ceph-mon", "--id", "0", "--mkfs", "--keyring", keyring)
+        # Without a map the monitor does not find itself at any but the usual port, and waits for others for ever.
+        monitors, address = str(self.folder / "monitors"), f"[v1:127.0.0.1:{self.monitor}]"
+        self.run("monmaptool", "--create", "--fsid", self.fsid, "--addv", "0", address, monitors)
+        self.run("ceph-mon", "--id", "0", "--mkfs", "--keyring", keyring, "--monmap", monitors)
         self.run("ceph-mon", "--id", "0")
         self.run("ceph", "osd", "create")
         self.run("ceph", "osd", "crush", "add", "osd.0", "1", "root=default")

@@ -18,6 +18,7 @@ from clear.config import compose, from_dict
 from clear.reasoning.engine import Options
 from clear.records import Question
 from clear.training.load import trainable
+from clear.training.policy import Task
 from clear.training.trainer import StageRun
 from tests.test_distributed import Interrupted, _shard_on_cpu, forget, fork, fsdp_environment, join, run_jobs
 from tests.tiny import tiny_model, tiny_prompts
@@ -75,7 +76,7 @@ def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dic
 
     module.training_arguments = arguments
     try:
-        module.train(run, model, tokenizer, prompts, questions, replace(OPTIONS, restore=restore), holdout)
+        module.train(run, model, Task(tokenizer, prompts, questions, replace(OPTIONS, restore=restore), holdout))
     except Interrupted:
         return
     after = holdout(model)

@@ -15,6 +15,7 @@ from clear.records import Question
 from clear.training import scoring
 from clear.training.load import trainable
 from clear.training.objective import advantages
+from clear.training.policy import Task
 from clear.training.rewards import format_reward
 from clear.training.trainer import StageRun
 from tests.tiny import tiny_model, tiny_prompts
@@ -134,15 +135,8 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
         return 0.5
 
     torch.manual_seed(3)
-    train(
-        run,
-        model,
-        tokenizer,
-        prompts,
-        questions,
-        replace(OPTIONS, flow_steps=3, restore="always"),
-        holdout,
-    )
+    options = replace(OPTIONS, flow_steps=3, restore="always")
+    train(run, model, Task(tokenizer, prompts, questions, options, holdout))
     state = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     return run.curve, state, run
 

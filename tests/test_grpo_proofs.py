@@ -13,6 +13,7 @@ from clear.records import Question
 from clear.training import grpo as module
 from clear.training import scoring
 from clear.training.load import trainable
+from clear.training.policy import Task
 from clear.training.sft import GENERATION
 from clear.training.trainer import StageRun
 from tests.tiny import tiny_model, tiny_prompts
@@ -31,14 +32,14 @@ BASE = (
 )
 
 
-def trainer_of(folder, model, tokenizer, prompts, options, *overrides):
+def trainer_of(folder, model, tokenizer, prompts, options, *overrides, quality=None):
     """The real trainer over `prompts`, whose question's answer is "c"."""
     config = from_dict(compose([*BASE, *overrides]))
     (folder / "input.txt").write_text("data")
     run = StageRun("grpo", config, [folder / "input.txt"], folder / "runs")
     questions = [Question(str(i), "test", "a b", "c") for i in range(len(prompts))]
     torch.manual_seed(3)
-    return module.make_trainer(run, model, tokenizer, prompts, questions, options, None)
+    return module.make_trainer(run, model, Task(tokenizer, prompts, questions, options, quality=quality))
 
 
 def test_a_reward_for_one_answer_raises_its_probability_from_chance_to_certainty(tmp_path, monkeypatch):
@@ -223,7 +224,7 @@ def test_the_stop_rule_ends_the_run_with_the_best_weights(tmp_path, monkeypatch)
     run = StageRun("grpo", config, [tmp_path / "input.txt"], tmp_path / "runs")
     prompts = tiny_prompts(tokenizer, 4)
     questions = [Question(str(i), "test", "a b", "c") for i in range(4)]
-    done = module.train(run, model, tokenizer, prompts, questions, OPTIONS, holdout)
+    done = module.train(run, model, Task(tokenizer, prompts, questions, OPTIONS, holdout))
     assert done.stopped and done.steps == 4 and len(truth) == 4
     assert torch.equal(weights, truth[1]) and not torch.equal(truth[1], truth[3])
     assert done.seconds_per_step.keys() == {"rollout", "reward", "update", "holdout"}

@@ -99,8 +99,8 @@ def test_what_was_not_restored_counts_in_no_mean_of_the_image_term(tmp_path, mon
     prompts, options = tiny_prompts(tokenizer, 4), replace(OPTIONS, max_tokens=8)
     size = "grpo.prompts=4", "grpo.group_size=16", "grpo.steps=1"
     trainable(model)
-    trainer = trainer_of(tmp_path, model, tokenizer, prompts, options, *size, *ALONE)
-    trainer.quality = LatentQuality("vae", _bank(4), range(4), None)
+    quality = LatentQuality("vae", _bank(4), range(4), None)
+    trainer = trainer_of(tmp_path, model, tokenizer, prompts, options, *size, *ALONE, quality=quality)
     found = trainer._generate_and_score_completions([{"prompt": str(i // 16)} for i in range(64)])
     restored = torch.tensor([bool(t.restorations) for t in trainer.rollout])
     image = found["image_advantages"]
@@ -108,7 +108,7 @@ def test_what_was_not_restored_counts_in_no_mean_of_the_image_term(tmp_path, mon
     for group in range(4):
         assert image[16 * group :][:16].sum().abs() < 1e-5, "centred among the restored ones"
     logged = trainer._metrics["train"]["reward_latent_quality"][-1]
-    scores = trainer.quality(model, [t.prompt for t in trainer.rollout], trainer.rollout)
+    scores = quality(model, [t.prompt for t in trainer.rollout], trainer.rollout)
     assert logged == pytest.approx(np.mean([score for score in scores if score is not None]))
 
 
@@ -131,7 +131,5 @@ def test_the_reward_brings_restorations_closer_to_the_clean_latents(tmp_path):
     before = score()
     more = "grpo.text_weight=0", "grpo.image_weight=1", "grpo.sde_choice=window", "grpo.sde_steps=2", "grpo.steps=60"
     size = "grpo.prompts=4", "grpo.group_size=8", "grpo.rows_per_pass=32", "grpo.lr=0.003"
-    trainer = trainer_of(tmp_path, model, tokenizer, prompts, options, *size, *more, *ALONE)
-    trainer.quality = quality
-    trainer.train()
+    trainer_of(tmp_path, model, tokenizer, prompts, options, *size, *more, *ALONE, quality=quality).train()
     assert score() > before + 0.05

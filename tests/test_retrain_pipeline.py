@@ -18,17 +18,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def project(first, tmp_path):
-    """The smoke pipeline's workspace, committed, with its data in a DVC remote and a git remote beside it."""
-    folder = tmp_path / "project"
-    shutil.copytree(first / "scratch/smoke", folder, symlinks=True)
+def project(clone, first, tmp_path):
+    """The workspace of a smoke run, committed, with its data in a DVC remote and a git remote beside it."""
+    folder, made = tmp_path / "project", first / "scratch/smoke"
+    git(tmp_path, "clone", "-q", str(clone), "project")
+    shutil.copytree(made / "data", folder / "data", dirs_exist_ok=True)
+    for name in ("params.yaml", "dvc.lock"):
+        shutil.copy(made / name, folder / name)
     git(tmp_path, "init", "-q", "--bare", "-b", "main", "origin.git")
-    git(folder, "checkout", "-q", "-B", "main")
-    git(folder, "remote", "remove", "origin")
-    git(folder, "remote", "add", "origin", str(tmp_path / "origin.git"))
+    git(folder, "remote", "set-url", "origin", str(tmp_path / "origin.git"))
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "The smoke pipeline")
     git(folder, "push", "-q", "origin", "main")
+    run_dvc(folder, "cache", "dir", "-q", "--local", str(clone / ".dvc/cache"))
     run_dvc(folder, "remote", "add", "-q", "--local", "--default", "storage", str(tmp_path / "remote"))
     run_dvc(folder, "push", "-q")
     return folder
@@ -45,7 +47,7 @@ def _retrain(project) -> str:
 
 
 def test_a_new_set_goes_through_every_stage_to_a_pull_request(project, tmp_path):
-    put(project / "data/incoming/night", range(40))
+    put(project / "data/incoming/night", range(24))
     head = git(project, "rev-parse", "HEAD")
     said = _retrain(project)
     (branch,) = git(project, "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain/").split()

@@ -1,48 +1,27 @@
 """Stage `grpo`: interleaved GRPO from the bridge model on the rl split."""
 
-from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.records import Question, read_samples, write_json
+from clear.records import read_samples, write_json
 from clear.runtime import apply_runtime
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from clear.endpoint import Client
-    from clear.model.bagel import Bagel
-    from clear.reasoning.answering import Answerer
-    from clear.reasoning.engine import Options
-    from clear.reasoning.prompts import Prompt
-    from clear.training.latent_quality import LatentQuality
     from clear.training.load import Incoming
+    from clear.training.policy import Task
 
 INPUTS = ("data/models/bridge", "data/degraded/rl", "data/degraded/validation")
 
 
-@dataclass
-class Work:
-    """The model to train and what it is trained on; `holdout` is its true accuracy on degraded validation images.
-
-    `quality` scores restorations against the clean pictures, if they have a weight in the reward.
-    """
-
-    start: "Incoming"
-    answerer: "Answerer"
-    prompts: "list[Prompt]"
-    questions: list[Question]
-    options: "Options"
-    holdout: "Callable[[Bagel], float]"
-    quality: "LatentQuality | None"
-
-
-def prepare(config: Config) -> Work:
-    """Load the bridge model and the prompts, and choose what is trained."""
+def prepare(config: Config) -> "tuple[Incoming, Task]":
+    """Load the bridge model, choose what is trained, and gather the rl split's prompts and what judges the policy."""
     from clear.model import lora
     from clear.reasoning.answering import Answerer
     from clear.reasoning.engine import Options
@@ -51,6 +30,7 @@ def prepare(config: Config) -> Work:
     from clear.training import sft
     from clear.training.latent_quality import LatentQuality
     from clear.training.load import incoming, trainable
+    from clear.training.policy import Task
 
     s, g = config.sampling, config.grpo
     start = incoming(model_folder("bridge", config), config, whole=False)
@@ -92,7 +72,7 @@ def prepare(config: Config) -> Work:
     )
     never = (*sft.FROZEN, *(sft.GENERATION if g.experts == "und" else ()))
     trainable(model, sft.GENERATION if g.experts == "gen" else (), never)
-    return Work(start, answerer, prompts, [q for _, q in asked], options, holdout, quality)
+    return start, Task(tokenizer, prompts, [q for _, q in asked], options, holdout, quality=quality)
 
 
 def _judge(config: Config) -> "AbstractContextManager[Client | None]":
@@ -115,17 +95,16 @@ def run(config: Config) -> None:
     from clear.training.parallel import rank
     from clear.training.trainer import StageRun
 
-    work = prepare(config)
+    start, task = prepare(config)
     run = StageRun("grpo", config, INPUTS, checkpoint_dir("grpo"))
-    before = None if sharded.enabled() else work.holdout(work.start.model)
+    before = None if sharded.enabled() else task.holdout(start.model)
     with _judge(config) as judge:
-        model, given = work.start.model, (work.prompts, work.questions, work.options, work.holdout)
-        done = train(run, model, work.start.tokenizer, *given, judge, work.quality)
-    save(Path("data/models/grpo"), work.start, config)
+        done = train(run, start.model, replace(task, judge=judge))
+    save(Path("data/models/grpo"), start, config)
     first, last = run.curve[0], run.curve[-1]
     names = ("reward", "reward_accuracy", "call_rate", "groups_with_variance", "ratio_error", "kl")
     figures = {f"{when}_{n}": row.get(n) for when, row in (("first", first), ("last", last)) for n in names}
-    after = work.holdout(work.start.model)
+    after = task.holdout(start.model)
     before = first.get("accuracy_holdout") if before is None else before
     if rank() == 0:
         found = {"holdout_before": before, "holdout_after": after, "steps": done.steps, "stopped": done.stopped}

@@ -35,20 +35,17 @@ from transformers import (
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.config import Grpo
-from clear.endpoint import Client
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import Prompt
-from clear.records import Question
 from clear.training import objective, scoring, sharded
 from clear.training.judging import judged
-from clear.training.latent_quality import LatentQuality
 from clear.training.objective import advantages
 from clear.training.parallel import gathered, world
-from clear.training.policy import Policy, order, processing_class, streams
+from clear.training.policy import Policy, Task, order, processing_class, streams
 from clear.training.preemption import saved_on_sigterm
 from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
 from clear.training.stopping import StopRule
@@ -73,38 +70,24 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
 
     token_budget, own_streams = 0, False
 
-    def __init__(
-        self,
-        policy: Policy,
-        tokenizer,
-        prompts: Sequence[Prompt],
-        questions: Sequence[Question],
-        grpo: Grpo,
-        options: Options,
-        holdout: Callable[[Bagel], float] | None,
-        args: GRPOConfig,
-        judge: Client | None = None,
-        quality: LatentQuality | None = None,
-    ) -> None:
+    def __init__(self, policy: Policy, task: Task, grpo: Grpo, args: GRPOConfig) -> None:
         self.reference = None
         self.sharded = sharded.Policies(policy) if sharded.enabled() else None
         if lora.has_adapter(policy.bagel):
             lora.add_reference(policy.bagel)
         elif self.sharded is None:
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
-        self.text_tokenizer, self.grpo, self.options = tokenizer, grpo, options
-        self.prompts, self.questions, self.holdout = prompts, questions, holdout
-        self.judge, self.quality = judge, quality
+        self.task, self.grpo, self.options = task, grpo, task.options
         self.measured: Callable[[float], None] | None = None
-        self.times = flow.time_grid(options.flow_steps, options.shift).tolist()
+        self.times = flow.time_grid(self.options.flow_steps, self.options.shift).tolist()
         self.rollout: list[Trajectory] = []
         self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0, "holdout": 0.0}
         super().__init__(
             model=policy,
             reward_funcs=_no_reward,
             args=args,
-            train_dataset=Dataset.from_dict({"prompt": order(len(prompts), grpo, args.seed)}),
-            processing_class=processing_class(tokenizer, policy.bagel),
+            train_dataset=Dataset.from_dict({"prompt": order(len(task.prompts), grpo, args.seed)}),
+            processing_class=processing_class(task.tokenizer, policy.bagel),
             callbacks=[MarkComplete(), Progress("grpo")],
         )
         if self.reference is not None:
@@ -131,9 +114,9 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         group = self.num_generations
         numbers = [int(row["prompt"]) for row in inputs[::group]]
         bagel = self.sharded.whole() if self.sharded else self.accelerator.unwrap_model(self.model).bagel
-        if self.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
+        if self.task.holdout and self.grpo.holdout_every and self.state.global_step % self.grpo.holdout_every == 0:
             asked = time.perf_counter()
-            accuracy = self.holdout(bagel)
+            accuracy = self.task.holdout(bagel)
             self.seconds["holdout"] += time.perf_counter() - asked
             self._metrics["train"]["accuracy_holdout"].append(accuracy)
             if self.measured is not None:
@@ -143,7 +126,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             seed = self.args.seed * 2**20 + self.state.global_step
             torch.manual_seed(seed)  # trl's shuffling of the slices
         generator = torch.Generator().manual_seed(seed)
-        prompts = [self.prompts[i] for i in numbers]
+        prompts = [self.task.prompts[i] for i in numbers]
         begun = time.perf_counter()
         options = self._placed(generator)
         with lora.autocast(bagel):
@@ -175,21 +158,21 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
 
     def _rewards(self, bagel: Bagel, numbers: Sequence[int]) -> list[dict[str, float] | None]:
         """Every reward of every trajectory, whose prompts have these numbers; None where the judge gave no score."""
-        questions = [self.questions[i] for i in numbers]
-        texts = [t.texts(self.text_tokenizer) for t in self.rollout]
+        questions = [self.task.questions[i] for i in numbers]
+        texts = [t.texts(self.task.tokenizer) for t in self.rollout]
         accuracy: list[float | None] = [None] * len(texts)
-        if self.judge is not None:
-            accuracy = judged(self.judge, questions, [extract_answer(t[-1]) for t in texts])
+        if self.task.judge is not None:
+            accuracy = judged(self.task.judge, questions, [extract_answer(t[-1]) for t in texts])
         more: dict[str, Sequence[float | None]] = {}
         with lora.autocast(bagel):
             if self.grpo.reward_answer:
-                rows = bagel, self.text_tokenizer, self.rollout_prompts, self.rollout, questions
+                rows = bagel, self.task.tokenizer, self.rollout_prompts, self.rollout, questions
                 more["reward_answer"] = answer_rewards(*rows, self.grpo.answer_scored, self.options.batch)
-            if self.quality is not None:
-                more["reward_latent_quality"] = self.quality(bagel, numbers, self.rollout)
+            if self.task.quality is not None:
+                more["reward_latent_quality"] = self.task.quality(bagel, numbers, self.rollout)
         found: list[dict[str, float] | None] = []
         for n, (trajectory, question) in enumerate(zip(self.rollout, questions, strict=True)):
-            if self.judge is not None and accuracy[n] is None:
+            if self.task.judge is not None and accuracy[n] is None:
                 found.append(None)
                 continue
             own = {name: values[n] for name, values in more.items() if values[n] is not None}
@@ -212,7 +195,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         for name in dict.fromkeys(name for p in known for name in p):
             having = [p[name] for p in known if name in p]
             log[name].append(sum(having) / len(having))
-        if self.judge is not None:
+        if self.task.judge is not None:
             log["rejected"].append(float(len(parts) - len(known)))
         log["image_advantage"].append(sum(map(abs, image)) / len(image))
         log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
@@ -225,7 +208,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
 
     def _roll_out(self, bagel: Bagel, prompts: Sequence[Prompt], options: Options, generator, seed: int):
         """The groups of all prompts: drawn from one stream, or each from its own."""
-        given, group = (bagel, self.text_tokenizer), self.num_generations
+        given, group = (bagel, self.task.tokenizer), self.num_generations
         if not self.own_streams:
             return generate(*given, prompts, options, group, generator)
         found = []
@@ -354,17 +337,7 @@ class Done:
     seconds_per_step: dict[str, float]
 
 
-def make_trainer(
-    run: StageRun,
-    model: Bagel,
-    tokenizer,
-    prompts: Sequence[Prompt],
-    questions: Sequence[Question],
-    options: Options,
-    holdout: Callable[[Bagel], float] | None,
-    judge: Client | None = None,
-    quality: LatentQuality | None = None,
-) -> InterleavedGRPO:
+def make_trainer(run: StageRun, model: Bagel, task: Task) -> InterleavedGRPO:
     """The trainer of `train`, ready to run. Raises ClearError as `train` does."""
     grpo, processes = run.config.grpo, int(os.environ.get("WORLD_SIZE", 1))
     if sharded.enabled() and lora.has_adapter(model):
@@ -390,7 +363,7 @@ def make_trainer(
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation,
         num_generations=grpo.group_size,
-        max_completion_length=options.max_tokens,
+        max_completion_length=task.options.max_tokens,
         temperature=grpo.temperature,
         beta=0.0,
         bf16=False,
@@ -398,31 +371,19 @@ def make_trainer(
         shuffle_dataset=False,
     )
     args.logging_steps = 1
-    given = Policy(model), tokenizer, prompts, questions, grpo, options, holdout, args
-    trainer = InterleavedGRPO(*given, judge, quality)
+    trainer = InterleavedGRPO(Policy(model), task, grpo, args)
     trainer.token_budget = run.config.runtime.token_budget
     trainer.own_streams |= processes > 1 or sharded.enabled()
     trainer.remove_callback(PrinterCallback)
     return trainer
 
 
-def train(
-    run: StageRun,
-    model: Bagel,
-    tokenizer,
-    prompts: Sequence[Prompt],
-    questions: Sequence[Question],
-    options: Options,
-    holdout: Callable[[Bagel], float] | None,
-    judge: Client | None = None,
-    quality: LatentQuality | None = None,
-) -> Done:
+def train(run: StageRun, model: Bagel, task: Task) -> Done:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
-    holdout measures the true accuracy; judge and quality score what grpo.accuracy and grpo.reward_latent_quality ask.
     Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
     """
-    trainer = make_trainer(run, model, tokenizer, prompts, questions, options, holdout, judge, quality)
+    trainer = make_trainer(run, model, task)
     best = run.folder / "best.safetensors"
     rule = StopRule(trainer, best, run.config.grpo)
     if run.config.grpo.stop_after:

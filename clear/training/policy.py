@@ -1,16 +1,39 @@
-"""What trl wants to see around a Bagel, and the order in which prompts and random numbers reach it."""
+"""What a policy is trained on, what trl wants to see around it, and in which order prompts and numbers reach it."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from clear.config import Grpo
+from clear.endpoint import Client
 from clear.model import lora
 from clear.model.bagel import Bagel
+from clear.reasoning.engine import Options
+from clear.reasoning.prompts import Prompt
+from clear.records import Question
+from clear.training.latent_quality import LatentQuality
 from clear.training.parallel import rank
+
+
+@dataclass(frozen=True)
+class Task:
+    """Prompts with their questions, how they are rolled out (`options`), and what judges the policy.
+
+    holdout measures the true accuracy of a policy; judge scores answers in place of exact match; quality scores
+    restorations against clean pictures.
+    """
+
+    tokenizer: Any
+    prompts: Sequence[Prompt]
+    questions: Sequence[Question]
+    options: Options
+    holdout: Callable[[Bagel], float] | None = None
+    judge: Client | None = None
+    quality: LatentQuality | None = None
 
 
 class PolicyConfig(PretrainedConfig):

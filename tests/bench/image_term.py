@@ -46,6 +46,7 @@ from clear.training import sft
 from clear.training.grpo import train
 from clear.training.latent_quality import LatentQuality
 from clear.training.load import incoming, trainable
+from clear.training.policy import Task
 from clear.training.rewards import LIMIT, answer_rewards
 from clear.training.trainer import StageRun
 
@@ -219,7 +220,7 @@ def sampled(model, tokenizer, prompts, questions, config: Config, quality: Laten
     options = replace(options, shared_noise=g.shared_noise, max_restorations=s.max_restorations)
     with tempfile.TemporaryDirectory() as home:
         run = StageRun("image_term", config, [], Path(home))
-        done = train(run, model, tokenizer, prompts, questions, options, None, quality=quality)
+        done = train(run, model, Task(tokenizer, prompts, questions, options, quality=quality))
     print({k: round(v, 2) for k, v in done.seconds_per_step.items()}, flush=True)
     keys = (
         "reward_answer",
