@@ -9,7 +9,7 @@ import pytest
 
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
-from clear.reasoning.grammar import asks_restoration, extract_answer, well_formed
+from clear.reasoning.grammar import asks_restoration, direct_trace, extract_answer, well_formed
 from clear.records import CLEAN, Question, Sample, write_samples
 from clear.sources.scenes import scenes
 from clear.stages import traces
@@ -212,6 +212,24 @@ def test_a_trace_that_breaks_the_grammar_stops_the_stage_and_is_named(tmp_path, 
     assert pq.read_table(traces.REJECTS).num_rows == 0
     verdict = json.loads(traces.METRICS.read_text())["validation"]
     assert verdict == {"success": True, "expectations": len(TRACE_CHECKS), "failed": []}
+
+
+def test_where_a_question_brings_no_evidence_its_answer_is_all_that_is_noted(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    one, *others = degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 4, 1, 64, 1)], 0.1, 1)
+    bare = replace(one, questions=(replace(one.questions[0], evidence=""),))
+    config = trace_workspace(tmp_path, ["traces.restore_when=always"], [bare, *others])
+    traces.run(config)
+    assert "1 of 4 questions bring no evidence" in capsys.readouterr().out
+    row, other = read_traces(traces.OUT)[:2]
+    answer = bare.questions[0].answer
+    assert row.direct == direct_trace(answer, answer).replies[0] and f": {answer} </think>" in row.reply_2
+    assert others[0].questions[0].evidence in other.reply_2
+    write_samples("data/degraded/sft", [bare])
+    with pytest.raises(
+        ClearError, match=rf"none of 1 questions brings evidence \(the last is {bare.questions[0].id}\)"
+    ):
+        traces.run(config)
 
 
 def test_the_blocks_that_bound_the_memory_change_no_byte(tmp_path, monkeypatch):

@@ -124,15 +124,19 @@ def _asked(config: Config, columns: Iterable[str] | None = None) -> Iterator[tup
 
 
 def _checked(config: Config) -> int:
-    """How many questions there are. Raises ClearError if the oracle cannot demonstrate one of them."""
-    total = 0
+    """How many questions there are. Raises ClearError if the oracle knows no evidence for any of them."""
+    total, bare, last = 0, 0, ""
     for _, _, question in _asked(config, ("id", "questions")):
         total += 1
-        if config.traces.kind == "oracle" and not question.evidence:
+        if not question.evidence:
+            bare, last = bare + 1, question.id
+    if config.traces.kind == "oracle" and bare:
+        if bare == total:
             raise ClearError(
-                f"traces: question {question.id} brings no evidence, so that no trace can be composed; set "
-                "traces.kind = teacher."
+                f"traces: none of {total} questions brings evidence (the last is {last}), so that no thought can be "
+                "composed; set traces.kind = teacher, or add the key `evidence` to the questions."
             )
+        print(f"traces: {bare} of {total} questions bring no evidence; their thoughts note the answer alone.")
     return total
 
 

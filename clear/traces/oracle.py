@@ -12,10 +12,19 @@ from clear.records import CLEAN, Question, Sample
 from clear.traces.records import TraceRow
 
 
+def demonstrations(question: Question) -> tuple[grammar.Trace, grammar.Trace]:
+    """The direct and the restoring demonstration of a question.
+
+    Where it brings no evidence, as most pictures that came degraded, all that is noted is the answer.
+    """
+    evidence = question.evidence or question.answer
+    direct = grammar.direct_trace(evidence, question.answer)
+    return direct, grammar.restore_trace(question_text(question), evidence, question.answer)
+
+
 def trace_row(sample: Sample, question: Question, restore: bool, base_correct: bool, clean: bool = False) -> TraceRow:
     """The demonstration for one question; `clean` shows the clean image of the sample."""
-    direct = grammar.direct_trace(question.evidence, question.answer)
-    restored = grammar.restore_trace(question_text(question), question.evidence, question.answer)
+    direct, restored = demonstrations(question)
     chosen = restored if restore else direct
     return TraceRow(
         sample=sample.id,

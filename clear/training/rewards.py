@@ -15,9 +15,10 @@ from clear.config import Grpo
 from clear.model.bagel import Bagel
 from clear.reasoning import grammar
 from clear.reasoning.engine import Reply, Trajectory
-from clear.reasoning.prompts import Prompt, question_text
+from clear.reasoning.prompts import Prompt
 from clear.reasoning.tokenizer import decode, encode
 from clear.records import Question
+from clear.traces.oracle import demonstrations
 from clear.training import scoring
 
 LIMIT = 5.0
@@ -85,8 +86,8 @@ def answer_rewards(
     """How probable the right answer was to the model that rolled out: 1 + max(log p, −LIMIT) / LIMIT, in [0, 1].
 
     Exact match says the same for most members of a group; this says how near each came. scored: "answer" for the
-    answer block after the trajectory's own thought, "reply" for the whole last reply of a demonstration, of which the
-    question must bring the `evidence`. Prompts and questions are the trajectories' own; `batch` rows at a time.
+    answer block after the trajectory's own thought, "reply" for the whole last reply of a demonstration by the
+    oracle. Prompts and questions are the trajectories' own; `batch` rows at a time.
     """
     told = [_told(tokenizer, t, q, scored) for t, q in zip(trajectories, questions, strict=True)]
     found: list[float] = []
@@ -103,9 +104,8 @@ def _told(tokenizer, trajectory: Trajectory, question: Question, scored: str) ->
     """The trajectory with the right answer as its last reply; only that is to be scored."""
     *before, last = trajectory.replies
     if scored == "reply":
-        make = grammar.restore_trace if trajectory.restorations else grammar.direct_trace
-        asked = (question_text(question),) if trajectory.restorations else ()
-        forced, ids = 0, encode(tokenizer, make(*asked, question.evidence, question.answer).replies[-1])
+        direct, restored = demonstrations(question)
+        forced, ids = 0, encode(tokenizer, (restored if trajectory.restorations else direct).replies[-1])
     else:
         thought = decode(tokenizer, last.ids).split(grammar.ANSWER)[0].rstrip()
         opened = encode(tokenizer, f"{thought} {grammar.ANSWER}")
