@@ -376,6 +376,16 @@ def test_a_difference_is_the_mean_of_the_shared_rows_and_changes_sign_with_the_s
     assert (one.low, one.high) == pytest.approx((-other.high, -other.low)) and one.low < one.estimate < one.high
 
 
+def test_a_model_that_is_hardly_ever_right_on_clean_images_has_no_relative_robustness_to_compare(tmp_path):
+    for side, seed in (("base", 0), ("head", 3)):
+        fill(tmp_path / side, models=("grpo",), images=30, right=RIGHT | {"clean": 0.05}, seed=seed)
+    sides = read_sides(tmp_path, "base", "head")
+    found = compare(*sides, "grpo", Bootstrap(resamples=500))
+    assert found.level("grpo", "clean").base > 0 and found.level("grpo", "clean").head > 0
+    assert found.relative == {} and found.level("grpo", "high").low is not None
+    assert "robustness" in render.markdown(found, verdicts.judge(found, verdicts.policy_of(*sides)[0], []))
+
+
 def test_the_committed_predictions_against_themselves_differ_by_nothing(monkeypatch):
     monkeypatch.chdir(ROOT)
     base, head = read_sides(Path(), "HEAD", "HEAD")

@@ -7,6 +7,7 @@ independent; its p-values are corrected by Holm's method over the comparisons of
 certain if it passes both.
 """
 
+import contextlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from clear.bench.predictions import KEY, MODELS
 from clear.bench.scoring import HARD, SEVERITIES
 from clear.bench.statistics import Interval
 from clear.compare.load import BENCH, Side
+from clear.errors import ClearError
 from clear.records import CLEAN
 from clear.report.claims import LEVELS, NAMES, Bootstrap
 
@@ -312,14 +314,17 @@ def _with_detail(result: Comparison) -> Comparison:
 
 
 def _relative(rows: "pd.DataFrame", settings: Bootstrap) -> Interval | None:
-    """Head minus base of hard / clean accuracy, or None where either level has fewer than two clusters."""
+    """Head minus base of hard / clean accuracy; None where either level has fewer than two clusters, or too few right
+    answers: a resample without one to a clean question has no ratio."""
     parts = [rows[rows.severity == severity] for severity in (HARD, CLEAN)]
     if any(part.cluster.nunique() < 2 or not (part.correct_base.any() and part.correct_head.any()) for part in parts):
         return None
     head, base, groups = (
         [part[name].to_numpy() for part in parts] for name in ("correct_head", "correct_base", "cluster")
     )
-    return statistics.paired_ratio_difference(head, base, groups, **vars(settings))
+    with contextlib.suppress(ClearError):  # nothing else is wrong with these scores
+        return statistics.paired_ratio_difference(head, base, groups, **vars(settings))
+    return None
 
 
 def _with_own_intervals(one: Difference, rows: "pd.DataFrame", settings: Bootstrap) -> Difference:
