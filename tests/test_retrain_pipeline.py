@@ -50,17 +50,23 @@ def _retrain(project) -> str:
 
 def test_a_new_set_goes_through_every_stage_to_a_pull_request(project, tmp_path):
     put(project / "data/incoming/night", range(24))
-    head = git(project, "rev-parse", "HEAD")
+
+    def at(revision: str) -> str:
+        return git(project, "rev-parse", revision).strip()
+
+    head = at("HEAD")
     said = _retrain(project)
     (branch,) = git(project, "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain/").split()
     assert branch in said and branch.startswith("retrain/night-")
-    assert git(project, "rev-parse", "HEAD") == head and not git(project, "diff", "--name-only"), "the workspace moved"
+    assert git(project, "rev-parse", "HEAD").strip() == head and not git(project, "diff", "--name-only"), (
+        "the workspace moved"
+    )
 
     steps = git(project, "log", "--reverse", "--format=%s", f"{head}..{branch}").splitlines()
     assert len(steps) == 3
     trained = json.loads(git(project, "show", f"{branch}:data/metrics/degrade.json"))
     assert trained["incoming"]["sets"]["night"]["fingerprint"]
-    incumbent, retrained = (git(project, "rev-parse", f"{branch}{back}") for back in ("~1", ""))
+    incumbent, retrained = at(f"{branch}~1"), at(branch)
     for sha in (incumbent, retrained):
         answered = json.loads(git(project, "show", f"{sha}:data/metrics/evaluate_grpo.json"))
         assert "night" in json.dumps(answered), "both models were asked about the new pictures"
