@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def project(clone, first, tmp_path):
 def _retrain(project) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CLEAR_HOME": str(project.parent / "home")}
     environment.pop("GITHUB_TOKEN", None)
-    environment["PATH"] = f"{ROOT / '.venv/bin'}{os.pathsep}{environment['PATH']}"
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     command = [sys.executable, "-m", "flows.retrain"]
     done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
@@ -58,9 +59,7 @@ def test_a_new_set_goes_through_every_stage_to_a_pull_request(project, tmp_path)
     said = _retrain(project)
     (branch,) = git(project, "for-each-ref", "--format=%(refname:short)", "refs/heads/retrain/").split()
     assert branch in said and branch.startswith("retrain/night-")
-    assert git(project, "rev-parse", "HEAD").strip() == head and not git(project, "diff", "--name-only"), (
-        "the workspace moved"
-    )
+    assert at("HEAD") == head and not git(project, "diff", "--name-only"), "the workspace moved"
 
     steps = git(project, "log", "--reverse", "--format=%s", f"{head}..{branch}").splitlines()
     assert len(steps) == 3
