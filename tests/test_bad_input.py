@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import psutil
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +21,7 @@ from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import degrade
 from clear.errors import ClearError
 from clear.records import read_samples, shards, write_samples
+from clear.rejects import read_rejects
 from clear.scratch import write_params
 from tests.conftest import ROOT
 
@@ -95,9 +95,8 @@ def test_validate_names_the_sample_whose_degraded_image_is_truncated(made):
     key = truncate_last(made / "data/degraded/sft", "degraded")
     line = refusal(made, "validate")
     assert f"for 1 samples: {key}" in line and "degraded_sft" in line and "repair" in line
-    rejects = pd.read_parquet(made / "data/rejects/validate.parquet")
-    assert rejects["id"].tolist() == [key]
-    assert "not a complete image" in rejects["reason"][0]
+    (reject,) = read_rejects(made / "data/rejects/validate.parquet")
+    assert (reject.id, reject.reason) == (key, "decodable") and "not a complete image" in reject.detail
 
 
 def test_degrade_names_the_sample_whose_clean_image_is_truncated(made):
