@@ -1,6 +1,7 @@
 """Healthy data pass; every injected fault is caught by name, with the sample that has it."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 
@@ -81,7 +82,11 @@ def test_healthy_data_pass_with_metrics_and_docs(inside):
     psnr = found["datasets"]["bench_degraded"]["psnr"]
     assert len(psnr) == 16 and psnr["dark"]["low"] > psnr["dark"]["mid"] > psnr["dark"]["high"]
     assert read_rejects(validate.REJECTS) == []
-    assert (report_dir() / "data_docs" / "index.html").is_file()
+    docs = report_dir() / "data_docs"
+    page = (docs / "index.html").read_text()
+    links = {name: link for link, name in re.findall(r'<a href="([^"]+)">(\w+)</a>', page)}
+    assert links.keys() == found["datasets"].keys() and all((docs / link).is_file() for link in links.values())
+    assert page.count("✓") == len(links) and "http" not in page, "it needs no network"
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])
@@ -173,7 +178,7 @@ def test_failing_stage_writes_everything_and_then_stops(inside, tmp_path, monkey
     (reject,) = read_rejects(validate.REJECTS)
     assert (reject.id, reject.subset, reject.reason) == (samples_key(1), "degraded_validation", "decodable")
     assert "500 bytes are not a complete image" in reject.detail
-    assert (report_dir() / "data_docs" / "index.html").is_file()
+    assert "✗ decodable (1)" in (report_dir() / "data_docs" / "index.html").read_text()
 
 
 def samples_key(index: int) -> str:

@@ -9,6 +9,7 @@ per dataset, SUMMARY results: more detail costs minutes and hangs the Data Docs.
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -88,7 +89,36 @@ def run_checks(
         (validation,) = result.run_results.values()
         failures[name] = _failures(validation, checks[name], frame)
     context.build_data_docs(site_names=["data_docs"])
+    (docs / "index.html").write_text(_front_page(docs, frames, checks, failures))
     return failures
+
+
+def _front_page(
+    docs: Path,
+    frames: Mapping[str, pd.DataFrame],
+    checks: Mapping[str, list[Check]],
+    failures: Mapping[str, list[Failure]],
+) -> str:
+    """The list of datasets in HTML, in place of the library's own, which is empty without a network."""
+    rows = []
+    for name, frame in frames.items():
+        newest = max((docs / "validations" / name).rglob("*.html"), key=lambda file: file.parent.name)
+        failed = ", ".join(f"{one.check.name} ({one.count:,})" for one in failures[name])
+        cells = (
+            f'<a href="{newest.relative_to(docs).as_posix()}">{escape(name)}</a>',
+            f"{len(frame):,}",
+            str(len(checks[name])),
+            f"✗ {escape(failed)}" if failed else "✓ every one holds",
+        )
+        rows.append("<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>")
+    head = "".join(f"<th>{title}</th>" for title in ("dataset", "rows", "expectations", "what fails (rows)"))
+    style = "body{font:16px sans-serif;margin:2rem}td,th{padding:.3rem 1.2rem .3rem 0;text-align:left}"
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>Data Docs</title>'
+        f"<style>{style}</style></head>\n<body><h1>Data Docs</h1>\n<table><tr>{head}</tr>\n"
+        + "\n".join(rows)
+        + "\n</table></body></html>\n"
+    )
 
 
 def listed(failures: Mapping[str, list[Failure]], rows: str = "samples") -> str:
