@@ -75,13 +75,18 @@ def engine_probability(model, tokenizer, prompts, wanted: int) -> float:
     return scores.text.exp().min().item()
 
 
-def brightness(model, prompts, trigger, sampled) -> torch.Tensor:
-    """Mean of the restored latents (count,) from fixed noise, by the ODE."""
+def restored(model, prompts, trigger, sampled) -> torch.Tensor:
+    """Restored latents (count, 9, 4) from fixed noise, by the ODE."""
     rows = prefill(model, prompts)
     text_reply(model, rows, trigger)
     noise = torch.randn(len(prompts), 9, 4, generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
-        return denoise(model, rows.cache, rows.rope, (3, 3), noise, replace(sampled, sigma=0.0)).x0.mean((1, 2))
+        return denoise(model, rows.cache, rows.rope, (3, 3), noise, replace(sampled, sigma=0.0)).x0
+
+
+def brightness(model, prompts, trigger, sampled) -> torch.Tensor:
+    """Mean (count,) of each of them."""
+    return restored(model, prompts, trigger, sampled).mean((1, 2))
 
 
 @pytest.mark.parametrize(

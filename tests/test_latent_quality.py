@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
 from clear.reasoning.answering import Answerer
-from clear.reasoning.engine import Restoration, Trajectory, denoise, generate, prefill, text_reply
+from clear.reasoning.engine import Restoration, Trajectory, generate
 from clear.reasoning.tokenizer import encode
 from clear.sources.scenes import scenes
 from clear.training import grpo
 from clear.training.latent_quality import LatentQuality, latent_similarities, pooled
 from clear.training.load import trainable
 from clear.training.sft import GENERATION
-from tests.test_grpo_proofs import OPTIONS, trainer_of
+from tests.test_grpo_proofs import OPTIONS, restored, trainer_of
 from tests.tiny import save_random_model, tiny_model, tiny_prompts
 
 
@@ -102,9 +102,9 @@ def test_what_was_not_restored_counts_in_no_mean_of_the_image_term(tmp_path, mon
     quality = LatentQuality("vae", _bank(4), range(4), None)
     trainer = trainer_of(tmp_path, model, tokenizer, prompts, options, *size, *ALONE, quality=quality)
     found = trainer._generate_and_score_completions([{"prompt": str(i // 16)} for i in range(64)])
-    restored = torch.tensor([bool(t.restorations) for t in trainer.rollout])
+    has_image = torch.tensor([bool(t.restorations) for t in trainer.rollout])
     image = found["image_advantages"]
-    assert restored.sum() == 32 and not image[~restored].any() and image[restored].all()
+    assert has_image.sum() == 32 and not image[~has_image].any() and image[has_image].all()
     for group in range(4):
         assert image[16 * group :][:16].sum().abs() < 1e-5, "centred among the restored ones"
     logged = trainer._metrics["train"]["reward_latent_quality"][-1]
@@ -119,12 +119,8 @@ def test_the_reward_brings_restorations_closer_to_the_clean_latents(tmp_path):
     options = replace(OPTIONS, max_tokens=1, shared_noise=True)
 
     def score() -> float:
-        rows = prefill(model, prompts)
-        text_reply(model, rows, trigger)
-        noise = torch.randn(4, 9, 4, generator=torch.Generator().manual_seed(1))
-        with torch.inference_mode():
-            x0 = denoise(model, rows.cache, rows.rope, (3, 3), noise, replace(options, sigma=0.0)).x0
-        done = [Trajectory(n, restorations=[Restoration(x, (3, 3))]) for n, x in enumerate(x0)]
+        latents = restored(model, prompts, trigger, options)
+        done = [Trajectory(n, restorations=[Restoration(x, (3, 3))]) for n, x in enumerate(latents)]
         return float(np.mean(quality(model, range(4), done)))
 
     trainable(model, GENERATION)

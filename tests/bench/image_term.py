@@ -189,7 +189,6 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
     likely = np.load(known)
     undecided = (likely > 0) & (likely < 0.99)
     print(f"{undecided.sum()} of {len(likely)} questions are undecided", flush=True)
-    clean = answerer.bank([s.image for s in rl.samples], [s.key for s in rl.samples])
     for name in names:
         config = from_dict(compose([f"runtime.threads={base.runtime.threads}", *ALONE, *SETTINGS[name].split()]))
         model.load_state_dict(weights)
@@ -199,8 +198,11 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
         if name.startswith("pathwise"):
             curve = pathwise(model, tokenizer, *given, config)
         else:
-            quality = LatentQuality(config.grpo.latent_quality, clean, numbers, answerer.reencode)
-            curve = sampled(model, tokenizer, *given, config, quality if config.grpo.reward_latent_quality else None)
+            quality = None
+            if config.grpo.reward_latent_quality:
+                clean = answerer.bank([s.image for s in rl.samples], [s.key for s in rl.samples])
+                quality = LatentQuality(config.grpo.latent_quality, clean, numbers, answerer.reencode)
+            curve = sampled(model, tokenizer, *given, config, quality)
         line = {"name": name, "folder": folder, "seconds": round(time.perf_counter() - begun), "curve": curve}
         after = held.measure(answerer)
         for figure, value in after.items():
