@@ -21,6 +21,7 @@ from clear.config import Config, Lora
 from clear.model import flex
 from clear.model.bagel import Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
+from clear.model.cache import grown
 from clear.model.images import encode_batch
 from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
@@ -250,11 +251,8 @@ def kv_bytes(llm: LlmConfig, rows: int, capacity: int, number: int) -> int:
 
 
 def kv_capacity(prompt: int, total: int) -> int:
-    """Places per row of a cache that starts with the prompt and 128 spare places and doubles when it is full."""
-    capacity = prompt + 128
-    while capacity < total:
-        capacity *= 2
-    return capacity
+    """Places per row of a cache that starts with the prompt and 128 spare ones, and grows as clear.model.cache does."""
+    return grown(prompt + 128, total)
 
 
 def grids(config: Config) -> tuple[int, int]:
@@ -407,14 +405,15 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
 def _generation(config: Config, stage: str, model: BagelConfig, number: int, fused: bool) -> tuple[int, int]:
     """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
 
-    The stage `bridge` only denoises behind the prompt. Prefill works through one layer at a time; GRPO prefills each
-    prompt once for its group.
+    The stage `bridge` only denoises, behind the prompt and the reply that asks for it. Prefill works through one layer
+    at a time; GRPO prefills each prompt once for its group.
     """
     s, prompt = config.sampling, prompt_tokens(config)
     latent, _ = grids(config)
     rows = s.batch
-    total = prompt + (s.max_restorations + 1) * (s.max_think_tokens + 1) + s.max_restorations * (latent + 2)
-    capacity = prompt + 128 if stage == "bridge" else kv_capacity(prompt, total)
+    replies, pictures = (1, 1) if stage == "bridge" else (s.max_restorations + 1, s.max_restorations)
+    longest = _reply(config) if stage == "bridge" else s.max_think_tokens
+    capacity = kv_capacity(prompt, prompt + replies * (longest + 1) + pictures * (latent + 2))
     prefilled = max(1, rows // config.grpo.group_size) if stage == "grpo" else rows
     batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
     plain = Lora(0, 1.0, 0.0, [], "both")

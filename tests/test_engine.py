@@ -1,6 +1,7 @@
 """The generation engine: batching changes nothing, and everything it records can be reproduced."""
 
 import ctypes
+import math
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
+from clear.model.cache import KVCache
 from clear.model.flow import Guidance
 from clear.model.sequence import LATENT, VIT, Image, Text, layout
 from clear.reasoning import engine, grammar
@@ -81,6 +83,58 @@ def test_the_feedback_reaches_the_second_reply():
     assert len(log_probs) > 1, "another starting noise gives another picture and so other log-probabilities"
 
 
+@pytest.mark.parametrize("restore", ["plain", "always"])
+def test_finished_rows_leave_the_batch_at_once(restore):
+    model, tokenizer = tiny_model()
+    sizes = _forwards(model)
+    options = replace(OPTIONS, restore=restore, max_tokens=30, temperature=1.0)
+    found = generate(model, tokenizer, tiny_prompts(tokenizer, 6), options, 4, torch.Generator().manual_seed(0))
+    replies = [t.replies[-1].ids for t in found]
+    assert len({len(ids) for ids in replies}) > 10
+    ended = [len(ids) if ids[-1] == model.config.special.eos else math.inf for ids in replies]
+    # after its k-th token, a row is fed on unless that was the end
+    assert sizes[-29:] == [sum(end > k for end in ended) for k in range(1, 30)] and sizes[-30] == 24
+
+
+def _filled(lengths, capacity):
+    """A cache of two layers whose entries tell row, place and layer apart, with `lengths` counted."""
+    cache = KVCache(2, len(lengths), 1, 2, capacity, torch.empty(0))
+    for store in (cache.keys, cache.values):
+        for layer in store:
+            layer.copy_(torch.randn(layer.shape))
+    cache.lengths = torch.tensor(lengths)
+    return cache
+
+
+def _entries(cache):
+    stores = (*cache.keys, *cache.values)
+    return [[store[row, :, :length] for store in stores] for row, length in enumerate(cache.lengths.tolist())]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_rows_kept_in_place_are_those_selected(data):
+    lengths = data.draw(st.lists(st.integers(0, 6), min_size=1, max_size=6))
+    rows = data.draw(st.lists(st.sampled_from(range(len(lengths))), unique=True))
+    cache = _filled(lengths, 8)
+    expected = cache.select(torch.tensor(rows, dtype=torch.long))
+    cache.keep(torch.tensor(rows, dtype=torch.long))
+    assert cache.rows == len(rows) == len(cache.keys[0]) and torch.equal(cache.lengths, expected.lengths)
+    torch.testing.assert_close(_entries(cache), _entries(expected), atol=0, rtol=0)
+
+
+def test_reading_a_cache_leaves_its_entries_as_they_were():
+    model, tokenizer = tiny_model()
+    with torch.inference_mode():
+        rows = engine.prefill(model, tiny_prompts(tokenizer, 3))
+        rows.cache.lengths = rows.cache.lengths - torch.tensor([0, 5, 2])  # rows of different lengths
+        before = [[x.clone() for x in row] for row in _entries(rows.cache)]
+        first = velocities(model, Context(rows.cache, rows.rope), (3, 3), torch.ones(3, 9, 4), 0.5)
+        torch.testing.assert_close(_entries(rows.cache), before, atol=0, rtol=0)
+        again = velocities(model, Context(rows.cache, rows.rope), (3, 3), torch.ones(3, 9, 4), 0.5)
+    assert torch.equal(first, again) and first.abs().max() > 0
+
+
 # --- guidance
 
 GUIDED = replace(OPTIONS, restore="always", noise_seed=1, guidance=Guidance(3.0, 2.0, low=0.0))
@@ -123,8 +177,8 @@ def test_guidance_is_one_batched_forward_per_step():
     for guidance, expected in ((Guidance(3.0, 2.0, low=0.0), [3, 9, 9, 9]), (Guidance(3.0, 1.0, low=0.8), [6, 6, 3])):
         sizes.clear()
         generate(model, tokenizer, prompts, replace(GUIDED, guidance=guidance))
-        # prompt, trigger reply, then the image-free context (with image guidance) and the steps
-        assert sizes == plain[:2] + expected + plain[2 + OPTIONS.flow_steps :]
+        # prompt, trigger reply, then the image-free context (with image guidance) and the steps; then the feedback
+        assert sizes[: 3 + len(expected)] == [*plain[:2], *expected, 3]
 
 
 def test_a_guided_batch_equals_one_by_one_and_differs_from_the_plain_one():
@@ -307,14 +361,14 @@ def test_decoding_allocates_nothing_that_grows_beyond_its_cache(monkeypatch):
     monkeypatch.setattr(engine, "_sample", lambda logits, *_: (logits[:, 5:].argmax(-1) + 5, logits[:, 5]))  # never eos
     plain, seen = engine._feed, []
 
-    def fed(model, state, ids, valid=None):
+    def fed(model, state, ids):
         size = sum(x.untyped_storage().nbytes() for x in (*state.cache.keys, *state.cache.values))
         seen.append((_heap(), size))
-        return plain(model, state, ids, valid)
+        return plain(model, state, ids)
 
     monkeypatch.setattr(engine, "_feed", fed)
     generate(model, tokenizer, tiny_prompts(tokenizer, rows), Options(restore="plain", max_tokens=steps, batch=rows))
-    assert len(seen) == steps + 1
+    assert len(seen) == steps
     assert seen[-1][1] > seen[0][1], "the cache has grown, so its growth is told apart"
     content = steps * rows * 2 * len(model.language_model.model.layers) * 2 * 8 * 4  # keys and values of all steps
     rest = [heap - cache for heap, cache in seen]

@@ -1,11 +1,18 @@
 """Key-value cache of a batch of rows that may have different lengths.
 
-One preallocated tensor per layer, (B, kv_heads, capacity, head_dim), written in place; capacity doubles when needed,
-so decoding never re-copies the past token by token. Row b holds `lengths[b]` valid entries from the left.
+One preallocated tensor per layer, (B, kv_heads, capacity, head_dim), written in place; capacity grows by a quarter
+when needed, so decoding never re-copies the past token by token. Row b holds `lengths[b]` valid entries from the left.
 """
 
 import torch
 from torch import Tensor
+
+
+def grown(capacity: int, tokens: int) -> int:
+    """The places per row of a cache that had `capacity` of them and must hold `tokens`: a quarter more until it can."""
+    while capacity < tokens:
+        capacity += capacity // 4 + 1
+    return capacity
 
 
 class KVCache:
@@ -24,36 +31,45 @@ class KVCache:
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more entries in every row."""
-        need = (int(self.lengths.max()) if self.rows else 0) + tokens
         have = self.keys[0].shape[2]
-        if need <= have:
+        more = grown(have, (int(self.lengths.max()) if self.rows else 0) + tokens) - have
+        if not more:
             return
-        grow = max(need, 2 * have) - have
         for store in (self.keys, self.values):
             for i, old in enumerate(store):
-                store[i] = torch.cat([old, old.new_zeros(*old.shape[:2], grow, old.shape[3])], dim=2)
+                store[i] = torch.cat([old, old.new_zeros(*old.shape[:2], more, old.shape[3])], dim=2)
 
-    def append(self, layer: int, k: Tensor, v: Tensor, valid: Tensor) -> None:
-        """Write k, v (B, kv_heads, n, head_dim) behind each row's entries; `valid` (B, n) marks real tokens.
+    def places(self, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the tokens that `valid` (B, n) marks are to be written: rows, their columns in `valid`, entries."""
+        row, column = valid.nonzero(as_tuple=True)
+        return row, column, self.lengths[row] + (valid.cumsum(1) - 1)[row, column]
+
+    def append(self, layer: int, k: Tensor, v: Tensor, places: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Write k, v (B, kv_heads, n, head_dim) behind each row's entries, at the `places` of the real tokens.
 
         The lengths advance in `advance`, once per forward and not once per layer.
         """
-        row, column = valid.nonzero(as_tuple=True)
-        place = self.lengths[row] + (valid.cumsum(1) - 1)[row, column]
+        row, column, place = places
         self.keys[layer][row, :, place] = k[row, :, column].to(self.keys[layer].dtype)
         self.values[layer][row, :, place] = v[row, :, column].to(self.values[layer].dtype)
+
+    def beside(self, layer: int, k: Tensor, v: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """The first `longest` entries of every row, then k, v (B, kv_heads, n, head_dim), which are not remembered.
+
+        They stand in the store itself, behind the longest row, where `reserve` must have made room; the next tokens
+        overwrite them.
+        """
+        total = longest + k.shape[2]
+        self.keys[layer][:, :, longest:total] = k
+        self.values[layer][:, :, longest:total] = v
+        return self.keys[layer][:, :, :total], self.values[layer][:, :, :total]
 
     def advance(self, valid: Tensor) -> None:
         """Count the tokens that `append` has written in every layer."""
         self.lengths = self.lengths + valid.sum(1)
 
-    def view(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values (B, kv_heads, longest row, head_dim); entries beyond a row's length are to be masked."""
-        longest = int(self.lengths.max())
-        return self.keys[layer][:, :, :longest], self.values[layer][:, :, :longest]
-
     def visible(self) -> Tensor:
-        """(B, longest row) bool: which entries of `view` are real."""
+        """(B, longest row) bool: which entries are real."""
         longest = int(self.lengths.max())
         return torch.arange(longest, device=self.lengths.device)[None] < self.lengths[:, None]
 
@@ -64,6 +80,16 @@ class KVCache:
         new.values = [v[rows] for v in self.values]
         new.lengths = self.lengths[rows]
         return new
+
+    def keep(self, rows: Tensor) -> None:
+        """Only these rows from here on, in this order, in place: only those that change their number are copied."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        longest = int(self.lengths.max())
+        for store in (self.keys, self.values):
+            for layer, old in enumerate(store):
+                old[moved, :, :longest] = old[rows[moved], :, :longest]
+                store[layer] = old[: len(rows)]
+        self.lengths = self.lengths[rows]
 
     @staticmethod
     def concatenate(parts: "list[KVCache]") -> "KVCache":

@@ -116,7 +116,7 @@ class Routing:
         if not len(self.gen):
             return und.reshape(self.rows, self.length, *und.shape[1:])
         out = und.new_empty(self.rows * self.length, *und.shape[1:])
-        out = out.index_copy(0, self.und, und).index_copy(0, self.gen, gen.to(und.dtype))
+        out.index_copy_(0, self.und, und).index_copy_(0, self.gen, gen.to(und.dtype))
         return out.reshape(self.rows, self.length, *und.shape[1:])
 
 
@@ -147,7 +147,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     if q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-    return (scores + bias).softmax(-1).to(v.dtype) @ v
+    # In place where types allow: a batch's scores are larger than its keys, and memory is what limits this.
+    scores = scores.add_(bias) if scores.dtype == bias.dtype else scores + bias
+    weights = scores.softmax(-1) if scores.requires_grad else torch.softmax(scores, -1, out=scores)
+    return weights.to(v.dtype) @ v
 
 
 class MoTLayer(nn.Module):
@@ -275,23 +278,23 @@ def _attention_plan(allowed: Tensor | BlockMask, cache: KVCache | None, valid: T
     if not write:
         seen = past[:, None].expand(-1, allowed.shape[1], -1)
         bias = as_bias(torch.cat([seen, allowed], dim=2))
+        cache.reserve(allowed.shape[1])
 
         def read(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            old_k, old_v = cache.view(layer)
-            return attend(q, torch.cat([old_k.to(k.dtype), k], 2), torch.cat([old_v.to(v.dtype), v], 2), bias)
+            keys, values = cache.beside(layer, k, v, past.shape[1])
+            return attend(q, keys.to(q.dtype), values.to(q.dtype), bias)
 
         return read
     cache.reserve(int(valid.sum(1).max()))
     total = int((cache.lengths + valid.sum(1)).max())
     mask = allowed.new_zeros(*allowed.shape[:2], total)
     mask[:, :, : past.shape[1]] = past[:, None]
-    row, column = valid.nonzero(as_tuple=True)
-    place = cache.lengths[row] + (valid.cumsum(1) - 1)[row, column]
+    row, column, place = places = cache.places(valid)
     mask[row, :, place] = allowed[row, :, column]
     bias = as_bias(mask)
 
     def append(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.append(layer, k, v, valid)
+        cache.append(layer, k, v, places)
         keys, values = cache.keys[layer][:, :, :total], cache.values[layer][:, :, :total]
         return attend(q, keys.to(q.dtype), values.to(q.dtype), bias)
 

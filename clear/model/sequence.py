@@ -216,8 +216,8 @@ class Layout:
         return [self.block, self.sample, self.noise, *([self.branch] if bool(self.branch.any()) else [])]
 
     @classmethod
-    def tokens(cls, ids: Tensor, rope: Tensor, valid: Tensor) -> "Layout":
-        """Plain text tokens without markers, the fast path of decoding: ids and valid (B, n), first positions (B,)."""
+    def tokens(cls, ids: Tensor, rope: Tensor) -> "Layout":
+        """Plain text tokens without markers, the fast path of decoding: ids (B, n) and their first positions (B,)."""
         zero = torch.zeros_like(ids)
         return cls(
             ids=ids,
@@ -226,7 +226,7 @@ class Layout:
             block=zero - 1,
             noise=zero,
             branch=zero,
-            sample=torch.where(valid, zero, zero - 1),
+            sample=zero,
             target=torch.full_like(ids, IGNORE),
             place=torch.zeros(*ids.shape, 2, dtype=torch.long, device=ids.device),
         )

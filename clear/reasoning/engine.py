@@ -120,6 +120,16 @@ class _Rows:
         index = torch.as_tensor(rows, dtype=torch.long, device=self.rope.device)
         return _Rows(self.cache.select(index), self.rope[index], [self.trajectories[i] for i in rows])
 
+    def drop(self, gone: Sequence[int]) -> Tensor:
+        """Let these rows leave; the last rows move to their places. Returns the former numbers of those that stay."""
+        count = len(self.trajectories) - len(gone)
+        last = (i for i in range(count, len(self.trajectories)) if i not in gone)
+        stay = [next(last) if i in gone else i for i in range(count)]
+        index = torch.tensor(stay, dtype=torch.long, device=self.rope.device)
+        self.cache.keep(index)
+        self.rope, self.trajectories = self.rope[index], [self.trajectories[i] for i in stay]
+        return index
+
     @staticmethod
     def join(parts: "list[_Rows]") -> "_Rows":
         cache = KVCache.concatenate([part.cache for part in parts])
@@ -190,8 +200,9 @@ def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
             prefix, whole = [*trigger_reply, model.config.special.eos], True
         elif turn == 0 and options.restore == "never":
             prefix = encode(tokenizer, grammar.direct_prefix())
-        rows = _reply(model, tokenizer, rows, prefix, whole, options, generator)
-        if not rows.trajectories or turn == options.max_restorations or options.restore in ("never", "plain"):
+        last = turn == options.max_restorations or options.restore in ("never", "plain")
+        rows = _reply(model, tokenizer, rows, prefix, whole, last, options, generator)
+        if last or not rows.trajectories:
             return
         groups: dict[tuple[int, int], list[int]] = {}
         for i, trajectory in enumerate(rows.trajectories):
@@ -203,53 +214,47 @@ def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
         rows = _Rows.join(parts)
 
 
-def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, options: Options, generator) -> _Rows:
-    """Sample one reply for every row; returns the rows that asked for a restoration, their eos in the cache."""
+def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, last: bool, options: Options, generator) -> _Rows:
+    """Sample one reply for every row; returns the rows that asked for a restoration, their eos in the cache.
+
+    No row asks where the reply is the `last` one; where it is `whole` in its prefix, all do.
+    """
     special, device = model.config.special, rows.rope.device
     for trajectory in rows.trajectories:
         trajectory.replies.append(Reply(list(prefix), [0.0] * len(prefix), len(prefix)))
-    logits = _feed(model, rows, torch.tensor([[special.bos, *prefix]] * len(rows.trajectories), device=device))
+    fed = torch.tensor([[special.bos, *prefix]] * len(rows.trajectories), device=device)
     if whole:
+        _feed(model, rows, fed)
         return rows
-    parked: list[_Rows] = []
     known = rows.trajectories[0].vocabulary or None
-    live = torch.ones(len(rows.trajectories), dtype=torch.bool, device=device)
-    waiting = torch.zeros_like(live)
+    asking: list[_Rows] = []
     for _ in range(options.max_tokens):
-        token, log_prob = _sample(logits[:, :known], options.temperature, generator)
-        ended = torch.zeros_like(live)
-        for i, (t, lp, alive) in enumerate(zip(token.tolist(), log_prob.tolist(), live.tolist(), strict=True)):
-            if not alive:
-                continue
-            reply = rows.trajectories[i].replies[-1]
+        token, log_prob = _sample(_feed(model, rows, fed)[:, :known], options.temperature, generator)
+        replies = [trajectory.replies[-1] for trajectory in rows.trajectories]
+        for reply, t, lp in zip(replies, token.tolist(), log_prob.tolist(), strict=True):
             reply.ids.append(t)
             reply.log_probs.append(lp)
-            if t == special.eos:
-                ended[i] = True
-                waiting[i] = grammar.asks_restoration(decode(tokenizer, reply.ids))
-        feed = live & (~ended | waiting)
-        live = live & ~ended
-        if feed.any():
-            logits = _feed(model, rows, token[:, None], feed[:, None])
-        if not live.any():
-            break
-        if int(live.sum()) * 2 <= len(live):  # compact: park those that wait for their picture, drop the finished
-            if waiting.any():
-                parked.append(rows.select(waiting.nonzero().squeeze(1).tolist()))
-            keep = live.nonzero().squeeze(1)
-            rows, logits = rows.select(keep.tolist()), logits[keep]
-            live, waiting = live[keep], waiting[keep]
-    if waiting.any():
-        parked.append(rows.select(waiting.nonzero().squeeze(1).tolist()))
-    return _Rows.join(parked) if parked else _Rows(rows.cache, rows.rope, [])
+        ended = [i for i, reply in enumerate(replies) if reply.ids[-1] == special.eos]
+        if ended:
+            asks = [i for i in ended if not last and grammar.asks_restoration(decode(tokenizer, replies[i].ids))]
+            if asks:
+                asking.append(rows.select(asks))
+            token = token[rows.drop(ended)]
+            if not len(token):
+                break
+        fed = token[:, None]
+    if not asking:
+        return _Rows(rows.cache, rows.rope, [])
+    rows = _Rows.join(asking)
+    _feed(model, rows, torch.full((len(rows.trajectories), 1), special.eos, device=device))
+    return rows
 
 
-def _feed(model: Bagel, rows: _Rows, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Append text tokens to the rows (where `valid`) and return the last logits (B, V)."""
-    valid = torch.ones_like(ids, dtype=torch.bool) if valid is None else valid
-    built = Layout.tokens(ids, rows.rope, valid)
+def _feed(model: Bagel, rows: _Rows, ids: Tensor) -> Tensor:
+    """Append text tokens (B, n) to the rows and return the last logits (B, V)."""
+    built = Layout.tokens(ids, rows.rope)
     hidden = model(built, Contents(), rows.cache, write=True)
-    rows.rope = rows.rope + valid.sum(1)
+    rows.rope = rows.rope + ids.shape[1]
     last = hidden.und.reshape(*ids.shape, -1)[:, -1]
     return model.language_model.lm_head(last).float()
 

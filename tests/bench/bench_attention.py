@@ -42,7 +42,7 @@ def seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[
 
 def bench_attention() -> dict[str, dict]:
     """Forward + backward passes per second. Raises ClearError if the two give different values."""
-    runtime._keep_freed_memory()
+    runtime.tune_allocator()
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, HEADS, LENGTH, CHANNELS)
     draws = [torch.randn(shape, generator=generator).bfloat16() for _ in range(4)]

@@ -61,7 +61,7 @@ def rates(one: Callable[[], int], other: Callable[[], int], repeats: int) -> tup
 
 
 def _setting() -> tuple[Config, Bagel, object, list[Prompt]]:
-    runtime._keep_freed_memory()
+    runtime.tune_allocator()
     config = from_dict(compose(["profile=tiny"]))
     model, tokenizer = random_model(config)
     return config, model, tokenizer, random_prompts(config, model)

@@ -28,7 +28,7 @@ def bench_grpo_scoring() -> dict[str, dict]:
 
     Raises ClearError if the two give different log-probabilities.
     """
-    runtime._keep_freed_memory()
+    runtime.tune_allocator()
     config = from_dict(compose(["profile=tiny"]))
     s, g = config.sampling, config.grpo
     model, tokenizer = random_model(config)
