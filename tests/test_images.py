@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
+from clear.model import images
 from clear.model.images import (
     MAX_PIXELS,
     ImageBank,
@@ -22,7 +23,9 @@ from clear.model.images import (
     vit_patches,
 )
 from clear.model.vae import AutoEncoder, VaeConfig, patchify, unpatchify
+from clear.reasoning.tokenizer import word_tokenizer
 from clear.records import encode_image
+from clear.training.build import bagel_config, scene_words
 
 SIDE = st.integers(1, 8000)
 
@@ -219,3 +222,40 @@ def test_a_latent_grid_beyond_the_position_table_is_refused(size):
     bank = ImageBank([encode_image(_image(64, 64))], replace(size, vit_size=16, vit_side=2), ["photo-1"])
     with pytest.raises(ClearError, match=r"photo-1: .*6 x 6 .*model.vit_side = 2"):
         bank.paired_patches(0)
+
+
+@pytest.mark.parametrize("kept", [0, 10_000, 10**6])
+def test_a_bank_without_room_gives_the_same_as_one_that_keeps_all(size, monkeypatch, kept):
+    size, vae = replace(size, vit_size=24, vit_side=6, posterior="sample"), _vae(size)
+    encoded = [encode_image(_image(*shape)) for shape in ((64, 64), (64, 96), (32, 64))]
+    whole = ImageBank(encoded, size).encode(vae)
+    monkeypatch.setattr(images, "KEPT_BYTES", kept)
+    bank = ImageBank(encoded, size).encode(vae)
+    for i in range(3):
+        assert bank.vit_grid(i) == whole.vit_grid(i) and bank.latent_grid(i) == whole.latent_grid(i)
+        for name in ("pixels", "patches", "paired_patches"):
+            assert torch.equal(getattr(bank, name)(i), getattr(whole, name)(i)), name
+        assert np.array_equal(bank.uint8(i), whole.uint8(i)) and torch.equal(bank.latents[i], whole.latents[i])
+    held = {id(t): t.nbytes for t in (*(t for pair in bank._kept.values() for t in pair), *bank._paired.values())}
+    assert sum(held.values()) <= kept and len(bank._kept) == {0: 0, 10_000: 1, 10**6: 3}[kept]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_latent_size", 32),
+        ("vit_side", 5),
+        ("vit_patch", 4),
+        ("latent_patch", 2),
+        ("vae_mult", [1, 2]),
+        ("vae_z", 4),
+    ],
+)
+def test_a_model_that_cuts_images_otherwise_is_refused(name, value):
+    config = from_dict(compose(["profile=smoke"]))
+    model = bagel_config(config, word_tokenizer(scene_words()))
+    images.check_geometry(config.model, model, "data/models/base")
+    found = getattr(config.model, name)
+    with pytest.raises(ClearError) as error:
+        images.check_geometry(replace(config.model, **{name: value}), model, "data/models/base")
+    assert f"data/models/base: params have model.{name} = {value}, the model there has {found}" in str(error.value)

@@ -23,7 +23,7 @@ from clear.reasoning.engine import Options, generate
 from clear.training import scoring
 from clear.training.load import incoming, save, trainable
 from clear.training.sft import GENERATION
-from tests.tiny import tiny_model, tiny_prompts
+from tests.tiny import SIZES, tiny_model, tiny_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = Lora(rank=2, alpha=4.0, dropout=0.0, targets=TARGETS, experts="both")
@@ -188,7 +188,7 @@ def test_an_unknown_target_is_refused():
 
 @pytest.fixture
 def config():
-    overrides = ["profile=smoke", "runtime.device=cpu", "lora.rank=2", "lora.alpha=4"]
+    overrides = ["profile=smoke", "runtime.device=cpu", "lora.rank=2", "lora.alpha=4", *SIZES]
     return from_dict(compose(overrides))
 
 

@@ -19,6 +19,20 @@ from clear.records import Sample, write_json, write_samples
 from clear.scratch import write_params
 from clear.training.build import bagel_config, scene_words
 
+SIZES = [
+    "model.vit_patch=4",
+    "model.vit_side=4",
+    "model.vit_size=16",
+    "model.vit_min=8",
+    "model.vae_z=4",
+    "model.vae_mult=[1,2]",
+    "model.latent_patch=1",
+    "model.max_latent_size=4",
+    "model.vae_size=8",
+    "model.vae_min=8",
+]
+"""The overrides with which a profile cuts images as `tiny_model` does."""
+
 WORDS = [*grammar.WORDS, *"abcdefghij"]
 
 

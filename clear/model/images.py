@@ -15,6 +15,7 @@ the published sizes only images more than about seven times as long as wide reac
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -22,12 +23,16 @@ from torch import Tensor
 
 from clear.config import ModelSize
 from clear.errors import ClearError
+from clear.model.bagel import BagelConfig
 from clear.model.vae import AutoEncoder, patchify
 from clear.records import decode_image
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
 ENCODE_IMAGES, ENCODE_PIXELS = 64, 2**20
 """The autoencoder reads at most so many images at once, and so many pixels (but always one image)."""
+
+KEPT_BYTES = 2**30
+"""Decoded pixels that one bank keeps: 270 images of 1024 px, or all that the small profiles have."""
 
 
 def target_size(height: int, width: int, max_side: int, min_side: int, stride: int) -> tuple[int, int]:
@@ -92,6 +97,27 @@ def latent_stride(size: ModelSize) -> int:
     return 2 ** (len(size.vae_mult) - 1) * size.latent_patch
 
 
+def check_geometry(size: ModelSize, model: BagelConfig, folder: Path | str) -> None:
+    """Refuse a model whose images are cut otherwise than `size` says: its tokens would get the positions of others.
+
+    Raises ClearError that names the setting, its value and that of the model in `folder`.
+    """
+    for name, found in (
+        ("vit_patch", model.vit.patch),
+        ("vit_side", model.vit.side),
+        ("vae_z", model.vae.z_channels),
+        ("vae_mult", list(model.vae.ch_mult)),
+        ("latent_patch", model.latent_patch),
+        ("max_latent_size", model.max_latent_size),
+    ):
+        wanted = getattr(size, name)
+        if wanted != found:
+            raise ClearError(
+                f"{folder}: params have model.{name} = {wanted}, the model there has {found}; set model.{name} to it, "
+                "or choose the profile that the model belongs to."
+            )
+
+
 def posterior_generator(image: Tensor) -> torch.Generator:
     """The generator of an image's posterior noise, seeded by its pixels (uint8, any shape)."""
     digest = hashlib.sha256(image.contiguous().numpy().tobytes()).digest()
@@ -120,7 +146,8 @@ def encode_batch(height: int, width: int) -> int:
 class ImageBank:
     """Images of a stage by number: autoencoder and ViT pixels, ViT patches and (once encoded) latents.
 
-    Small models keep everything decoded; it is the owner's job not to put more images into one bank than fit.
+    Decoded pixels are kept up to `KEPT_BYTES`. Images beyond are decoded anew at every use, so that a bank takes little
+    more memory than the files and the latents of its images.
     """
 
     def __init__(self, images: Sequence[bytes], size: ModelSize, names: Sequence[str] | None = None) -> None:
@@ -129,41 +156,55 @@ class ImageBank:
         self.latent_stride = latent_stride(size)
         self._images = images
         self._names = names or [f"image {i}" for i in range(len(images))]
-
-        def load(i: int) -> tuple[Tensor, Tensor]:
-            array = decode_image(images[i], self._names[i])
-            vae = vae_array(array, size)
-            pack = _tensor(vae)
-            if _vit_size(vae if size.resize == "reference" else array, size) == vae.shape[:2]:
-                return pack, pack
-            return pack, _tensor(vit_array(array, size))
-
-        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            loaded = list(pool.map(load, range(len(images))))
-        self._vae = [pair[0] for pair in loaded]
-        self._vit = [pair[1] for pair in loaded]
+        self._room = KEPT_BYTES
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._paired: dict[int, Tensor] = {}
+        self._sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+            for i, (vae, vit) in enumerate(pool.map(self._decode, range(len(images)))):
+                self._sizes.append((tuple(vae.shape[1:]), tuple(vit.shape[1:])))
+                if self._fits(vae.nbytes + (0 if vit is vae else vit.nbytes)):
+                    self._kept[i] = vae, vit
         self.latents: list[Tensor | None] = [None] * len(images)
 
     def __len__(self) -> int:
-        return len(self._vae)
+        return len(self._images)
+
+    def _decode(self, i: int) -> tuple[Tensor, Tensor]:
+        """Autoencoder and ViT pixels (3, H, W) uint8, one tensor where they are the same."""
+        array = decode_image(self._images[i], self._names[i])
+        vae = vae_array(array, self.size)
+        pack = _tensor(vae)
+        if _vit_size(vae if self.size.resize == "reference" else array, self.size) == vae.shape[:2]:
+            return pack, pack
+        return pack, _tensor(vit_array(array, self.size))
+
+    def _fits(self, size: int) -> bool:
+        """Whether so many bytes may be kept; if so they are taken from the room that is left."""
+        fits = size <= self._room
+        self._room -= size if fits else 0
+        return fits
+
+    def _loaded(self, i: int) -> tuple[Tensor, Tensor]:
+        return self._kept[i] if i in self._kept else self._decode(i)
 
     def pixels(self, i: int) -> Tensor:
         """Autoencoder input (3, H, W) float32 in [−1, 1]."""
-        return self._vae[i].float() / 127.5 - 1
+        return self._loaded(i)[0].float() / 127.5 - 1
 
     def uint8(self, i: int) -> np.ndarray:
         """Autoencoder input as uint8 (H, W, 3)."""
-        return self._vae[i].permute(1, 2, 0).numpy()
+        return self._loaded(i)[0].permute(1, 2, 0).numpy()
 
     def patches(self, i: int) -> Tensor:
         """ViT patches (N, 3p²) float32."""
-        return _patches(self._vit[i], self.size.vit_patch)
+        return _patches(self._loaded(i)[1], self.size.vit_patch)
 
     def paired_patches(self, i: int) -> Tensor:
         """ViT patches (N, 3p²) float32 of the image on its *latent* grid, so that they pair with latent tokens.
 
-        The resized image is made on first use and kept. Raises ClearError if the ViT has no positions for the grid.
+        The resized image is made on first use, and kept if there is room. Raises ClearError if the ViT has no positions
+        for the grid.
         """
         grid, side = self.latent_grid(i), self.size.vit_side
         if grid == self.vit_grid(i):
@@ -173,29 +214,31 @@ class ImageBank:
                 f"{self._names[i]}: its latent grid of {grid[0]} x {grid[1]} tokens exceeds the ViT's "
                 f"model.vit_side = {side} positions per side; lower model.vae_size or raise model.vit_side."
             )
-        if i not in self._paired:
-            array = decode_image(self._images[i], self._names[i])
-            self._paired[i] = _tensor(vit_array(array, self.size, grid))
-        return _patches(self._paired[i], self.size.vit_patch)
+        resized = self._paired.get(i)
+        if resized is None:
+            resized = _tensor(vit_array(decode_image(self._images[i], self._names[i]), self.size, grid))
+            if self._fits(resized.nbytes):
+                self._paired[i] = resized
+        return _patches(resized, self.size.vit_patch)
 
     def vit_grid(self, i: int) -> tuple[int, int]:
         """Rows and columns of ViT patches."""
-        _, h, w = self._vit[i].shape
+        h, w = self._sizes[i][1]
         return h // self.size.vit_patch, w // self.size.vit_patch
 
     def latent_grid(self, i: int) -> tuple[int, int]:
         """Rows and columns of latent tokens."""
-        _, h, w = self._vae[i].shape
+        h, w = self._sizes[i][0]
         return h // self.latent_stride, w // self.latent_stride
 
     @torch.no_grad()
     def encode(self, vae: AutoEncoder, batch: int = ENCODE_IMAGES) -> "ImageBank":
         """Fill `latents` with tokens (N, C) of the posterior (`size.posterior`), in batches of one image size."""
-        groups: dict[tuple, list[int]] = {}
-        for i, image in enumerate(self._vae):
-            groups.setdefault(tuple(image.shape), []).append(i)
+        groups: dict[tuple[int, int], list[int]] = {}
+        for i, (size, _) in enumerate(self._sizes):
+            groups.setdefault(size, []).append(i)
         device = next(vae.parameters()).device
-        for (_, h, w), members in groups.items():
+        for (h, w), members in groups.items():
             step = min(batch, encode_batch(h, w))
             for start in range(0, len(members), step):
                 chunk = members[start : start + step]
@@ -209,7 +252,7 @@ class ImageBank:
         """Noise for images of one size, or None where the mean is wanted."""
         if self.size.posterior == "mean":
             return None
-        _, h, w = self._vae[chunk[0]].shape
+        h, w = self._sizes[chunk[0]][0]
         shape = (vae.config.z_channels, h // vae.config.downsample, w // vae.config.downsample)
-        noise = [torch.randn(shape, generator=posterior_generator(self._vae[i])) for i in chunk]
+        noise = [torch.randn(shape, generator=posterior_generator(self._loaded(i)[0])) for i in chunk]
         return torch.stack(noise).to(device)

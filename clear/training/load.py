@@ -20,7 +20,7 @@ from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.checkpoint import fingerprint, save_bagel
-from clear.model.images import ImageBank
+from clear.model.images import ImageBank, check_geometry
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
 from clear.records import read_samples
@@ -61,7 +61,7 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     With `lora.rank` > 0 a folder with weights gets a fresh adapter and one with an adapter continues it. Sharded
     training (FSDP) starts from weights in host memory, unless they must be `whole` only of the first process, which
     gives the others their shards (fsdp_cpu_ram_efficient_loading); these have none before. Raises ClearError if folder
-    and `config.lora` disagree.
+    and `config.lora` or the image sizes of `config.model` disagree.
     """
     place = device(config)
     base = config.model.checkpoint or None
@@ -76,6 +76,7 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     model, vae, tokenizer = lora.load_model(folder, kind, start, base)
     if tokenizer is None:
         raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
+    check_geometry(config.model, model.config, folder)
     weights, files = Path(folder), {}
     if adapted:
         lora.check_same(model, config.lora, folder)
