@@ -17,13 +17,15 @@ from tests.conftest import ROOT
 def test_the_program_measures_a_small_model_on_the_cpu(tmp_path):
     out = tmp_path / "deep/gpu.json"
     command = [sys.executable, "tests/bench/gpu.py", "--small", "--device=cpu", "--repeats=1", "--pixels=64"]
-    command += ["--flow-steps=2", "--attention=dense", f"--out={out}"]
+    command += ["--flow-steps=2", "--attention=dense", "--group=2", f"--out={out}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert found["attention"] == found["settings"]["attention"] == "dense"
     assert found["sft_step"]["tokens"] > found["grpo_scoring"]["tokens"] > 0
-    assert found["restoration_batch_8"]["seconds_per_image"] > 0
+    assert found["restoration_batch_8"]["seconds_per_image"] > 0 and "recomputation excluded" in found["formula"]
+    step = found["grpo_step"]
+    assert step["rollouts"] == 2 and step["reply_tokens"] > 10 and step["rollout_seconds"] > 0 < step["update_seconds"]
 
 
 def test_the_attention_is_that_of_the_option_and_flex_needs_a_gpu(monkeypatch, capsys):

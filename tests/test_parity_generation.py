@@ -21,12 +21,39 @@ from tests.reference import CASES, close, greedy, image_size, tokens, vit_input
 GENERATIONS = [name for name in CASES if name.startswith("gen_ode")]
 
 
-def spoken(model, golden):
-    """The engine's rows after prompt and thought, with the prompt."""
+def asked(model, golden):
+    """The prompt of the cases that read the image both as a latent and with the ViT."""
     latent, latent_grid = tokens(model, golden["prefill_vae_vit.vae_latent"])
     patches, vit_grid = vit_input(model, golden["inputs.vit_pixels"])
     texts = (tuple(golden[f"inputs.{name}_ids"].tolist()) for name in ("system", "question"))
-    prompt = Prompt(*texts, latent, latent_grid, patches, vit_grid)
+    return Prompt(*texts, latent, latent_grid, patches, vit_grid)
+
+
+class Vocabulary:
+    """Stands for a tokenizer where ids are all that is known: the golden cases have no words."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def get_vocab(self, with_added_tokens: bool) -> dict[str, int]:
+        """The highest id tells how many there are."""
+        return {"last": self.size - 1}
+
+
+def test_the_engine_says_what_the_reference_says(model, golden):
+    sequence = golden["greedy_vae_vit.sequence"].tolist()
+    logits = golden["greedy_vae_vit.logits"]
+    options = Options(restore="plain", max_tokens=len(sequence) - 1)
+    prompts = [asked(model, golden)] * 2
+    for found in engine.generate(model, Vocabulary(model.config.llm.vocab), prompts, options):
+        (reply,) = found.replies
+        assert sequence == [model.config.special.bos, *reply.ids] and reply.forced == 0
+        close(torch.tensor(reply.log_probs), logits.log_softmax(-1).amax(-1)[: len(reply.ids)], 1e-4)
+
+
+def spoken(model, golden):
+    """The engine's rows after prompt and thought, with the prompt."""
+    prompt = asked(model, golden)
     rows = engine.prefill(model, [prompt])
     engine.text_reply(model, rows, golden["gen_context.think_ids"].tolist())
     return rows, prompt

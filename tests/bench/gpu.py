@@ -1,8 +1,9 @@
 """BAGEL-7B's shapes with random weights on one GPU: `python tests/bench/gpu.py` (needs torch, peft, safetensors).
 
 Measures, in bfloat16 with a LoRA adapter on both experts and gradient checkpointing: an SFT step and a GRPO scoring
-step (tokens/s, model FLOPs utilisation, peak memory), and the seconds per restored image in batches of 1 and 8. Writes
-JSON to --out. `--small` runs the same program on a tiny model, so that it can be tried without a GPU.
+step (tokens/s, model FLOPs utilisation, peak memory), the seconds per restored image in batches of 1 and 8, and a whole
+GRPO step of one group (rollout, policy and reference scored row by row, AdamW). Writes JSON to --out. `--small` runs the
+same program on a tiny model, so that it can be tried without a GPU.
 
 Model FLOPs of a step: every token costs 2 FLOPs per weight of the linear layers of the one expert it uses, and each
 visible pair of query and key 4 · hidden per layer; the head costs 2 · hidden · vocabulary per scored token. The
@@ -32,10 +33,17 @@ from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
 from clear.model.vae import VaeConfig
 from clear.model.vit import VitConfig
-from clear.reasoning.engine import Options, Reply, Restoration, Trajectory, denoise, prefill
+from clear.reasoning import grammar
+from clear.reasoning.engine import Options, Reply, Restoration, Trajectory, denoise, generate, prefill
 from clear.reasoning.prompts import Prompt
+from clear.reasoning.tokenizer import word_tokenizer
 from clear.training import scoring
 
+FORMULA = (
+    "model FLOPs utilisation = (2 * products + 3 * attention + 6 * tokens * layers * adapter weights per layer + "
+    "vision tower) / (seconds * peak); products: 2 * weights of the expert used, per token, and the head; "
+    "recomputation excluded"
+)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUESTION, REPLY = 64, 300  # tokens
 
@@ -190,6 +198,46 @@ def measure_restoration(model: Bagel, batch: int, pixels: int, flow_steps: int, 
     return {"seconds_per_image": seconds / batch, "peak_gib": memory}
 
 
+def measure_grpo_step(model: Bagel, group: int, pixels: int, flow_steps: int, repeats: int, device: str) -> dict:
+    """A GRPO step of one group: `group` rollouts that restore once, then the update they give, a row at a time."""
+    tokenizer, one = word_tokenizer(grammar.WORDS), prompt(model, pixels)
+    times, chosen = flow.time_grid(flow_steps, 3.0).tolist(), [[0, flow_steps // 2]]
+    options = Options(
+        restore="always", flow_steps=flow_steps, sigma=0.3, temperature=1.0, max_tokens=REPLY, batch=group
+    )
+    lora.add_reference(model)
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
+    found: list[Trajectory] = []
+
+    def rollout() -> None:
+        model.eval()
+        with lora.autocast(model):
+            found[:] = generate(model, tokenizer, [one], options, group, torch.Generator().manual_seed(0))
+        model.train()
+
+    def update() -> None:
+        for trajectory in found:
+            request = model, [one], [trajectory], chosen, times, options.sigma, options.temperature
+            with lora.autocast(model):
+                new = scoring.score(*request)
+                with torch.no_grad(), lora.reference(model):
+                    old = scoring.score(*request)
+            gap = old.text - new.text
+            (gap.exp() - gap - 1 - new.text).sum().sub(new.image.sum()).backward()
+        optimiser.step()
+        optimiser.zero_grad()
+
+    (rolling, first), (updating, second) = timed(rollout, repeats, device), timed(update, repeats, device)
+    tokens = sum(len(reply.ids) for trajectory in found for reply in trajectory.replies)
+    return {
+        "rollouts": len(found),
+        "reply_tokens": tokens,
+        "rollout_seconds": rolling,
+        "update_seconds": updating,
+        "peak_gib": max(first, second),
+    }
+
+
 def main() -> None:
     """Run everything that was asked for and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
@@ -198,6 +246,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--attention", default="auto", choices=("auto", "dense", "flex"), help="runtime.attention")
     parser.add_argument("--rows", type=int, default=4, help="rows of an SFT step")
+    parser.add_argument("--group", type=int, default=8, help="rollouts of a GRPO step")
     parser.add_argument("--pixels", type=int, default=512, help="side of the images")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--flow-steps", type=int, default=30)
@@ -216,12 +265,14 @@ def main() -> None:
         "torch": torch.__version__,
         "attention": "flex" if flex.wanted(given.attention, torch.device(given.device)) else "dense",
         "parameters": sum(p.numel() for p in model.parameters()),
+        "formula": FORMULA,
         "settings": {k: str(v) for k, v in sorted(vars(given).items()) if k not in ("out", "device")},
         "sft_step": measure_sft(model, given.rows, given.pixels, *common, given.peak),
         "grpo_scoring": measure_grpo(model, given.pixels, 2, *common, given.peak),
     }
     for batch in (1, 8):
         found[f"restoration_batch_{batch}"] = measure_restoration(model, batch, given.pixels, given.flow_steps, *common)
+    found["grpo_step"] = measure_grpo_step(model, given.group, given.pixels, given.flow_steps, *common)
     text = json.dumps(found, indent=1, sort_keys=True)
     print(text)
     if given.out:
