@@ -2,8 +2,8 @@
 
 Measures, in bfloat16 with a LoRA adapter on both experts and gradient checkpointing: an SFT step and a GRPO scoring
 step (tokens/s, model FLOPs utilisation, peak memory), the seconds per restored image in batches of 1 and 8, and a whole
-GRPO step of one group (rollout, policy and reference scored row by row, AdamW). Writes JSON to --out. `--small` runs the
-same program on a tiny model, so that it can be tried without a GPU.
+GRPO step of one group (rollout, policy and reference scored row by row, AdamW). Writes JSON to --out. `--small` runs
+the same program on a tiny model, so that it can be tried without a GPU.
 
 Model FLOPs of a step: every token costs 2 FLOPs per weight of the linear layers of the one expert it uses, and each
 visible pair of query and key 4 · hidden per layer; the head costs 2 · hidden · vocabulary per scored token. The
