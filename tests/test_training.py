@@ -169,6 +169,11 @@ def test_the_average_is_that_of_the_steps_and_survives_a_kill(config, tmp_path):
     assert set(load_file(folder / "phase.safetensors")) == {"weight"}, "what is frozen is not stored"
     with pytest.raises(Interrupted):
         _averaged(config, tmp_path / "killed", 0.75, stop_after=7)
+    (left,) = (tmp_path / "killed").glob("runs/*/phase/checkpoint-6/ema.safetensors")
+    averages = load_file(left)
+    assert [key.rpartition(".")[2] for key in averages] == ["weight"], "what is frozen is not averaged"
+    (mean,) = averages.values()
+    assert mean.dtype == torch.float32 and (mean - seen[6]).abs().max() > 1e-3, "the average, not the weights"
     assert torch.equal(_averaged(config, tmp_path / "killed", 0.75)[1], found)
 
 
