@@ -165,20 +165,27 @@ def test_another_base_is_refused(folders, tmp_path):
         lora.load_model(folder, base=tmp_path / "elsewhere")
 
 
-@pytest.mark.parametrize("what", ["missing", "shape", "truncated"])
-def test_a_broken_adapter_is_refused_by_name(folders, what):
-    _, folder, _, _ = folders
-    file = folder / lora.ADAPTER
+def test_all_keys_of_a_broken_adapter_are_named_with_their_shapes(folders):
+    file = folders[1] / lora.ADAPTER
     state = load_file(file)
-    key = sorted(state)[0]
-    state[key] = state[key][:1].contiguous()
-    if what == "missing":
-        del state[key]
-    save_file(state, file)
-    if what == "truncated":
-        file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(ClearError, match="truncated" if what == "truncated" else key.split(".lora")[0]):
-        lora.load_model(folder)
+    missing, other, *_ = sorted(state)
+    shapes = [tuple(state[key].shape) for key in (missing, other)]
+    del state[missing]
+    state[other] = state[other][:1].contiguous()
+    save_file(state | {"surplus.weight": torch.zeros(2, 7)}, file)
+    with pytest.raises(ClearError) as refused:
+        lora.load_model(folders[1])
+    said = str(refused.value)
+    assert f"{file}: 3 problems: key {missing} {shapes[0]} is missing; " in said
+    assert f"key {other} has shape {(1, *shapes[1][1:])}, the configs say {shapes[1]}; " in said
+    assert "key surplus.weight (2, 7) is not part of this model. adapter_config.json, base.json or the base" in said
+
+
+def test_a_truncated_adapter_is_refused_by_name(folders):
+    file = folders[1] / lora.ADAPTER
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(ClearError, match=rf"{lora.ADAPTER} is truncated"):
+        lora.load_model(folders[1])
 
 
 def test_an_unknown_target_is_refused():

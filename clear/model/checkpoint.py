@@ -330,15 +330,14 @@ def load_weights(module: nn.Module, file: Path, dtype: torch.dtype | None, devic
     """Adopt the tensors of a safetensors file (or of an index's shards) into a (meta) module.
 
     dtype None keeps the stored type. On the CPU tensors of the wanted type stay memory-mapped; on "meta" the file is
-    checked and none is read. Raises ClearError with
-    every problem of a file: missing, surplus and mis-shaped keys, types that are no floats.
+    checked and none is read. Raises ClearError with every problem of a file: see `check_entries`.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     parts = _shards(file, expected) if file.name == INDEX else {file: expected}
     state = {}
     for part, wanted in parts.items():
         entries = read_header(part)
-        _compare(part, wanted, entries)
+        check_entries(part, wanted, entries)
         if torch.device(device).type == "meta":
             state |= {k: torch.empty(e.shape, dtype=dtype or _TYPES[e.kind], device=device) for k, e in entries.items()}
             continue
@@ -354,18 +353,23 @@ def _shards(index: Path, expected: dict[str, tuple]) -> dict[Path, dict[str, tup
     absent = sorted({name for name in places.values() if not (index.parent / name).is_file()})
     if absent:
         raise ClearError(f"{_missing(index.parent / absent[0])} {index.name} lists {len(absent)} file(s) not here.")
-    _refuse(
-        index,
-        [f"key {key} {expected[key]} is missing" for key in sorted(expected.keys() - places.keys())]
-        + [f"key {key} is not part of this model" for key in sorted(places.keys() - expected.keys())],
-    )
+    problems = [f"key {key} {expected[key]} is missing" for key in sorted(expected.keys() - places.keys())]
+    for key in sorted(places.keys() - expected.keys()):
+        entry = read_header(index.parent / places[key]).get(key)
+        found = entry.shape if entry else f"(which {places[key]} does not hold)"
+        problems.append(f"key {key} {found} is not part of this model")
+    _refuse(index, problems)
     return {
         index.parent / name: {key: expected[key] for key, place in places.items() if place == name}
         for name in sorted(set(places.values()))
     }
 
 
-def _compare(file: Path, expected: dict[str, tuple], entries: dict[str, Entry]) -> None:
+def check_entries(file: Path, expected: dict[str, tuple], entries: dict[str, Entry], remedy: str = "") -> None:
+    """Raise one ClearError for all keys of a file that are missing, surplus, mis-shaped or of a type that is no float.
+
+    `remedy` says what to do where no key has a remedy of its own.
+    """
     problems, hints = [], []
     for key in sorted(expected.keys() | entries.keys()):
         if key not in entries:
@@ -378,7 +382,7 @@ def _compare(file: Path, expected: dict[str, tuple], entries: dict[str, Entry]) 
         elif entries[key].kind not in _TYPES:
             problems.append(f"key {key} has type {entries[key].kind}, expected one of {', '.join(_TYPES)}")
             hints.append("Quantised weights are not read; take the bfloat16 release.")
-    _refuse(file, problems, hints)
+    _refuse(file, problems, hints or [remedy])
 
 
 def _hint(key: str, found: tuple, expected: tuple) -> list[str]:

@@ -32,7 +32,16 @@ from clear.config import Lora
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.bridge import LatentBridge
-from clear.model.checkpoint import BRIDGE, check_whole, load_bagel, load_weights, save_bagel, write_folder
+from clear.model.checkpoint import (
+    BRIDGE,
+    check_entries,
+    check_whole,
+    load_bagel,
+    load_weights,
+    read_header,
+    save_bagel,
+    write_folder,
+)
 from clear.records import file_sha256
 
 ADAPTER, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
@@ -240,19 +249,18 @@ def _adopt(model: nn.Module, file: Path) -> None:
     """Copy the adapter weights of a file into the model. Raises ClearError on any key or shape mismatch."""
     if not file.exists():
         raise ClearError(f"{file} is missing; run the stage that makes it again.")
+    expected = {PREFIX + k: v for k, v in _adapter_state(model).items()}
+    check_entries(
+        file,
+        {key: tuple(value.shape) for key, value in expected.items()},
+        read_header(file),
+        f"{ADAPTER_CONFIG}, {BASE} or the base belong to another adapter; take them all from one run.",
+    )
     try:
         state = load_file(file)
     except SafetensorError as error:
-        raise ClearError(f"{file} is truncated or not safetensors ({error}); run its stage again.") from error
-    expected = {PREFIX + k: v for k, v in _adapter_state(model).items()}
-    for key in sorted(state.keys() ^ expected.keys()):
-        side = "missing" if key in expected else "not part of this model"
-        raise ClearError(f"{file}: key {key} is {side}; {ADAPTER_CONFIG} or the base belong to another adapter.")
+        raise ClearError(f"{file} is not safetensors ({error}); run its stage again.") from error
     for key, value in expected.items():
-        if value.shape != state[key].shape:
-            raise ClearError(
-                f"{file}: key {key} has shape {tuple(state[key].shape)}, this model needs {tuple(value.shape)}."
-            )
         value.data.copy_(state[key])
 
 
