@@ -165,6 +165,35 @@ def test_another_base_is_refused(folders, tmp_path):
         lora.load_model(folder, base=tmp_path / "elsewhere")
 
 
+def test_another_base_of_the_same_size_is_refused_where_files_are_too_large_to_hash(folders, monkeypatch):
+    base, _, model, _ = folders
+    for module in (checkpoint, lora):
+        monkeypatch.setattr(module, "HASHED_ON_LOAD", 10_000)
+    monkeypatch.setattr(checkpoint, "_SAMPLE", 64)
+    folder, file = base.parent / "large", base / MODEL
+    lora.save_adapter(folder, model, base, fingerprint(base), torch.float32)
+    records = json.loads((folder / lora.BASE).read_text())
+    assert {name for name, known in records["files"].items() if "samples_sha256" in known} == {MODEL, "ae.safetensors"}
+    lora.load_model(folder)
+
+    whole = file.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    assert header > 100 * 64, "more than the first slice holds"
+    for place in (header // 2, (len(whole) - 64) * 31 // 63 + 40, len(whole) - 1):
+        changed = bytearray(whole)
+        changed[place] ^= 1
+        file.write_bytes(changed)
+        with pytest.raises(ClearError, match="is not the file that"):
+            lora.base_of(folder)
+    for known in records["files"].values():
+        known.pop("samples_sha256", None)
+    (folder / lora.BASE).write_text(json.dumps(records))
+    assert lora.base_of(folder) == base, "an adapter of before says the size alone"
+    file.write_bytes(whole[:-1])
+    with pytest.raises(ClearError, match="is not the file that"):
+        lora.base_of(folder)
+
+
 def test_all_keys_of_a_broken_adapter_are_named_with_their_shapes(folders):
     file = folders[1] / lora.ADAPTER
     state = load_file(file)

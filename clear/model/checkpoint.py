@@ -12,6 +12,7 @@ writes every file under a temporary name and renames, so the file that the weigh
 overwritten, and a kill leaves either the old folder or one that is refused as half-written.
 """
 
+import hashlib
 import json
 import math
 from collections.abc import Callable, Collection, Iterator
@@ -46,6 +47,9 @@ _TABLES = {
 _PARTIAL, _SAVING = ".partial", "saving.partial"
 _UNFINISHED = (_PARTIAL, ".incomplete", ".part", ".crdownload", ".aria2", ".tmp")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+HASHED_ON_LOAD = 2**28
+"""Files up to this size (bytes) are hashed to be compared; of larger ones size, header and slices are."""
+_SAMPLES, _SAMPLE = 64, 2**16  # number and bytes of the slices; other values would not match what adapters record
 _SHOWN = 5
 _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 
@@ -112,9 +116,28 @@ def check_whole(folder: Path) -> None:
 
 
 def fingerprint(folder: Path | str) -> dict[str, dict[str, Any]]:
-    """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them."""
-    files = sorted(p for p in Path(folder).glob("[!.]*.*") if p.is_file())
-    return {p.name: {"bytes": p.stat().st_size, "sha256": file_sha256(p)} for p in files}
+    """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them.
+
+    Files over HASHED_ON_LOAD bytes also have "samples_sha256", with which they are compared without being read whole.
+    """
+    found = {}
+    for path in sorted(p for p in Path(folder).glob("[!.]*.*") if p.is_file()):
+        found[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        if found[path.name]["bytes"] > HASHED_ON_LOAD:
+            found[path.name]["samples_sha256"] = samples_sha256(path)
+    return found
+
+
+def samples_sha256(path: Path) -> str:
+    """Digest of a safetensors header and of slices spread evenly from the first to the last byte of a file."""
+    digest, last = hashlib.sha256(), path.stat().st_size - _SAMPLE
+    with path.open("rb") as file:
+        if path.suffix == ".safetensors":
+            digest.update(file.read(min(int.from_bytes(file.read(8), "little"), _LONGEST_HEADER)))
+        for i in range(_SAMPLES):
+            file.seek(max(0, last * i // (_SAMPLES - 1)))
+            digest.update(file.read(_SAMPLE))
+    return digest.hexdigest()
 
 
 def _config_files(config: BagelConfig) -> dict[str, dict]:

@@ -5,7 +5,7 @@ carried through the stages: sft starts it, bridge and grpo load it and train it 
 
     adapter_model.safetensors, adapter_config.json   the adapter, in peft's own layout (PeftModel reads it)
     bridge.safetensors                               the mlp bridge, if there is one
-    base.json                                        folder, sizes and SHA-256 of the files it adapts; kind of bridge
+    base.json                                        folder, sizes and hashes of the files it adapts; kind of bridge
 
 and loading it loads that base first. The vision tower and the autoencoder are never adapted. The reference of GRPO
 is a second, frozen adapter with the incoming weights: no copy of the base weights is made.
@@ -34,11 +34,13 @@ from clear.model.bagel import Bagel
 from clear.model.bridge import LatentBridge
 from clear.model.checkpoint import (
     BRIDGE,
+    HASHED_ON_LOAD,
     check_entries,
     check_whole,
     load_bagel,
     load_weights,
     read_header,
+    samples_sha256,
     save_bagel,
     write_folder,
 )
@@ -49,8 +51,6 @@ TRAINED, REFERENCE = "default", "reference"
 """peft's names of the adapter that is trained and of its frozen copy."""
 PREFIX = "base_model.model."
 """What PeftModel puts before a parameter's name; kept in the files so that peft itself can read them."""
-HASHED_ON_LOAD = 2**28
-"""Base files up to this size (bytes) are hashed at every load; of larger ones the size is compared."""
 
 
 def is_adapter(folder: Path | str) -> bool:
@@ -180,11 +180,20 @@ def _read(file: Path) -> dict:
         raise ClearError(f"{file} is not JSON ({error}); run the stage that makes it again.") from error
 
 
+def _is_recorded(path: Path, record: dict[str, Any]) -> bool:
+    """Whether a file is the one of a `fingerprint`: by its hash, or for a large one by its size and samples."""
+    if not path.is_file() or path.stat().st_size != record["bytes"]:
+        return False
+    if record["bytes"] <= HASHED_ON_LOAD:
+        return file_sha256(path) == record["sha256"]
+    return record.get("samples_sha256") in (None, samples_sha256(path))  # adapters of before have no samples
+
+
 def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
     """The folder with the weights an adapter folder belongs to (`base` overrides where it lies), checked.
 
-    Raises ClearError if it is absent or its files are not those the adapter was trained on. Files up to
-    HASHED_ON_LOAD bytes are hashed; of the larger ones the size is compared.
+    Raises ClearError if it is absent or its files are not those the adapter was trained on, as far as
+    that shows without reading a large file whole.
     """
     known = _read(Path(folder) / BASE)
     try:
@@ -196,12 +205,10 @@ def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
             f"{folder} adapts the weights in {found}, which is not here; name their folder in model.checkpoint."
         )
     for name, expected in files:
-        path = found / name
-        wrong = not path.is_file() or path.stat().st_size != expected["bytes"]
-        if not wrong and expected["bytes"] <= HASHED_ON_LOAD:
-            wrong = file_sha256(path) != expected["sha256"]
-        if wrong:
-            raise ClearError(f"{path} is not the file that {folder} was trained on; restore it, or train again.")
+        if not _is_recorded(found / name, expected):
+            raise ClearError(
+                f"{found / name} is not the file that {folder} was trained on; restore it, or train again."
+            )
     return found
 
 
