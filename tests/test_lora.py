@@ -154,6 +154,40 @@ def test_merged_weights_give_the_outputs_of_base_and_adapter(folders, tmp_path):
         lora.merge(tmp_path / "merged", tmp_path / "again", torch.float32)
 
 
+@pytest.mark.parametrize("weights", ["float32", "bfloat16"])
+def test_the_command_merges_onto_weights_that_have_moved(folders, tmp_path, clear, weights):
+    base, folder, model, tokenizer = folders
+    base.rename(tmp_path / "moved")
+    status, _, stderr = clear("merge", folder, tmp_path / "merged", "--weights", weights)
+    assert status == 1 and "which is not here" in stderr and not (tmp_path / "merged").exists()
+    asked = ("merge", folder, tmp_path / "merged", "--base", tmp_path / "moved", "--weights", weights)
+    status, stdout, _ = clear(*asked)
+    assert (status, stdout) == (0, f"{tmp_path / 'merged'} written.\n") and not lora.is_adapter(tmp_path / "merged")
+    assert {v.dtype for v in load_file(tmp_path / "merged" / MODEL).values()} == {getattr(torch, weights)}
+    merged, _, loaded = load_bagel(tmp_path / "merged")
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    given, close = batch(tokenizer), (2e-5, 1e-5) if weights == "float32" else (0.1, 0.05)
+    for found, expected in zip(outputs(merged, given), outputs(model, given), strict=True):
+        torch.testing.assert_close(found, expected, atol=close[0], rtol=close[1])
+    status, _, stderr = clear(*asked)
+    assert status == 1 and "not empty" in stderr
+
+
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16])
+def test_sums_on_bfloat16_weights_are_made_in_float32_and_rounded_once(tmp_path, kind):
+    model, tokenizer = tiny_model("direct")
+    save_bagel(tmp_path / "base", model.to(torch.bfloat16), AutoEncoder(model.config.vae), tokenizer)
+    model, _ = adapted()
+    lora.save_adapter(tmp_path / "a", model, tmp_path / "base", fingerprint(tmp_path / "base"), torch.float32)
+    base, wide = load_file(tmp_path / "base" / MODEL), lora.load_model(tmp_path / "a", torch.float32)[0]
+    lora.merge(tmp_path / "a", tmp_path / "merged", kind)
+    found = load_file(tmp_path / "merged" / MODEL)
+    deltas = {name + ".weight": layer.get_delta_weight(lora.TRAINED) for name, layer in lora._layers(wide)}
+    assert deltas and found.keys() == base.keys()
+    for key, value in base.items():
+        assert torch.equal(found[key], (value.float() + deltas.get(key, 0.0)).to(kind)), key
+
+
 def test_another_base_is_refused(folders, tmp_path):
     base, folder, _, _ = folders
     state = load_file(base / MODEL)

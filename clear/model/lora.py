@@ -213,12 +213,13 @@ def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype = torch.float32, device: str = "cpu", base: Path | str | None = None
+    folder: Path | str, dtype: torch.dtype | None = torch.float32, device: str = "cpu", base: Path | str | None = None
 ):
     """Model, autoencoder and tokenizer of a folder with weights or with an adapter; the model is in eval mode.
 
-    The weights get `dtype`, adapter and bridge of an adapter folder stay float32, and so does the autoencoder, which
-    runs without autocast. `base` says where the weights of an adapter folder lie, if not where it says itself.
+    The weights get `dtype` (None: they keep the stored type), adapter and bridge of an adapter folder stay float32,
+    and so does the autoencoder, which runs without autocast. `base` says where the weights of an adapter folder lie,
+    if not where it says itself.
     """
     folder = Path(folder)
     if not is_adapter(folder):
@@ -335,21 +336,25 @@ def autocast(model: Bagel) -> torch.autocast:
 
 
 @torch.no_grad()
-def merge_adapter(model: Bagel) -> Bagel:
-    """Add the adapter to the weights and take it out, in place; the model is an ordinary Bagel again.
+def merge_adapter(model: Bagel, dtype: torch.dtype) -> Bagel:
+    """Add the adapter to the weights and take it out, in place; the model is an ordinary Bagel of `dtype` again.
 
-    Raises ClearError if the sum is not finite.
+    Sums are made in float32 whatever the type of the weights, one layer at a time. Raises ClearError if one is not
+    finite.
     """
     for name, layer in _layers(model):
+        weight = layer.get_base_layer().weight
+        weight.data = weight.data.float()
         try:
             layer.merge(safe_merge=True, adapter_names=[TRAINED])
         except ValueError as error:
             raise ClearError(f"layer {name}: {error}") from error
+        weight.data = weight.data.to(dtype)
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-    return model
+    return model.to(dtype)
 
 
 def merge(folder: Path | str, out: Path | str, dtype: torch.dtype, base: Path | str | None = None) -> None:
@@ -362,5 +367,5 @@ def merge(folder: Path | str, out: Path | str, dtype: torch.dtype, base: Path | 
         raise ClearError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing); there is nothing to merge.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ClearError(f"{out} exists and is not empty; name a new folder.")
-    model, vae, tokenizer = load_model(folder, torch.float32, base=base)
-    save_bagel(out, merge_adapter(model).to(dtype), vae, tokenizer)
+    model, vae, tokenizer = load_model(folder, None, base=base)
+    save_bagel(out, merge_adapter(model, dtype), vae, tokenizer)
