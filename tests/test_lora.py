@@ -20,6 +20,7 @@ from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning.engine import Options, generate
+from clear.reasoning.tokenizer import MARKERS, encode
 from clear.training import scoring
 from clear.training.load import incoming, save, trainable
 from clear.training.sft import GENERATION
@@ -186,6 +187,57 @@ def test_sums_on_bfloat16_weights_are_made_in_float32_and_rounded_once(tmp_path,
     assert deltas and found.keys() == base.keys()
     for key, value in base.items():
         assert torch.equal(found[key], (value.float() + deltas.get(key, 0.0)).to(kind)), key
+
+
+PAIRS = ["vocab.json", "merges.txt", "tokenizer_config.json"]
+TEXTS = ["the circle is red ?", "größer als 128 😀\n\n zwei", f"{MARKERS[0]}red{MARKERS[1]} <|box_start|>"]
+
+
+def qwen_folder(folder: Path) -> None:
+    """A model folder with Qwen2's tokenizer as BAGEL's published code reads it: PAIRS and no tokenizer.json."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    folder.mkdir()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(TEXTS * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    first, names = tokenizer.get_vocab_size(), ["<|endoftext|>", *MARKERS[:2], "<|box_start|>", *MARKERS[2:]]
+    stated = {str(first + i): {"content": name, "special": True} for i, name in enumerate(names)}
+    settings = {"added_tokens_decoder": stated, "tokenizer_class": "Qwen2Tokenizer", "eos_token": MARKERS[1]}
+    shapes = tiny_model("direct")[0].config
+    special = SpecialTokens(*(first + names.index(marker) for marker in MARKERS))
+    shapes = replace(shapes, special=special, llm=replace(shapes.llm, vocab=first + len(names)))
+    torch.manual_seed(0)
+    save_bagel(folder, Bagel(shapes).initialise(), AutoEncoder(shapes.vae))
+    tokenizer.model.save(str(folder))
+    (folder / PAIRS[2]).write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize("way", ["trained", "merged"])
+def test_the_files_of_a_byte_pair_tokenizer_are_kept_for_the_published_code(config, tmp_path, way):
+    from transformers import Qwen2Tokenizer
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    qwen_folder(base)
+    expected = Qwen2Tokenizer.from_pretrained(base)
+    config.lora.rank = 2 if way == "merged" else 0
+    start = incoming(base, config)
+    save(tmp_path / "adapter" if way == "merged" else out, start, config)
+    if way == "merged":
+        lora.merge(tmp_path / "adapter", out, torch.float32)
+    assert {name: (out / name).read_bytes() for name in PAIRS} == {name: (base / name).read_bytes() for name in PAIRS}
+    (tmp_path / "pairs").mkdir()
+    for name in PAIRS:
+        (tmp_path / "pairs" / name).write_bytes((out / name).read_bytes())
+    readers = [Qwen2Tokenizer.from_pretrained(folder) for folder in (out, tmp_path / "pairs")]
+    for text in TEXTS:
+        ids = expected.encode(text)
+        assert [reader.encode(text) for reader in readers] == [ids, ids]
+        assert encode(load_bagel(out)[2], text) == ids
+    plain, tokenizer = tiny_model("direct")
+    save_bagel(out, plain, AutoEncoder(plain.config.vae), tokenizer)
+    assert not any((out / name).exists() for name in PAIRS), "another tokenizer takes their place"
 
 
 def test_another_base_is_refused(folders, tmp_path):

@@ -31,7 +31,7 @@ from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
-from clear.reasoning.tokenizer import LFS, MARKERS, TOKENIZER, read_text, read_tokenizer
+from clear.reasoning.tokenizer import LFS, MARKERS, MERGES, SETTINGS, TOKENIZER, VOCABULARY, read_text, read_tokenizer
 from clear.records import file_sha256
 
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
@@ -47,6 +47,8 @@ _TABLES = {
 _PARTIAL, _SAVING = ".partial", "saving.partial"
 _UNFINISHED = (_PARTIAL, ".incomplete", ".part", ".crdownload", ".aria2", ".tmp")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_SOURCES = (VOCABULARY, MERGES, SETTINGS, "added_tokens.json", "special_tokens_map.json")
+"""Tokenizer files beside tokenizer.json; the published code reads them, so they are kept when a model is saved."""
 HASHED_ON_LOAD = 2**28
 """Files up to this size (bytes) are hashed to be compared; of larger ones size, header and slices are."""
 _SAMPLES, _SAMPLE = 64, 2**16  # number and bytes of the slices; other values would not match what adapters record
@@ -67,8 +69,8 @@ class Entry:
 def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=None) -> None:
     """Write a model folder. The bytes depend on weights, configuration and tokenizer only.
 
-    The weights may be mapped from the very files that are overwritten. Until the last file is in place, the folder
-    holds a mark with which `load_bagel` refuses it.
+    A tokenizer of `load_tokenizer` brings the files it came from. The weights may be mapped from the very files that
+    are overwritten. Until the last file is in place, the folder holds a mark with which `load_bagel` refuses it.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     bridge = {k.removeprefix("bridge."): state.pop(k) for k in list(state) if k.startswith("bridge.")}
@@ -79,12 +81,16 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     }
     if bridge:
         writers[BRIDGE] = lambda path: save_file(bridge, path)
+    stale = {BRIDGE, TOKENIZER}
     if tokenizer is not None:
         writers[TOKENIZER] = lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+        for name, content in getattr(tokenizer, "sources", {}).items():
+            writers[name] = lambda path, content=content: path.write_bytes(content)
+        stale |= {*_SOURCES}
     for name, content in _config_files(model.config).items():
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         writers[name] = lambda path, text=text: path.write_text(text)
-    write_folder(folder, writers, {BRIDGE, TOKENIZER} - writers.keys())
+    write_folder(folder, writers, stale - writers.keys())
 
 
 def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], object]], stale: Collection[str] = ()) -> None:
@@ -261,8 +267,15 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
 
 
 def load_tokenizer(folder: Path | str):
-    """The `tokenizers.Tokenizer` of a model folder, or None (see `clear.reasoning.tokenizer.read_tokenizer`)."""
-    return read_tokenizer(folder)
+    """The `tokenizers.Tokenizer` of a model folder, or None (see `clear.reasoning.tokenizer.read_tokenizer`).
+
+    Its attribute `sources` holds the folder's other tokenizer files, for `save_bagel`: the folder may be overwritten.
+    """
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is not None:
+        files = [Path(folder) / name for name in _SOURCES]
+        tokenizer.sources = {file.name: file.read_bytes() for file in files if file.is_file()}
+    return tokenizer
 
 
 def _stated_markers(folder: Path) -> SpecialTokens | None:
