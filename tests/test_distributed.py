@@ -80,11 +80,14 @@ def _loss(model: Bagel, tokenizer, stop_after: int | None, direct: int):
     return loss
 
 
-def _train(folder: Path, rank: int, adapters: bool, ema: float, stop_after: int | None, direct: int) -> None:
+def _train(
+    folder: Path, rank: int, adapters: bool, ema: float, stop_after: int | None, direct: int, budget: int
+) -> None:
     torch.set_num_threads(1)
     overrides = ["profile=smoke", "runtime.checkpoint_every=3", "runtime.device=cpu", "runtime.log_every=1"]
     config = from_dict(compose([*overrides, "runtime.precision=float32"]))
     config.runtime.gradient_checkpointing = adapters
+    config.runtime.token_budget, config.runtime.rows_per_pass = budget, 1 if budget else 0
     model, tokenizer = tiny_model("direct")
     if adapters:
         torch.manual_seed(4)
@@ -173,13 +176,14 @@ def fsdp_environment() -> dict[str, str]:
 
 
 def main() -> None:
-    """Run jobs {folder, world, sharded, adapters, ema, stop_after, direct, copy}, given as JSON, one after another."""
+    """Run jobs {folder, world, sharded, adapters, ema, stop_after, direct, budget, copy}, given as JSON, in turn."""
     for number, line in enumerate(json.loads(sys.argv[1])):
         folder = Path(line["folder"])
         if line.get("copy"):
             shutil.copytree(line["copy"], folder)
         folder.mkdir(parents=True, exist_ok=True)
         job = (folder, line.get("adapters", False), line.get("ema", 0.0), line.get("stop_after"), line.get("direct", 2))
+        job += (line.get("budget", 0),)
         world, port = line["world"], 29000 + (os.getpid() * 7 + number) % 2000
         arguments = [(rank, world, port, line.get("sharded", False), job) for rank in range(world)]
         fork(_worker, arguments, f"job {number}")
@@ -213,10 +217,11 @@ def _same(found: Path, expected: Path) -> None:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory) -> Path:
-    """Whole runs of one and of two processes."""
+    """Whole runs of one and of two processes, one sample per row, and of two that pack theirs."""
     home = tmp_path_factory.mktemp("plain")
     (home / "input.txt").write_text("data")
-    _run([{"folder": str(home / f"whole_{n}"), "world": n, "ema": 0.9} for n in (1, 2)])
+    jobs = [{"folder": str(home / f"whole_{n}"), "world": n, "ema": 0.9} for n in (1, 2)]
+    _run([*jobs, {"folder": str(home / "packed_2"), "world": 2, "ema": 0.9, "budget": 100}])
     return home
 
 
@@ -237,6 +242,14 @@ def test_two_processes_train_as_one(plain):
     _close(plain / "whole_2", plain / "whole_1")
     rows = [row["rows"] for row in _result(plain / "whole_2")[0]]
     assert min(rows) == 1 and max(rows) == 2.5, "each computed its own rows"
+
+
+@pytest.mark.slow
+def test_two_processes_that_pack_train_as_one(plain):
+    _close(plain / "packed_2", plain / "whole_1", ("loss", "grad_norm"))
+    curve = _result(plain / "packed_2")[0]
+    assert {row["passes"] for row in curve} == {1, 2}
+    assert [row["real_tokens"] for row in curve[2::3]] == [0.5] * 3, "of one sample one of the two computes nothing"
 
 
 @pytest.mark.slow

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from clear.config import Phase
 from clear.model import flow
-from clear.model.sequence import BRIDGE, IGNORE, LATENT, length, pack
+from clear.model.sequence import BRIDGE, IGNORE, LATENT, Text, length, pack
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, generate
 from clear.reasoning.tokenizer import encode
-from clear.training import scoring
-from clear.training.parallel import Pass, one_pass
+from clear.training import parallel, scoring
+from clear.training.parallel import Pass, balanced, one_pass
 from clear.training.sft import TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
 from clear.training.trainer import StageRun, optimise
 from tests.test_mixed_sizes import config, images, parts  # noqa: F401, fixtures
@@ -34,6 +34,20 @@ def test_every_sample_has_one_place_and_rows_keep_to_the_budget(lengths, budget)
     assert all(row == sorted(row) for row in rows) and rows == sorted(rows)
     assert sum(2 * total <= budget for total in filled) <= 1, "two rows that are half empty would have been one"
     assert pack(lengths, budget) == rows
+    samples = [[Text([0] * n, bos=False, eos=False)] for n in lengths]
+    assert Pass(0, budget).divide(samples) == [rows], "one process packs the whole batch"
+
+
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=30), st.integers(1, 9))
+def test_samples_are_divided_by_their_tokens(lengths, parts):
+    shares = balanced(lengths, parts)
+    assert sorted(i for share in shares for i in share) == list(range(len(lengths)))
+    assert len(shares) == parts and all(share == sorted(share) for share in shares)
+    assert sum(map(bool, shares)) == min(parts, len(lengths)), "nobody idles while another has two"
+    tokens = [sum(lengths[i] for i in share) for share in shares]
+    for share, total in zip(shares, tokens, strict=True):
+        if len(share) > 1:
+            assert total - min(tokens) <= min(lengths[i] for i in share)
 
 
 def _objective(name, model, data):
@@ -87,6 +101,29 @@ def test_packing_changes_neither_loss_nor_gradients(config, images, kind, rows):
             torch.testing.assert_close(others[name] / largest, value / largest, atol=2e-6, rtol=0, msg=name)
         assert rows == 0 or now.real == now.tokens, "a row of its own has no padding"
     assert passes == ({1} if rows == 0 else passes) and (rows == 0 or {1, 5} <= passes)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+@pytest.mark.parametrize("world", [2, 3, 8])
+def test_processes_that_pack_their_own_shares_compute_the_batch_of_one(config, images, monkeypatch, world, rows):  # noqa: F811
+    """What gradients become over `world` processes: the mean of theirs. Each of them packs what is its own."""
+    model, data = _traces("direct", config, images)
+    loss = _objective("direct", model, data)
+    expected, gradients, _ = _gradients(model, loss, 0, 0)
+    monkeypatch.setattr(parallel, "world", lambda: world)
+    for budget in BUDGETS[1:]:
+        parts = []
+        for rank in range(world):
+            monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+            parts.append(_gradients(model, loss, rows, budget))
+        assert len({now.passes for _, _, now in parts}) == 1, "all take part in as many forwards"
+        busy = sum(now.real > 0 for _, _, now in parts)
+        assert busy == min(world, 5), "also where the whole batch would fit into one row"
+        assert sum(total for total, _, _ in parts) / world == pytest.approx(expected, rel=2e-6)
+        largest = max(value.abs().max().item() for value in gradients.values())
+        for name, value in gradients.items():
+            mean = sum(found.get(name, torch.zeros_like(value)) for _, found, _ in parts) / world
+            torch.testing.assert_close(mean / largest, value / largest, atol=2e-6, rtol=0, msg=name)
 
 
 def test_a_packed_run_logs_its_real_tokens_and_resumes_exactly(config, images, tmp_path):  # noqa: F811

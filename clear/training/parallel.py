@@ -68,7 +68,7 @@ class Pass:
 
     rows: rows of a forward (0 = all of the process); budget: samples are packed into rows of so many tokens (0 = one
     sample per row). number: which pass this is; passes: how many there are, the same in all processes; tokens, real:
-    of all passes so far, with and without padding.
+    of all passes of this process so far, all of them and those that count: no padding, no row computed with weight 0.
     """
 
     rows: int = 0
@@ -78,14 +78,37 @@ class Pass:
     tokens: int = 0
     real: int = 0
 
-    def divide(self, samples: Sequence[Sequence[Segment]]) -> list[list[int]]:
-        """The rows of the whole batch, each with the numbers of its samples; sets `passes`."""
+    def divide(self, samples: Sequence[Sequence[Segment]]) -> list[list[list[int]]]:
+        """The rows of every process, each with the numbers of its samples; sets `passes`.
+
+        Samples are divided before they are packed: rows of the whole batch may be fewer than processes, and uneven.
+        """
+        count, parts = len(samples), world()
         if self.budget:
-            rows = pack([length(sample) for sample in samples], self.budget)
+            lengths = [length(sample) for sample in samples]
+            shares = [
+                [[own[i] for i in row] for row in pack([lengths[i] for i in own], self.budget)]
+                for own in balanced(lengths, parts)
+            ]
         else:
-            rows = [[i] for i in range(len(samples))]
-        self.passes = math.ceil(math.ceil(len(rows) / world()) / (self.rows or len(rows)))
-        return rows
+            shares = [[[i] for i in range(count * n // parts, count * (n + 1) // parts)] for n in range(parts)]
+        most = max(map(len, shares))
+        self.passes = math.ceil(most / (self.rows or most))
+        return shares
+
+
+def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Which samples each of `parts` processes gets, about as many tokens each: the longest first, to who has fewest.
+
+    The numbers of a process ascend. Nobody is without a sample unless there are fewer samples than processes.
+    """
+    shares: list[list[int]] = [[] for _ in range(parts)]
+    tokens = [0] * parts
+    for sample in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        least = tokens.index(min(tokens))
+        shares[least].append(sample)
+        tokens[least] += lengths[sample]
+    return [sorted(share) for share in shares]
 
 
 _pass = Pass()
@@ -106,8 +129,8 @@ def one_pass(now: Pass) -> Iterator[None]:
 class Share:
     """What part of a batch this process computes now: `whole` is everybody's layout, `mine` its rows of it.
 
-    samples: numbers of its samples, in the order of its rows. A process without a row (fewer rows than processes)
-    computes the first one with weight 0.
+    samples: numbers of its samples, in the order of its rows. A process without a row in this pass (fewer samples than
+    processes, or fewer rows than another process has) computes one with weight 0.
     """
 
     whole: Layout
@@ -140,11 +163,11 @@ def share_batch(
     With one process and one pass it is the whole batch: `layout(samples, special)` and the contents as they are, or
     packed (`Pass.budget`) with the contents in the order of the rows.
     """
-    rows = _pass.divide(samples)
-    parts, place = world() * _pass.passes, rank() * _pass.passes + _pass.number
-    own = range(len(rows) * place // parts, len(rows) * (place + 1) // parts)
-    idle = not len(own)
-    chosen = [rows[i] for i in own] or rows[:1]
+    rows = _pass.divide(samples)[rank()]
+    parts, place = world() * _pass.passes, _pass.number
+    own = rows[len(rows) * place // _pass.passes : len(rows) * (place + 1) // _pass.passes]
+    idle = not own
+    chosen = own or rows[:1] or [[0]]
     mine = [i for row in chosen for i in row]
 
     def part(wanted: Callable[[Image], bool]) -> list[int]:
@@ -155,7 +178,7 @@ def share_batch(
     noise = part(lambda s: s.kind == LATENT and s.noise)
     built, _ = layout(samples, special, packed=chosen)
     _pass.tokens += built.ids.numel()
-    _pass.real += int(built.valid.sum())
+    _pass.real += 0 if idle else int(built.valid.sum())
     if parts == 1 and mine == list(range(len(samples))):
         return built, contents, Share(built, built, mine, noise)
     whole_ = built if parts == 1 else layout(samples, special)[0]
