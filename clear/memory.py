@@ -34,8 +34,9 @@ GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 """Name parts of what no stage trains, and of what the stage `bridge` leaves alone with the mlp bridge."""
 BAGEL_VOCABULARY = 152064
 """Rows of BAGEL's token embedding."""
-SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS = 160, 64, 300
-"""Assumed text lengths under Qwen2's vocabulary; replies are shorter where `sampling.max_think_tokens` is."""
+SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS, TRIGGER_TOKENS = 160, 64, 300, 16
+"""Assumed text lengths under Qwen2's vocabulary; replies are shorter where `sampling.max_think_tokens` is. The trigger
+is the fixed reply that asks for a restoration."""
 LIMIT = 80e9
 """The memory of one large accelerator; more than that is worth a note."""
 _GROUPS = (
@@ -288,7 +289,8 @@ def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
 
     Rows have the layout of the stage's loss: prompt, reply, the noisy latents (sft: one, grpo: `scored_steps`,
     bridge: none), the feedback (clean ViT tokens in sft with the mlp bridge, else the latent; with distillation its ViT
-    teacher on the same grid), reply; grpo repeats this for every allowed restoration.
+    teacher on the same grid), reply; grpo repeats this for every allowed restoration. With a token budget a row is as
+    long as traces no larger than these can make it, and its tokens are of the kinds that a trace has, in proportion.
     """
     latent, vit = grids(config)
     mlp, reply = config.bridge.kind == "mlp", _reply(config)
@@ -298,24 +300,45 @@ def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
     by_vit = mlp and stage == "sft"
     feedback = (vit if by_vit else latent) + 2 + teacher
     length = prompt_tokens(config) + reply + 2 + rounds * (noisy * (latent + 2) + feedback + reply + 2)
+    if stage != "grpo" and config.sft.both_paths and config.sft.other_path:
+        length += min(TRIGGER_TOKENS, reply) + 2  # of a row with both replies and what leads to the second
     if stage == "grpo":
         completions = config.grpo.prompts * config.grpo.group_size
-        rows = max(n for n in range(1, min(config.grpo.rows_per_pass, completions) + 1) if completions % n == 0)
+        traces = max(n for n in range(1, min(config.grpo.rows_per_pass, completions) + 1) if completions % n == 0)
+        limit = traces  # a slice is computed at once, in whatever rows it is packed
     else:
-        rows = -(-(config.sft.traces if stage == "sft" else config.bridge.answer).batch // gpus)
-        # Packed, rows are counted after they are full: at most, and with shorter traces than these, to the budget.
-        together = min(rows, max(1, -(-config.runtime.token_budget // length)))
-        rows = min(rows, (config.runtime.rows_per_pass or rows) * together)
-    gen = latent * (1 + rounds * (noisy + (not mlp)))
+        traces = -(-(config.sft.traces if stage == "sft" else config.bridge.answer).batch // gpus)
+        limit = config.runtime.rows_per_pass or traces
+    rows, longest = packed_rows(traces, length, config.runtime.token_budget, limit)
+
+    def tokens(of_a_trace: int) -> int:
+        return rows * -(-of_a_trace * longest // length)
+
     return Batch(
         rows=rows,
-        length=length,
-        gen=rows * gen,
-        scored=rows * (rounds + 1) * (reply + 1),
-        noisy=rows * rounds * noisy * latent,
-        pairs=rows * (teacher - 2) if teacher else 0,
-        vit=rows * (vit + (vit if by_vit else 0) + max(0, teacher - 2)),
+        length=longest,
+        gen=tokens(latent * (1 + rounds * (noisy + (not mlp)))),
+        scored=tokens((rounds + 1) * (reply + 1)),
+        noisy=tokens(rounds * noisy * latent),
+        pairs=tokens(max(0, teacher - 2)),
+        vit=tokens(vit + (vit if by_vit else 0) + max(0, teacher - 2)),
     )
+
+
+def packed_rows(traces: int, length: int, budget: int, limit: int) -> tuple[int, int]:
+    """The largest pass that `traces` of at most `length` tokens can make: its rows, `limit` at most, and their length.
+
+    A row is as long as its traces and the `budget` (0: one trace per row) allow; a trace beyond the budget is alone in
+    its row. Best fit leaves only one row with fewer traces than fit at full size; smaller ones may crowd into another.
+    """
+    full = max(1, budget // length)
+
+    def longest(rows: int) -> int:
+        elsewhere = (rows - 2) * full + 1 if rows > 1 else 0
+        return min((traces - elsewhere) * length, max(budget, length))
+
+    rows = max(range(1, min(-(-traces // full), limit) + 1), key=lambda n: n * longest(n))
+    return rows, longest(rows)
 
 
 def encode_workspace(config: Config) -> int:

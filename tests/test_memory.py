@@ -17,17 +17,22 @@ from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.images import ImageBank
-from clear.model.sequence import IGNORE, LATENT, VIT
+from clear.model.sequence import IGNORE, LATENT, VIT, Text
 from clear.model.vae import AutoEncoder
-from clear.reasoning.engine import Options
+from clear.reasoning import grammar
+from clear.reasoning.engine import Options, Reply, Restoration, Trajectory
+from clear.reasoning.prompts import Prompt
 from clear.reasoning.tokenizer import word_tokenizer
 from clear.records import Sample, encode_image
 from clear.traces.records import TraceRow
-from clear.training import sft
+from clear.training import scoring, sft
 from clear.training.build import scene_words
 from clear.training.grpo import InterleavedGRPO
 from clear.training.load import trainable
+from clear.training.parallel import Pass
 from clear.training.trainer import Objective
+from tests.conftest import ROOT
+from tests.shapes import Planned, Planner, Shapes, passes, stage_loss
 
 ADAPTER = ["lora.rank=4", "lora.experts=both"]
 ROWS = 4
@@ -216,6 +221,109 @@ def test_the_noisy_splits_are_those_that_grpo_scores(choice, steps, flow_steps):
     latent, _ = memory.grids(config)
     batch = memory.stage_batch(config, "grpo")
     assert batch.noisy == batch.rows * len(scored) * latent
+
+
+PROFILES = sorted(file.stem for file in (ROOT / "clear/conf/profile").glob("*.yaml"))
+
+
+def _shaped(config, count: int, rng: np.random.Generator | None = None) -> sft.TraceData:
+    """Traces of pictures of the largest size with texts of the assumed lengths, all restoring, or showing both paths
+    where the profile does so; with `rng` all up to that, and about half of them direct."""
+    stride = 2 ** (len(config.model.vae_mult) - 1) * config.model.latent_patch
+    sides = [(config.model.vae_min, config.model.vae_size, stride)]
+    sides += [(config.model.vit_min, config.model.vit_size, config.model.vit_patch)]
+
+    def some(smallest: int, largest: int) -> int:
+        return largest if rng is None else int(rng.integers(smallest, largest + 1))
+
+    grids = [[(some(a // p, b // p), some(a // p, b // p)) for _ in range(count)] for a, b, p in sides]
+    bank = Shapes(*grids)
+    samples = [Sample(f"s{i}", "test", "sft", b"", "", degraded=b"other") for i in range(count)]
+    both = config.sft.both_paths and rng is None
+    restoring = [not both and (rng is None or rng.random() < 0.5) for _ in samples]
+    second = [grammar.restore_reply() if r else "" for r in restoring]
+    rows = [TraceRow(f"s{i}", "q", "", "dark", "high", "", text, "", "", False) for i, text in enumerate(second)]
+    data = sft.TraceData(word_tokenizer(grammar.WORDS), rows, samples, bank, bank)
+    data.system = (0,) * memory.SYSTEM_TOKENS if config.sampling.system_prompt else ()
+    data.question = [[0] * some(1, memory._question(config)) for _ in rows]
+    for replies in (data.reply_1, data.restored):
+        replies[:] = [[0] * some(1, memory._reply(config)) for _ in rows]
+    data.trigger = [0] * min(memory.TRIGGER_TOKENS, memory._reply(config))
+    return data
+
+
+def _largest_pass(config, stage: str, world: int, data: sft.TraceData, batches: int, monkeypatch) -> int:
+    """Most tokens, padding included, that a device computes at once, of so many batches in order."""
+    batch = (config.sft.traces if stage == "sft" else config.bridge.answer).batch
+    loss, found = stage_loss(config, stage, data), 0
+    for n in range(batches):
+        index = list(range(n * batch, (n + 1) * batch))
+        for rank in range(world):
+            now = Pass(config.runtime.rows_per_pass, config.runtime.token_budget)
+            built = passes(loss, index, now, monkeypatch, world, rank)
+            found = max(found, *(one.ids.numel() for one in built))
+    return found
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("stage", ["sft", "bridge"])
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_pass_has_the_tokens_that_training_puts_into_it(profile, stage, gpus, monkeypatch):
+    """Traces of full size: exactly, up to what they leave of the budget. Smaller ones fill it and never exceed it."""
+    config = _config("sft.drop_vit=0.0", profile=profile)
+    config.sft.other_path = float(config.sft.both_paths)
+    expected, budget = memory.stage_batch(config, stage, gpus), config.runtime.token_budget
+    alone = memory.stage_batch(_config("runtime.token_budget=0", profile=profile), stage, gpus).length
+    batch = (config.sft.traces if stage == "sft" else config.bridge.answer).batch
+    full = _largest_pass(config, stage, gpus, _shaped(config, batch), 1, monkeypatch)
+    together = min(batch // gpus, max(1, budget // alone)) if budget else batch // gpus
+    assert full == together * alone <= expected.tokens
+    assert (gpus == 1 and budget) or full == expected.tokens
+    mixed = _shaped(config, 12 * batch, np.random.default_rng(0))
+    found = _largest_pass(config, stage, gpus, mixed, 12 if gpus == 1 else 2, monkeypatch)
+    assert found <= expected.tokens
+    assert not (gpus == 1 and budget) or found >= 0.95 * expected.tokens == 0.95 * budget
+
+
+@pytest.mark.parametrize("limit", [0, 1, 2, 3])
+@pytest.mark.parametrize("budget", [0, 150, 400, 10**6])
+@pytest.mark.parametrize("traces", [1, 3, 8])
+def test_packed_rows_are_the_most_that_training_makes(traces, budget, limit, monkeypatch):
+    """Whatever the lengths up to 200: never more than the estimate, and as much where they are chosen for it."""
+    rows, longest = memory.packed_rows(traces, 200, budget, limit or traces)
+    rng, found = np.random.default_rng(1), 0
+    filled = [200] * traces, [max(1, longest - 200 * (traces - rows))] + [200] * (traces - 1)
+    for lengths in [*filled, *rng.integers(1, 201, (200, traces)).tolist()]:
+        samples = [[Text([0] * n, bos=False, eos=False)] for n in lengths]
+        now = Pass(limit, budget)
+        mine, *_ = now.divide(samples)
+        for n in range(now.passes):
+            chosen = mine[len(mine) * n // now.passes : len(mine) * (n + 1) // now.passes]
+            found = max(found, len(chosen) * max(sum(lengths[i] for i in row) for row in chosen))
+    assert 0.8 * rows * longest <= found <= rows * longest
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_slice_of_grpo_has_the_tokens_that_are_scored(profile):
+    """As many trajectories as a slice has, each with all restorations, at full size; none longer than it may be."""
+    config = _config("grpo.group_size=8", profile=profile)
+    latent_tokens, vit = memory.grids(config)
+    rows = columns = round(latent_tokens**0.5)
+    system = (0,) * memory.SYSTEM_TOKENS if config.sampling.system_prompt else ()
+    latent = torch.zeros(rows * columns, 1)
+    side = round(vit**0.5)
+    prompt = Prompt(system, (0,) * memory._question(config), latent, (rows, columns), torch.zeros(vit, 1), (side, side))
+    rounds, steps = config.sampling.max_restorations, list(range(memory.scored_steps(config)))
+    states = torch.zeros(config.sampling.flow_steps + 1, *latent.shape)
+    replies = [Reply([0] * (memory._reply(config) + 1))] * (rounds + 1)
+    one = Trajectory(0, 0, replies, [Restoration(latent, (rows, columns), states)] * rounds)
+    expected = memory.stage_batch(config, "grpo")
+    count = max(n for n in range(1, config.grpo.rows_per_pass + 1) if config.grpo.prompts * 8 % n == 0)
+    times, budget = [0.5] * (config.sampling.flow_steps + 1), config.runtime.token_budget
+    planner = Planner(config.bridge.kind)
+    with pytest.raises(Planned) as planned:
+        scoring.score(planner, [prompt] * count, [one] * count, [steps] * count, times, 0.3, 1.0, budget)
+    assert planned.value.args[0].ids.shape == (expected.rows, expected.length)
 
 
 def test_bagel_has_the_published_number_of_parameters():
