@@ -457,7 +457,8 @@ def report(found: list[Estimate], profile: str, gpus: int) -> str:
     text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
     text.append(f"GiB per device, profile {profile}, {gpus} device{'s' if gpus > 1 else ''}.")
     text.append(
-        "Exact: parameters, weights, gradients, optimiser. Estimated: the rest, for images of the largest size."
+        "Exact: parameters, weights, gradients, optimiser. Estimated: the rest, for images of the largest size.\n"
+        "sft_direct needs no more than sft, and traces no more than evaluate."
     )
     over = [one for one in found if one.peak > LIMIT]
     if over:

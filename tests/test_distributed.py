@@ -152,11 +152,11 @@ def _worker(rank: int, world: int, port: int, sharded: bool, job: tuple) -> None
         join(rank, world, port)
     if sharded:
         os.environ.update(fsdp_environment())
-        _shard_on_cpu()
+        shard_on_cpu()
     _train(job[0], rank, *job[1:])
 
 
-def _shard_on_cpu() -> None:
+def shard_on_cpu() -> None:
     """accelerate shards between accelerators only: let it take these CPU processes for such, and gloo for NCCL."""
     from accelerate import DistributedType, PartialState
 

@@ -21,7 +21,7 @@ from clear.records import write_samples
 from clear.scratch import write_params
 from clear.sources.scenes import scenes
 from clear.traces.records import TraceRow, write_traces
-from tests.test_distributed import _shard_on_cpu, fork, fsdp_environment, join, run_jobs
+from tests.test_distributed import fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import save_random_model
 
 SMALL = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]
@@ -35,7 +35,7 @@ def _work(rank: int, world: int, port: int) -> None:
     if world > 1:
         join(rank, world, port)
         os.environ.update(fsdp_environment())
-        _shard_on_cpu()
+        shard_on_cpu()
     from clear.errors import ClearError
     from clear.model import lora
     from clear.stages import bridge as stage

@@ -20,7 +20,7 @@ from clear.records import Question
 from clear.training.load import trainable
 from clear.training.policy import Task
 from clear.training.trainer import StageRun
-from tests.test_distributed import Interrupted, _shard_on_cpu, forget, fork, fsdp_environment, join, run_jobs
+from tests.test_distributed import Interrupted, forget, fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=3, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=6, batch=64)
@@ -91,7 +91,7 @@ def _worker(rank: int, world: int, port: int, job: dict) -> None:
         join(rank, world, port)
     if job.get("sharded"):
         os.environ.update(fsdp_environment())
-        _shard_on_cpu()
+        shard_on_cpu()
     _train(Path(job["folder"]), rank, job.get("stop_at"), job.get("restore", "always"), job.get("more", {}))
 
 

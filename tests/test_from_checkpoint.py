@@ -1,0 +1,106 @@
+"""The stages as the command line runs them, from a checkpoint in BAGEL's layout: with one adapter, and sharded."""
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clear.bench import predictions
+from clear.config import compose, from_dict
+from clear.model import lora
+from clear.model.checkpoint import MODEL
+from clear.records import write_json
+from clear.scratch import write_params
+from tests.conftest import ROOT
+from tests.tiny import save_random_model
+
+DATA, CHAIN = ("source", "degrade", "base", "traces"), ("sft_direct", "sft", "bridge", "grpo")
+SMALL = [
+    "profile=smoke",
+    "source={pretrain: 8, sft: 24, rl: 16, validation: 8, bench: 8}",
+    "sampling.max_think_tokens=8",
+    "sft.restoration.steps=4",
+    "sft.traces.steps=4",
+]
+ADAPTER = [
+    *SMALL,
+    "runtime={weights: bfloat16, precision: bfloat16, token_budget: 256}",
+    "lora={rank: 2, alpha: 4.0}",
+    "bridge={kind: mlp, distill: {steps: 4}, answer: {steps: 2}}",
+    "grpo={steps: 1, reward_latent_quality: 0.1}",
+]
+SHARDED = [*SMALL, "runtime={device: cpu, threads: 1, token_budget: 256, rows_per_pass: 1}"]
+
+
+def _workspace(folder: Path, settings: list[str]) -> None:
+    """Params and an untrained checkpoint, and the data made from them."""
+    settings = [*settings, f"model.checkpoint={folder}/weights"]
+    save_random_model(folder / "weights", from_dict(compose(settings)))
+    write_params(folder / "params.yaml", settings)
+    write_json(folder / "data/metrics/validate.json", {})
+    for stage in DATA:
+        _run(folder, ["-m", "clear", stage])
+
+
+def _run(folder: Path, command: list[str], wanted: tuple[int, ...] = (0,)) -> int:
+    environment = os.environ | {"CLEAR_HOME": str(folder / ".clear"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode in wanted, f"{command}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    return done.returncode
+
+
+@pytest.mark.slow
+def test_one_adapter_goes_from_a_checkpoint_through_every_stage(tmp_path):
+    _workspace(tmp_path, ADAPTER)
+    for command in ("mmd_bench", *CHAIN, "evaluate grpo", "merge data/models/grpo merged"):
+        _run(tmp_path, ["-m", "clear", *command.split()])
+
+    models = {name: tmp_path / "data/models" / name for name in CHAIN}
+    adapters = {name: load_file(folder / lora.ADAPTER) for name, folder in models.items()}
+    assert not list((tmp_path / "data/models").rglob(MODEL)), "no stage copies the weights"
+    records = [json.loads((folder / lora.BASE).read_text()) for folder in models.values()]
+    assert records[0]["files"] and all(record["files"] == records[0]["files"] for record in records), "the same weights"
+    for before, after in (("sft", "bridge"), ("bridge", "grpo")):
+        assert adapters[before].keys() == adapters[after].keys()
+    assert all(any(value.any() for key, value in adapter.items() if "lora_B" in key) for adapter in adapters.values())
+
+    assert len(predictions.read(tmp_path / "data/predictions/grpo.parquet")) > 0
+    adapted, *_ = lora.load_model(models["grpo"], torch.float32, "cpu", tmp_path / "weights")
+    merged, *_ = lora.load_model(tmp_path / "merged", torch.float32, "cpu")
+    name = "language_model.model.layers.0.mlp.down_proj"
+    layer = adapted.get_submodule(name)
+    expected = layer.base_layer.weight + layer.get_delta_weight(lora.TRAINED)
+    torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=0.02, rtol=0)
+
+
+@pytest.mark.slow
+def test_accelerate_launch_trains_a_stage_as_one_process_does(tmp_path):
+    """The README's command, with the shipped settings, but for two processes on the CPU in place of eight GPUs."""
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    alone.mkdir()
+    _workspace(alone, SHARDED)
+    shutil.copytree(alone, together)
+    _run(alone, ["-m", "clear", "sft"])
+    launch = ["-m", "accelerate.commands.launch", "--config_file", str(ROOT / "infra/fsdp.yaml"), "--num_processes=2"]
+    launched = 0
+    while not (together / "data/plots/sft.csv").exists():  # a stage of two phases asks for the same command again
+        _run(together, [*launch, "-m", "tests.sharded", "sft"], wanted=(0, 1))
+        launched += 1
+        assert launched <= 2
+    curves = []
+    for folder in (together, alone):
+        with (folder / "data/plots/sft.csv").open() as file:
+            curves.append(list(csv.DictReader(file)))
+    assert len(curves[0]) == len(curves[1]) > 2
+    for found, expected in zip(*curves, strict=True):
+        assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
+    weights, wanted = (load_file(folder / "data/models/sft" / MODEL) for folder in (together, alone))
+    for name, value in wanted.items():
+        torch.testing.assert_close(weights[name], value, atol=1e-4, rtol=1e-3, msg=name)
