@@ -36,7 +36,7 @@ ADAPTER = [
     "bridge={kind: mlp, distill: {steps: 4}, answer: {steps: 2}}",
     "grpo={steps: 1, reward_latent_quality: 0.1}",
 ]
-SHARDED = [*SMALL, "runtime={device: cpu, threads: 1, token_budget: 256, rows_per_pass: 1}"]
+SHARDED = [*SMALL, "runtime={device: cpu, threads: 1, token_budget: 256, rows_per_pass: 1, log_every: 1}"]
 
 
 def _workspace(folder: Path, settings: list[str]) -> None:
@@ -98,9 +98,11 @@ def test_accelerate_launch_trains_a_stage_as_one_process_does(tmp_path):
     for folder in (together, alone):
         with (folder / "data/plots/sft.csv").open() as file:
             curves.append(list(csv.DictReader(file)))
-    assert len(curves[0]) == len(curves[1]) > 2
+    assert len(curves[0]) == len(curves[1]) == 8
     for found, expected in zip(*curves, strict=True):
         assert float(found["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-4)
-    weights, wanted = (load_file(folder / "data/models/sft" / MODEL) for folder in (together, alone))
+    folders = together / "data/models/sft", alone / "data/models/sft", alone / "weights"
+    weights, wanted, start = (load_file(folder / MODEL) for folder in folders)
     for name, value in wanted.items():
-        torch.testing.assert_close(weights[name], value, atol=1e-4, rtol=1e-3, msg=name)
+        # AdamW turns the rounding of small gradients into steps: what counts is how far the weights have come.
+        assert (weights[name] - value).norm() <= 0.01 * (value - start[name]).norm() + 1e-6, name
