@@ -89,11 +89,8 @@ def test_finished_rows_leave_the_batch_at_once(restore):
     sizes = _forwards(model)
     options = replace(OPTIONS, restore=restore, max_tokens=30, temperature=1.0)
     found = generate(model, tokenizer, tiny_prompts(tokenizer, 6), options, 4, torch.Generator().manual_seed(0))
-    replies = [t.replies[-1].ids for t in found]
-    assert len({len(ids) for ids in replies}) > 10
-    ended = [len(ids) if ids[-1] == model.config.special.eos else math.inf for ids in replies]
-    # after its k-th token, a row is fed on unless that was the end
-    assert sizes[-29:] == [sum(end > k for end in ended) for k in range(1, 30)] and sizes[-30] == 24
+    assert len({len(t.replies[-1].ids) for t in found}) > 10
+    assert sizes[-30:] == _decoding(found, model, 30)
 
 
 def _filled(lengths, capacity):
@@ -147,6 +144,14 @@ def _forwards(model):
     return sizes
 
 
+def _decoding(found, model, limit):
+    """Batch sizes that make the last replies: all rows, then those that have not ended with their k-th token."""
+    replies = [t.replies[-1].ids for t in found]
+    ended = [len(ids) if ids[-1] == model.config.special.eos else math.inf for ids in replies]
+    sizes = [len(found), *(sum(end > k for end in ended) for k in range(1, limit))]
+    return [size for size in sizes if size]
+
+
 def _same(a, b):
     texts = _ids(a) == _ids(b) and all(
         x.log_probs == y.log_probs for s, t in zip(a, b, strict=True) for x, y in zip(s.replies, t.replies, strict=True)
@@ -176,9 +181,9 @@ def test_guidance_is_one_batched_forward_per_step():
     plain = list(sizes)
     for guidance, expected in ((Guidance(3.0, 2.0, low=0.0), [3, 9, 9, 9]), (Guidance(3.0, 1.0, low=0.8), [6, 6, 3])):
         sizes.clear()
-        generate(model, tokenizer, prompts, replace(GUIDED, guidance=guidance))
-        # prompt, trigger reply, then the image-free context (with image guidance) and the steps; then the feedback
-        assert sizes[: 3 + len(expected)] == [*plain[:2], *expected, 3]
+        found = generate(model, tokenizer, prompts, replace(GUIDED, guidance=guidance))
+        # prompt, trigger reply, then the image-free context (with image guidance) and the steps; feedback and answer
+        assert sizes == [*plain[:2], *expected, 3, *_decoding(found, model, OPTIONS.max_tokens)]
 
 
 def test_a_guided_batch_equals_one_by_one_and_differs_from_the_plain_one():

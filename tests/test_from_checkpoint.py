@@ -49,11 +49,10 @@ def _workspace(folder: Path, settings: list[str]) -> None:
         _run(folder, ["-m", "clear", stage])
 
 
-def _run(folder: Path, command: list[str], wanted: tuple[int, ...] = (0,)) -> int:
+def _run(folder: Path, command: list[str], wanted: tuple[int, ...] = (0,)) -> None:
     environment = os.environ | {"CLEAR_HOME": str(folder / ".clear"), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode in wanted, f"{command}: {done.stdout[-2000:]}{done.stderr[-4000:]}"
-    return done.returncode
 
 
 @pytest.mark.slow
