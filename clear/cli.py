@@ -10,11 +10,11 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 
-from clear.errors import ClearError
+from clear.errors import ClearError, naming, refusal
 
 INTERRUPTED = 130
 STAGES = {
@@ -259,7 +259,8 @@ def score(
         write_json(out, found)
     if rows is not None:
         rows.parent.mkdir(parents=True, exist_ok=True)
-        frame.to_parquet(rows, index=False)
+        with naming(rows):
+            frame.to_parquet(rows, index=False)
 
 
 @app.command("mmd-bench", rich_help_panel=TOOLS)
@@ -374,12 +375,22 @@ for _name, _summary in STAGES.items():
 @app.command(rich_help_panel=PIPELINE)
 def evaluate(
     model: Annotated[str, typer.Argument(help="base, sft_direct, sft, reencode, bridge or grpo.")],
+    development: Annotated[
+        bool, typer.Option("--development", help="Answer data/development, where recipes are compared, instead.")
+    ] = False,
 ) -> None:
     """Run MMD-Bench for one model."""
     from clear.bench.predictions import MODELS
 
     if model not in MODELS:
         raise ClearError(f"evaluate {model}: choose one of {', '.join(MODELS)}.")
+    if development:
+        from clear.config import load
+        from clear.stages.evaluate import run_development
+        from clear.stages.weights import with_local_weights
+
+        typer.echo(f"figures: {run_development(with_local_weights(load(), 'evaluate'), model)}")
+        return
     run_stage(f"evaluate_{model}", "evaluate", model)
 
 
@@ -393,12 +404,21 @@ def _interrupt(signum: int, frame: FrameType | None) -> None:
 def main() -> None:
     """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or gate undecided, 130 interrupted."""
     signal.signal(signal.SIGTERM, _interrupt)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file may be no text
     try:
         app()
     except ClearError as error:
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(1)
+        _refuse(error)
+    except OSError as error:
+        if (refused := refusal(error)) is None:
+            raise
+        _refuse(refused)
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
             typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
         raise
+
+
+def _refuse(error: ClearError) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(1)

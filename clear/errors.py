@@ -1,10 +1,55 @@
 """The one exception a user is meant to read.
 
 Anything wrong with the user's data, configuration or workspace is raised as `ClearError` with a message that
-names the file, the row, the value and the remedy; the command line prints it as one line without a trace.
-Programming errors stay ordinary exceptions.
+names the file, the row, the value and the remedy; the command line prints it as one line without a trace. So does an
+operation that the operating system refuses (no permission, no space left, a file where a folder must be), whoever ran
+into it: nobody has to catch it, see `refusal`. Programming errors stay ordinary exceptions.
 """
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_REMEDIES = {
+    "check the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
+    "free some space there, then run the command again": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "correct the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTEMPTY),
+    "remove or correct the link": (errno.ELOOP,),
+    "raise the limit on open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
+}
 
 
 class ClearError(Exception):
     """Bad input or workspace state. `str(error)` is a complete sentence with the remedy."""
+
+
+def shown(path: Path | str) -> str:
+    """A path as text that can be printed and stored; bytes that are not UTF-8 become `\\xNN`."""
+    return os.fsencode(path).decode(errors="backslashreplace")
+
+
+def refusal(error: OSError) -> ClearError | None:
+    """What the operating system refused, as one line with the path and the remedy; None if it was something else.
+
+    An OSError without a number is a library's own (a damaged file, no network) and says nothing about a path.
+    """
+    if error.errno is None:
+        return None
+    said, path = os.strerror(error.errno), error.filename2 or error.filename
+    # Libraries written in C++ name the path in their text only, and add their own remarks to it.
+    where = shown(path) if path else str(error.strerror or error).split(". Detail:")[0].replace(said, "output")
+    remedy = next((f"; {remedy}" for remedy, numbers in _REMEDIES.items() if error.errno in numbers), "")
+    return ClearError(f"{where}: {said}{remedy}.")
+
+
+@contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Add `path` to an OSError of the block that names none, such as one raised while writing on a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise

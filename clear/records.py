@@ -9,7 +9,7 @@ so equal samples give equal bytes.
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from io import BytesIO
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clear.errors import ClearError
+from clear.errors import ClearError, naming
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
     import pyarrow as pa
@@ -119,6 +119,14 @@ class Sample:
 def sha256(data: bytes) -> str:
     """Hex digest that identifies an image by content."""
     return hashlib.sha256(data).hexdigest()
+
+
+def drawn(names: Sequence[str], count: int) -> set[int]:
+    """Numbers of `count` of the names (of all, if there are fewer): those with the smallest hashes.
+
+    Which they are depends on the names alone, so that a choice neither follows their order nor prefers a subset.
+    """
+    return set(sorted(range(len(names)), key=lambda n: hashlib.sha256(names[n].encode()).digest())[:count])
 
 
 def pixel_sha256(image: np.ndarray) -> str:
@@ -358,7 +366,8 @@ def write_json(path: Path | str, value: dict) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
+    with naming(path):
+        partial.write_text(json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
     partial.rename(path)
 
 

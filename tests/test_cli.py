@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from clear import cli
-from clear.errors import ClearError
+from clear.errors import ClearError, naming, refusal
 from clear.stages import paths
 from tests.conftest import ROOT, git
 
@@ -84,6 +84,38 @@ def test_a_clear_error_is_one_line_and_other_errors_keep_their_trace(project, cl
     monkeypatch.setattr(sys, "argv", ["clear", "degrade"])
     with pytest.raises(ZeroDivisionError):
         cli.main()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    {
+        ("score", "M_B.tsv", "--json", "folder"): "folder: Is a directory; correct the path.",
+        ("score", "M_B.tsv", "--json", "file/x.json"): "file: File exists; correct the path.",
+        ("score", "M_B.tsv", "--rows", "folder"): "folder: Is a directory; correct the path.",
+        ("score", "M_B.tsv", "--rows", "/dev/full"): "/dev/full: No space left on device; free some space there, then "
+        "run the command again.",
+        ("mmd-bench", "--source", "lmu", "--out", "file"): "file: File exists; correct the path.",
+        ("mmd-bench", "--source", "lmu", "--out", "file/x"): "file/x: Not a directory; correct the path.",
+        ("mmd-bench", "--source", "lmu", "--out", "/proc/x"): "/proc/x: No such file or directory; correct the path.",
+    }.items(),
+)
+def test_what_the_system_refuses_is_one_line_with_the_path_whoever_meets_it(project, clear, arguments, said):
+    (project / "folder").mkdir()
+    (project / "lmu").mkdir()
+    (project / "lmu/B.tsv").write_text("index\timage_path\tquestion\tanswer\n1\tx.png\tq\tx\n")
+    (project / "file").write_text("")
+    (project / "M_B.tsv").write_text("index\tquestion\tanswer\tprediction\n1\tq\tred\tred\n")
+    code, _, stderr = clear(*arguments)
+    assert code == 1 and stderr.startswith(f"error: {said}") and stderr.count("\n") == 1
+
+
+def test_a_full_disk_is_named_with_the_file_and_a_library_s_own_error_keeps_its_trace():
+    with pytest.raises(OSError, match=r"No space left on device: '/dev/full'") as full, naming("/dev/full"):
+        Path("/dev/full").write_text("x")
+    assert str(refusal(full.value)).startswith("/dev/full: No space left on device; free some space")
+    assert str(refusal(OSError(28, "No space left on device"))).startswith("output: No space left on device; free")
+    assert str(refusal(OSError(13, "Failed to open 'a'. Detail: x"))).startswith("Failed to open 'a': Permission denied")
+    assert refusal(OSError("damaged")) is None
 
 
 def test_wrong_parameters_stop_a_stage_before_it_starts(project, clear, fake_stage):
