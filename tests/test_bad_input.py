@@ -25,7 +25,8 @@ from clear.rejects import read_rejects
 from clear.scratch import write_params
 from tests.conftest import ROOT
 
-COUNTS = {"pretrain": 4, "sft": 4, "rl": 4, "validation": 4, "bench": 16}  # fewer in bench would miss corruptions
+COUNTS = {"pretrain": 4, "sft": 4, "rl": 4, "validation": 4, "bench": 16, "development": 16}
+"""With fewer in bench, corruptions would lack."""
 
 
 def workspace(folder: Path, workers: int = 1, **counts: int) -> Path:

@@ -24,7 +24,7 @@ from tests.tiny import save_random_model
 DATA, CHAIN = ("source", "degrade", "base", "traces"), ("sft_direct", "sft", "bridge", "grpo")
 SMALL = [
     "profile=smoke",
-    "source={pretrain: 8, sft: 24, rl: 16, validation: 8, bench: 8}",
+    "source={pretrain: 8, sft: 24, rl: 16, validation: 8, bench: 8, development: 8}",
     "sampling.max_think_tokens=8",
     "sft.restoration.steps=4",
     "sft.traces.steps=4",

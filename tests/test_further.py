@@ -181,7 +181,7 @@ def inside(plugin):
         ["profile=smoke", "degrade.workers=1", f"degrade.plugins=[{file}]", "degrade.presets=[fading]"]
     )
     OmegaConf.save(OmegaConf.create(plain), "params.yaml")
-    for split, count in {"pretrain": 8, "sft": 160, "rl": 96, "validation": 16, "bench": 48}.items():
+    for split, count in {"pretrain": 8, "sft": 160, "rl": 96, "validation": 16, "bench": 48, "development": 32}.items():
         write_samples(f"data/samples/{split}", scenes(split, count, 5, 256, 4))
     return configuration.from_dict(plain)
 

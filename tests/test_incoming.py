@@ -208,13 +208,13 @@ def test_the_shares_are_those_asked_for(tmp_path):
     assert abs(parts["rl"] / 4000 - 0.8 * 0.25) < 0.02
 
 
-@pytest.mark.parametrize("split", ["bench", "sft"])
+@pytest.mark.parametrize("split", ["bench", "development", "sft"])
 def test_a_picture_of_data_samples_stays_on_its_side(tmp_path, split):
     put(tmp_path / "road", range(12))
     known = {SCENES[n].image_sha256: split for n in range(12)}
     parts = {s.split for s in intake.read(tmp_path, known=known).samples(*intake.SLICES)}
-    assert (parts == {"bench"}) == (split == "bench")
-    assert ("bench" in parts) == (split == "bench")
+    assert (parts == {"bench"}) == (split != "sft")
+    assert ("bench" in parts) == (split != "sft")
 
 
 def test_a_clean_partner_takes_all_its_copies_to_one_side(tmp_path):
@@ -292,7 +292,14 @@ def workspace(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         OmegaConf.save(OmegaConf.create(plain), "params.yaml")
-        for split, count in {"pretrain": 16, "sft": 32, "rl": 16, "validation": 16, "bench": 16}.items():
+        for split, count in {
+            "pretrain": 16,
+            "sft": 32,
+            "rl": 16,
+            "validation": 16,
+            "bench": 16,
+            "development": 16,
+        }.items():
             write_samples(f"data/samples/{split}", scenes(split, count, 5, 256, 4))
     return folder, configuration.from_dict(plain)
 

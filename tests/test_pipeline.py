@@ -4,6 +4,7 @@ import ast
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,60 @@ def test_nothing_trains_on_data_that_failed_validation():
                 behind.add(other)
                 todo.append(other)
         assert "validate" in behind, name
+
+
+MAY_OPEN_BENCH = {
+    "source": "makes the split",
+    "mmd_bench": "makes the benchmark",
+    "degrade": "looks up hashes, so that no picture of data/incoming that is in the benchmark is taught",
+    "validate": "checks it, and that no image of it is in another split",
+    "evaluate": "answers it, after every choice is made",
+    "report": "shows pictures of it beside the figures",
+}
+"""Who may read data/samples/bench and data/bench, and why; whatever chooses a recipe reads data/development."""
+
+
+def _names_of_bench(file: Path) -> list[str]:
+    """Where the code of a file names the benchmark's folders: as a path, or as a part that a path is made of."""
+    tree = ast.parse(file.read_text())
+    nodes = [*ast.walk(tree)]
+    told = {id(n.value) for n in nodes if isinstance(n, ast.Expr)}  # docstrings
+    parts = {id(n.right) for n in nodes if isinstance(n, ast.BinOp) and isinstance(n.op, ast.Div)}
+    parts |= {id(one) for n in nodes if isinstance(n, ast.Tuple | ast.List | ast.Set) for one in n.elts}
+    parts |= {
+        id(one)
+        for n in nodes
+        if isinstance(n, ast.Call)
+        and getattr(n.func, "attr", getattr(n.func, "id", "")) in ("Path", "joinpath", "join")
+        for one in n.args
+    }
+    texts = [n for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str) and id(n) not in told]
+    return [
+        f"{file.relative_to(ROOT)}:{n.lineno}"
+        for n in texts
+        if re.search(r"(data|samples)/bench\b", n.value) or (n.value == "bench" and id(n) in parts)
+    ]
+
+
+def test_no_stage_before_evaluation_reads_the_benchmark():
+    """By the graph, and by the code of the stages, shared modules included."""
+    reading = {
+        name
+        for name in STAGES
+        if any(dep.startswith(("data/bench", "data/samples/bench")) for dep in _definition(name)["deps"])
+    }
+    assert reading == set(MAY_OPEN_BENCH) - {"source"}
+    code = set().union(*(_code_of(name) for name in STAGES if name not in MAY_OPEN_BENCH))
+    assert {"clear/training/grpo.py", "clear/stages/traces.py"} <= code
+    assert [place for file in sorted(code) for place in _names_of_bench(ROOT / file)] == []
+
+
+def test_what_compares_recipes_reads_the_development_split_and_never_the_benchmark():
+    scripts = sorted((ROOT / "tests/bench").glob("*.py"))
+    assert [place for file in scripts for place in _names_of_bench(file)] == []
+    for name in ("bridge_ablation", "image_term"):
+        assert "data/development" in (ROOT / f"tests/bench/{name}.py").read_text(), name
+    assert _names_of_bench(ROOT / "clear/stages/mmd_bench.py"), "what opens the benchmark is found"
 
 
 def _hash_of(content: bytes) -> str:

@@ -100,7 +100,7 @@ def test_llava_onevision_end_to_end_every_row_is_used_or_has_a_reason(here):
     place.mkdir(parents=True)
     pd.DataFrame(llava_rows()).to_parquet(place / "train-00000-of-00001.parquet", row_group_size=4)
     rules = ["source.min_side=64", "source.max_aspect=5", "source.skip_cjk=true", "source.questions_per_image=1"]
-    shares = "source.shares=[0,1,0,0,0]"
+    shares = "source.shares=[0,1,0,0,0,0]"
     source.run(config_of("source.kind=llava_onevision", "source.path=data/raw/llava", shares, *rules))
     kept = list(read_samples("data/samples/sft"))
     assert [json.loads(s.annotation)["id"] for s in kept] == ["a", "b", "j", "k"]
@@ -130,7 +130,7 @@ def test_without_rules_nothing_is_refused_for_size_aspect_or_language(here):
     place = here / "data/raw/llava"
     place.mkdir()
     pd.DataFrame(llava_rows()).to_parquet(place / "one.parquet")
-    source.run(config_of("source.kind=llava_onevision", "source.path=data/raw/llava", "source.shares=[0,1,0,0,0]"))
+    source.run(config_of("source.kind=llava_onevision", "source.path=data/raw/llava", "source.shares=[0,1,0,0,0,0]"))
     assert Counter(rejects().reason) == {"no image": 1, "conversation": 2, "image": 1}
     assert len(list(read_samples("data/samples/sft"))) == 7
 
@@ -301,16 +301,17 @@ def test_a_folder_with_json_lines_is_read_and_odd_lines_are_rejected(tmp_path):
 
 @given(st.integers(0, 2**31 - 1), st.binary(min_size=32, max_size=32))
 def test_a_split_depends_on_pixels_and_seed_only_and_a_larger_share_keeps_its_images(seed, pixels):
-    first = split_of(pixels, seed, [0.1, 0.2, 0.1, 0.1, 0.1])
-    assert first == split_of(pixels, seed, [0.1, 0.2, 0.1, 0.1, 0.1])
-    assert split_of(pixels, seed, [1, 0, 0, 0, 0]) == "pretrain" and split_of(pixels, seed, [0] * 5) == ""
+    first = split_of(pixels, seed, [0.1, 0.2, 0.1, 0.1, 0.1, 0.1])
+    assert first == split_of(pixels, seed, [0.1, 0.2, 0.1, 0.1, 0.1, 0.1])
+    assert split_of(pixels, seed, [1, 0, 0, 0, 0, 0]) == "pretrain" and split_of(pixels, seed, [0] * 6) == ""
     if first == "pretrain":
-        assert split_of(pixels, seed, [0.3, 0.2, 0.1, 0.1, 0.1]) == "pretrain"
+        assert split_of(pixels, seed, [0.3, 0.2, 0.1, 0.1, 0.1, 0]) == "pretrain"
 
 
 def test_shares_are_kept_on_many_images():
-    found = Counter(split_of(b"%d" % i, 7, [0.0, 0.5, 0.2, 0.05, 0.05]) for i in range(4000))
-    for split, share in {"sft": 0.5, "rl": 0.2, "validation": 0.05, "bench": 0.05, "": 0.2, "pretrain": 0}.items():
+    found = Counter(split_of(b"%d" % i, 7, [0.0, 0.5, 0.2, 0.05, 0.05, 0.1]) for i in range(4000))
+    shares = {"sft": 0.5, "rl": 0.2, "validation": 0.05, "bench": 0.05, "development": 0.1, "": 0.1, "pretrain": 0}
+    for split, share in shares.items():
         assert abs(found[split] / 4000 - share) < 0.03, split
 
 
@@ -327,7 +328,7 @@ def test_the_same_picture_under_other_names_and_encodings_is_in_one_split(here):
             (place / name).write_bytes(data)
             rows.append({"image": name, "question": f"What is {name}?", "answer": "x", "id": name})
     write_jsonl(place, rows)
-    source.run(config_of("source.kind=folder", "source.path=data/raw/mine", "source.shares=[.2,.2,.2,.2,.1]"))
+    source.run(config_of("source.kind=folder", "source.path=data/raw/mine", "source.shares=[.2,.2,.2,.1,.1,.1]"))
     where = {s.id: split for split in SPLITS for s in read_samples(f"data/samples/{split}")}
     for i in range(40):
         assert len({where.get(name) for name in (f"a{i}.png", f"z{i}.bmp", f"m{i}.webp")}) == 1
@@ -352,7 +353,7 @@ def test_a_repeated_id_and_images_of_the_benchmark_are_rejected(here):
     tsv(place / "lmu/MMStar.tsv", [{"index": 0, "image": b64(re_encoded), "question": "看?", "answer": "x"}])
     source.run(
         config_of("source.kind=folder", "source.path=data/raw", "source.bench_path=data/raw/lmu",
-                  "source.shares=[0,1,0,0,0]", "source.skip_cjk=true")
+                  "source.shares=[0,1,0,0,0,0]", "source.skip_cjk=true")
     )  # fmt: skip
     assert [s.id for s in read_samples("data/samples/bench")] == ["MMStar-0"], "sampling rules do not touch a benchmark"
     assert [s.id for s in read_samples("data/samples/sft")] == ["0.png", "2.png"]
@@ -379,7 +380,13 @@ def test_a_path_that_cannot_be_used_is_refused(here, overrides, said):
 
 @pytest.mark.parametrize(
     "overrides",
-    [["source.kind=folder"], ["source.path=data/raw"], ["source.shares=[1,1,0,0,0]"], ["source.shares=[1]"]],
+    [
+        ["source.kind=folder"],
+        ["source.path=data/raw"],
+        ["source.shares=[1,1,0,0,0,0]"],
+        ["source.shares=[0,.7,.1,.1,.1]"],  # of before there was a development split
+        ["source.shares=[1]"],
+    ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):
     with pytest.raises(ClearError, match=r"source\.(kind|shares)"):
@@ -400,7 +407,7 @@ def test_linked_files_are_read_and_linked_folders_refused(here, tmp_path_factory
     (here / "data/raw/mine").mkdir()
     for file in outside.iterdir():
         (here / "data/raw/mine" / file.name).symlink_to(file)
-    settings = ["source.kind=folder", "source.shares=[0,1,0,0,0]"]
+    settings = ["source.kind=folder", "source.shares=[0,1,0,0,0,0]"]
     source.run(config_of(*settings, "source.path=data/raw/mine"))
     assert metrics()["images"]["sft"] == 1
     (here / "data/raw/link").symlink_to(outside)
@@ -419,7 +426,7 @@ import sys
 from clear.config import compose, from_dict
 from clear.stages import source
 source._SHARD = 2**20
-sizes = ["source.kind=lmudata", "source.path=data/raw/" + sys.argv[1], "source.shares=[0,0.5,0,0,0]"]
+sizes = ["source.kind=lmudata", "source.path=data/raw/" + sys.argv[1], "source.shares=[0,0.5,0,0,0,0]"]
 source.run(from_dict(compose(["degrade.workers=1", *sizes])))
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

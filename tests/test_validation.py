@@ -11,6 +11,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from clear import config as configuration
+from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, seed_of
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image, read_samples, write_samples
@@ -22,7 +23,7 @@ from clear.validation import metrics
 from clear.validation.expectations import run_checks
 from clear.validation.frames import build_frame, chi_square_p
 
-COUNTS = {"sft": 96, "rl": 48, "validation": 16, "bench": 48}
+COUNTS = {"sft": 96, "rl": 48, "validation": 16, "bench": 48, "development": 32}
 
 
 @pytest.fixture(scope="module")
@@ -103,6 +104,33 @@ def test_benchmark_image_in_training(verdict, inside):
     found = verdict("bench_clean", "bench_degraded", degraded_rl=training)
     assert found["bench_clean"]["shared_images"] == (bench[4].key,)
     assert [key.split("/")[0] for key in found["bench_degraded"]["shared_images"]] == [bench[4].id] * 3
+
+
+def test_a_development_image_in_training_or_in_the_benchmark(verdict, inside):
+    training, bench, development = load("degraded_rl"), load("bench_clean"), load("development_clean")
+    training[3] = replace(training[3], image=development[4].image)
+    found = verdict("development_clean", "development_degraded", degraded_rl=training)
+    assert found["development_clean"]["shared_images"] == (development[4].key,)
+    assert [key.split("/")[0] for key in found["development_degraded"]["shared_images"]] == [development[4].id] * 3
+    bench[2] = replace(bench[2], image=development[7].image)
+    found = verdict("development_clean", bench_clean=bench)
+    assert found["development_clean"]["shared_images"] == (development[7].key,)
+
+
+def test_the_development_split_has_the_form_of_the_benchmark_and_images_of_its_own(inside):
+    counts = json.loads(mmd_bench.METRICS.read_text())
+    sides = {}
+    for name, found in (("bench", counts), ("development", counts["development"])):
+        clean, degraded = ([*read_samples(f"data/{name}/{part}")] for part in ("clean", "degraded"))
+        assert found["clean"]["images"] == len(clean) == COUNTS[name]
+        assert found["degraded"]["images"] == len(degraded) == 3 * len(clean)
+        assert {s.corruption for s in degraded} == set(CORRUPTIONS) and {s.severity for s in degraded} == set(
+            SEVERITIES
+        )
+        assert all(len(s.questions) == 3 for s in clean + degraded)
+        sides[name] = {s.image_sha256 for s in clean}
+        assert sides[name] == {s.image_sha256 for s in degraded}
+    assert not sides["bench"] & sides["development"]
 
 
 def test_truncated_bytes(verdict, inside):
@@ -186,7 +214,8 @@ def samples_key(index: int) -> str:
 
 
 def test_full_protocol_gives_all_variants(inside, tmp_path, monkeypatch):
-    write_samples(tmp_path / "data/samples/bench", scenes("bench", 2, 5, 256, 4))
+    for split in ("bench", "development"):
+        write_samples(tmp_path / "data/samples" / split, scenes(split, 2, 5, 256, 4))
     monkeypatch.chdir(tmp_path)
     full = replace(inside, mmd_bench=replace(inside.mmd_bench, protocol="full"))
     mmd_bench.run(full)

@@ -17,7 +17,7 @@ from pathlib import Path
 from clear.records import INCOMING, Question, Sample, open_shard, sha256
 from clear.rejects import Reject
 from clear.sources.incoming import FOLDER, IncomingSet, Row, Seen, look, present, rejected, rows_of
-from clear.sources.words import normalise
+from clear.sources.words import LABELS, lists_options, normalise
 
 SLICES = ("sft", "rl", "bench")
 
@@ -105,7 +105,8 @@ def read(
     """Judge every row of the sets of `folder` (of one set with `only`) and plan their slices.
 
     `bench_share` of the pictures go to the benchmark and `rl_share` of the others to `rl`. `known` maps byte digests of
-    clean images in use to "bench" or another split (see `known_images`). With `words`, texts must be made of them.
+    clean images in use to their split (see `known_images`): a copy of an image of `bench` or `development` is never
+    taught. With `words`, texts must be made of them.
     Raises ClearError for a set that is absent or not pulled, a name no set can have, and an unreadable table.
     """
     found = present(folder, only)
@@ -123,7 +124,7 @@ def read(
     planned: dict[tuple[str, str], _Planned] = {}
     for group in _connected(kept):
         homes = {known[file] for row in group for file in row.files if file in known}
-        sides = {"bench" if split == "bench" else "train" for split in homes}
+        sides = {"bench" if split in ("bench", "development") else "train" for split in homes}
         if len(sides) > 1:
             detail = "joins a picture of the training data with one of the benchmark; remove one of them"
             rejects += [rejected(row.set, row.where, "in bench", detail) for row in group]
@@ -149,8 +150,9 @@ def _foreign_word(row: Seen, vocabulary: frozenset[str] | None) -> str:
                     f"{word!r} is not in the closed vocabulary of a model trained from scratch; "
                     "name a checkpoint (model.checkpoint), or use the words of clear/sources/words.py"
                 )
-        if any(option not in question.text for option in question.options):
-            return "a closed vocabulary has no list of options; write them into the question"
+        if question.options and not lists_options(question.text, question.options):
+            listed = " ".join(f"{label} {option}" for label, option in zip(LABELS, question.options, strict=False))
+            return f"a closed vocabulary has no list of options; end the question with them, as in {listed!r}"
     return ""
 
 

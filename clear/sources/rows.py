@@ -20,8 +20,10 @@ from clear.config import Source
 from clear.errors import ClearError
 from clear.records import Question, Sample, decode_image, encode_image, sha256
 from clear.rejects import Reject
+from clear.sources.words import LABELS
 
-SPLITS = ("pretrain", "sft", "rl", "validation", "bench")
+SPLITS = ("pretrain", "sft", "rl", "validation", "bench", "development")
+"""In the order of `source.shares`. Recipes are compared on `development`, so that `bench` stays unseen."""
 
 _CJK = re.compile("[\u1100-\u11ff\u2e80-\u2fdf\u3005-\u30ff\u3100-\u318f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
                   "\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff]")  # fmt: skip
@@ -134,15 +136,20 @@ def options_in(text: str) -> tuple[str, ...]:
     """The options of a multiple-choice question that its text lists as lines "A. …", "B. …", …; () if it lists none."""
     found = _CHOICE.findall(text)
     letters = "".join(letter for letter, _ in found)
-    return tuple(option for _, option in found) if len(found) > 1 and "ABCDEFGHIJ".startswith(letters) else ()
+    return tuple(option for _, option in found) if len(found) > 1 and LABELS.startswith(letters) else ()
 
 
 def question(id: str, task: str, text: str, answer: str, options: Sequence[str] = (), **more: str) -> Question | str:
-    """A question, or the reason why it is none: an empty text or answer, or an answer that names no option."""
+    """A question, or the reason why it is none: an empty text, answer or option, too many options, or an answer that
+    names none of them."""
     text, answer = text.strip(), answer.strip()
     if not text or not answer:
         return f"the {'question' if not text else 'answer'} is empty"
-    letters = [chr(ord("A") + i) for i in range(len(options))]
+    if len(options) > len(LABELS):
+        return f"{len(options)} options; a question has at most {len(LABELS)}"
+    letters = list(LABELS[: len(options)])
+    if empty := [label for label, option in zip(letters, options, strict=True) if not option.strip()]:
+        return f"option {empty[0]} is empty"
     named = answer.rstrip(".").strip("()") in letters or [o.strip().lower() for o in options].count(answer.lower()) == 1
     if options and not named:
         return f"the answer {answer[:80]!r} names none of the options {', '.join(options)[:200]}"

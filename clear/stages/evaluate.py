@@ -2,7 +2,8 @@
 
 What came degraded (data/bench/incoming) and copies by further degradations (data/bench/extra) are answered apart, after
 MMD-Bench, so that no figure of MMD-Bench depends on them. With `evaluate.cluster` a Dask cluster answers
-(clear/bench/answers.py); the predictions are the same.
+(clear/bench/answers.py); the predictions are the same. `clear evaluate --development` answers data/development instead,
+where recipes are compared, and leaves everything tracked alone.
 """
 
 from pathlib import Path
@@ -15,6 +16,7 @@ from clear.config import Config
 from clear.errors import ClearError
 from clear.records import Sample, read_samples, write_json
 
+BENCH, DEVELOPMENT = Path("data/bench"), Path("data/development")
 MODELS = {
     "base": ("base", "plain", "bridge"),
     "sft_direct": ("sft_direct", "plain", "bridge"),
@@ -42,13 +44,12 @@ def under_test(model: str, config: Config) -> UnderTest:
 def run(config: Config, model: str) -> None:
     """Evaluate one model of MODELS on data/bench."""
     tested = under_test(model, config)
-    rows = _answered(tested, model, ["clean", "degraded"], "milliseconds_per_question")
-    came = _answered(tested, model, ["incoming"], "milliseconds_per_incoming_question")
-    extra = _answered(tested, model, ["extra"], "milliseconds_per_extra_question")
+    rows = _answered(tested, model, [BENCH / "clean", BENCH / "degraded"], "milliseconds_per_question")
+    came = _answered(tested, model, [BENCH / "incoming"], "milliseconds_per_incoming_question")
+    extra = _answered(tested, model, [BENCH / "extra"], "milliseconds_per_extra_question")
     out = Path("data/predictions") / f"{model}.parquet"
     predictions.write(out, rows + came + extra)
-    e = config.evaluate
-    found = predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed)
+    found = _figures(out, config)
     if came:
         found["incoming"] = predictions.incoming_metrics(predictions.read_incoming(out))
     if extra:
@@ -56,15 +57,38 @@ def run(config: Config, model: str) -> None:
     write_json(f"data/metrics/evaluate_{model}.json", found)
 
 
-def _answered(tested: UnderTest, model: str, parts: list[str], figure: str) -> list[dict]:
-    """Rows for every question of the `parts` of data/bench; the time goes to the run record as `figure`."""
+def run_development(config: Config, model: str) -> Path:
+    """Evaluate one model of MODELS on data/development; returns the file of its figures, with the predictions beside.
+
+    Both are run records in the private folder of the project: nothing that DVC or git tracks changes.
+    """
+    from clear.stages.paths import home
+
+    tested = under_test(model, config)
+    rows = _answered(tested, model, [DEVELOPMENT / "clean", DEVELOPMENT / "degraded"])
+    if not rows:
+        raise ClearError(f"{DEVELOPMENT} holds no question; raise params: source.development (or its share) and rerun.")
+    out = home() / "development" / config.profile / f"{model}.parquet"
+    predictions.write(out, rows)
+    write_json(out.with_suffix(".json"), _figures(out, config))
+    return out.with_suffix(".json")
+
+
+def _figures(out: Path, config: Config) -> dict:
+    e = config.evaluate
+    return predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed)
+
+
+def _answered(tested: UnderTest, model: str, parts: list[Path], figure: str = "") -> list[dict]:
+    """Rows for every question of the folders `parts`; the time goes to the run record as `figure`, if it is named."""
     from clear.stages.paths import record_run
 
-    samples: list[Sample] = [sample for part in parts for sample in read_samples(f"data/bench/{part}")]
+    samples: list[Sample] = [sample for part in parts for sample in read_samples(part)]
     total = sum(len(sample.questions) for sample in samples)
     if not total:
         return []
     with tqdm(total=total, desc=f"evaluate {model}", unit="question", mininterval=2) as bar:
         rows, seconds = answer(tested, samples, bar.update)
-    record_run(f"evaluate_{model}", **{figure: 1000 * seconds / total})
+    if figure:
+        record_run(f"evaluate_{model}", **{figure: 1000 * seconds / total})
     return rows

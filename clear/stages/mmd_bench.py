@@ -1,7 +1,9 @@
-"""Stage `mmd_bench`: the benchmark of clean images and degraded copies (METHOD §6, §7).
+"""Stage `mmd_bench`: the benchmark of clean images and degraded copies (METHOD §6, §7), and its development twin.
 
 Reads data/samples/bench, writes data/bench/{clean,degraded} and data/metrics/mmd_bench.json. Protocol `row`: one
-corruption per image at three levels, as the published generator; `full`: all 48 variants, as the paper says. The
+corruption per image at three levels, as the published generator; `full`: all 48 variants, as the paper says.
+data/development/{clean,degraded} has the same form over the images of data/samples/development: recipes are chosen
+there, so that a figure on the benchmark is not the best of several that were tried on it. The
 benchmark slice of what came degraded (data/incoming) lies apart, in data/bench/incoming, and counts for no figure of
 MMD-Bench; neither do copies by degradations beyond the sixteen (plugins, presets), in data/bench/extra.
 
@@ -23,39 +25,42 @@ from clear.degradation.registry import chosen, extras
 from clear.records import Sample, ShardWriter, read_samples, write_json
 
 SAMPLES, BENCH, METRICS = Path("data/samples/bench"), Path("data/bench"), Path("data/metrics/mmd_bench.json")
+DEVELOPMENT_SAMPLES, DEVELOPMENT = Path("data/samples/development"), Path("data/development")
 
 
 def run(config: Config) -> None:
-    """Write the benchmark and its counts. Raises ClearError naming a sample whose image cannot be degraded."""
-    settings = config.mmd_bench
-    outline = list(read_samples(SAMPLES, ["id", "questions"]))
-    plan = corruption_plan(outline) if settings.protocol == "row" else {s.id: tuple(CORRUPTIONS) for s in outline}
-    clean = ShardWriter(BENCH / "clean")
-    counts = {"images": len(outline), "questions": 0}
-    for sample in read_samples(SAMPLES):
-        kept = _keep(sample, settings.clean_questions)
-        counts["questions"] += len(kept.questions)
-        clean.add(kept)
-    clean.close()
-    extra = _write_extra(outline, config)
-    report = {
-        "protocol": settings.protocol,
-        "protocol_version": PROTOCOL_VERSION,
-        "clean": counts,
-        "degraded": _write_degraded(plan, config),
-    }
-    if extra:
+    """Write both benchmarks and their counts. Raises ClearError naming a sample whose image cannot be degraded."""
+    report = {"protocol": config.mmd_bench.protocol, "protocol_version": PROTOCOL_VERSION}
+    report |= _write(SAMPLES, BENCH, config)
+    report["development"] = _write(DEVELOPMENT_SAMPLES, DEVELOPMENT, config)
+    if extra := _write_extra(config):
         report["extra"] = extra
     if came := _write_incoming(config):
         report["incoming"] = came
     write_json(METRICS, report)
 
 
-def _write_extra(outline: list[Sample], config: Config) -> dict[str, int]:
+def _write(samples: Path, folder: Path, config: Config) -> dict[str, dict]:
+    """Write the clean and degraded images of the split at `samples` below `folder`; counts of both."""
+    settings = config.mmd_bench
+    outline = list(read_samples(samples, ["id", "questions"]))
+    plan = corruption_plan(outline) if settings.protocol == "row" else {s.id: tuple(CORRUPTIONS) for s in outline}
+    clean = ShardWriter(folder / "clean")
+    counts = {"images": len(outline), "questions": 0}
+    for sample in read_samples(samples):
+        kept = _keep(sample, settings.clean_questions)
+        counts["questions"] += len(kept.questions)
+        clean.add(kept)
+    clean.close()
+    return {"clean": counts, "degraded": _write_degraded(samples, folder / "degraded", plan, config)}
+
+
+def _write_extra(config: Config) -> dict[str, int]:
     """Write the copies by further degradations (plugins, presets) apart: one type per image, dealt out as in `row`, at
     all levels; an empty shard without any. Returns images per type."""
     names = chosen(config.degrade.plugins, config.degrade.presets)
-    plan = corruption_plan(outline, list(extras(names))) if extras(names) else {}
+    further = list(extras(names))
+    plan = corruption_plan(read_samples(SAMPLES, ["id", "questions"]), further) if further else {}
 
     def variants() -> Iterator[tuple[Sample, str, str]]:
         for sample in read_samples(SAMPLES) if plan else ():
@@ -87,21 +92,21 @@ def _write_incoming(config: Config) -> dict[str, dict[str, int]]:
     return counts
 
 
-def _write_degraded(plan: dict[str, tuple[str, ...]], config: Config) -> dict:
+def _write_degraded(samples: Path, folder: Path, plan: dict[str, tuple[str, ...]], config: Config) -> dict:
     def variants() -> Iterator[tuple[Sample, str, str]]:
-        for sample in read_samples(SAMPLES):
+        for sample in read_samples(samples):
             kept = _keep(sample, config.mmd_bench.degraded_questions)
             yield from ((kept, corruption, severity) for corruption in plan[sample.id] for severity in SEVERITIES)
 
     total = sum(len(corruptions) for corruptions in plan.values()) * len(SEVERITIES)
     cells = {c: {s: {"images": 0, "questions": 0} for s in SEVERITIES} for c in CORRUPTIONS}
-    writer = ShardWriter(BENCH / "degraded")
+    writer = ShardWriter(folder)
     stream = degraded_samples(
         variants(),
         config.degrade.size_scale,
         config.degrade.workers,
         total,
-        "mmd_bench",
+        f"mmd_bench {samples.name}",
         cluster=config.degrade.cluster,
     )
     for sample in stream:

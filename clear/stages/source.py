@@ -1,15 +1,13 @@
-"""Stage `source`: clean samples, split once into five sets that share no image.
+"""Stage `source`: clean samples, split once into six sets that share no image.
 
 Reads `config.source`, writes data/samples/<split>/, data/rejects/source.parquet and data/metrics/source.json. Scenes
 are rendered: their bytes depend on the seed, the image size and the counts, not on the number of worker processes. The
 other kinds read data below data/raw (docs/DATA.md); what cannot be used goes to the rejects with its reason.
 """
 
-import multiprocessing
 import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -25,12 +23,14 @@ from clear.rejects import Reject, RejectWriter
 from clear.sources.questions import blind_baseline
 from clear.sources.rows import SPLITS, Examined, assigned, examined
 from clear.sources.scenes import check_request, couple
+from clear.workers import pool
 
 SAMPLES = Path("data/samples")
+HELD_OUT = ("validation", "bench", "development")
 METRICS, REJECTS = Path("data/metrics/source.json"), Path("data/rejects/source.parquet")
 RAW = Path("data/raw")
-_SHARD = 64 * 2**20  # image bytes of a shard of real data: five are filled at a time
-_WINDOW, _CHUNK = 1024, 16  # couples handed to the pool at once, and per task: bounds what waits in memory
+_SHARD = 64 * 2**20  # image bytes of a shard of real data: one per split is filled at a time
+_CHUNK = 16  # couples sent to a worker at once
 
 
 def run(config: Config) -> None:
@@ -66,7 +66,7 @@ def _read_raw(config: Config) -> None:
     writers = {split: ShardWriter(SAMPLES / split, size=_SHARD) for split in SPLITS}
     counts: dict[str, Counter] = {name: Counter() for name in ("images", "questions", "rejected", "not_sampled")}
     held_out: set[bytes] = set()
-    shares = list(source.shares)
+    shares, bench = list(source.shares), SPLITS.index("bench")
 
     def keep(items: Iterable[Sample | Reject]) -> None:
         for item in items:
@@ -82,10 +82,10 @@ def _read_raw(config: Config) -> None:
 
     with RejectWriter(REJECTS) as rejects:
         if source.bench_path:
-            shares[-1] = 0.0  # and no rule of sampling applies to a benchmark
+            shares[bench] = 0.0  # and no rule of sampling applies to a benchmark
             whole = replace(source, kind="lmudata", min_side=0, max_aspect=0.0, skip_cjk=False)
             found = _found("lmudata", source.bench_path, whole, workers, "bench_path")
-            keep(assigned(_noting(found, held_out), config.seed, [0.0, 0.0, 0.0, 0.0, 1.0]))
+            keep(assigned(_noting(found, held_out), config.seed, [float(split == "bench") for split in SPLITS]))
         found = _found(source.kind, source.path, source, workers, "path")
         keep(assigned(found, config.seed, shares, held_out))
     if not counts["images"]:
@@ -163,7 +163,7 @@ def metrics(splits: dict[str, list[Sample]]) -> dict:
         "images": {split: len(samples) for split, samples in splits.items()},
         "questions": tasks,
         "answers": answers,
-        "blind_baseline": {split: blind_baseline(train, splits[split]) for split in ("validation", "bench")},
+        "blind_baseline": {split: blind_baseline(train, splits[split]) for split in HELD_OUT},
     }
 
 
@@ -181,20 +181,5 @@ def worker_map(workers: int) -> Iterator[Callable[[Callable, int], Iterator]]:
     if workers == 1:
         yield lambda make, n: map(make, range(n))
         return
-    # Not fork: the libraries loaded by now may hold threads and locks.
-    executor = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_one_thread)
-
-    def over_pool(make: Callable, n: int) -> Iterator:
-        for start in range(0, n, _WINDOW):
-            yield from executor.map(make, range(start, min(start + _WINDOW, n)), chunksize=_CHUNK)
-
-    try:
-        yield over_pool
-    finally:
-        executor.shutdown(cancel_futures=True)
-
-
-def _one_thread() -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
+    with pool(workers) as apply:
+        yield lambda make, n: apply(make, range(n), _CHUNK)

@@ -1,10 +1,10 @@
 """Stage `validate`: prove that the degraded data are what they claim to be.
 
-Reads data/degraded/{sft,rl,validation} and data/bench/{clean,degraded,incoming}; writes data/metrics/validate.json,
-data/rejects/validate.parquet and, outside DVC, Data Docs and the metrics of every sample (samples/<dataset>.parquet) in
-the report folder. All of it is written before a failed
-expectation stops the stage, so that what failed can be looked up; nothing downstream runs. Pictures that came degraded
-are judged as sets of their own (`incoming_<name>`), over all their slices.
+Reads data/degraded/{sft,rl,validation}, data/bench/{clean,degraded,incoming} and data/development/{clean,degraded};
+writes data/metrics/validate.json, data/rejects/validate.parquet and, outside DVC, Data Docs and the metrics of every
+sample (samples/<dataset>.parquet) in the report folder. All of it is written before a failed expectation stops the
+stage, so that what failed can be looked up; nothing downstream runs. Pictures that came degraded are judged as sets of
+their own (`incoming_<name>`), over all their slices.
 """
 
 from collections.abc import Iterator
@@ -34,9 +34,12 @@ DATASETS = {
     "bench_degraded": Path("data/bench/degraded"),
     "bench_extra": Path("data/bench/extra"),
     "bench_incoming": Path("data/bench/incoming"),
+    "development_clean": Path("data/development/clean"),
+    "development_degraded": Path("data/development/degraded"),
 }
 TRAINING = ("degraded_sft", "degraded_rl")
 BENCH = ("bench_clean", "bench_degraded", "bench_extra")
+DEVELOPMENT = ("development_clean", "development_degraded")
 METRICS, REJECTS = Path("data/metrics/validate.json"), Path("data/rejects/validate.parquet")
 
 
@@ -91,16 +94,18 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
     even_corruptions = dict.fromkeys(TRAINING_WEIGHTS, 1)
     even_severities = dict.fromkeys(SEVERITIES, 1)
     drawn_severities = dict(zip(SEVERITIES, config.degrade.severity_weights, strict=True))
+    all_levels = len(SEVERITIES) if config.mmd_bench.protocol == "row" else len(CELLS)
     copies = {
         "degraded_validation": config.degrade.validation_copies,
-        "bench_degraded": len(SEVERITIES) if config.mmd_bench.protocol == "row" else len(CELLS),
+        "bench_degraded": all_levels,
+        "development_degraded": all_levels,
         "bench_extra": len(SEVERITIES),
     }
     checks = {}
     came = {name: frame for name, frame in frames.items() if name.startswith("incoming_")}
     taught = [*(frames[split] for split in TRAINING), *(frame[frame["split"] != "bench"] for frame in came.values())]
     asked = [
-        *(frames[name] for name in BENCH if name in frames),
+        *(frames[name] for name in (*BENCH, *DEVELOPMENT) if name in frames),
         *(frame[frame["split"] == "bench"] for frame in came.values()),
     ]
     for name, frame in frames.items():
@@ -110,10 +115,10 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
             columns.add_shared_pictures(frame, taught, asked)
             checks[name] = incoming_checks(rules.duplicate_limit)
             continue
-        if name in BENCH:
+        if name in BENCH or name in DEVELOPMENT:
             limit = rules.duplicate_limit
-            columns.add_shared_images(frame, taught)
-        if name == "bench_clean":
+            columns.add_shared_images(frame, taught if name in BENCH else [*taught, frames["bench_clean"]])
+        if name.endswith("_clean"):
             checks[name] = clean_checks(limit)
             continue
         columns.add_protocol(frame, further)
@@ -126,7 +131,7 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
         else:
             columns.add_histograms(frame, even_corruptions, even_severities)
         checks[name] = degraded_checks(copies.get(name, 1), rules.alpha, rules.psnr_slack, limit, tuple(further))
-        if name in BENCH:  # every image at all levels: the means of a type are of the same pictures
+        if limit is not None:  # every image at all levels: the means of a type are of the same pictures
             columns.add_monotone(frame, falling)
             checks[name].append(MONOTONE)
     return checks

@@ -67,6 +67,6 @@ def _common(duplicate_limit: int | None) -> list[Check]:
         Check("answers_balanced", "answer_share", "no answer dominates its task", high=ANSWER_SHARE),
     ]
     if duplicate_limit is not None:
-        text = "no image is shared with a training split"
+        text = "no image is shared with a training split, nor between benchmark and development"
         checks.append(Check("shared_images", "shared_images", text, low=0, high=duplicate_limit))
     return checks

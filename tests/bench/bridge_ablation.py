@@ -1,11 +1,12 @@
 """Which bridge, and does its distillation help? `python tests/bench/bridge_ablation.py` prints a Markdown table.
 
 Each variant is trained by `clear bridge` from data/models/sft, in a folder of its own under --folder that reads this
-workspace's data, then answers the benchmark twice: once deciding by itself whether to restore (accuracy per level),
-and once made to restore on every question about a hard-degraded image (accuracy and time with a restoration in each
-answer). All differences are paired with the first row, by image. Decode-reencode needs no training: it is measured on
-the SFT model, and on the trained mlp bridge's model, whose answers had the same further steps. What is trained or
-measured already is kept; delete the folder when data/models/sft has changed.
+workspace's data, then answers the development split twice (the benchmark is not for choosing): once deciding by itself
+whether to restore (accuracy per level), and once made to restore on every question about a hard-degraded image
+(accuracy and time with a restoration in each answer). All differences are paired with the first row, by image.
+Decode-reencode needs no training: it is measured on the SFT model, and on the trained mlp bridge's model, whose answers
+had the same further steps. What is trained or measured already is kept; delete the folder when data/models/sft has
+changed.
 """
 
 import argparse
@@ -34,7 +35,8 @@ from clear.scratch import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(".clear/bridge_ablation")
-READ = ("traces", "degraded", "bench", "models/sft")
+DEVELOPMENT = "data/development"
+READ = ("traces", "degraded", "models/sft")
 TIMED, ROUNDS = 128, 3
 
 
@@ -84,13 +86,13 @@ def train(variant: Variant, folder: Path, settings: list[str]) -> None:
 
 
 class Asked:
-    """The benchmark before one trained variant."""
+    """The development split before one trained variant."""
 
     def __init__(self, variant: Variant, folder: Path) -> None:
         config = load(variant.place(folder) / "params.yaml")
         apply_runtime(config)
         self.variant, self.answerer = variant, Answerer.load(variant.weights(folder), config)
-        self.samples = [*read_samples("data/bench/clean"), *read_samples("data/bench/degraded")]
+        self.samples = [*read_samples(f"{DEVELOPMENT}/clean"), *read_samples(f"{DEVELOPMENT}/degraded")]
         self.bank = self.answerer.bank([s.seen for s in self.samples], [s.key for s in self.samples])
         self.all = [(i, q) for i, s in enumerate(self.samples) for q in s.questions]
         self.hard = [(i, q) for i, q in self.all if self.samples[i].severity == SEVERITIES[-1]]
@@ -114,7 +116,7 @@ class Asked:
 
 
 def measure(variant: Variant, folder: Path) -> dict[str, list]:
-    """`free_…` of the whole benchmark, `forced_…` of its hard part with a restoration in every answer."""
+    """`free_…` of the whole development split, `forced_…` of its hard part with a restoration in every answer."""
     known = folder / f"{variant.name}.json"
     if not known.exists():
         asked = Asked(variant, folder)

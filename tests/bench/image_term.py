@@ -2,8 +2,8 @@
 
 Each setting trains data/models/bridge further with the image term alone (the generation expert moves, text is
 frozen), on the questions about hard-degraded images of the rl split that the forced restoration leaves undecided.
-Measured is what that can change: answers that were made to restore, on the questions about hard-degraded validation
-images (`--bench`: of the benchmark, once a setting is chosen), each paired with itself before training, with a
+Measured is what that can change: answers that were made to restore, on the questions about hard-degraded development
+images (data/development; the benchmark is not for choosing), each paired with itself before training, with a
 bootstrap interval by image. Beside exact match: the probability reward of clear.training.rewards, in which small
 changes show. Runs are appended to --out, one JSON line each.
 
@@ -51,6 +51,7 @@ from clear.training.rewards import LIMIT, answer_rewards
 from clear.training.trainer import StageRun
 
 OUT = Path(".clear/image_term.jsonl")
+DEVELOPMENT = "data/development/degraded"
 ALONE = (
     "grpo.restore=always",
     "grpo.experts=gen",
@@ -168,7 +169,7 @@ def pathwise(model, tokenizer, prompts, questions, config: Config) -> list[dict]
     return curve
 
 
-def study(names: list[str], folder: str, count: int, out: Path) -> None:
+def study(names: list[str], count: int, out: Path) -> None:
     """Train and measure each setting from the same weights, and append a line for each."""
     base = from_dict(compose([f"runtime.threads={os.environ.get('OMP_NUM_THREADS', 1)}", *ALONE]))
     apply_runtime(base)
@@ -177,8 +178,8 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
     weights = {k: v.clone() for k, v in model.state_dict().items()}
     trainable(model, sft.GENERATION)
     answerer = Answerer(model, start.vae, tokenizer, base)
-    held, rl = Asked(answerer, folder, count), Asked(answerer, "data/degraded/rl", 2)
-    measured = out.with_name(f"image_term_{folder.replace('/', '_')}_{count}.npz")
+    held, rl = Asked(answerer, DEVELOPMENT, count), Asked(answerer, "data/degraded/rl", 2)
+    measured = out.with_name(f"image_term_{DEVELOPMENT.replace('/', '_')}_{count}.npz")
     if not measured.exists():
         measured.parent.mkdir(parents=True, exist_ok=True)
         np.savez(measured, **held.measure(answerer))
@@ -203,7 +204,7 @@ def study(names: list[str], folder: str, count: int, out: Path) -> None:
                 clean = answerer.bank([s.image for s in rl.samples], [s.key for s in rl.samples])
                 quality = LatentQuality(config.grpo.latent_quality, clean, numbers, answerer.reencode)
             curve = sampled(model, tokenizer, *given, config, quality)
-        line = {"name": name, "folder": folder, "seconds": round(time.perf_counter() - begun), "curve": curve}
+        line = {"name": name, "folder": DEVELOPMENT, "seconds": round(time.perf_counter() - begun), "curve": curve}
         after = held.measure(answerer)
         for figure, value in after.items():
             found = paired_difference(value, before[figure], held.image)
@@ -257,7 +258,6 @@ def main() -> None:
     """Run settings, or print the table of all runs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", nargs="*", choices=[[], *SETTINGS], help="names of SETTINGS")
-    parser.add_argument("--bench", action="store_true", help="measure on the benchmark instead of validation")
     parser.add_argument("--questions", type=int, default=4, help="questions per image")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--table", action="store_true", help="print every recorded run as Markdown")
@@ -265,8 +265,7 @@ def main() -> None:
     if given.table:
         print("\n".join([HEAD, "|---|---|---|---|---|---|", *map(row, map(json.loads, given.out.open()))]))
         return
-    folder = "data/bench/degraded" if given.bench else "data/degraded/validation"
-    study(given.setting or list(SETTINGS), folder, given.questions, given.out)
+    study(given.setting or list(SETTINGS), given.questions, given.out)
 
 
 if __name__ == "__main__":
