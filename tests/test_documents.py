@@ -91,7 +91,8 @@ def _names(text: str) -> set[str]:
 def citations(text: str, within: bool = False) -> Iterator[tuple[int, int, str, set[int], str]]:
     """(position, section, name or "", items, as written) of each reference to METHOD.
 
-    One place may cite several: `METHOD §1 "Flow matching" and "CFG", §4 "SDE step"`. `within` METHOD itself a bare § does.
+    One place may cite several: `METHOD §1 "Flow matching" and "CFG", §4 "SDE step"`. `within` METHOD itself a bare §
+    is a citation too.
     """
     for start in re.finditer(r"(?=§\d)" if within else r"\bMETHOD(?=\s+§)", text):
         position, section = start.end(), 0
