@@ -1,5 +1,10 @@
 """`python -m clear`, the same command line as `clear`."""
 
-from clear.cli import main
+import sys
+
+try:
+    from clear.cli import main
+except KeyboardInterrupt:  # Ctrl-C before anything began
+    sys.exit(130)
 
 main()

@@ -9,7 +9,6 @@ import importlib
 import signal
 import sys
 from pathlib import Path
-from types import FrameType
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -397,15 +396,11 @@ def evaluate(
 _add_stage("report", "Render tables, statistics and pictures.")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or gate undecided, 130 interrupted."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file may be no text
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file may be no text
         app()
     except ClearError as error:
         _refuse(error)
@@ -413,10 +408,19 @@ def main() -> None:
         if (refused := refusal(error)) is None:
             raise
         _refuse(refused)
+    except KeyboardInterrupt:
+        _interrupted()
     except SystemExit as end:
         if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
-            typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
+            _interrupted()
         raise
+
+
+def _interrupted() -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):  # whoever presses twice need not see the interpreter's own words
+        signal.signal(number, signal.SIG_IGN)
+    typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
+    sys.exit(INTERRUPTED)
 
 
 def _refuse(error: ClearError) -> NoReturn:

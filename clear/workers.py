@@ -5,16 +5,23 @@ memory stays flat for any number of jobs. A cluster computes with the code that 
 caller's, or a worker that was started before an edit, or in another clone, would quietly give other results.
 """
 
-import contextlib
 import functools
 import hashlib
+import itertools
 import os
+import queue
+import signal
+import threading
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import CancelledError, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from itertools import islice
-from multiprocessing import get_context
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from multiprocessing import connection, get_context, resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,7 +69,7 @@ def _inline(function: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[
         yield result
 
 
-@contextlib.contextmanager
+@contextmanager
 def one_thread() -> Iterator[None]:
     """OpenCV on one thread inside the block: a pool has a process per core already."""
     import cv2
@@ -78,23 +85,143 @@ def one_thread() -> Iterator[None]:
 def _pooled(
     function: Callable[[Job], Result], jobs: Iterable[Job], workers: int, section: str, chunk: int
 ) -> Iterator[Result]:
-    iterator, pending = iter(jobs), deque()
-    # Spawned workers share no state with this process: no copied locks, threads or generators.
-    with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_start_worker) as pool:
+    with pool(workers, section) as apply:
+        yield from apply(function, jobs, chunk)
+
+
+@dataclass
+class _Worker:
+    """A process, and the numbers of the chunks whose results it owes."""
+
+    process: BaseProcess
+    connection: Connection
+    owed: deque[int] = field(default_factory=deque)
+
+
+@contextmanager
+def pool(workers: int, section: str = "degrade") -> Iterator[Callable[..., Iterator]]:
+    """A function (function, jobs, chunk) -> results in order, computed by up to `workers` processes while the block
+    lasts. Raises what the function raises, and ClearError, naming the section of params, if a process dies.
+
+    Each process has a pipe of its own and shares no lock or queue with the others: one that ends at any moment, by
+    whatever signal, is seen by the end of its pipe and holds nothing up. So are we by them: without us none lives on.
+    Spawned processes share no state with this one either: no copied locks, threads or generators. Ctrl-C is ours alone;
+    all are ended with the block, whatever they are at.
+    """
+    staff: list[_Worker] = []
+    numbers = itertools.count()
+
+    def send(work: bytes) -> int:
+        """Give work to the process that owes least, a new one where all are busy; the number of its result."""
+        worker = min(staff, key=lambda worker: len(worker.owed), default=None)
+        if worker is None or (worker.owed and len(staff) < workers):
+            with _undisturbed():
+                worker = _start()
+                staff.append(worker)
+        with _alive(worker, section):
+            worker.connection.send_bytes(work)
+        worker.owed.append(next(numbers))
+        return worker.owed[-1]
+
+    def apply(function: Callable, jobs: Iterable, chunk: int = CHUNK) -> Iterator:
+        iterator, sent, found = iter(jobs), deque(), {}
+        while True:
+            while len(sent) < 2 * workers and (some := list(itertools.islice(iterator, chunk))):
+                sent.append(send(ForkingPickler.dumps((function, some))))
+            if not sent:
+                return
+            while sent[0] not in found:
+                ready = connection.wait([worker.connection for worker in staff])
+                for worker in (worker for worker in staff if worker.connection in ready):
+                    with _alive(worker, section):
+                        result = worker.connection.recv()
+                    found[worker.owed.popleft()] = result
+            result = found.pop(sent.popleft())
+            if isinstance(result, Exception):
+                raise result
+            yield from result
+
+    try:
+        yield apply
+    finally:
+        with _undisturbed():
+            for worker in staff:
+                worker.process.kill()
+            for worker in staff:
+                worker.process.join()
+                worker.connection.close()
+
+
+def _start() -> _Worker:
+    context = get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs,), daemon=True)
+    resource_tracker.ensure_running()  # would lift the mask
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+    return _Worker(process, ours)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C and SIGTERM take effect when the block ends, so that no process is started or ended by halves."""
+    if threading.current_thread() is not threading.main_thread():  # which alone they interrupt
+        yield
+        return
+    came: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in handlers:
+        signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
+
+
+@contextmanager
+def _alive(worker: _Worker, section: str) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, ConnectionError) as error:
+        worker.process.join()
+        if worker.process.exitcode == -signal.SIGTERM:  # somebody ends the command as a whole, and began here
+            raise KeyboardInterrupt from error
+        raise ClearError(f"A worker process was killed, mostly for lack of memory; lower {section}.workers.") from error
+
+
+def _serve(link: Connection) -> None:
+    """The life of a worker process: results for work, in order, while others wait on either side."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    inbox, outbox = queue.SimpleQueue(), queue.SimpleQueue()
+    for move in (lambda: inbox.put(link.recv_bytes()), lambda: link.send_bytes(outbox.get())):
+        threading.Thread(target=_repeat, args=(move,), daemon=True).start()
+    while True:
+        work = inbox.get()
         try:
-            while True:
-                while len(pending) < 2 * workers and (some := list(islice(iterator, chunk))):
-                    pending.append(pool.submit(_run_chunk, function, some))
-                if not pending:
-                    return
-                yield from pending.popleft().result()
-        except BrokenProcessPool as error:
-            raise ClearError(
-                f"A worker process was killed, mostly for lack of memory; lower {section}.workers."
-            ) from error
-        finally:
-            for future in pending:
-                future.cancel()
+            function, jobs = ForkingPickler.loads(work)
+            result = ForkingPickler.dumps(_run_chunk(function, jobs))
+        except Exception as error:
+            error.add_note(f"In a worker process:\n{traceback.format_exc()}")
+            result = ForkingPickler.dumps(error)
+        outbox.put(result)
+
+
+def _repeat(move: Callable[[], None]) -> None:
+    """Do it until the other end of the pipe is closed; that ends the process, whatever it is at."""
+    try:
+        while True:
+            move()
+    except (EOFError, OSError):
+        os._exit(0)
 
 
 def _clustered(
@@ -119,7 +246,7 @@ def _clustered(
             client.wait_for_workers(1, timeout=CLUSTER_TIMEOUT)
             while True:
                 width = 2 * max(1, sum(client.nthreads().values()))
-                while len(pending) < width and (some := list(islice(iterator, chunk))):
+                while len(pending) < width and (some := list(itertools.islice(iterator, chunk))):
                     pending.append(client.submit(_run_remote, function, some, code, pure=False))
                 if not pending:
                     return
@@ -164,12 +291,6 @@ def _run_remote(function: Callable[[Job], Result], chunk: list[Job], code: str) 
         )
     with one_thread():
         return _run_chunk(function, chunk)
-
-
-def _start_worker() -> None:
-    import cv2
-
-    cv2.setNumThreads(1)
 
 
 def _run_chunk(function: Callable[[Job], Result], chunk: list[Job]) -> list[Result]:

@@ -114,7 +114,7 @@ def test_a_full_disk_is_named_with_the_file_and_a_library_s_own_error_keeps_its_
         Path("/dev/full").write_text("x")
     assert str(refusal(full.value)).startswith("/dev/full: No space left on device; free some space")
     assert str(refusal(OSError(28, "No space left on device"))).startswith("output: No space left on device; free")
-    assert str(refusal(OSError(13, "Failed to open 'a'. Detail: x"))).startswith("Failed to open 'a': Permission denied")
+    assert str(refusal(OSError(13, "Cannot open 'x'. Detail: y"))).startswith("Cannot open 'x': Permission denied;")
     assert refusal(OSError("damaged")) is None
 
 
