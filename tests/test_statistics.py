@@ -1,7 +1,9 @@
-"""Scoring and statistics: exact match, pairs, cluster bootstrap, McNemar, and the file of predictions."""
+"""Scoring and statistics: exact match, pairs, cluster bootstrap, exact test by image, and the file of predictions."""
 
 import math
 import time
+from decimal import Decimal
+from itertools import product
 from statistics import NormalDist
 
 import numpy as np
@@ -69,7 +71,7 @@ def test_identical_models_have_no_difference_and_no_width(given_scores):
     a, _, groups = map(np.array, given_scores)
     found = statistics.paired_difference(a, a, groups, resamples=50)
     assert (found.estimate, found.low, found.high, found.detectable) == (0, 0, 0, 0)
-    assert statistics.mcnemar(a, a) == statistics.McNemar(0, 0, 1.0)
+    assert statistics.sign_flip(a, a, groups) == statistics.SignFlip(0, 0, 1.0)
 
 
 @given(scores)
@@ -176,27 +178,52 @@ def test_what_gives_no_interval_is_refused(values, groups, message):
 def test_unequal_sides_are_refused():
     with pytest.raises(ClearError, match="found 2 and 1"):
         statistics.paired_difference([1, 0], [1], [0, 1])
-    with pytest.raises(ClearError, match="found 2 and 1"):
-        statistics.mcnemar([True, False], [True])
+    with pytest.raises(ClearError, match="found 2, 1 and 2"):
+        statistics.sign_flip([True, False], [True], [0, 1])
 
 
 @given(st.integers(0, 60), st.integers(0, 60))
 @settings(max_examples=30, deadline=None)
-def test_mcnemar_is_the_exact_binomial_test(only_a, only_b):
+def test_with_one_question_per_image_the_exact_test_is_mcnemars(only_a, only_b):
     from scipy.stats import binomtest
 
     a = np.array([True] * only_a + [False] * only_b + [True, False])
     b = np.array([False] * only_a + [True] * only_b + [True, False])
-    found = statistics.mcnemar(a, b)
+    found = statistics.sign_flip(a, b, np.arange(len(a)))
     expected = binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1.0
     assert (found.only_a, found.only_b) == (only_a, only_b)
     assert found.p == pytest.approx(expected)
 
 
-def test_mcnemar_of_many_disagreements_does_not_underflow():
-    found = statistics.mcnemar(np.arange(4000) < 2000, np.arange(4000) >= 2000)
-    assert found.p == 1.0
-    assert 0 < statistics.mcnemar(np.arange(1500) < 900, np.arange(1500) >= 900).p < 1e-12
+def test_the_exact_test_is_the_share_of_sign_patterns_that_go_as_far():
+    generator = np.random.default_rng(0)
+    for _ in range(20):
+        groups = generator.integers(0, 6, 24)
+        a, b = generator.random((2, 24)) < 0.6
+        sums = [int(a[groups == g].sum()) - int(b[groups == g].sum()) for g in range(6)]
+        flipped = [sum(s * one for s, one in zip(signs, sums, strict=True)) for signs in product((-1, 1), repeat=6)]
+        expected = np.mean([abs(one) >= abs(sum(sums)) for one in flipped])
+        assert statistics.sign_flip(a, b, groups).p == pytest.approx(expected)
+
+
+def test_many_disagreements_do_not_underflow():
+    rows = np.arange(4000)
+    assert statistics.sign_flip(rows < 2000, rows >= 2000, rows).p == 1.0
+    rows = np.arange(1500)
+    assert 0 < statistics.sign_flip(rows < 900, rows >= 900, rows).p < 1e-12
+
+
+def test_everything_that_is_shown_alarms_in_one_null_case_of_twenty():
+    """Six questions about an image stand or fall together, and the models are equally good: interval and p alike."""
+    generator, groups, runs = np.random.default_rng(3), np.repeat(np.arange(150), 6), 600
+    alarms = np.zeros(2)
+    for _ in range(runs):
+        favoured = np.repeat(generator.choice([-1, 0, 0, 1], 150), 6)  # an image may suit one of the models
+        draw = generator.random(len(groups))
+        a, b = draw < 0.6 + 0.25 * favoured, draw < 0.6 - 0.25 * favoured
+        interval = statistics.paired_difference(a, b, groups, resamples=300)
+        alarms += [not interval.low <= 0 <= interval.high, statistics.sign_flip(a, b, groups).p < 0.05]
+    assert (np.abs(alarms / runs - 0.05) < 3 * math.sqrt(0.05 * 0.95 / runs)).all(), alarms / runs
 
 
 def test_clusters_join_pairs_transitively():
@@ -232,6 +259,66 @@ def test_a_free_answer_is_right_by_exact_match():
     assert scoring.is_correct(" k. ", question)
     assert not scoring.is_correct("", question) and not scoring.is_correct("k j", question)
     assert not scoring.is_correct("", Question("q", "reading", "?", "."))
+
+
+ALIKE = (
+    ("-5", "−5", "–5", " -5. "),
+    ("5", "5.", "$5", "5%", "5 %", "(5)"),
+    ("2/3", "2 / 3", "2⁄3"),
+    ("1000", "1,000", "1,000."),
+    ("-1234.5", "−1,234.5"),
+    ("1.0", "1.0."),
+    ("<5", "< 5"),
+    (">=5", "≥ 5"),
+    ("%", " % "),
+    ("<", "<"),
+    ("A+", "a+"),
+    ("3-4", "3–4"),
+    ("10:30", "10:30."),
+    ("x-ray", "x ray", "X-Ray"),
+    ("top-left", "top left"),
+    ("e.g.", "e.g", "E.g."),
+    ("A dog", "a dog", "a dog."),
+    ("café", "cafe\u0301", "Café"),
+    ("की", "की।"),
+    ("none", "None", "NONE."),
+    ("is not", "Is not!"),
+)
+"""Texts of one line are one answer, those of two lines are two."""
+
+
+@pytest.mark.parametrize("said", [one for group in ALIKE for one in group])
+def test_signs_decide_between_free_answers_and_separators_do_not(said):
+    for group in ALIKE:
+        for gold in group:
+            assert scoring.is_correct(said, Question("q", "reading", "?", gold)) == (said in group), gold
+
+
+UNLIKE = (
+    "5 -5|+5 -5|2_3 2/3|23 2/3|A A+|A- A+|C C#|1 1.0|1_0 1.0|.5 5|34 3-4|1030 10:30|> <|= ≠|का की|? !|18 18+|12 1,2"
+)
+
+
+@pytest.mark.parametrize("case", UNLIKE.split("|"))
+def test_other_signs_that_decide(case):
+    said, gold = (text.replace("_", " ") for text in case.split(" "))
+    assert not scoring.is_correct(said, Question("q", "reading", "?", gold))
+
+
+@given(st.integers() | st.decimals(allow_nan=False, allow_infinity=False, places=2))
+def test_numbers_are_told_apart_and_thousands_separators_are_not(value):
+    question = Question("q", "counting", "?", f"{value:f}" if isinstance(value, Decimal) else str(value))
+    assert scoring.is_correct(f" {value:,}. ", question)
+    for other in (-value or 1, value + 1, value * 10 or 10):
+        assert not scoring.is_correct(f"{other:,}", question)
+
+
+def test_options_may_be_signs():
+    question = Question("q", "comparison", "?", "<", ("<", ">", "="))
+    assert (
+        scoring.is_correct("<", question) and scoring.is_correct("A", question) and scoring.is_correct("a: <", question)
+    )
+    assert not scoring.is_correct(">", question) and not scoring.is_correct("B", question)
 
 
 def test_an_option_text_that_occurs_twice_decides_nothing():

@@ -87,8 +87,8 @@ def parsed(name: str) -> tuple[str, str, str]:
     more = None if _BENCH.fullmatch(bench) else _BENCH_AND_MORE.fullmatch(bench) or _MORE.search(bench)
     if more:
         raise ClearError(
-            f"{name}: '{more['more'].strip('_')}' is no level or corruption of MMD-Bench and no part of a benchmark's name "
-            "(a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
+            f"{name}: '{more['more'].strip('_')}' is no level or corruption of MMD-Bench and belongs to no benchmark's "
+            "name (a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
         )
     return bench, corruption, severity
 
@@ -116,4 +116,4 @@ def pairs(questions: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str,
 
     first = [n % 2 for n in texts if alike(n, n + 1) and not alike(n - 1, n) and not alike(n + 2, n + 1)]
     odd = first.count(1) - first.count(0) or int(0 not in texts)
-    return {index: (n + (odd > 0)) // 2 for index, n in numbers.items()}
+    return {index: (n - (odd > 0)) // 2 for index, n in numbers.items()}

@@ -21,7 +21,7 @@ HARD = SEVERITIES[-1]
 
 
 def is_correct(prediction: str, question: Question) -> bool:
-    """Whether an extracted answer is right: exact match after `normalise` (lower case, no punctuation).
+    """Whether an extracted answer is right: exact match after clear.sources.words.normalise.
 
     Multiple choice: the prediction must name one option, by its letter, by its text if no other option has the
     same text, or by the letter followed by that text; the gold answer may be given in either form. An empty
@@ -40,6 +40,14 @@ def is_correct(prediction: str, question: Question) -> bool:
             f"{list(question.options)}; correct the data."
         )
     return _chosen(found, options) == gold
+
+
+def spelled_out(answer: str, question: Question) -> str:
+    """An answer as a judge can compare it: "B. blue" where it names one of the question's options, else as it is."""
+    from clear.sources.questions import normalise
+
+    found = _chosen(normalise(answer), [normalise(option) for option in question.options])
+    return answer if found is None else f"{chr(ord('A') + found)}. {question.options[found]}"
 
 
 def _chosen(answer: str, options: list[str]) -> int | None:

@@ -224,10 +224,6 @@ def _question(one: Any, task: Any) -> Question:
         values[name] = value.strip()
     values.pop("options", None)
     answer, choices = normalise(values["answer"]), [normalise(option) for option in options]
-    if not answer:
-        raise Unusable(
-            "question", f"`answer` = {values['answer']!r} has no letter or digit, so no reply could match it"
-        )
     if choices and (not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices)):
         raise Unusable("question", f"`options` = {options} must be two to {len(LETTERS)} different texts")
     if choices and answer not in choices and answer not in LETTERS[: len(choices)]:
