@@ -11,13 +11,11 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from clear.errors import ClearError, naming
+from clear.images import decode_image, encode_image, pixel_sha256  # noqa: F401, who reads records decodes them
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
     import pyarrow as pa
@@ -31,9 +29,6 @@ INCOMING = "incoming"
 
 EXTRA = "+"
 """First character of `Sample.corruption` for a degradation that is none of MMD-Bench's sixteen."""
-
-EXIF_ORIENTATION = 0x0112
-"""The EXIF tag that says how a picture is turned."""
 
 
 @functools.cache
@@ -129,105 +124,10 @@ def drawn(names: Sequence[str], count: int) -> set[int]:
     return set(sorted(range(len(names)), key=lambda n: hashlib.sha256(names[n].encode()).digest())[:count])
 
 
-def pixel_sha256(image: np.ndarray) -> str:
-    """Hex digest of the pixels of an image, whatever its encoding."""
-    return sha256(np.array(image.shape, np.int64).tobytes() + np.ascontiguousarray(image).tobytes())
-
-
 def file_sha256(path: Path | str) -> str:
     """Hex digest of a file of any size."""
     with Path(path).open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def decode_image(data: bytes, name: str = "image") -> np.ndarray:
-    """Encoded bytes to uint8 RGB (H, W, 3), as a viewer on a white page would show them.
-
-    - Grey and palette images become RGB, CMYK too (without a colour profile).
-    - 16 bits per value are scaled to 8, rounded, not cut off.
-    - Transparent pixels are laid over white, whether by an alpha channel or by a transparent colour.
-    - Of an animation the first frame counts.
-    - The orientation noted in EXIF is applied.
-
-    Raises ClearError naming `name` for truncated files, files that are no image, and pixels of any other depth.
-    """
-    import cv2
-    from PIL import Image, ImageOps
-
-    damaged = ClearError(f"{name}: {len(data)} bytes are not a complete image; replace or remove this row.")
-    # Truncation is looked for first: OpenCV fills what is missing with grey and reports success.
-    if not data or _is_truncated(data):
-        raise damaged
-    try:
-        with Image.open(BytesIO(data)) as picture:
-            deep = picture.mode in ("I", "F") or picture.mode.startswith("I;") or _has_two_bytes(picture)
-            # Without conversion OpenCV applies the orientation of TIFF files alone.
-            turned = deep and picture.format != "TIFF"
-            orientation = picture.getexif().get(EXIF_ORIENTATION, 1) if turned else 1
-            if picture.format not in ("JPEG", "PNG"):  # of those two the end mark was checked
-                picture.load()
-            if picture.has_transparency_data and not deep:
-                return _over_white(np.asarray(ImageOps.exif_transpose(picture).convert("RGBA")))
-    except Image.DecompressionBombError as error:
-        raise ClearError(f"{name}: {error}; make it smaller or remove this row.") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise damaged from error
-    array = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED if deep else cv2.IMREAD_COLOR_RGB)
-    if array is None:
-        raise damaged
-    if not deep:
-        return array
-    if array.dtype != np.uint16:
-        raise ClearError(f"{name}: pixels are {array.dtype}, expected 8 or 16 bits; convert it or remove this row.")
-    array = array[:, :, None] if array.ndim == 2 else array[:, :, [2, 1, 0, 3][: array.shape[2]]]
-    return np.ascontiguousarray(_turned(_over_white(array), orientation))
-
-
-def _is_truncated(data: bytes) -> bool:
-    if data[:3] == b"\xff\xd8\xff":
-        return b"\xff\xd9" not in data[-64:]
-    if data[:8] == b"\x89PNG\r\n\x1a\n":
-        return b"IEND" not in data[-16:]
-    return False
-
-
-def _has_two_bytes(picture) -> bool:
-    """Whether a Pillow image of an 8-bit mode is kept in 16 bits in its file: Pillow itself drops the lower ones."""
-    if picture.format == "PNG":
-        return picture.tile[0][3].endswith(";16B")  # the raw mode, as "RGB;16B"
-    return picture.format == "TIFF" and 16 in picture.tag_v2.get(258, ())  # BitsPerSample
-
-
-def _over_white(array: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 (H, W, 1, 3 or 4), grey, RGB or RGBA, to uint8 RGB with what is transparent over white."""
-    top = np.iinfo(array.dtype).max
-    values = array[:, :, :3] / top
-    if array.shape[2] == 4:
-        opacity = array[:, :, 3:] / top
-        values = values * opacity + (1 - opacity)
-    return np.broadcast_to(np.rint(values * 255), (*array.shape[:2], 3)).astype(np.uint8)
-
-
-def _turned(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Undo an EXIF orientation (1 to 8; anything else counts as 1)."""
-    quarters, mirrored = {2: (0, 1), 3: (2, 0), 4: (2, 1), 5: (3, 1), 6: (3, 0), 7: (1, 1), 8: (1, 0)}.get(
-        orientation, (0, 0)
-    )
-    array = np.rot90(array, quarters)
-    return array[:, ::-1] if mirrored else array
-
-
-def encode_image(array: np.ndarray, kind: str = "png") -> bytes:
-    """uint8 RGB (H, W, 3) to bytes: `png` (lossless) or `jpeg` (quality 95, as the published benchmark)."""
-    import cv2
-
-    # No row filter: on flat pictures it halves the time and the file is no larger.
-    png = [cv2.IMWRITE_PNG_COMPRESSION, 3, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE]
-    flags = png if kind == "png" else [cv2.IMWRITE_JPEG_QUALITY, 95]
-    done, buffer = cv2.imencode(f".{kind}", cv2.cvtColor(array, cv2.COLOR_RGB2BGR), flags)
-    if not done:
-        raise ClearError(f"An image of shape {array.shape} could not be encoded as {kind}.")
-    return buffer.tobytes()
 
 
 def to_row(sample: Sample) -> dict:

@@ -1,11 +1,13 @@
 """Every kind of image file becomes RGB by the rule that `decode_image` states, or is refused by name."""
 
+import zlib
 from io import BytesIO
 
 import cv2
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, TiffImagePlugin
+from PIL.PngImagePlugin import PngInfo
 
 from clear.errors import ClearError
 from clear.records import decode_image, encode_image
@@ -142,3 +144,135 @@ def test_other_files_and_other_depths_are_refused_by_name():
         decode_image(b"not an image", "row 3")
     with pytest.raises(ClearError, match="row 3: pixels are float32, expected 8 or 16 bits; convert it"):
         decode_image(coded(np.ones((4, 4), np.float32), "tiff"), "row 3")
+
+
+def photo(mode: str = "RGB", seed: int = 0) -> Image.Image:
+    """A smooth picture with noise, 160 x 96 px: long enough data for damage in its middle."""
+    random = np.random.default_rng(seed)
+    smooth = cv2.resize(random.integers(0, 256, (4, 6, 3)).astype(np.float32), (160, 96), interpolation=cv2.INTER_CUBIC)
+    return Image.fromarray(np.clip(smooth + random.normal(0, 9, smooth.shape), 0, 255).astype(np.uint8)).convert(mode)
+
+
+JPEGS = {
+    "plain": {},
+    "progressive": {"progressive": True},
+    "restarts": {"restart_marker_blocks": 5},
+    "best": {"quality": 100, "subsampling": 0, "optimize": True},
+    "profile": {"icc_profile": b"x" * 3000, "comment": b"note"},
+}
+DAMAGE = {
+    "a hole": lambda d, at: d[:at] + d[at + 300 :],
+    "zeros": lambda d, at: d[:at] + bytes(700) + d[at + 700 :],
+    "zeros to the end": lambda d, at: d[:at] + bytes(len(d) - at),
+    "the end mark inside": lambda d, at: d[:at] + b"\xff\xd9" + d[at + 2 :],
+    "the end mark, and no more": lambda d, at: d[:at] + b"\xff\xd9",
+}
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("kind", JPEGS)
+def test_damage_inside_a_jpeg_is_found_and_a_whole_one_is_never_refused(kind, mode):
+    whole = saved(photo(mode), "JPEG", **JPEGS[kind])
+    expected = cv2.imdecode(np.frombuffer(whole, np.uint8), cv2.IMREAD_COLOR_RGB)
+    assert (decode_image(whole) == expected).all()
+    start = whole.index(b"\xff\xda")
+    for damage in DAMAGE.values():
+        with pytest.raises(ClearError, match="row 7: .* not a complete image"):
+            decode_image(damage(whole, start + (len(whole) - start) // 2), "row 7")
+
+
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_found():
+    whole = saved(photo(), "JPEG", progressive=True)
+    scans = [place for place in range(len(whole)) if whole[place : place + 2] == b"\xff\xda"]
+    assert len(scans) > 5
+    for scan in scans[1:]:
+        before = whole.rindex(b"\xff\xc4", 0, scan)  # the Huffman table of the scan
+        with pytest.raises(ClearError, match="not a complete image"):
+            decode_image(whole[:before] + b"\xff\xd9")
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_what_stands_behind_a_whole_picture_is_ignored(kind):
+    for whole in (saved(photo(), kind), *([saved(photo(), "JPEG", progressive=True)] if kind == "JPEG" else [])):
+        film = b"\0\0\0\x18ftypmp42" + np.random.default_rng(1).bytes(9000)
+        for behind in (bytes(2000), film, whole, b"\n"):
+            assert (decode_image(whole + behind) == decode_image(whole)).all()
+    pair = saved(photo(), "MPO", save_all=True, append_images=[photo(seed=1)])
+    assert (decode_image(pair) == decode_image(saved(photo(), "JPEG"))).all()
+
+
+def test_a_png_is_whole_whatever_texts_it_carries_and_damaged_where_a_checksum_says_so():
+    texts = PngInfo()
+    texts.add_text("prompt", "lorem ipsum " * 200_000, zip=True)
+    texts.add_itxt("XML:com.adobe.xmp", "y" * 3_000_000, zip=True)
+    for mode in ("RGB", "RGBA"):
+        plain = saved(photo(mode), "PNG")
+        data = saved(photo(mode), "PNG", pnginfo=texts, icc_profile=bytes(3_000_000))
+        assert (decode_image(data) == decode_image(plain)).all()
+        place = plain.index(b"IDAT") + len(plain) // 2
+        for bad in (plain[:place] + bytes(40) + plain[place + 40 :], plain[:place] + plain[place + 9 :]):
+            with pytest.raises(ClearError, match="not a complete image"):
+                decode_image(bad)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "RGBA WEBP", "RGBA TIFF", "RGBA AVIF"])
+def test_the_orientation_of_other_formats_is_applied(kind, orientation):
+    turns = [None, None, 0, 3, 1, 5, 4, 6, 2]
+    image = Image.fromarray(picture())
+    expected = np.asarray(image if orientation == 1 else image.transpose(turns[orientation])).astype(int)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    source = image.convert("RGBA") if kind.startswith("RGBA") else image
+    found = decode_image(saved(source, kind.split()[-1], exif=exif, **({} if "TIFF" in kind else {"quality": 100})))
+    assert found.shape == expected.shape
+    for y, x in ((4, 4), (4, -5), (-5, 4), (-5, -5)):
+        assert np.abs(found[y, x] - expected[y, x]).max() <= 12
+
+
+FOREIGN = {
+    "a HEIC picture": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(900),
+    "a camera's raw file": b"\0\0\0\x18ftypcrx \0\0\0\x01crx isom" + bytes(900),
+    "a film": b"\0\0\0\x18ftypisom\0\0\0\0isomiso2" + bytes(900),
+    "a JPEG XL picture": b"\xff\x0a" + bytes(900),
+    "a PDF document": b"%PDF-1.7\n" + bytes(900),
+    "an SVG drawing": b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>',
+    "a web page": b"<!DOCTYPE html><html><body>404</body></html>",
+    "a Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n",
+    "a picture in the format ICO": saved(Image.fromarray(picture()), "ICO"),
+    "a picture in the format TGA": saved(Image.fromarray(picture()), "TGA"),
+    "a picture in the format EPS": saved(Image.fromarray(picture()), "EPS"),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_a_format_that_is_not_read_is_named_with_the_remedy(kind):
+    with pytest.raises(ClearError, match=f"row 3: {kind}.*, which cannot be read; convert it to PNG or JPEG"):
+        decode_image(FOREIGN[kind], "row 3")
+
+
+def test_the_preview_in_a_raw_file_is_not_taken_for_the_picture():
+    for tags in ({50706: b"\x01\x04\0\0"}, {254: 1, 330: 8}):
+        info = TiffImagePlugin.ImageFileDirectory_v2()
+        for tag, value in tags.items():
+            info[tag] = value
+        with pytest.raises(ClearError, match="a camera's raw file, which cannot be read"):
+            decode_image(saved(Image.fromarray(picture()), "TIFF", tiffinfo=info))
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "BMP", "GIF"])
+def test_too_many_pixels_are_refused_from_the_header(kind):
+    data = bytearray(saved(Image.fromarray(picture()).convert("P" if kind == "GIF" else "RGB"), kind))
+    side = 65_000
+    if kind == "PNG":
+        data[16:24] = side.to_bytes(4, "big") * 2
+        data[29:33] = zlib.crc32(bytes(data[12:29])).to_bytes(4, "big")
+    elif kind == "BMP":
+        data[18:26] = side.to_bytes(4, "little") * 2
+    elif kind == "GIF":
+        data[6:10] = side.to_bytes(2, "little") * 2
+    else:
+        place = data.index(b"\xff\xc0") + 5
+        data[place : place + 4] = side.to_bytes(2, "big") * 2
+    with pytest.raises(ClearError, match=r"row 1: .*4225000000 pixels.*make it smaller"):
+        decode_image(bytes(data), "row 1")
