@@ -1,5 +1,6 @@
 """A degradation depends on the sample id, the corruption, the severity and the protocol version, and nothing else."""
 
+import json
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from clear.degradation.protocol import (
     BENCHMARK_WEIGHTS,
     CELLS,
     GROUPS,
+    PROTOCOL_VERSION,
     SEVERITIES,
     TRAINING_WEIGHTS,
     degrade,
@@ -28,6 +30,7 @@ from clear.errors import ClearError
 from clear.records import Question, Sample, decode_image, encode_image, sha256, write_samples
 from clear.stages.degrade import SAMPLES, SPLITS
 from clear.stages.mmd_bench import _keep, corruption_plan
+from clear.validation.frames import BANDS, PRESET_BANDS
 from clear.workers import parallel
 from tests.conftest import ROOT
 
@@ -52,8 +55,13 @@ def test_weights_are_the_published_ones():
 
 def test_seeds_are_fixed_for_this_protocol_version():
     # A new value means other images: raise PROTOCOL_VERSION with it.
-    assert seed_of("a", "jpeg", "low") == 10265382034636389632
+    assert seed_of("a", "jpeg", "low") == 10020583971112167149
     assert len({seed_of(i, c, s) for i in "abc" for c, s in CELLS}) == 3 * 48
+
+
+def test_the_bands_were_measured_with_this_protocol_version():
+    for file in (BANDS, PRESET_BANDS):  # else: python -m clear.validation.bands
+        assert json.loads(file.read_text())["measured"]["protocol_version"] == PROTOCOL_VERSION
 
 
 def test_draws_follow_the_weights_and_the_id_only():

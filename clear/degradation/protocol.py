@@ -13,7 +13,7 @@ from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
 from clear.records import EXTRA
 
-PROTOCOL_VERSION = "2"
+PROTOCOL_VERSION = "3"
 """Part of every seed: change it whenever a formula or the order of random draws changes."""
 
 SEVERITIES = {"low": 0.23, "mid": 0.45, "high": 0.9}

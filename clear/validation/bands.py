@@ -1,9 +1,10 @@
-"""Measure the PSNR bands of `bands.json`: `python -m clear.validation.bands` (half a minute on two cores).
+"""Measure the PSNR bands of `bands.json` and `presets.json`: `python -m clear.validation.bands` (80 s on one core).
 
-Two kinds of pictures at 256 px with sizes scaled by 0.4: rendered scenes and the photographs that come with
-scikit-image. A sample's band spans both kinds with a wide margin, a cell's mean has to lie near one of their means or
-between them. Bands are per cell because severity means different things: sharpness ignores it, colour diffusion is not
-monotone in it, and some corruptions hardly show at low.
+Both files name the protocol version they were measured with: a new version asks for new bands. Two kinds of pictures at
+256 px with sizes scaled by 0.4: rendered scenes and the photographs that come with scikit-image. A sample's band spans
+both kinds with a wide margin, a cell's mean has to lie near one of their means or between them. Bands are per cell
+because severity means different things: sharpness ignores it, colour diffusion is not monotone in it, and some
+corruptions hardly show at low.
 """
 
 import json
@@ -15,7 +16,7 @@ import numpy as np
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.presets import PRESETS
-from clear.degradation.protocol import CELLS, SEVERITIES
+from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, SEVERITIES
 from clear.degradation.registry import Chosen
 from clear.records import EXTRA, Sample, encode_image, sha256
 from clear.validation.frames import BANDS, PRESET_BANDS
@@ -93,7 +94,13 @@ def main() -> None:
 def write_bands(file: Path, cells: dict, kinds: dict[str, list[Sample]]) -> None:
     """Write bands with the setting they were measured in."""
     images = {name: len(samples) for name, samples in kinds.items()}
-    setting = {"command": "python -m clear.validation.bands", "size": SIZE, "scale": SCALE, "images": images}
+    setting = {
+        "command": "python -m clear.validation.bands",
+        "protocol_version": PROTOCOL_VERSION,
+        "size": SIZE,
+        "scale": SCALE,
+        "images": images,
+    }
     lines = [
         f'  "{c}": {{\n' + ",\n".join(f'   "{s}": {json.dumps(band)}' for s, band in row.items()) + "\n  }"
         for c, row in cells.items()

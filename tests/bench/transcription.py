@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 
 RED, FLARE = (0, 0, 255), (255, 255, 235)  # BGR
-WORDS = ("HELLO", "STREET", "FREE", "NOISE", "CITY", "DREAM")
+WORDS = ("X", "FAKE", "COPY", "VOID", "COPYRIGHT")
 
 Formula = Callable[[np.ndarray, float, np.random.Generator], np.ndarray]
 
@@ -59,11 +59,12 @@ def gaussian_noise(image: np.ndarray, intensity: float, rng: np.random.Generator
 
 
 def block_exchange(image: np.ndarray, intensity: float, rng: np.random.Generator) -> np.ndarray:
-    """Item 4."""
+    """Item 4, with two different blocks."""
     out, b = image.copy(), min(32, int(5 + 30 * intensity))
     rows, columns = image.shape[0] // b, image.shape[1] // b
     for _ in range(int(35 * intensity)):
-        (r, c), (s, d) = (divmod(int(i), columns) for i in rng.choice(rows * columns, 2, replace=False))
+        first, second = divmod(int(rng.integers(rows * columns * (rows * columns - 1))), rows * columns - 1)
+        (r, c), (s, d) = (divmod(i, columns) for i in (first, second + (second >= first)))
         one = out[r * b : (r + 1) * b, c * b : (c + 1) * b].copy()
         out[r * b : (r + 1) * b, c * b : (c + 1) * b] = out[s * b : (s + 1) * b, d * b : (d + 1) * b]
         out[s * b : (s + 1) * b, d * b : (d + 1) * b] = one
@@ -145,28 +146,34 @@ def scan_lines(image: np.ndarray, intensity: float, rng: np.random.Generator) ->
 
 
 def graffiti(image: np.ndarray, intensity: float, rng: np.random.Generator) -> np.ndarray:
-    """Item 14."""
-    out = image.copy()
+    """Item 14; the word keeps 10 px from the borders above, below and, if it is not too long, on the right."""
+    out, (h, w) = image.copy(), image.shape[:2]
+
+    def below(end: int) -> int:
+        """A random whole number from 0 to `end` - 1."""
+        return int(rng.random() * end)
+
     for _ in range(int(10 * intensity)):
-        thickness = int(rng.integers(1, max(1, int(5 * intensity)) + 1))
-        cv2.line(out, point(image, rng), point(image, rng), rng.integers(0, 256, 3)[::-1].tolist(), thickness)
+        red, green, blue = below(256), below(256), below(256)
+        ends = (below(w), below(h)), (below(w), below(h))
+        cv2.line(out, *ends, (blue, green, red), 1 + below(max(1, int(5 * intensity))))
     if intensity > 0.55:
-        word, size, thickness = WORDS[rng.integers(len(WORDS))], max(0.5, 5 * intensity), max(1, int(5 * intensity))
-        (width, height), base = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, size, thickness)
-        if height + base <= image.shape[0]:
-            x = int(rng.integers(max(0, image.shape[1] - width) + 1))
-            y = height + int(rng.integers(image.shape[0] - height - base + 1))
+        words = [*WORDS, str(1 + below(100))]
+        word, size, thickness = words[below(6)], max(0.5, 5 * intensity), max(1, int(5 * intensity))
+        width, height = cv2.getTextSize(word, cv2.FONT_HERSHEY_SIMPLEX, size, thickness)[0]
+        if h - 10 > height + 10:
+            x, y = below(max(1, w - width - 10) + 1), height + 10 + below(h - height - 20 + 1)
             cv2.putText(out, word, (x, y), cv2.FONT_HERSHEY_SIMPLEX, size, RED, thickness)
     return out
 
 
 def watermark_damage(image: np.ndarray, intensity: float, rng: np.random.Generator) -> np.ndarray:
-    """Item 15."""
+    """Item 15; the corner keeps 50 px from the lower and right border."""
     mask = np.zeros(image.shape[:2], np.uint8)
     for _ in range(int(1 + 15 * intensity)):
+        x, y = int(rng.integers(image.shape[1] - 50 + 1)), int(rng.integers(image.shape[0] - 50 + 1))
         w, h = int(rng.integers(50, 201)), int(rng.integers(20, 81))
-        x, y = int(rng.integers(image.shape[1] - w + 1)), int(rng.integers(image.shape[0] - h + 1))
-        mask[y : y + h, x : x + w] = 255
+        cv2.rectangle(mask, (x, y), (x + w, y + h), 255, -1)
     out = blend(1 - intensity, image, intensity, cv2.inpaint(image, mask, 3, cv2.INPAINT_TELEA))
     if intensity > 0.5:
         edges = cv2.Canny(mask, 50, 150) > 0
