@@ -288,7 +288,7 @@ def test_text_from_a_model_cannot_become_markup(tmp_path):
 def test_planted_effects_are_found():
     found = decide(frames_of())
     assert all(claim.held and claim.measured for claim in found.values())
-    assert found["hard_gain"].low > 0 and found["hard_gain"].p < 0.001
+    assert found["hard_gain"].low > 0
     assert found["hard_gain"].estimate == pytest.approx(0.25, abs=0.06)
     assert found["bridge_kept"].estimate == pytest.approx(0, abs=0.05)
     assert "→" in found["calls_rise"].note

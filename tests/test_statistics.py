@@ -178,7 +178,7 @@ def test_what_gives_no_interval_is_refused(values, groups, message):
 def test_unequal_sides_are_refused():
     with pytest.raises(ClearError, match="found 2 and 1"):
         statistics.paired_difference([1, 0], [1], [0, 1])
-    with pytest.raises(ClearError, match="found 2, 1 and 2"):
+    with pytest.raises(ClearError, match="found 2, 1 and 2 cluster numbers"):
         statistics.sign_flip([True, False], [True], [0, 1])
 
 

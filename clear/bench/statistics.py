@@ -1,4 +1,4 @@
-"""Statistics of the comparison: cluster bootstrap by image, smallest detectable effect, exact McNemar test.
+"""Statistics of the comparison: cluster bootstrap by image, smallest detectable effect, exact test by image.
 
 Questions about one image are not independent, and neither are the two images of a minimal pair, so whole clusters are
 resampled: an image with all its questions, copies and its pair partner. A resample needs the sum and the count
@@ -7,7 +7,6 @@ percentile intervals; the seed is fixed, so equal predictions give equal interva
 uncertainty (METHOD §7); everything here is an addition.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -43,7 +42,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class McNemar:
+class SignFlip:
     """Questions that only one of two models answers right, and the exact two-sided p-value of their difference."""
 
     only_a: int
@@ -185,17 +184,29 @@ def _means(totals: np.ndarray) -> np.ndarray:
     return totals[::2] / totals[1::2]
 
 
-def mcnemar(a: np.ndarray, b: np.ndarray) -> McNemar:
-    """Exact McNemar test of two models' right answers (bool, n) on the same questions.
+def sign_flip(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> SignFlip:
+    """Exact test of two models' right answers (bool, n) on the same questions, by cluster (int, n).
 
-    The test takes questions as independent, so it is the less careful companion of `paired_difference`. No
-    disagreement gives p = 1.
+    Under the null the two models are exchangeable within a cluster, so the difference of its right answers is as likely
+    with the other sign; p is the share of all sign patterns whose sum is at least as far from 0 as the observed one.
+    With one question per cluster this is McNemar's exact test, which on correlated questions rejects far too often.
+    No disagreement gives p = 1. Raises ClearError for unequal lengths.
     """
-    a, b = np.asarray(a, bool), np.asarray(b, bool)
-    if a.shape != b.shape:
-        raise ClearError(f"A paired comparison needs the same rows on both sides, found {len(a)} and {len(b)}.")
-    only_a, only_b = int((a & ~b).sum()), int((b & ~a).sum())
-    total = only_a + only_b
-    # Whole numbers: 0.5**total underflows for more than 1,074 disagreements.
-    tail = sum(math.comb(total, k) for k in range(min(only_a, only_b) + 1))
-    return McNemar(only_a, only_b, min(1.0, 2 * tail / 2**total))
+    a, b, groups = np.asarray(a, bool), np.asarray(b, bool), np.asarray(clusters)
+    if not a.shape == b.shape == groups.shape:
+        raise ClearError(
+            f"A paired comparison needs the same rows on both sides, found {len(a)}, {len(b)} and {len(groups)} cluster "
+            "numbers."
+        )
+    _, codes = np.unique(groups, return_inverse=True)
+    sums = np.bincount(codes, a.astype(float) - b).astype(int)
+    sizes = np.abs(sums[sums != 0])
+    total = int(sizes.sum())
+    chance = np.ones(1)  # of every sum −total … total in steps of 2
+    for size in sizes:
+        other = np.zeros(len(chance) + size)
+        other[: len(chance)] += chance / 2
+        other[size:] += chance / 2
+        chance = other
+    beyond = np.abs(np.arange(-total, total + 1, 2)) >= abs(int(sums.sum()))
+    return SignFlip(int((a & ~b).sum()), int((b & ~a).sum()), min(1.0, float(chance[beyond].sum())))

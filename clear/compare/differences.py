@@ -2,8 +2,8 @@
 
 METHOD §7 for the quantities; the published evaluation reports no uncertainty, everything of that kind is an addition.
 Intervals are the cluster bootstrap of clear.bench.statistics (an image with all its questions, and its partner of a
-minimal pair, is one cluster; the seed is fixed). Beside them stands the exact McNemar test, which takes questions as
-independent; its p-values are corrected by Holm's method over the comparisons of one table. A difference is called
+minimal pair, is one cluster; the seed is fixed). Beside them stands an exact test that flips the signs of whole
+clusters; its p-values are corrected by Holm's method over the comparisons of one table. A difference is called
 certain if it passes both.
 """
 
@@ -39,7 +39,8 @@ class Difference:
 
     `what` is `correct` (accuracy) or `restored` (call rate); `task` and `corruption` are empty where all are meant.
     Interval and `detectable` (smallest true effect found with 80 % power) are None if fewer than two clusters have
-    rows. `base_interval` and `head_interval` are those of each side alone. `p` is McNemar's, `holm` the corrected one.
+    rows. `base_interval` and `head_interval` are those of each side alone. `p` is of the exact test by cluster and
+    `holm` the corrected one.
     """
 
     model: str
@@ -250,7 +251,7 @@ def difference(
     groups = rows.cluster.to_numpy()
     clusters = len(np.unique(groups))
     found = statistics.paired_difference(a, b, groups, **vars(settings)) if clusters > 1 else None
-    test = statistics.mcnemar(a, b)
+    test = statistics.sign_flip(a, b, groups)
     return Difference(
         model=model,
         what=what,

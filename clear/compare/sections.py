@@ -101,7 +101,7 @@ def _levels(found: Comparison, model: str, folder: Path | None) -> Part:
         rows,
         f"Right answers in percent, base → head, with the paired difference in points and its "
         f"{100 * found.settings.confidence:g} % interval (bootstrap over images; a minimal pair counts as one). ▲ ▼: "
-        "certain, also by McNemar's test corrected for all comparisons of this table (Holm).",
+        "certain, also by the exact test by image, corrected for all comparisons of this table (Holm).",
     )
     blocks: list[Block] = [table]
     if folder:
@@ -228,7 +228,7 @@ def _tests(found: Comparison, model: str) -> Table:
             "level",
             "only base right",
             "only head right",
-            "McNemar p",
+            "p, by image",
             "Holm p",
             "detectable",
             "questions",
@@ -236,7 +236,8 @@ def _tests(found: Comparison, model: str) -> Table:
         ],
         rows,
         "“Detectable” is the smallest true difference in points that a sample of this size would find with 80 % power. "
-        "McNemar's exact test takes questions as independent, which the bootstrap does not.",
+        "p is of an exact test that swaps the two sides of whole image groups, so that questions about one image count "
+        "as one piece of evidence.",
     )
 
 

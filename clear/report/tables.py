@@ -80,8 +80,6 @@ def claims_table(claims: list[Claim], confidence: float) -> Table:
         interval = f"{points(claim.low, signed)} to {points(claim.high, signed)}" if claim.measured else "–"
         size = f"{claim.n} / {claim.clusters}" if claim.measured else "–"
         what = f"Rule: {claim.rule}. {claim.note}".strip()
-        if claim.p is not None:
-            what += f" McNemar p {'< 0.001' if claim.p < 0.001 else f'= {claim.p:.3f}'}."
         detectable = points(claim.detectable)
         estimate = points(claim.estimate, signed)
         rows.append([claim.verdict.upper(), claim.text, estimate, interval, detectable, size, what])
