@@ -250,6 +250,8 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
 
     import yaml
 
+    from clear.model.checkpoint import named_file
+
     model = (yaml.safe_load((folder / "params.yaml").read_text()) or {}).get("model") or {}
     if not model.get("checkpoint") or str(model["checkpoint"]).startswith("s3://"):
         return
@@ -257,7 +259,7 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
         raise ClearError("params: model.checkpoint is set and compute.weights is not; name the weights' s3:// prefix.")
     bucket, prefix = split(address.rstrip("/") + "/")
     store = Store(client("s3"), bucket, prefix.rstrip("/"))
-    target = folder / model["checkpoint"]
+    target, _ = named_file(folder / model["checkpoint"])
     manifest = folder / "data/models/base/manifest.json"
     known = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
     names = store.names("")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.checkpoint import (
@@ -21,12 +22,14 @@ from clear.model.checkpoint import (
     PLAIN,
     TOKENIZER,
     VAE,
+    fingerprint,
     load_bagel,
     read_header,
     save_bagel,
 )
 from clear.model.vae import AutoEncoder
 from clear.reasoning.tokenizer import MARKERS, word_tokenizer
+from clear.stages import base
 from tests.tiny import WORDS, tiny_model
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -252,14 +255,63 @@ def test_an_index_without_its_shards_does_not_hide_the_whole_file(folder):
     load_bagel(folder)
 
 
-def test_ema_wins_over_model(folder):
+@pytest.mark.parametrize("sharded", [False, True])
+def test_of_several_models_in_a_folder_one_must_be_named(folder, sharded):
+    """A run's own weights put into the released folder were ignored without a word."""
     expected, _, _ = load_bagel(folder)
-    (folder / PLAIN).write_bytes((folder / MODEL).read_bytes())
-    _edit(folder / PLAIN, lambda state: state["vae2llm.bias"].add_(1.0))
-    _equal(load_bagel(folder)[0], expected)
-    (folder / MODEL).unlink()
-    found = load_bagel(folder)[0]
+    whole = (folder / MODEL).read_bytes()
+    other = INDEX if sharded else PLAIN
+    if sharded:
+        _edit(folder / MODEL, lambda state: state["vae2llm.bias"].add_(1.0))
+        _shard(folder)
+        (folder / MODEL).write_bytes(whole)
+    else:
+        (folder / PLAIN).write_bytes(whole)
+        _edit(folder / PLAIN, lambda state: state["vae2llm.bias"].add_(1.0))
+    with pytest.raises(ClearError, match=r"several models' weights \(ema\.safetensors, model") as refused:
+        load_bagel(folder)
+    assert f"such as model.checkpoint={folder / other}, or" in str(refused.value)
+    _equal(load_bagel(folder / MODEL)[0], expected)
+    found = load_bagel(folder / other)[0]
     assert torch.equal(found.vae2llm.bias, expected.vae2llm.bias + 1.0)
+    shards = {path.name for path in folder.glob("model-*")}
+    assert fingerprint(folder / MODEL).keys() == fingerprint(folder).keys() - shards - {other}
+    assert fingerprint(folder / other).keys() == fingerprint(folder).keys() - {MODEL}
+    (folder / MODEL).unlink()
+    _equal(load_bagel(folder)[0], found)
+
+
+def test_the_base_stage_registers_what_can_be_loaded_and_nothing_else(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = from_dict(compose(["profile=bagel_7b_lora", f"model.checkpoint={folder}", "runtime.device=cpu"]))
+    (folder / PLAIN).write_bytes((folder / MODEL).read_bytes())
+    with pytest.raises(ClearError, match="several models' weights"):
+        base.run(config)
+    assert not base.OUT.exists()
+    base.run(replace(config, model=replace(config.model, checkpoint=str(folder / PLAIN))))
+    files = json.loads((base.OUT / "manifest.json").read_text())["files"]
+    assert PLAIN in files and VAE in files and MODEL not in files
+
+
+def test_a_named_file_that_is_not_there_is_refused(folder):
+    with pytest.raises(ClearError, match=r"modle\.safetensors is missing"):
+        load_bagel(folder / "modle.safetensors")
+
+
+TRAINING = ["optimizer.00000-of-00008.pt", "scheduler.pt", "data_status.pt"]
+
+
+@pytest.mark.parametrize("file", [VAE, MODEL, "llm_config.json"])
+def test_the_state_of_a_training_is_named_for_what_it_is(folder, file):
+    for name in TRAINING:
+        torch.save({}, folder / name)
+    load_bagel(folder)
+    (folder / file).unlink()
+    said = r"training checkpoint holds weights alone: copy" if file.endswith("json") else r"checkpoint of a training"
+    with pytest.raises(ClearError, match=rf"{file} is missing.*{said}.*of the model") as refused:
+        load_bagel(folder)
+    assert "Convert" not in str(refused.value) and "convert" not in str(refused.value)
+    assert file.endswith("json") or all(name in str(refused.value) for name in TRAINING)
 
 
 def test_a_missing_shard_is_named(folder):
@@ -305,8 +357,18 @@ def test_a_shard_that_lacks_what_the_index_promises_is_named(folder):
 
 
 def test_weights_can_be_loaded_in_another_type(folder):
-    model, vae, _ = load_bagel(folder, dtype=torch.bfloat16)
-    assert {value.dtype for value in [*model.parameters(), *vae.parameters()]} == {torch.bfloat16}
+    model, _, _ = load_bagel(folder, dtype=torch.bfloat16)
+    assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, None])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_autoencoder_has_the_values_of_its_file_whatever_the_type_of_the_weights(folder, dtype, device):
+    _, vae, _ = load_bagel(folder, dtype, device)
+    expected = load_file(folder / VAE)
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in expected.values())
+    assert all(value.dtype == torch.float32 for value in vae.parameters())
+    assert all(torch.equal(value, expected[key]) for key, value in vae.state_dict().items())
 
 
 def test_without_a_tokenizer_the_markers_come_from_the_config(folder):

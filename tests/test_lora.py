@@ -14,11 +14,12 @@ from clear.config import Lora, compose, from_dict
 from clear.errors import ClearError
 from clear.model import checkpoint, flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
-from clear.model.checkpoint import MODEL, fingerprint, load_bagel, save_bagel
+from clear.model.checkpoint import MODEL, PLAIN, VAE, fingerprint, load_bagel, save_bagel
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
+from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
 from clear.reasoning.tokenizer import MARKERS, encode
 from clear.training import scoring
@@ -234,7 +235,7 @@ def test_the_files_of_a_byte_pair_tokenizer_are_kept_for_the_published_code(conf
     for text in TEXTS:
         ids = expected.encode(text)
         assert [reader.encode(text) for reader in readers] == [ids, ids]
-        assert encode(load_bagel(out)[2], text) == ids
+        assert encode(load_bagel(out)[2], text) == expected.encode(text, split_special_tokens=True)
     plain, tokenizer = tiny_model("direct")
     save_bagel(out, plain, AutoEncoder(plain.config.vae), tokenizer)
     assert not any((out / name).exists() for name in PAIRS), "another tokenizer takes their place"
@@ -441,6 +442,40 @@ def test_bfloat16_weights_train_and_answer_under_autocast(folders, tmp_path):
     assert all(t.restorations[0].x0.isfinite().all() and t.replies for t in done)
     lora.save_adapter(tmp_path / "low", low, base, fingerprint(base), torch.bfloat16)
     assert {v.dtype for v in load_file(tmp_path / "low" / lora.ADAPTER).values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("way", ["weights", "adapter", "merged", "stage", "answers"])
+def test_bfloat16_weights_leave_the_autoencoder_as_it_is(folders, config, tmp_path, way):
+    """It was rounded to bfloat16 on the way to float32."""
+    base, folder, _, _ = folders
+    config.runtime.weights = "bfloat16"
+    if way == "merged":
+        lora.merge(folder, tmp_path / "merged", torch.bfloat16)
+        vae = load_bagel(tmp_path / "merged", None)[1]
+    elif way == "stage":
+        config.lora.rank = 0
+        vae = incoming(base, config).vae
+    elif way == "answers":
+        vae = Answerer.load(folder, config).vae
+    else:
+        vae = lora.load_model(base if way == "weights" else folder, torch.bfloat16)[1]
+    expected = load_file(base / VAE)
+    assert all(torch.equal(value, expected[key]) for key, value in vae.state_dict().items())
+
+
+def test_an_adapter_says_which_of_several_weight_files_it_adapts(folders, tmp_path):
+    base, folder, model, _ = folders
+    (base / PLAIN).write_bytes((base / MODEL).read_bytes())
+    with pytest.raises(ClearError, match=r"several models' weights"):
+        lora.load_model(folder)
+    lora.load_model(folder, base=base / MODEL)
+    with pytest.raises(ClearError, match=rf"{PLAIN} is not what .* was trained on, but .*{MODEL}"):
+        lora.load_model(folder, base=base / PLAIN)
+    named = base / PLAIN
+    lora.save_adapter(tmp_path / "other", model, named, fingerprint(named), torch.float32)
+    lora.load_model(tmp_path / "other")
+    lora.merge(tmp_path / "other", tmp_path / "merged", torch.float32)
+    assert (tmp_path / "merged" / MODEL).exists()
 
 
 def test_a_base_file_names_no_more_than_the_base(folders):

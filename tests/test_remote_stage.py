@@ -331,6 +331,10 @@ def test_weights_come_from_s3_and_are_those_of_the_base(cloud, tmp_path):
     boto3.client("s3").put_object(Bucket="cloud", Key="bagel/ema.safetensors", Body=b"weights")
     remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel/", print)
     assert (tmp_path / "weights/ema.safetensors").read_bytes() == b"weights"
+    (tmp_path / "params.yaml").write_text("model: {checkpoint: named/ema.safetensors}\n")
+    remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel/", print)
+    assert (tmp_path / "named/ema.safetensors").read_bytes() == b"weights", "its folder is fetched"
+    (tmp_path / "params.yaml").write_text("model: {checkpoint: weights}\n")
     manifest = tmp_path / "data/models/base/manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"files": {"ema.safetensors": {"sha256": "0"}}}))

@@ -1,6 +1,7 @@
 """Tokenizers of model folders: Qwen2's files and our own, with their markers looked up by name."""
 
 import json
+import re
 import unicodedata
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.checkpoint import TOKENIZER, load_bagel, load_tokenizer, read_config, save_bagel, special_tokens
 from clear.model.vae import AutoEncoder
-from clear.reasoning.tokenizer import MARKERS, decode, encode
+from clear.reasoning.tokenizer import ADDED, MARKERS, decode, encode
 from tests.tiny import tiny_model
 
 END = "<|endoftext|>"
@@ -59,14 +60,14 @@ def qwen(tmp_path_factory):
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=st.text(max_size=40) | st.lists(st.sampled_from([*CORPUS, *MARKERS, "'LL", " \n", "²"])).map("".join))
+@given(text=st.text(max_size=40) | st.lists(st.sampled_from([*CORPUS, *MARKERS, "'LL", " \n", "²", END])).map("".join))
 def test_ids_are_those_of_transformers_own_tokenizer(qwen, text):
     _, ours, theirs = qwen
-    assert encode(ours, text) == theirs.encode(text, add_special_tokens=False)
+    assert encode(ours, text) == theirs.encode(text, add_special_tokens=False, split_special_tokens=True)
 
 
 @settings(max_examples=100, deadline=None)
-@given(text=st.text(max_size=40).filter(lambda text: not any(marker in text for marker in [END, *MARKERS])))
+@given(text=st.text(max_size=40) | st.lists(st.sampled_from([END, *MARKERS, " ", "a"])).map("".join))
 def test_encoding_and_decoding_return_the_text(qwen, text):
     assert decode(qwen[1], encode(qwen[1], text)) == unicodedata.normalize("NFC", text)
 
@@ -76,9 +77,36 @@ def test_merges_are_used_and_markers_are_found_by_name(qwen):
     assert len(encode(ours, "the circle")) < len("the circle") / 2
     assert [ours.token_to_id(marker) for marker in MARKERS] == theirs.convert_tokens_to_ids(list(MARKERS))
     special = special_tokens(ours)
-    text = f"{MARKERS[0]}red{MARKERS[1]}"
-    assert encode(ours, text)[0] == special.bos and encode(ours, text)[-1] == special.eos
-    assert decode(ours, encode(ours, text)) == "red"
+    assert decode(ours, [special.bos, *encode(ours, "red"), special.eos]) == "red"
+
+
+@pytest.mark.parametrize("token", [END, *MARKERS])
+def test_the_name_of_a_control_token_in_a_text_is_text(qwen, token):
+    """A question that quotes `<|im_end|>` must not end the turn; the tags of the grammar are text all along."""
+    text = f"what does {token} mean ? <think> <image_restore>"
+    ids = encode(qwen[1], text)
+    assert qwen[1].token_to_id(token) not in ids and decode(qwen[1], ids) == text
+
+
+@pytest.mark.parametrize("token", MARKERS)
+def test_in_a_closed_vocabulary_the_name_of_a_control_token_is_refused(token):
+    _, tokenizer = tiny_model("direct")
+    with pytest.raises(ClearError, match=re.escape(f"'{token}' is not in this model's vocabulary")):
+        encode(tokenizer, f"a {token} b")
+
+
+def test_added_tokens_json_states_ids_where_tokenizer_config_does_not(qwen, tmp_path):
+    folder, ours, _ = qwen
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes())
+    names = [END, *MARKERS[:2], "<|box_start|>", *MARKERS[2:]]
+    (tmp_path / ADDED).write_text(json.dumps({name: ours.token_to_id(name) for name in names}))
+    again = load_tokenizer(tmp_path)
+    assert again.get_vocab() == ours.get_vocab() and again.undefined == []
+    for content, said in (('{"a": "b"}', "does not give every token a number"), ("[]", "not a JSON object")):
+        (tmp_path / ADDED).write_text(content)
+        with pytest.raises(ClearError, match=rf"added_tokens\.json.*{said}"):
+            load_tokenizer(tmp_path)
 
 
 def test_what_no_file_states_is_appended_in_the_published_order(tmp_path):
@@ -144,10 +172,27 @@ def _with_byte_pairs(folder: Path, spare: int) -> None:
 
 
 def test_a_folder_with_byte_pair_files_loads_and_looks_its_markers_up(tmp_path):
-    _with_byte_pairs(tmp_path, spare=7)
+    _with_byte_pairs(tmp_path, spare=4)
     model, _, tokenizer = load_bagel(tmp_path)
     assert model.config.special == special_tokens(tokenizer) == read_config(tmp_path).special
-    assert model.config.special.image_end == tokenizer.token_to_id("<|vision_end|>") == model.config.llm.vocab - 4
+    assert model.config.special.image_end == tokenizer.token_to_id("<|vision_end|>") == model.config.llm.vocab - 1
+
+
+@pytest.mark.parametrize("read", [load_bagel, read_config])
+def test_markers_are_not_guessed_where_the_embedding_has_them_elsewhere(tmp_path, read):
+    """Of Qwen2's files only vocab.json and merges.txt: the image markers got the ids of two other tokens."""
+    _with_byte_pairs(tmp_path, spare=12)
+    first = json.loads((tmp_path / "llm_config.json").read_text())["vocab_size"] - 13
+    said = r"no file defines <\|im_start\|>.*copy tokenizer_config\.json or tokenizer\.json"
+    with pytest.raises(ClearError, match=said):
+        read(tmp_path)
+    _state_tokens(tmp_path, first, [END, *MARKERS[:2]])
+    with pytest.raises(ClearError, match=r"no file defines <\|vision_start\|>, <\|vision_end\|>"):
+        read(tmp_path)
+    _state_tokens(tmp_path, first, [END, *MARKERS[:2], *(f"<|{i}|>" for i in range(6)), *MARKERS[2:]])
+    found = read(tmp_path)
+    special = found.special if read is read_config else found[0].config.special
+    assert (special.image_start, special.image_end) == (first + 9, first + 10)
 
 
 def test_markers_beyond_the_embedding_are_refused(tmp_path):

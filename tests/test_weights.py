@@ -193,6 +193,9 @@ def test_only_readers_of_weights_fetch_them(bucket, gets):
     assert with_local_weights(config, "degrade") is config and not gets
     found = with_local_weights(config, "sft").model.checkpoint
     assert found == str(weights.home() / "weights" / name / "bagel" / "7b") and len(gets) == len(FILES)
+    url = f"s3://{name}/bagel/7b/model.safetensors"
+    named = from_dict(compose(["profile=bagel_7b_lora", f"model.checkpoint={url}"]))
+    assert with_local_weights(named, "sft").model.checkpoint == f"{found}/model.safetensors", "one file of the folder"
     local = from_dict(compose(["profile=bagel_7b_lora", "model.checkpoint=weights"]))
     assert with_local_weights(local, "sft") is local
 

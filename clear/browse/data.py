@@ -111,7 +111,7 @@ class Models:
 
     def here(self) -> list[str]:
         """The models whose weights are on this machine."""
-        return [name for name in MODELS if self._tested(name).folder.is_dir()]
+        return [name for name in MODELS if self._tested(name).folder.exists()]
 
     def _tested(self, model: str) -> UnderTest:
         tested = under_test(model, self.config)
@@ -128,7 +128,7 @@ class Models:
         tested = self._tested(model)
         with self._turn:
             if self._held is None or self._held[0] != tested.folder:
-                if not tested.folder.is_dir():
+                if not tested.folder.exists():
                     raise ClearError(
                         f"{tested.folder}: no model here; run `make repro`, or `dvc pull {tested.folder}`."
                     )

@@ -1,10 +1,11 @@
 """Model folders in the layout of BAGEL-7B-MoT: safetensors and JSON only (METHOD §1 "Checkpoint folder").
 
-The model is `ema.safetensors`, else `model.safetensors`, else the shards that `model.safetensors.index.json` lists;
-beside it lie `ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json` and the tokenizer's files. The
-published folder has an index without the shards it names, so the index counts only where no whole file is. This
-project adds `bridge.safetensors` for the mlp bridge, `vae_config.json` for autoencoders of another size than FLUX's
-and `config.json`, which states what the published code hard-codes.
+The model is `ema.safetensors`, `model.safetensors` or the shards that `model.safetensors.index.json` lists; a folder
+with several of them is refused unless one is named by its path, because nothing says which is meant. The published
+folder has an index without the shards it names, so an index counts only where shards are. Beside the weights lie
+`ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json` and the tokenizer's files. This project adds
+`bridge.safetensors` for the mlp bridge, `vae_config.json` for autoencoders of another size than FLUX's and
+`config.json`, which states what the published code hard-codes.
 
 Loading builds on the meta device, checks every key, shape and type against the file's header, and adopts the
 memory-mapped tensors: in the stored type nothing is copied; another type or device is read tensor by tensor. Saving
@@ -15,6 +16,7 @@ overwritten, and a kill leaves either the old folder or one that is refused as h
 import hashlib
 import json
 import math
+import re
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,7 +33,17 @@ from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
-from clear.reasoning.tokenizer import LFS, MARKERS, MERGES, SETTINGS, TOKENIZER, VOCABULARY, read_text, read_tokenizer
+from clear.reasoning.tokenizer import (
+    ADDED,
+    LFS,
+    MARKERS,
+    MERGES,
+    SETTINGS,
+    TOKENIZER,
+    VOCABULARY,
+    read_text,
+    read_tokenizer,
+)
 from clear.records import file_sha256
 
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
@@ -47,7 +59,9 @@ _TABLES = {
 _PARTIAL, _SAVING = ".partial", "saving.partial"
 _UNFINISHED = (_PARTIAL, ".incomplete", ".part", ".crdownload", ".aria2", ".tmp")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_SOURCES = (VOCABULARY, MERGES, SETTINGS, "added_tokens.json", "special_tokens_map.json")
+_TRAINING = re.compile(r"(optim|scheduler|scaler|rng_state|random_states|data_status|trainer_state|training_args)")
+"""How the names of the files begin with which a training resumes; of no use to anybody who loads the model."""
+_SOURCES = (VOCABULARY, MERGES, SETTINGS, ADDED, "special_tokens_map.json")
 """Tokenizer files beside tokenizer.json; the published code reads them, so they are kept when a model is saved."""
 HASHED_ON_LOAD = 2**28
 """Files up to this size (bytes) are hashed to be compared; of larger ones size, header and slices are."""
@@ -125,9 +139,14 @@ def fingerprint(folder: Path | str) -> dict[str, dict[str, Any]]:
     """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them.
 
     Files over HASHED_ON_LOAD bytes also have "samples_sha256", with which they are compared without being read whole.
+    Where `folder` is a weight file (see `named_file`), the folder's other weights are left out.
     """
+    folder, named = named_file(folder)
+    others = set()
+    if named is not None:
+        others = {*_weight_files(folder), *([] if named.name == INDEX else _shard_files(folder))} - {named}
     found = {}
-    for path in sorted(p for p in Path(folder).glob("[!.]*.*") if p.is_file()):
+    for path in sorted(p for p in folder.glob("[!.]*.*") if p.is_file() and p not in others):
         found[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         if found[path.name]["bytes"] > HASHED_ON_LOAD:
             found[path.name]["samples_sha256"] = samples_sha256(path)
@@ -199,7 +218,9 @@ def _read_json(folder: Path, name: str, required: bool = True) -> dict:
         if required:
             raise ClearError(
                 f"{path} is missing; a model folder has the files of BAGEL-7B-MoT (README, 'With BAGEL-7B'). "
-                "A training checkpoint holds weights alone: put it beside the JSON files of the model it came from."
+                "A training checkpoint holds weights alone: copy the JSON files, ae.safetensors and the tokenizer of "
+                "the model it came from into its folder, or put it into that model's folder and name its file as "
+                "model.checkpoint."
             )
         return {}
     try:
@@ -211,16 +232,20 @@ def _read_json(folder: Path, name: str, required: bool = True) -> dict:
     return content
 
 
-def read_config(folder: Path | str, special: SpecialTokens | None = None) -> BagelConfig:
-    """The configuration of a model folder. Markers come from `special`, else the tokenizer, else config.json."""
-    folder = Path(folder)
-    if special is None:
-        tokenizer = load_tokenizer(folder)
-        special = None if tokenizer is None else special_tokens(tokenizer)
+def read_config(folder: Path | str, tokenizer=None) -> BagelConfig:
+    """The configuration of a model folder (or weight file). Markers come from its tokenizer, else config.json.
+
+    `tokenizer` is the folder's own if it has been loaded already. Raises ClearError where the files disagree.
+    """
+    folder, _ = named_file(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
     try:
-        return _config_of(folder, special)
+        config = _config_of(folder, None if tokenizer is None else special_tokens(tokenizer))
     except KeyError as error:
         raise ClearError(f"{folder}: key {error} is missing in the config files; fetch them again.") from error
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, config)
+    return config
 
 
 def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
@@ -301,6 +326,13 @@ def _check_tokenizer(folder: Path, tokenizer, config: BagelConfig) -> None:
             f"{folder}: the tokenizer gives the markers the ids {asdict(config.special)}, config.json says "
             f"{asdict(stated)}; the tokenizer belongs to another model, copy the one this model was trained with."
         )
+    # A model whose embedding was grown for appended markers ends with them. One with rows to spare had them elsewhere.
+    if stated is None and tokenizer.undefined and config.llm.vocab > last + 1:
+        raise ClearError(
+            f"{folder}: no file defines {', '.join(tokenizer.undefined)}, and with {config.llm.vocab} rows (vocab_size "
+            f"in llm_config.json) the embedding does not end with them; copy {SETTINGS} or {TOKENIZER} from the model "
+            "the weights came from."
+        )
 
 
 def read_header(file: Path) -> dict[str, Entry]:
@@ -356,6 +388,12 @@ def _missing(file: Path) -> str:
     unfinished = [name for name in here if name.endswith(_UNFINISHED)]
     if unfinished:
         return f"{text}: the folder is half-written ({', '.join(unfinished)}); finish the download or stage again."
+    if state := [name for name in here if _TRAINING.match(name)]:
+        listed = ", ".join(state[:_SHOWN]) + (" …" if len(state) > _SHOWN else "")
+        return (
+            f"{text}: the folder is a checkpoint of a training ({listed} are the state it resumes with, which is not "
+            f"read); copy {file.name} from the folder of the model that was trained."
+        )
     pickles = [name for name in here if name.endswith(_PICKLES)]
     if pickles:
         return f"{text}; {', '.join(pickles)} is a pickle, and only safetensors are read. {_CONVERT}"
@@ -466,44 +504,66 @@ def _tensors(file: Path, entries: dict[str, Entry], dtype, device) -> Iterator[t
         raise ClearError(f"{file} is not safetensors ({error}); fetch it again.") from error
 
 
-def model_file(folder: Path | str) -> Path:
-    """The file of the model weights: ema, else model (CLEAR's checkpoints hold both), else the index of shards.
+def named_file(path: Path | str) -> tuple[Path, Path | None]:
+    """(folder, weight file) of a path that names a model: its folder (no file), or one of the weight files in it."""
+    path = Path(path)
+    is_file = (path.suffix == ".safetensors" or path.name == INDEX) and not path.is_dir()
+    return (path.parent, path) if is_file else (path, None)
 
-    A folder with none gives the name of the file that is missed.
-    """
-    folder = Path(folder)
-    present = [folder / name for name in (MODEL, PLAIN, INDEX) if (folder / name).is_file()]
-    shards = sorted(folder.glob("model-*-of-*.safetensors"))
-    if shards and not present:
+
+def _shard_files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("model-*-of-*.safetensors"))
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of model weights in a folder; an index stands for its shards and counts only where shards are."""
+    found = [folder / name for name in (MODEL, PLAIN, INDEX) if (folder / name).is_file()]
+    shards = _shard_files(folder)
+    if shards and not found:
         raise ClearError(f"{folder / INDEX} is missing, but {shards[0].name} is here; fetch the index of the shards.")
-    if present and present[0].name == INDEX and not shards:
-        return folder / MODEL
-    return present[0] if present else folder / MODEL
+    return found if shards else [file for file in found if file.name != INDEX]
 
 
-def load_bagel(folder: Path | str, dtype: torch.dtype | None = torch.float32, device: str = "cpu"):
+def model_file(path: Path | str) -> Path:
+    """The file of the model weights of a folder, or the one that `path` names itself.
+
+    A folder with none gives the name of the file that is missed. Raises ClearError for a folder with several.
+    """
+    folder, named = named_file(path)
+    if named is not None:
+        return named
+    found = _weight_files(folder)
+    if len(found) > 1:
+        raise ClearError(
+            f"{folder} holds several models' weights ({', '.join(file.name for file in found)}); say which one by the "
+            f"path of its file, such as model.checkpoint={found[-1]}, or move the others away."
+        )
+    return found[0] if found else folder / MODEL
+
+
+def load_bagel(path: Path | str, dtype: torch.dtype | None = torch.float32, device: str = "cpu"):
     """Model, autoencoder and tokenizer (None where the folder has none) of a folder in BAGEL-7B-MoT's layout.
 
-    dtype None keeps each tensor's stored type. With the stored type on the CPU the weights stay mapped from the file
-    (private: training does not write to it); on "meta" only the autoencoder has weights. Raises ClearError for
-    whatever does not fit.
+    `path` is the folder, or one weight file in it where it holds several. dtype None keeps each tensor's stored type.
+    With the stored type on the CPU the weights stay mapped from the file (private: training does not write to it); on
+    "meta" only the autoencoder has weights. The autoencoder is float32 whatever `dtype`: it runs without autocast, and
+    its file is float32. Raises ClearError for whatever does not fit.
     """
-    folder = Path(folder)
+    folder, _ = named_file(path)
     if not folder.is_dir():
         raise ClearError(f"{folder} is not a folder with model weights; run the stage that makes it or `dvc pull` it.")
     check_whole(folder)
+    weights = model_file(path)
     tokenizer = load_tokenizer(folder)
-    config = read_config(folder, None if tokenizer is None else special_tokens(tokenizer))
-    if tokenizer is not None:
-        _check_tokenizer(folder, tokenizer, config)
+    config = read_config(folder, tokenizer)
     with torch.device("meta"):
         model, vae = Bagel(config), AutoEncoder(config.vae)
     bridge = getattr(model, "bridge", None)
     if bridge is not None:
         del model.bridge
         load_weights(bridge, folder / BRIDGE, dtype, device)
-    load_weights(model, model_file(folder), dtype, device)
-    load_weights(vae, folder / VAE, dtype, "cpu" if torch.device(device).type == "meta" else device)
+    load_weights(model, weights, dtype, device)
+    load_weights(vae, folder / VAE, torch.float32, "cpu" if torch.device(device).type == "meta" else device)
     if bridge is not None:
         model.bridge = bridge
     for table in (model.vit_pos_embed, model.latent_pos_embed):

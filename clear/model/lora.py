@@ -39,6 +39,8 @@ from clear.model.checkpoint import (
     check_whole,
     load_bagel,
     load_weights,
+    model_file,
+    named_file,
     read_header,
     samples_sha256,
     save_bagel,
@@ -190,25 +192,29 @@ def _is_recorded(path: Path, record: dict[str, Any]) -> bool:
 
 
 def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
-    """The folder with the weights an adapter folder belongs to (`base` overrides where it lies), checked.
+    """The folder (or weight file) an adapter folder belongs to (`base` overrides where it lies), checked.
 
     Raises ClearError if it is absent or its files are not those the adapter was trained on, as far as
     that shows without reading a large file whole.
     """
     known = _read(Path(folder) / BASE)
     try:
-        found, files = Path(base or known["folder"]), known["files"].items()
-    except (KeyError, AttributeError) as error:
+        found, files = Path(base or known["folder"]), dict(known["files"])
+    except (KeyError, TypeError, ValueError) as error:
         raise ClearError(f"{Path(folder) / BASE} has no 'folder' and 'files'; run its stage again.") from error
-    if not found.is_dir():
+    place, _ = named_file(found)
+    if not place.is_dir():
         raise ClearError(
             f"{folder} adapts the weights in {found}, which is not here; name their folder in model.checkpoint."
         )
-    for name, expected in files:
-        if not _is_recorded(found / name, expected):
+    for name, expected in files.items():
+        if not _is_recorded(place / name, expected):
             raise ClearError(
-                f"{found / name} is not the file that {folder} was trained on; restore it, or train again."
+                f"{place / name} is not the file that {folder} was trained on; restore it, or train again."
             )
+    weights = model_file(found)
+    if weights.name not in files and not is_adapter(found):
+        raise ClearError(f"{weights} is not what {folder} was trained on, but {', '.join(files)}; name that file.")
     return found
 
 
@@ -218,13 +224,12 @@ def load_model(
     """Model, autoencoder and tokenizer of a folder with weights or with an adapter; the model is in eval mode.
 
     The weights get `dtype` (None: they keep the stored type), adapter and bridge of an adapter folder stay float32,
-    and so does the autoencoder, which runs without autocast. `base` says where the weights of an adapter folder lie,
-    if not where it says itself.
+    and the autoencoder is float32 always. `base` says where the weights of an adapter folder lie, if not where it says
+    itself; either may be a weight file instead of its folder.
     """
     folder = Path(folder)
     if not is_adapter(folder):
-        model, vae, tokenizer = load_bagel(folder, dtype, device)
-        return model, vae.float(), tokenizer
+        return load_bagel(folder, dtype, device)
     from peft import LoraConfig
 
     check_whole(folder)
@@ -246,7 +251,7 @@ def load_model(
     settings.inference_mode = False
     _inject(model, settings, TRAINED)
     _adopt(model, folder / ADAPTER)
-    return model.to(device).eval(), vae.float(), tokenizer
+    return model.to(device).eval(), vae, tokenizer
 
 
 _FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")

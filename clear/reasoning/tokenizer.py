@@ -2,8 +2,11 @@
 
 Every tokenizer here is a `tokenizers.Tokenizer`. BAGEL's folder brings Qwen2's byte-pair tokenizer twice, as
 `tokenizer.json` and as `vocab.json` + `merges.txt` (METHOD §1 "Checkpoint folder", "Special tokens"); either is
-enough. Ids of special tokens are never assumed: `tokenizer_config.json` names them, and a marker that no file has is
-appended in the order of `MARKERS`, as BAGEL's code does.
+enough. Ids of special tokens are never assumed: `tokenizer_config.json` (else `added_tokens.json`) names them, and a
+marker that no file has is appended in the order of `MARKERS`, as BAGEL's code does.
+
+Departure: text is only ever text. BAGEL's code turns a `<|im_end|>` inside a question into the control token; here only
+the layout of a sequence sets control tokens, and `encode` spells their names out.
 """
 
 import json
@@ -16,6 +19,7 @@ MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 """Text start and end, image start and end; BAGEL appends missing ones in this order."""
 UNKNOWN = "<unk>"
 TOKENIZER, VOCABULARY, MERGES, SETTINGS = "tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json"
+ADDED = "added_tokens.json"
 LFS = "version https://git-lfs.github.com/spec/"
 """What a git-lfs pointer starts with."""
 _END = "<|endoftext|>"
@@ -41,7 +45,8 @@ def read_tokenizer(folder: Path | str):
     """The `tokenizers.Tokenizer` of a model folder with all four markers, or None where the folder has none.
 
     `tokenizer.json` wins over `vocab.json` + `merges.txt`. Raises ClearError for a file that is broken, half of a
-    pair, or at odds with the ids that `tokenizer_config.json` states.
+    pair, or at odds with the ids that `tokenizer_config.json` states. Its attribute `undefined` lists the markers that
+    no file defines, whose ids are therefore a guess.
     """
     folder = Path(folder)
     if (folder / TOKENIZER).exists():
@@ -50,9 +55,11 @@ def read_tokenizer(folder: Path | str):
         tokenizer, origin = _byte_pairs(folder), folder / VOCABULARY
     else:
         return None
-    _append(tokenizer, _stated_tokens(folder), folder / SETTINGS)
+    name, stated = _stated_tokens(folder)
+    _append(tokenizer, stated, folder / name)
     if origin.name == VOCABULARY:
         _append(tokenizer, {_END: None}, origin)  # Qwen2's tokenizer class adds it before anybody else adds a token
+    tokenizer.undefined = [marker for marker in MARKERS if tokenizer.token_to_id(marker) is None]
     _append(tokenizer, dict.fromkeys(MARKERS), origin)
     return tokenizer
 
@@ -91,23 +98,39 @@ def _byte_pairs(folder: Path):
     return tokenizer
 
 
-def _stated_tokens(folder: Path) -> dict:
-    """The added tokens of tokenizer_config.json with the ids it states, in the order of the ids."""
+def _stated_tokens(folder: Path) -> tuple[str, dict]:
+    """The added tokens with the ids that a file states, in the order of the ids, and the name of that file.
+
+    That is tokenizer_config.json, or added_tokens.json where the other one states none.
+    """
     from tokenizers import AddedToken
 
-    path = folder / SETTINGS
-    if not path.exists():
-        return {}
+    settings = _json(folder / SETTINGS)
     try:
-        settings = json.loads(read_text(path))
-        stated = sorted((int(i), entry) for i, entry in settings.get("added_tokens_decoder", {}).items())
-        flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
-        return {
-            AddedToken(entry["content"], **{name: bool(entry[name]) for name in flags if name in entry}): number
-            for number, entry in stated
-        }
+        if stated := settings.get("added_tokens_decoder"):
+            flags = ("single_word", "lstrip", "rstrip", "normalized", "special")
+            return SETTINGS, {
+                AddedToken(entry["content"], **{name: bool(entry[name]) for name in flags if name in entry}): number
+                for number, entry in sorted((int(i), entry) for i, entry in stated.items())
+            }
     except (ValueError, KeyError, TypeError, AttributeError) as error:
+        path = folder / SETTINGS
         raise ClearError(f"{path}: added_tokens_decoder cannot be read ({error!r}); fetch it again.") from error
+    added = _json(folder / ADDED)
+    if not all(isinstance(number, int) for number in added.values()):
+        raise ClearError(f"{folder / ADDED} does not give every token a number; fetch it again.")
+    return ADDED, dict(sorted(added.items(), key=lambda item: item[1]))
+
+
+def _json(path: Path) -> dict:
+    """The object of a JSON file, empty where there is no such file."""
+    try:
+        content = json.loads(read_text(path)) if path.exists() else {}
+    except ValueError as error:
+        raise ClearError(f"{path} cannot be read as JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again.")
+    return content
 
 
 def _append(tokenizer, tokens: dict, origin: Path) -> None:
@@ -140,11 +163,15 @@ def read_text(path: Path) -> str:
 
 
 def encode(tokenizer, text: str) -> list[int]:
-    """Token ids of `text`. Raises ClearError naming a word outside a closed vocabulary."""
+    """Token ids of `text`, none of which is a control token: their names are text like any other.
+
+    Raises ClearError naming a word outside a closed vocabulary; there the names of the control tokens are such words.
+    """
+    tokenizer.encode_special_tokens = True  # "as text"; the setting is not part of the tokenizer's file
     encoding = tokenizer.encode(text, add_special_tokens=False)
-    unknown = tokenizer.token_to_id(UNKNOWN)
-    if unknown is not None and unknown in encoding.ids:
-        start, end = encoding.offsets[encoding.ids.index(unknown)]
+    refused = {tokenizer.token_to_id(token) for token in (UNKNOWN, _END, *MARKERS)}
+    if not refused.isdisjoint(encoding.ids):
+        start, end = next(at for i, at in zip(encoding.ids, encoding.offsets, strict=True) if i in refused)
         raise ClearError(
             f"The word '{text[start:end]}' is not in this model's vocabulary of {tokenizer.get_vocab_size()} words; "
             "ask one of the question forms in README, or use a checkpoint with an open vocabulary."

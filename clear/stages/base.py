@@ -71,10 +71,13 @@ def run(config: Config) -> None:
 
 
 def _manifest(folder: Path) -> None:
-    """List the files of a checkpoint folder with their hashes; the weights stay where they are."""
-    from clear.model.checkpoint import fingerprint, read_config
+    """List the files of a checkpoint folder with their hashes; the weights stay where they are.
 
-    read_config(folder)
+    Raises ClearError for whatever keeps the stages behind from loading it, before they are run.
+    """
+    from clear.model.checkpoint import fingerprint, load_bagel
+
+    load_bagel(folder, None, "meta")
     files = fingerprint(folder)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})

@@ -3,6 +3,8 @@
     $CLEAR_HOME/weights/<bucket>/<prefix>/     the files directly under the prefix
     $CLEAR_HOME/weights/<bucket>/<prefix>.s3.json    their sizes and ETags, as far as they are here and verified
 
+`s3://bucket/prefix/model.safetensors` names one of several weight files there, as a path does (model/checkpoint.py).
+
 Credentials, region and endpoint are boto3's business (environment, profiles, AWS_ENDPOINT_URL). Each run lists the
 prefix: what has the recorded ETag is kept, what has another is fetched again, and a broken download goes on where it
 stopped. A file counts once its size is right and its ETag is that of its content (MD5, or for uploads in parts the MD5
@@ -45,10 +47,15 @@ class Remote:
 
 
 def with_local_weights(config: Config, stage: str) -> Config:
-    """The configuration with `model.checkpoint` as a local folder, which is fetched first if it lies in S3."""
-    if stage not in READERS or not config.model.checkpoint.startswith("s3://"):
+    """The configuration with `model.checkpoint` as a local path, which is fetched first if it lies in S3."""
+    url = config.model.checkpoint
+    if stage not in READERS or not url.startswith("s3://"):
         return config
-    return replace(config, model=replace(config.model, checkpoint=str(fetch(config.model.checkpoint))))
+    from clear.model.checkpoint import named_file
+
+    _, file = named_file(url)
+    folder = fetch(url if file is None else url.removesuffix(file.name))
+    return replace(config, model=replace(config.model, checkpoint=str(folder / file.name if file else folder)))
 
 
 def fetch(url: str) -> Path:
