@@ -283,7 +283,7 @@ def adopt(
             raise ClearError(f"stage {inputs.stage}: the job sent {name}, which is none of its outputs in git.")
         store.fetch(f"objects/{digest}", arrived / name, digest)
         wanted = outs.get(name, {}).get("md5")
-        if wanted and hashlib.md5((arrived / name).read_bytes()).hexdigest() != wanted:
+        if wanted and _md5(arrived / name) != wanted:
             raise ClearError(f"stage {inputs.stage}: {name} is not the file that the job's entry of {LOCK} names.")
     for name in result["files"]:
         (workspace / name).parent.mkdir(parents=True, exist_ok=True)
@@ -301,6 +301,11 @@ def adopt(
         say(f"left in the DVC remote until a stage here reads it: {', '.join(large)}")
     if state(inputs.stage, workspace) != "same":
         raise ClearError(f"stage {inputs.stage} came back and is still out of date; see `dvc status {inputs.stage}`.")
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
 
 
 def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:

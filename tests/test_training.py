@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,22 @@ def test_other_inputs_or_parameters_get_another_folder(config, tmp_path):
     config.sft.ce_weight = 0.5
     third = StageRun("s", config, [file], tmp_path / "runs").folder
     assert len({first, second, third}) == 3
+
+
+def test_an_input_is_never_whole_in_memory(config, tmp_path):
+    """Every input was read into memory to be hashed; the weights of the full model are 29 GB."""
+    with (tmp_path / "weights").open("wb") as file:
+        file.truncate(2**28)
+    tracemalloc.start()
+    try:
+        first = StageRun("s", config, [tmp_path / "weights"], tmp_path / "runs").folder
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+    with (tmp_path / "weights").open("r+b") as file:
+        file.seek(2**27)
+        file.write(b"1")
+    assert StageRun("s", config, [tmp_path / "weights"], tmp_path / "runs").folder != first, "the content is the key"
 
 
 def test_trainable_parameters():

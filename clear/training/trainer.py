@@ -33,9 +33,10 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from clear.config import Config, Phase
+from clear.config import Config, Grpo, Optimiser, Phase
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
+from clear.records import file_sha256
 from clear.training.parallel import Pass, barrier, copy_whole, gathered, one_pass, one_random_state, rank, whole, world
 from clear.training.preemption import saved_on_sigterm
 
@@ -56,7 +57,7 @@ class StageRun:
         for path in inputs:
             for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
                 if file.is_file():
-                    digest.update(hashlib.sha256(file.read_bytes()).digest())
+                    digest.update(bytes.fromhex(file_sha256(file)))
         self.folder = home / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.curve: list[dict[str, Any]] = []
@@ -332,8 +333,13 @@ def last_complete(folder: Path) -> Path | None:
     return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
-def training_arguments(kind: type, run: StageRun, folder: Path, steps: int, batch: int, lr: float, warmup: int, **more):
-    """The arguments every optimisation here shares, as `kind` (TrainingArguments or a subclass)."""
+def training_arguments(
+    kind: type, run: StageRun, folder: Path, batch: int, phase: Phase | Grpo, optimiser: Optimiser, **more
+):
+    """The arguments every optimisation here shares, as `kind` (TrainingArguments or a subclass).
+
+    `batch` samples are computed at a time; `phase` has the steps, the learning rate and the warm-up.
+    """
     runtime = run.config.runtime
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         more["accelerator_config"] = {"even_batches": False}
@@ -342,16 +348,18 @@ def training_arguments(kind: type, run: StageRun, folder: Path, steps: int, batc
             more["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
     args = kind(
         output_dir=str(folder),
-        max_steps=steps,
+        max_steps=phase.steps,
         per_device_train_batch_size=batch,
-        learning_rate=lr,
+        learning_rate=phase.lr,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
-        warmup_steps=min(warmup, steps),
-        weight_decay=0.01,
-        adam_beta2=0.95,
-        max_grad_norm=1.0,
-        logging_steps=min(runtime.log_every, steps),
+        lr_scheduler_kwargs={"min_lr_rate": optimiser.lr_floor},
+        warmup_steps=min(phase.warmup, phase.steps),
+        weight_decay=optimiser.weight_decay,
+        adam_beta1=optimiser.beta1,
+        adam_beta2=optimiser.beta2,
+        adam_epsilon=optimiser.eps,
+        max_grad_norm=optimiser.clip,
+        logging_steps=min(runtime.log_every, phase.steps),
         logging_nan_inf_filter=False,
         save_steps=runtime.checkpoint_every,
         save_total_limit=2,
@@ -391,9 +399,7 @@ def optimise(
     if sharded and any(hasattr(part, "unshard") for part in module.modules()):
         raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command, it goes on here.")
     folder = run.folder / (f"{name}_sharded" if sharded else name)
-    args = training_arguments(
-        TrainingArguments, run, folder, phase.steps, phase.batch, phase.lr, phase.warmup, label_names=[]
-    )
+    args = training_arguments(TrainingArguments, run, folder, phase.batch, phase, run.config.optimiser, label_names=[])
     objective = Objective(module, loss, run.config.runtime.precision)
     average = [Ema(objective, ema)] if ema else []
     trainer = _Trainer(
