@@ -6,6 +6,7 @@ stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes f
 """
 
 import importlib
+import os
 import signal
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
-from clear.errors import ClearError, naming, refusal
+from clear.errors import ClearError, judging, naming, refusal
+from clear.ports import spare_loopback
 
 INTERRUPTED = 130
 STAGES = {
@@ -59,10 +61,14 @@ def results() -> None:
 
 @app.command(rich_help_panel=TOOLS)
 def check() -> None:
-    """Compare dvc.lock with parameters, code and committed results; needs no data and no cache."""
+    """Compare dvc.lock with parameters, code and committed results; needs no data and no cache.
+
+    Exit status 0: they agree. 1: they do not. 2: cannot say, because a file cannot be read.
+    """
     from clear.check import drifts
 
-    found = drifts(Path())
+    with judging():
+        found = drifts(Path())
     for line in found:
         typer.echo(line, err=True)
     if found:
@@ -80,14 +86,18 @@ def compare(
         str, typer.Option("--format", help="md (printed if --out is not given), html, json or all.")
     ] = "md",
 ) -> None:
-    """Compare the committed predictions, data and parameters of two revisions."""
+    """Compare the committed predictions, data and parameters of two revisions.
+
+    Exit status 0: the report is made, whatever it says. 2: it cannot be made; a revision or a file cannot be read.
+    """
     from clear.compare import render
     from clear.compare.load import read_sides
     from clear.compare.verdict import decide
 
     if form not in (*render.FORMATS, "all"):
         raise ClearError(f"--format {form}: choose one of {', '.join(render.FORMATS)} or all.")
-    found, verdict = decide(*read_sides(Path(), base, head))
+    with judging():
+        found, verdict = decide(*read_sides(Path(), base, head))
     if form == "md" and out is None:
         typer.echo(render.markdown(found, verdict), nl=False)
         return
@@ -101,11 +111,16 @@ def gate(
     base: Annotated[str, typer.Argument(help="As in compare.")],
     head: Annotated[str, typer.Argument(help="As in compare.")] = "HEAD",
 ) -> None:
-    """Decide by the policy in params.yaml whether a change may pass: exit status 0 yes, 1 no, 2 not comparable."""
+    """Decide by the policy in params.yaml whether a change may pass.
+
+    Exit status 0: yes. 1: no. 2: cannot decide; the sides are not comparable, a revision is not in this clone, or a file
+    cannot be read.
+    """
     from clear.compare.load import read_sides
     from clear.compare.verdict import decide, report_lines
 
-    _, verdict = decide(*read_sides(Path(), base, head), detail=False)
+    with judging():
+        _, verdict = decide(*read_sides(Path(), base, head), detail=False)
     for line in report_lines(verdict):
         typer.echo(line)
     raise typer.Exit(verdict.status)
@@ -176,7 +191,7 @@ def scratch(
 def ask(
     image: Annotated[Path, typer.Argument(help="PNG or JPEG file.")],
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
-    model: Annotated[Path, typer.Option(help="Model folder.")] = Path("data/models/grpo"),
+    model: Annotated[Path, typer.Option(help="Model folder, or a weight file in it.")] = Path("data/models/grpo"),
     save: Annotated[Path | None, typer.Option(help="Write the restored image here (PNG).")] = None,
     restore: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
 ) -> None:
@@ -189,7 +204,7 @@ def ask(
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
     if not image.is_file():
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
-    if not model.is_dir():
+    if not model.exists():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
     config = with_local_weights(load(), "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
@@ -216,7 +231,9 @@ def browse(
 
 @app.command(rich_help_panel=TOOLS)
 def score(
-    files: Annotated[list[Path], typer.Argument(help="TSV or Parquet files with predictions, one per data set.")],
+    files: Annotated[
+        list[Path], typer.Argument(help="Tables of predictions (TSV, xlsx, CSV, Parquet, JSON), one per set.")
+    ],
     out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Write the scored rows here (Parquet).")] = None,
     judge: Annotated[
@@ -226,7 +243,6 @@ def score(
     """Score prediction files of VLMEvalKit on benchmarks and their degraded copies (docs/DATA.md)."""
     from contextlib import nullcontext
 
-    import pandas as pd
     from tqdm import tqdm
 
     from clear.bench import benchmarks
@@ -235,13 +251,7 @@ def score(
     from clear.records import write_json
     from clear.stages.paths import replies_file
 
-    frame = pd.concat([benchmarks.read_predictions(file) for file in files], ignore_index=True)
-    key = ["bench", "corruption", "severity", "index"]
-    if frame.duplicated(key).any():
-        row = frame[frame.duplicated(key)].iloc[0]
-        raise ClearError(
-            f"{'/'.join(row[key])} is in two of the files; name files of different data sets and one model."
-        )
+    frame = benchmarks.read_predictions(files)
     with connect(load().judge, "judge", replies_file("judge")) if judge else nullcontext() as client:
         with tqdm(desc="judge", unit="question", disable=not judge) as bar:
             frame = benchmarks.score(frame, client, bar.update)
@@ -264,33 +274,42 @@ def score(
 
 @app.command("mmd-bench", rich_help_panel=TOOLS)
 def mmd_bench_files(
-    source: Annotated[Path, typer.Option(help="VLMEvalKit's LMUData folder, or one TSV of it.")],
+    source: Annotated[Path, typer.Option(readable=False, help="VLMEvalKit's LMUData folder, or one TSV of it.")],
     out: Annotated[Path, typer.Option(help="Folder for the degraded TSVs and manifest.parquet.")],
     protocol: Annotated[
         str, typer.Option(help="row: one corruption per picture at three levels; full: all 16, in 48 files.")
     ] = "row",
+    names: Annotated[
+        str, typer.Option(help="With full: ours, or authors: their names, 16 files at level high.")
+    ] = "ours",
     scale: Annotated[float, typer.Option(help="Factor on sizes in pixels; 1 = as published.")] = 1.0,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 = one per core.")] = 0,
 ) -> None:
     """Write degraded benchmark files (TSV) that VLMEvalKit reads; the stage `mmd_bench` makes this project's own.
 
-    The same command again continues after an interruption. Rows that cannot be degraded are left out, listed in
-    rejects.parquet, and make the exit status 1. docs/DATA.md says how to evaluate with the files.
+    The same command again continues after an interruption. Files that cannot be read and rows that cannot be degraded
+    are left out, are listed in rejects.parquet and make the exit status 1. docs/DATA.md says how to evaluate.
     """
-    from clear.bench.tsv import PROTOCOLS, REJECTS, write_benchmarks
+    from clear.bench.tsv import NAMES, PROTOCOLS, REJECTS, write_benchmarks
     from clear.rejects import read_rejects
+    from clear.sources.lmudata import FILE
 
     if protocol not in PROTOCOLS:
         raise ClearError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}.")
-    if not source.exists():
+    if names not in NAMES or (names == "authors" and protocol != "full"):
+        raise ClearError(f"--names {names}: choose one of {', '.join(NAMES)}, authors with --protocol full only.")
+    if not os.path.lexists(source):
         raise ClearError(f"--source {source}: nothing is there; name a folder with VLMEvalKit's TSV files.")
-    for file in write_benchmarks(source, out, protocol, scale, workers, typer.echo):
+    for file in write_benchmarks(source, out, protocol, scale, workers, typer.echo, names):
         typer.echo(str(file))
     typer.echo(str(out / "manifest.parquet"))
     if rejects := read_rejects(out / REJECTS):
+        files = sum(reject.reason == FILE for reject in rejects)
+        counts = {"files that cannot be read": files, "rows that cannot be degraded": len(rejects) - files}
+        said = ", ".join(f"{what} and were left out: {number}" for what, number in counts.items() if number)
         raise ClearError(
-            f"rows that cannot be degraded and were left out: {len(rejects)}; all others are written. "
-            f"{out / REJECTS} has them, the first: {rejects[0].id} ({rejects[0].reason}): {rejects[0].detail}"
+            f"{said}; all others are written. {out / REJECTS} has them, the first: "
+            f"{rejects[0].id} ({rejects[0].reason}): {rejects[0].detail}"
         )
 
 
@@ -298,7 +317,7 @@ def mmd_bench_files(
 def merge(
     folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as data/models/grpo.")],
     out: Annotated[Path, typer.Argument(help="The new folder, with all weights.")],
-    base: Annotated[Path | None, typer.Option(help="The weights it adapts, if they have moved.")] = None,
+    base: Annotated[Path | None, typer.Option(help="The weights (folder or file) it adapts, if moved.")] = None,
     weights: Annotated[str, typer.Option(help="float32 or bfloat16 in the new folder; default: runtime.weights.")] = "",
 ) -> None:
     """Add an adapter to the weights it was trained on: summed in float32, layer by layer, stored as `--weights` says.
@@ -336,6 +355,8 @@ def incoming_list(as_json: Annotated[bool, typer.Option("--json", help="Machine-
     for one in found:
         state = f"{one.files} files, {one.size / 1e6:.1f} MB, {one.fingerprint[:12]}" if one.present else "not pulled"
         typer.echo(f"{one.name}: {state}")
+        for fault in one.faults:
+            typer.echo(f"  cannot be read: {fault}")
     if not found:
         typer.echo(f"no set in {FOLDER}; docs/DEGRADATIONS.md says what to put there.")
 
@@ -397,9 +418,10 @@ _add_stage("report", "Render tables, statistics and pictures.")
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or gate undecided, 130 interrupted."""
+    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or undecided, 130 interrupted."""
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        spare_loopback()
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file may be no text
         app()
     except ClearError as error:
@@ -425,4 +447,4 @@ def _interrupted() -> NoReturn:
 
 def _refuse(error: ClearError) -> NoReturn:
     typer.echo(f"error: {error}", err=True)
-    sys.exit(1)
+    sys.exit(error.status)

@@ -160,7 +160,7 @@ def test_images_that_lie_beside_the_file_and_lists_of_one_are_read(tmp_path):
     pd.DataFrame(rows).to_parquet(tmp_path / "x.parquet")
     first, second, third = llava_onevision.rows(tmp_path)
     assert first.image == encoded(0)
-    assert isinstance(second, Reject) and "gone.png: No such file" in second.detail
+    assert isinstance(second, Reject) and "gone.png': no such file beside x.parquet" in second.detail
     assert isinstance(third, Reject) and "2 images" in third.detail
 
 
@@ -211,8 +211,9 @@ def test_lmudata_reads_every_kind_of_row_as_vlmevalkit_does(tmp_path):
     found = list(lmudata.rows(tmp_path))
     assert lmudata.count(tmp_path) == len(found) == 12
     good = {row.id: row for row in found if not isinstance(row, Reject)}
-    assert list(good) == ["Bench-1000001", "Bench-1", "Bench-2", "Bench-8"]
-    assert good["Bench-1000001"].image == good["Bench-1"].image == encoded(0)
+    assert list(good) == ["Bench-1000001", "Bench-1", "Bench-2", "Bench-4", "Bench-6", "Bench-8"]
+    assert good["Bench-1000001"].image == good["Bench-1"].image == good["Bench-4"].image == encoded(0)
+    assert good["Bench-6"].questions[0].options == ("red", "", "blue"), "an empty option keeps the letters behind it"
     assert good["Bench-8"].image == encoded(2)
     asked = good["Bench-1"].questions[0]
     assert (asked.text, asked.options, asked.answer, asked.task) == ("Which?\nSay.", ("red", "blue"), "B", "Bench")
@@ -221,9 +222,7 @@ def test_lmudata_reads_every_kind_of_row_as_vlmevalkit_does(tmp_path):
     bad = {row.id: (row.reason, row.detail) for row in found if isinstance(row, Reject)}
     for number, said in {
         3: "refers to index 77",
-        4: "refers to index 1000001, and no row with this index holds an image",
         5: "not base64",
-        6: "option B is empty",
         7: "'D' names none of the options red, blue",
         9: "leads out of the folder",
         10: "the answer is empty",
@@ -246,19 +245,111 @@ def test_cv_bench_asks_its_prompt_and_mmvp_rows_are_pairs(tmp_path):
     assert [q.pair for q in mmvp] == ["MMVP-pair-0", "MMVP-pair-0", "MMVP-pair-1", "MMVP-pair-1"]
 
 
+def test_halves_of_an_mmvp_pair_are_found_by_their_index_whatever_rows_are_left_out(tmp_path):
+    image = b64(encoded(0))
+    whole = [{"index": i, "image": image, "question": f"Q{(i - 1) // 2}?", "answer": "x"} for i in range(1, 9)]
+    pairs = {row["index"]: f"MMVP-pair-{(row['index'] - 1) // 2}" for row in whole}
+    for gone in ({}, {1}, {2}, {4}, {1, 4, 5}):
+        tsv(tmp_path / "MMVP.tsv", [row for row in whole if row["index"] not in gone])
+        found = {int(row.origin["index"]): row.questions[0].pair for row in lmudata.rows(tmp_path)}
+        assert found == {index: pair for index, pair in pairs.items() if index not in gone}, gone
+
+
+def test_text_of_a_tsv_stays_text_and_every_letter_names_an_option(tmp_path):
+    options = ["None", "NA", "null", "nan", "007", "1e5", "True", "1.0", " x ", "12345678901234567890"]
+    lines = ["\t".join(("index", "image", "question", *"ABCDEFGHIJ", "answer"))]
+    lines += ["\t".join((str(n), b64(encoded(0)), "NA", *options, "ABCDEFGHIJ"[n])) for n in range(10)]
+    lines.append("\t".join(("10", b64(encoded(0)), "NA", *options, "K")))
+    (tmp_path / "X.tsv").write_text("\n".join(lines) + "\n")
+    *good, last = lmudata.rows(tmp_path)
+    assert [(row.questions[0].answer, row.questions[0].text) for row in good] == [(c, "NA") for c in "ABCDEFGHIJ"]
+    assert {row.questions[0].options for row in good} == {tuple(options)}
+    assert isinstance(last, Reject) and "'K' names none of the options" in last.detail
+
+
+def test_images_in_every_form_that_vlmevalkit_reads_and_none_from_outside(tmp_path):
+    (tmp_path / "secret.png").write_bytes(encoded(3))
+    lmu = tmp_path / "lmu"
+    (lmu / "images").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    (lmu / "link").symlink_to(tmp_path / "other")
+    (lmu / "images/x.png").symlink_to(tmp_path / "secret.png")  # as by cp -rs in docs/DATA.md
+    text = b64(encoded(1))
+    wrapped = "\n".join(text[n : n + 76] for n in range(0, len(text), 76))
+    images = {
+        "wrapped": {"image": wrapped},
+        "uri": {"image": f"data:image/png;base64,{text}"},
+        "chain": {"image": "step"},
+        "step": {"image": "uri"},
+        "linked": {"image_path": "images/x.png"},
+        "circle": {"image": "circle2"},
+        "circle2": {"image": "circle"},
+        "list": {"image": f"['{text}', '{text}']"},
+        "to a list": {"image": "list"},
+        "paths": {"image_path": "['images/x.png']"},
+        "absolute": {"image_path": str(tmp_path / "secret.png")},
+        "climbing": {"image_path": "images/../../secret.png"},
+        "by a link": {"image_path": "link/../secret.png"},
+        "folder": {"image_path": "images"},
+        "nul": {"image_path": "a\0b"},
+        "plain uri": {"image": "data:,abc"},
+    }
+    tsv(lmu / "X.tsv", [{"index": name, "question": "?", "answer": "x"} | cell for name, cell in images.items()])
+    found = {row.id.removeprefix("X-"): row for row in lmudata.rows(lmu)}
+    assert list(found) == list(images)
+    assert {found[name].image for name in ("wrapped", "uri", "chain", "step")} == {encoded(1)}
+    assert found["linked"].image == encoded(3)
+    for name, said in {
+        "circle": "image refers in a circle: circle2 → circle → circle2",
+        "circle2": "image refers in a circle: circle → circle2 → circle",
+        "list": "the row has a list of images, expected one",
+        "to a list": "the row has a list of images, expected one",
+        "paths": "the row has a list of images, expected one",
+        "absolute": "leads out of the folder",
+        "climbing": "leads out of the folder",
+        "by a link": "leads out of the folder",
+        "folder": "image_path images: Is a directory",
+        "nul": "embedded null byte",
+        "plain uri": "a data: URI, but not in base64 (data:)",
+    }.items():
+        assert found[name].reason == "no image" and said in found[name].detail, name
+
+
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("content", "said"),
     [
-        ("a\tb\n1\t2\n", "no header with 'index'"),
-        ("index\tquestion\n1\tx\ty\n", "row 1 has 3 cells, the header 2"),
-        ("index\tquestion\n1\tx\n1\ty\n", "index 1 occurs twice"),
-        ("index\tquestion\n1\t\udcff\n", "not UTF-8"),
+        (b"a\tb\n1\t2\n", "no header with 'index'"),
+        (b"index\tquestion\n1\tx\ty\n", "row 1 has 3 cells, the header 2"),
+        (b"index\tquestion\n1\tx\n1\ty\n", "index '1' occurs twice"),
+        (b"index\tquestion\n1\t\xff\n", "byte 17 is not UTF-8"),
+        ("index\tquestion\n1\tx\n".encode("utf-16"), "is UTF-16"),
+        (b"index\tquestion\n", "has a header and no row"),
+        (b"", "is empty"),
+        (None, "cannot be read"),  # a link that leads nowhere
     ],
 )
-def test_a_damaged_tsv_is_named_with_the_row(tmp_path, text, said):
-    (tmp_path / "B.tsv").write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ClearError, match=rf"B\.tsv: .*{said}"):
-        list(lmudata.rows(tmp_path))
+def test_a_tsv_that_cannot_be_read_is_one_reject_and_the_others_are_read(tmp_path, content, said):
+    for name in ("A.tsv", "Z.tsv"):
+        tsv(tmp_path / name, [{"index": 1, "image": b64(encoded(0)), "question": "Q?", "answer": "x"}])
+    (tmp_path / "B.tsv").symlink_to("nowhere") if content is None else (tmp_path / "B.tsv").write_bytes(content)
+    first, bad, last = lmudata.rows(tmp_path)
+    assert (first.id, last.id) == ("A-1", "Z-1") and lmudata.count(tmp_path) >= 2
+    assert (bad.id, bad.subset, bad.reason) == ("B.tsv", "B", "file") and f"B.tsv: {said}" in bad.detail
+
+
+def test_byte_order_mark_and_windows_line_ends_change_nothing_and_odd_names_are_named(tmp_path):
+    text = f"index\timage\tquestion\tanswer\n1\t{b64(encoded(0))}\tQ é?\tx\n"
+    for name, data in {
+        "A": text.encode(),
+        "B": text.encode("utf-8-sig"),
+        "C": text.replace("\n", "\r\n").encode(),
+    }.items():
+        (tmp_path / f"{name}.tsv").write_bytes(data)
+    (tmp_path / os.fsdecode(b"D\xff.tsv")).write_bytes(text.encode())
+    *good, bad = lmudata.rows(tmp_path)
+    assert [row.questions[0].text for row in good] == ["Q é?"] * 3
+    assert [(row.questions[0].answer, row.image) for row in good] == [("x", encoded(0))] * 3
+    assert bad.id == "D\\xff.tsv" and "the name is not UTF-8" in bad.detail and bad.detail.isprintable()
 
 
 # --- folder ----------------------------------------------------------------------------------------------------------
@@ -293,7 +384,7 @@ def test_a_folder_with_json_lines_is_read_and_odd_lines_are_rejected(tmp_path):
     assert [row.reason for row in bad] == [
         "no image", "no image", "question", "line", "question", "question", "question", "line", "line",
     ]  # fmt: skip
-    assert bad[-1].id == "data-000012" and "not JSON" in bad[-1].detail
+    assert bad[-1].id == "data-000012" and "no JSON object" in bad[-1].detail
 
 
 # --- rules and splits ------------------------------------------------------------------------------------------------

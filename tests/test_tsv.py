@@ -9,13 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
+from PIL.ExifTags import Base
 
-from clear.bench.tsv import LEVELS, Target, targets, write_benchmarks
+from clear.bench.names import LEVELS
+from clear.bench.tsv import Target, degraded_name, targets, write_benchmarks
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
@@ -107,7 +111,7 @@ def test_full_protocol_writes_every_corruption_at_every_level(tmp_path):
 
 
 def test_workers_do_not_change_a_byte_and_halves_of_an_mmvp_pair_share_their_corruption(tmp_path, monkeypatch):
-    monkeypatch.setattr("clear.bench.tsv.targets", lambda bench, protocol: [Target(bench, "", "low")])
+    monkeypatch.setattr("clear.bench.tsv.targets", lambda bench, protocol, style: [Target(bench, "", "low")])
     common = {"question": "?", "A": "a", "B": "b", "answer": "A"}
     rows = [{"index": i + 1, "image": b64(picture(i)), **common} for i in range(36)]
     write_tsv(tmp_path / "in/MMVP.tsv", rows)
@@ -126,6 +130,145 @@ def test_pictures_beside_the_file_become_base64(tmp_path):
     write_tsv(tmp_path / "in/X.tsv", [{"index": 0, "image_path": "a.png", "question": "?", "answer": "x"}])
     file = write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)[0]
     assert next(iter(lmudata.rows(file))).image[:3] == b"\xff\xd8\xff"
+
+
+def test_the_authors_names_are_their_96_files_with_the_pictures_of_ours_at_high(tmp_path):
+    mmbench(tmp_path / "in", count=1)
+    ours = write_benchmarks(tmp_path / "in", tmp_path / "ours", "full", workers=1)
+    theirs = write_benchmarks(tmp_path / "in", tmp_path / "theirs", "full", workers=1, style="authors")
+    high = [file for file in ours if file.stem.endswith("_HIGH")]
+    assert [file.read_bytes() for file in theirs] == [file.read_bytes() for file in high] and len(theirs) == 16
+    renamed = {"jpeg": "jpeg_compression", "dark": "dark_illumination", "turbulence": "atmospheric_turbulence"}
+    renamed |= {"sharpness": "sharpness_change"}
+    assert [f.stem for f in theirs] == [f"MMBench_DEV_EN_V11_{renamed.get(c, c)}" for c in CORRUPTIONS]
+    assert set(pd.read_parquet(tmp_path / "theirs/manifest.parquet").severity) == {"high"}
+    with pytest.raises(ClearError, match="choose protocol full"):
+        targets("X", "row", "authors")
+
+
+def test_pairs_of_mmvp_keep_their_corruption_when_a_row_is_left_out(tmp_path):
+    rows = [
+        {"index": i + 1, "image": b64(picture(i)), "question": f"{i // 2}?", "A": "a", "B": "b", "answer": "A"}
+        for i in range(24)
+    ]
+    drawn = {}
+    for name, kept in {"whole": rows, "first": rows[1:], "middle": rows[:7] + rows[8:]}.items():
+        write_tsv(tmp_path / name / "MMVP.tsv", kept)
+        write_benchmarks(tmp_path / name, tmp_path / f"{name}-out", "row", workers=1)
+        manifest = pd.read_parquet(tmp_path / f"{name}-out/manifest.parquet")
+        drawn[name] = dict(zip(manifest["index"], manifest.corruption, strict=True))
+    whole = drawn["whole"]
+    assert all(whole[str(i)] == whole[str(i + 1)] for i in range(1, 25, 2)) and len(set(whole.values())) > 4
+    for part in (drawn["first"], drawn["middle"]):
+        assert len(part) == 23 and part.items() <= whole.items()
+
+
+def test_what_this_command_wrote_is_never_its_input(tmp_path):
+    mmbench(tmp_path / "in", count=1)
+    made = write_benchmarks(tmp_path / "in", tmp_path / "out", "full", workers=1)
+    made += write_benchmarks(tmp_path / "in", tmp_path / "row", "row", workers=1)
+    made += write_benchmarks(tmp_path / "in", tmp_path / "theirs", "full", workers=1, style="authors")
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()}
+    for file in made:
+        shutil.copy(file, tmp_path / "in")  # as docs/DATA.md says
+    said: list[str] = []
+    write_benchmarks(tmp_path / "in", tmp_path / "out", "full", workers=1, say=said.append)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir() if file.is_file()} == before
+    assert sum("degraded already" in line for line in said) == 48 + 3 + 16
+    with pytest.raises(ClearError, match=r"X_dark_HIGH\.tsv: is degraded already"):
+        write_benchmarks(write_tsv(tmp_path / "X_dark_HIGH.tsv", [{"index": 1}]), tmp_path / "o", "row", workers=1)
+    for name in ("MMStar", "R-Bench-Dis", "MMBench_DEV_EN_V11", "a_result", "X_HIGH", "X_LOW_LEVEL_low", "dark"):
+        assert not degraded_name(name), name
+
+
+def test_files_that_cannot_be_read_are_named_and_the_others_are_made(tmp_path):
+    """Beside sound ones: a link that leads nowhere or to itself, no row, no text, no permission, no name."""
+    lmu = tmp_path / "in"
+    row = {"index": 1, "image": b64(picture(1)), "question": "?", "answer": "x"}
+    for name in ("A.tsv", "Z.tsv"):
+        write_tsv(lmu / name, [row])
+    bad = {
+        "B.tsv": ("No such file", lambda file: file.symlink_to("../LMUData/B.tsv")),
+        "C.tsv": ("Too many levels of symbolic links", lambda file: file.symlink_to("C.tsv")),
+        "D.tsv": ("has a header and no row", lambda file: file.write_text("index\timage\tquestion\tanswer\n")),
+        "E.tsv": ("not UTF-8", lambda file: file.write_bytes("index\tquestion\n1\té\n".encode("latin-1"))),
+        "F.tsv": ("Is a directory", lambda file: file.mkdir()),
+        "G.tsv": ("row 2 has 1 cells", lambda file: file.write_text("index\tquestion\tanswer\n1\t?\tx\n2\n")),
+        os.fsdecode(b"H\xff.tsv"): ("the name is not UTF-8", lambda file: shutil.copy(lmu / "A.tsv", file)),
+    }
+    for name, (_, make) in bad.items():
+        make(lmu / name)
+    said: list[str] = []
+    files = write_benchmarks(lmu, tmp_path / "out", "row", workers=1, say=said.append)
+    assert [file.name for file in files] == [f"{b}_LOW_LEVEL_{level}.tsv" for b in "AZ" for level in LEVELS.values()]
+    rejects = read_rejects(tmp_path / "out/rejects.parquet")
+    assert [reject.reason for reject in rejects] == ["file"] * 7
+    for reject, (text, _) in zip(rejects, bad.values(), strict=True):
+        assert text in reject.detail and reject.id.endswith(".tsv") and "\n" not in reject.detail
+    whole = (tmp_path / "out/manifest.parquet").read_bytes()
+    for name in bad:
+        shutil.rmtree(lmu / name) if name == "F.tsv" else (lmu / name).unlink()
+    write_benchmarks(lmu, tmp_path / "sound", "row", workers=1)
+    assert whole == (tmp_path / "sound/manifest.parquet").read_bytes()
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="drops the right of root to read everything")
+def test_a_file_or_folder_without_permission_is_named_and_never_taken_for_empty(tmp_path):
+    row = {"index": 1, "image": b64(picture(1)), "question": "?", "answer": "x"}
+    for name in ("in/A.tsv", "in/B.tsv", "closed/A.tsv"):
+        write_tsv(tmp_path / name, [row])
+    (tmp_path / "in/B.tsv").chmod(0)
+    (tmp_path / "closed").chmod(0)
+    with run_command(tmp_path, "--source", "in", "--out", "out", "--workers", "1", plain=True) as process:
+        stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1 and stdout.count("out/A_LOW_LEVEL") == 3
+    assert stderr.splitlines()[-1] == (
+        "error: files that cannot be read and were left out: 1; all others are written. out/rejects.parquet has them, "
+        "the first: B.tsv (file): in/B.tsv: Permission denied; check the permissions, or name another place."
+    )
+    with run_command(tmp_path, "--source", "closed", "--out", "out2", plain=True) as process:
+        _, stderr = process.communicate(timeout=60)
+    assert stderr == "error: closed: Permission denied; check the permissions, or name another place.\n"
+    (tmp_path / "closed").chmod(0o755)
+
+
+def test_a_quotation_mark_at_the_start_of_a_cell_swallows_no_row(tmp_path):
+    lines = ["index\timage\tquestion\tanswer"]
+    lines += [f"{n}\t{b64(picture(n))}\t{text}\tx" for n, text in enumerate(('"Stop" or go?', "b", '"c', 'd "', "e"))]
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/X.tsv").write_text("\n".join(lines) + "\n")
+    for file in write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1):
+        assert as_vlmevalkit(file)["question"].tolist() == ['"Stop" or go?', "b", '"c', 'd "', "e"]
+
+
+def test_pictures_are_found_by_way_of_several_rows_and_go_with_the_one_that_holds_them(tmp_path):
+    common = {"question": "?", "answer": "x"}
+    rows = [{"index": 4, "image": "3"}, {"index": 3, "image": "2"}, {"index": 2, "image": b64(picture(2))}]
+    rows += [{"index": 7, "image": "6"}, {"index": 6, "image": "5"}, {"index": 5, "image": b64(b"no picture" * 9)}]
+    write_tsv(tmp_path / "in/X.tsv", [row | common for row in rows])
+    files = write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
+    manifest = pd.read_parquet(tmp_path / "out/manifest.parquet")
+    assert set(zip(manifest["index"], manifest.image_index, strict=True)) == {("4", "2"), ("3", "2"), ("2", "2")}
+    assert {r.id: r.detail for r in read_rejects(tmp_path / "out/rejects.parquet")} == {
+        "X-5": read_rejects(tmp_path / "out/rejects.parquet")[0].detail,
+        "X-7": "it shows the picture of row 5",
+        "X-6": "it shows the picture of row 5",
+    }
+    for file in files:
+        cells = pd.read_csv(file, sep="\t", dtype=str)
+        assert cells["index"].tolist() == ["4", "3", "2"] and cells["image"].tolist()[:2] == ["3", "2"]
+
+
+def test_a_picture_is_turned_as_its_exif_data_say_and_comes_out_without_them(tmp_path):
+    image = Image.fromarray(decode_image(picture(1)))
+    exif = Image.Exif()
+    exif[Base.Orientation] = 6
+    image.crop((0, 0, 64, 40)).save(tmp_path / "turned.jpg", exif=exif)
+    data = (tmp_path / "turned.jpg").read_bytes()
+    write_tsv(tmp_path / "in/X.tsv", [{"index": 1, "image": b64(data), "question": "?", "answer": "x"}])
+    for file in write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1):
+        made = Image.open(BytesIO(next(iter(lmudata.rows(file))).image))
+        assert made.size == (40, 64) and Base.Orientation not in made.getexif()
 
 
 @pytest.mark.parametrize(
@@ -210,8 +353,12 @@ def test_files_of_other_data_or_another_hand_are_refused(tmp_path):
         write_benchmarks(tmp_path / "in", tmp_path / "in", "row", workers=1)
 
 
-def run_command(folder: Path, *arguments: str) -> subprocess.Popen:
+def run_command(folder: Path, *arguments: str, plain: bool = False) -> subprocess.Popen:
+    """The command; `plain`: without root's right to override permissions."""
     command = [sys.executable, "-m", "clear", "mmd-bench", *arguments]
+    if plain and os.geteuid() == 0:
+        rights = "--bounding-set=-dac_override,-dac_read_search"
+        command = ["setpriv", rights, "--inh-caps=-all", *command]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -240,6 +387,19 @@ def test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_ru
     assert stdout.count("already here") == len(left) and stdout.endswith("out/manifest.parquet\n")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in left} == left, "nothing is made twice"
     for file in [*reference, tmp_path / "whole/manifest.parquet"]:
+        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+def test_two_at_once_into_one_folder_give_the_bytes_of_one(tmp_path):
+    mmbench(tmp_path / "in", count=3)
+    arguments = ("--source", "in", "--out", "out", "--protocol", "full", "--workers", "1")
+    runs = [run_command(tmp_path, *arguments) for _ in range(2)]
+    told = [run.communicate(timeout=120) for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], told
+    waited = [stdout for stdout, _ in told if "already here" in stdout]
+    assert len(waited) == 1 and waited[0].count("already here") == 48
+    reference = write_benchmarks(tmp_path / "in", tmp_path / "whole", "full", workers=1)
+    for file in [*reference, tmp_path / "whole/manifest.parquet", tmp_path / "whole/rejects.parquet"]:
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 

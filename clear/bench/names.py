@@ -7,11 +7,13 @@ anything else (a result of VLMEvalKit, a level that does not exist) is refused, 
 """
 
 import re
-from collections.abc import Iterable, Mapping
 
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
 from clear.records import CLEAN
+from clear.sources.lmudata import MMVP, number, pairs
+
+__all__ = ["number", "pairs"]  # of the source, under the names of the rest
 
 LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}
 """How the levels are written in file names."""
@@ -30,7 +32,7 @@ AUTHORS_LEVEL = "high"
 MIXED = "mixed"
 """The corruption of a file in which every picture has its own."""
 
-FAMILIES = {"mmbench": "MMBench", "mmvet": "MM-?Vet", "mmvp": "MMVP", "cvbench": "CV-?Bench"}
+FAMILIES = {"mmbench": "MMBench", "mmvet": "MM-?Vet", "mmvp": MMVP, "cvbench": "CV-?Bench"}
 """Benchmarks with a rule of their own, by a pattern for their names; every other one is plain accuracy."""
 
 _KNOWN = (
@@ -91,29 +93,3 @@ def parsed(name: str) -> tuple[str, str, str]:
             "name (a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
         )
     return bench, corruption, severity
-
-
-def number(index: str) -> int:
-    """The number of a row. Raises ClearError for an index that is none: rotations and pairs are found by it."""
-    if not re.fullmatch(r"\d+(?:\.0+)?", index.strip()):
-        raise ClearError(f"index {index!r} is no number; rotations and pairs are found by the number.")
-    return int(index.split(".")[0])
-
-
-def pairs(questions: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, int]:
-    """Index of every MMVP question to the number of its pair, from (index, question's text).
-
-    The two halves of a pair have successive indices and ask the same question. Whether the first half has an odd index
-    (1 and 2, 3 and 4, …) or an even one (0 and 1, …) follows from where two neighbours, and not a third, ask the same,
-    so that no row that is left out moves the other pairs; where nothing follows, an index 0 means even, else odd.
-    Raises ClearError for an index that is no number.
-    """
-    numbers = {index: number(index) for index in dict(questions)}
-    texts = {numbers[index]: " ".join(text.split()).casefold() for index, text in dict(questions).items()}
-
-    def alike(n: int, other: int) -> bool:
-        return n in texts and texts[n] == texts.get(other)
-
-    first = [n % 2 for n in texts if alike(n, n + 1) and not alike(n - 1, n) and not alike(n + 2, n + 1)]
-    odd = first.count(1) - first.count(0) or int(0 not in texts)
-    return {index: (n - (odd > 0)) // 2 for index, n in numbers.items()}

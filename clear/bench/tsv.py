@@ -2,22 +2,25 @@
 
 Protocol `row`: every picture of a benchmark gets one corruption, the same at three levels, in
 `<bench>_LOW_LEVEL_{LOW,MID,HIGH}.tsv` (the authors' names). Protocol `full`: every picture gets all sixteen, in
-`<bench>_<corruption>_{LOW,MID,HIGH}.tsv`. Only the column `image` changes (JPEG of quality 95 in base64); rows, order,
-columns and every other cell stay as they were, rows that name another row's picture keep doing so.
+`<bench>_<corruption>_{LOW,MID,HIGH}.tsv`, or as the authors' 96 files, at level high only, in
+`<bench>_<their name of it>.tsv`. Only the column `image` changes (JPEG of quality 95 in base64, turned as its EXIF data
+say); rows, order, columns and every other cell stay as they were, rows that name another row's picture keep doing so.
 
 Departures (METHOD §8 items 15, 16): corruptions are drawn by the published weights from a hash of benchmark and
 picture, not from an unseeded generator; `manifest.parquet` says what each row got; a row whose picture cannot be read,
 or not be degraded at one of the levels, is left out at all of them and listed in `rejects.parquet` instead of staying
-clean in the file. The two pictures of an MMVP pair get the same corruption.
+clean in the file; so is a whole file that cannot be read. The two pictures of an MMVP pair get the same corruption.
 
 A finished file has its final name, so an interrupted run makes only what is missing; what is there is compared with
-the manifest and the source, and refused if it belongs to other data or another protocol version.
+the manifest and the source, and refused if it belongs to other data or another protocol version. What this command
+wrote is never its input: a name of a degraded file is passed over. Of two runs into one folder the second waits.
 """
 
 import base64
 import csv
 import json
 import os
+import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,16 +28,18 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from itertools import groupby
 from pathlib import Path
 
+from clear.bench import names
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of
-from clear.errors import ClearError
-from clear.records import decode_image, encode_image, file_sha256, sha256
+from clear.errors import ClearError, naming, refusal, shown
+from clear.records import CLEAN, decode_image, encode_image, file_sha256, sha256
 from clear.rejects import Reject, write_rejects
 from clear.sources import lmudata
 from clear.workers import CHUNK, parallel
+from clear.writer import writer
 
 PROTOCOLS = ("row", "full")
-LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}
+NAMES = ("ours", "authors")
 MANIFEST, REJECTS = "manifest.parquet", "rejects.parquet"
 
 
@@ -64,11 +69,12 @@ class Target:
     bench: str
     corruption: str
     severity: str
+    authors: bool = False
 
     @property
     def name(self) -> str:
         """The file's name, without `.tsv`: how VLMEvalKit calls the data set."""
-        return f"{self.bench}_{self.corruption or 'LOW_LEVEL'}_{LEVELS[self.severity]}"
+        return names.target_name(self.bench, self.corruption, self.severity, self.authors)
 
 
 @dataclass(frozen=True)
@@ -94,45 +100,100 @@ class Place:
         return self.path.with_name(self.path.name + ".partial")
 
 
-def targets(bench: str, protocol: str) -> list[Target]:
-    """The files of a benchmark. Raises ClearError for an unknown protocol."""
+def targets(bench: str, protocol: str, style: str = "ours") -> list[Target]:
+    """The files of a benchmark. Raises ClearError for unknown words, and for the authors' names without `full`."""
     if protocol not in PROTOCOLS:
         raise ClearError(f"protocol '{protocol}' is not one of {', '.join(PROTOCOLS)}.")
-    names = CORRUPTIONS if protocol == "full" else ("",)
-    return [Target(bench, name, severity) for name in names for severity in SEVERITIES]
+    if style not in NAMES:
+        raise ClearError(f"names '{style}' are not one of {', '.join(NAMES)}.")
+    if style == "authors":
+        if protocol != "full":
+            raise ClearError(f"names '{style}' are those of one corruption per file: choose protocol full.")
+        return [Target(bench, corruption, names.AUTHORS_LEVEL, authors=True) for corruption in CORRUPTIONS]
+    corruptions = CORRUPTIONS if protocol == "full" else ("",)
+    return [Target(bench, corruption, severity) for corruption in corruptions for severity in SEVERITIES]
+
+
+def degraded_name(bench: str) -> bool:
+    """Whether a file of this name (without its ending) is one that this command writes."""
+    try:
+        *of, severity = names.parsed(bench)
+    except ClearError:  # the name of no predictions; that of a benchmark may be anything
+        return False
+    return severity != CLEAN and bench in {
+        names.target_name(*of, severity, authors) for authors in {False, severity == names.AUTHORS_LEVEL}
+    }
 
 
 def write_benchmarks(
-    source: Path, out: Path, protocol: str, scale: float = 1.0, workers: int = 0, say: Callable[[str], None] = print
+    source: Path,
+    out: Path,
+    protocol: str,
+    scale: float = 1.0,
+    workers: int = 0,
+    say: Callable[[str], None] = print,
+    style: str = "ours",
 ) -> list[Path]:
     """Write the files of every TSV at `source` into `out`, and `out`/manifest.parquet; return the TSVs' paths.
 
     `scale` multiplies the corruptions' sizes in pixels, `workers` are processes (0 = one per core). Rows that cannot be
-    degraded are in none of the files but in `out`/rejects.parquet. Raises ClearError for a TSV that cannot be read, and
-    for files in `out` that were made from other data.
+    degraded and TSVs that cannot be read are in `out`/rejects.parquet only. Raises ClearError where there is no clean
+    TSV, and for files in `out` that were made from other data. Waits while another process writes to `out`.
     """
     found = lmudata.files(source)
     if out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise ClearError(f"--out {out} is the source's own folder; name another one.")
-    out.mkdir(parents=True, exist_ok=True)
-    written, parts = [], []
+    clean = [file for file in found if not degraded_name(file.stem)]
+    if not clean:
+        raise ClearError(f"{shown(found[0])}: is degraded already, by its name; name the clean benchmark.")
     for file in found:
-        state = {"source_sha256": file_sha256(file), "protocol_version": PROTOCOL_VERSION, "size_scale": scale}
-        table = None
-        for _, group in groupby(targets(file.stem, protocol), key=lambda target: target.corruption):
-            places = [Place(target, out) for target in group]
-            missing = [place for place in places if not _finished(place, state)]
-            for place in places:
-                if place not in missing:
-                    say(f"{place.path.name}: already here")
-            if missing:
+        if file not in clean:
+            say(f"{shown(file.name)}: is degraded already, by its name; passed over")
+    out.mkdir(parents=True, exist_ok=True)
+    written, parts, unreadable = [], [], []
+    with writer(out, say=say):
+        for file in clean:
+            try:
+                made = _write_bench(file, out, targets(file.stem, protocol, style), scale, workers, say)
+            except _Unreadable as error:
+                unreadable.append(lmudata.unreadable(file, error))
+                continue
+            written += [place.path for place in made]
+            parts += [place.part for place in made]
+        _write_manifest(out / MANIFEST, parts)
+        # The files of one corruption have the same rejects.
+        rejects = dict.fromkeys(reject for part in parts for reject in _read_part(part)[1])
+        write_rejects(out / REJECTS, [*unreadable, *rejects])
+    return written
+
+
+class _Unreadable(ClearError):
+    """A TSV cannot be read."""
+
+
+def _write_bench(
+    file: Path, out: Path, wanted: Sequence[Target], scale: float, workers: int, say: Callable[[str], None]
+) -> list[Place]:
+    """The files of one TSV. Raises _Unreadable before anything is written."""
+    table, written = None, []
+    try:
+        digest = file_sha256(file)
+    except OSError as error:
+        raise _Unreadable(str(refusal(error))) from error
+    state = {"source_sha256": digest, "protocol_version": PROTOCOL_VERSION, "size_scale": scale}
+    for _, group in groupby(wanted, key=lambda target: target.corruption):
+        places = [Place(target, out) for target in group]
+        missing = [place for place in places if not _finished(place, state)]
+        for place in places:
+            if place not in missing:
+                say(f"{place.path.name}: already here")
+        if missing:
+            try:
                 table = table or lmudata.Table(file)
-                _write(missing, [place.target for place in places], state, table, scale, workers)
-            written += [place.path for place in places]
-            parts += [place.part for place in places]
-    _write_manifest(out / MANIFEST, parts)
-    # The files of one corruption have the same rejects.
-    write_rejects(out / REJECTS, dict.fromkeys(reject for part in parts for reject in _read_part(part)[1]))
+            except ClearError as error:
+                raise _Unreadable(str(error)) from error
+            _write(missing, [place.target for place in places], state, table, scale, workers)
+        written += places
     return written
 
 
@@ -181,7 +242,7 @@ def _write(
         rows = _degrade_rows(places, group, files, header, table, scale, workers)
     if lost := rows.reject_followers(group[0].bench, _subset(group[0])):
         for place in places:
-            _leave_out(place.partial, header, lost)
+            _leave_out(place.partial, header.index("index"), lost)
     for n, place in enumerate(places):
         place.part.parent.mkdir(exist_ok=True)
         with _replacing(place.part) as file:
@@ -210,16 +271,16 @@ def _degrade_rows(
     """Write the rows that can be degraded at every level of `group` to the open `files`, in the order of the table."""
     first, rows = group[0], _Rows()
     levels = tuple(target.severity for target in group)
-    waiting: deque[tuple[dict[str, str], str, bytes | Reject]] = deque()
+    waiting: deque[tuple[dict[str, str], str, bytes | str | Reject]] = deque()
 
     def jobs() -> Iterator[tuple[bytes, str, tuple[str, ...], str, float]]:
-        for number, record in enumerate(lmudata.records(table.file)):
-            corruption = first.corruption or corruption_of(first.bench, record["index"], number)
-            image = record.get("image", "").strip()
-            if 0 < len(image) <= lmudata.REFERENCE and image in table:  # it names a row and is kept as it is
-                waiting.append((record, "", b""))
+        for record in lmudata.records(table.file):
+            index, image = record["index"], record.get("image", "").strip()
+            corruption = first.corruption or corruption_of(first.bench, index, table.pairs.get(index))
+            if lmudata.refers(image) and (holder := table.holder(image)[0]):  # it names a row and is kept as it is
+                waiting.append((record, "", holder))
                 continue
-            id, data = f"{first.bench}-{record['index']}", lmudata.image_of(record, table)
+            id, data = f"{first.bench}-{index}", lmudata.image_of(record, table)
             if isinstance(data, str):
                 waiting.append((record, "", Reject(id, _subset(first), "no image", data)))
                 continue
@@ -229,11 +290,11 @@ def _degrade_rows(
     def pass_on() -> None:
         """Settle the rows without a picture of their own that wait in front."""
         while waiting and not waiting[0][1]:
-            record, _, reject = waiting.popleft()
-            if reject:
-                rows.rejects[record["index"]] = reject
+            record, _, what = waiting.popleft()
+            if isinstance(what, Reject):
+                rows.rejects[record["index"]] = what
                 continue
-            rows.made[record["index"]] = record["image"].strip()
+            rows.made[record["index"]] = what
             for file in files:
                 _write_row(file, [record[name] for name in header])
 
@@ -258,13 +319,13 @@ def _degrade_rows(
     return rows
 
 
-def _leave_out(path: Path, header: list[str], indices: set[str]) -> None:
-    """Write a TSV again without some rows."""
-    with _replacing(path) as file:
-        _write_row(file, header)
-        for record in lmudata.records(path):
-            if record["index"] not in indices:
-                _write_row(file, [record[name] for name in header])
+def _leave_out(path: Path, column: int, indices: set[str]) -> None:
+    """Write a TSV of ours again without some rows; `column` holds the index."""
+    csv.field_size_limit(sys.maxsize)  # a cell holds a whole picture
+    with path.open(newline="", encoding="utf-8") as lines, _replacing(path) as file:
+        for number, cells in enumerate(csv.reader(lines, delimiter="\t")):
+            if number == 0 or cells[column] not in indices:
+                _write_row(file, cells)
 
 
 def _write_row(file, cells: list[str]) -> None:
@@ -273,9 +334,9 @@ def _write_row(file, cells: list[str]) -> None:
     csv.writer(file, delimiter="\t", lineterminator="\n", quoting=quoting).writerow(cells)
 
 
-def corruption_of(bench: str, index: str, number: int) -> str:
+def corruption_of(bench: str, index: str, pair: int | None = None) -> str:
     """The one corruption of a picture under protocol `row`, drawn by the published weights; alike in an MMVP pair."""
-    id = f"{bench}-pair-{number // 2}" if bench.split("_")[0] == "MMVP" else f"{bench}-{index}"
+    id = f"{bench}-{index}" if pair is None else f"{bench}-pair-{pair}"
     return draw(id, BENCHMARK_WEIGHTS, [1.0] * len(SEVERITIES))[0]
 
 
@@ -292,7 +353,7 @@ def _degraded(job: tuple[bytes, str, tuple[str, ...], str, float]) -> list[bytes
 @contextmanager
 def _synced(path: Path) -> Iterator:
     """A text file that is on disk when the block ends."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with naming(path), path.open("w", newline="", encoding="utf-8") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())
@@ -320,7 +381,7 @@ def _write_manifest(path: Path, parts: Iterable[Path]) -> None:
     kinds = {"float": pa.float64(), "int": pa.uint64(), "str": pa.string()}
     schema = pa.schema([(f.name, kinds[getattr(f.type, "__name__", f.type)]) for f in fields(Made)])
     partial = path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, schema, compression="zstd") as writer:
+    with naming(path), pq.ParquetWriter(partial, schema, compression="zstd") as file:
         for part in parts:
-            writer.write_table(pa.Table.from_pylist(_read_part(part)[0], schema))
+            file.write_table(pa.Table.from_pylist(_read_part(part)[0], schema))
     partial.rename(path)

@@ -1,179 +1,220 @@
 """Benchmark files of VLMEvalKit: `<name>.tsv` with images in base64 (METHOD §6 "Benchmark TSV").
 
-Columns: `index`; `image`, base64 or (64 characters and less) the index of the row that holds it, before or after;
-`question` or `prompt` (CV-Bench); options `A`, `B`, …; `answer`; `category`, `l2-category`, `split`, `hint`, and any
-other. Instead of `image` there may be `image_path`, relative to the folder. A file is read twice, first to learn where
-the images are, so that memory stays flat. In MMVP two rows in succession are the two halves of a pair.
+Columns: `index`; `image`, base64 (also wrapped, also as a data: URI) or, in 64 characters and less, the index of the
+row that holds it, before or after, directly or by way of other rows; `question` or `prompt` (CV-Bench); options `A`,
+`B`, …; `answer`; `category`, `l2-category`, `split`, `hint`, and any other. Instead of `image` there may be
+`image_path`, relative to the folder. All cells are text (clear/tables.py). A file is read twice, first to learn where
+the images are, so that memory stays flat. In MMVP two rows are the halves of a pair (`pairs`).
 """
 
 import base64
 import binascii
-import csv
-import io
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path, PurePath
 
-from clear.errors import ClearError
+from clear import tables
+from clear.errors import ClearError, shown
 from clear.rejects import Reject
 from clear.sources.rows import Row, question
+from clear.sources.words import LABELS as OPTIONS
 
 REFERENCE = 64
 """An image field of at most so many characters names another row, as in VLMEvalKit."""
 
-OPTIONS = "ABCDEFGHIJ"
+MMVP = "MMVP"
+"""What the name of the benchmark contains whose questions are pairs."""
+
+FILE = "file"
+"""Reason of a reject that stands for a whole file."""
 
 
 def files(path: Path) -> list[Path]:
-    """The TSV files at a path. Raises ClearError if there are none."""
-    found = [path] if path.is_file() else sorted(path.glob("*.tsv"))
-    if not found or found[0].suffix != ".tsv":
+    """The TSV files at a path, whether they can be read or not.
+
+    Raises ClearError if there are none and OSError for a folder that cannot be read.
+    """
+    found = [path] if path.is_file() else sorted(path.iterdir())
+    found = [file for file in found if file.suffix == ".tsv"]
+    if not found:
         raise ClearError(f"{path}: no *.tsv file here; name VLMEvalKit's LMUData folder or one of its files.")
     return found
 
 
 def count(path: Path) -> int | None:
-    """Number of rows, counted without decoding."""
-    return sum(1 for file in files(path) for _ in records(file))
+    """Number of rows, counted without decoding; of a damaged file those before the damage."""
+    total = 0
+    for file in files(path):
+        with suppress(ClearError):
+            for _ in records(file):
+                total += 1
+    return total
 
 
 def rows(path: Path) -> Iterator[Row | Reject]:
-    """Every row of the files at `path`, or why it cannot be used. Raises ClearError for a file without the columns."""
+    """Every row of the files at `path`, or why it cannot be used; one reject for a file that cannot be read."""
     for file in files(path):
-        table = Table(file)
-        for number, record in enumerate(records(file)):
-            yield _row(file.stem, number, record, table)
+        try:
+            table = Table(file)
+        except ClearError as error:
+            yield unreadable(file, error)
+            continue
+        for record in records(file):
+            yield _row(file.stem, record, table)
+
+
+def unreadable(file: Path, error: ClearError) -> Reject:
+    """The reject that stands for a file."""
+    return Reject(shown(file.name), shown(file.stem), FILE, shown(str(error)))
 
 
 def records(file: Path) -> Iterator[dict[str, str]]:
     """The rows of a file as dictionaries of text; absent cells are "". Raises ClearError naming a row that is odd."""
-    yield from (record for _, record in _located(file))
+    yield from (row.cells for row in _read(file)[1])
 
 
-def _located(file: Path) -> Iterator[tuple[int, dict[str, str]]]:
-    """(offset in bytes, row) for each row."""
-    csv.field_size_limit(sys.maxsize)  # a cell holds a whole picture
-    with file.open("rb") as stream:
-        lines = _Lines(stream, file)
-        reader = csv.reader(lines, delimiter="\t")
-        header = _cells(reader, file, 0)
-        if header is None or "index" not in header or not {"question", "prompt"} & set(header):
-            raise ClearError(
-                f"{file}: no header with 'index' and 'question' in its first line; is it a VLMEvalKit TSV?"
-            )
-        number = 0
-        while True:
-            start, number = lines.offset, number + 1
-            cells = _cells(reader, file, number)
-            if cells is None:
-                return
-            if len(cells) != len(header):
-                raise ClearError(
-                    f"{file}: row {number} has {len(cells)} cells, the header {len(header)}; repair or remove the row."
-                )
-            yield start, dict(zip(header, cells, strict=True))
-
-
-class _Lines:
-    """The lines of a binary file as text, and how far it was read."""
-
-    def __init__(self, stream: io.BufferedReader, file: Path) -> None:
-        self.stream, self.file, self.offset = stream, file, stream.tell()
-
-    def __iter__(self) -> "_Lines":
-        return self
-
-    def __next__(self) -> str:
-        line = self.stream.readline()
-        if not line:
-            raise StopIteration
-        try:
-            text = line.decode("utf-8-sig" if self.offset == 0 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ClearError(
-                f"{self.file}: byte {self.offset + error.start} is not UTF-8; convert the file."
-            ) from error
-        self.offset += len(line)
-        return text
-
-
-def _cells(reader, file: Path, number: int) -> list[str] | None:
-    try:
-        return next(reader, None)
-    except csv.Error as error:
-        raise ClearError(f"{file}: row {number} is no row of tab-separated values ({error}).") from error
+def _read(file: Path) -> tuple[list[str], Iterator[tables.TableRow]]:
+    if shown(file.name) != file.name:
+        raise ClearError(f"{shown(file)}: the name is not UTF-8, and it names the benchmark; rename the file.")
+    header, found = tables.read(file)
+    if "index" not in header or not {"question", "prompt"} & set(header):
+        raise ClearError(f"{file}: no header with 'index' and 'question' in its first line; is it a VLMEvalKit TSV?")
+    return header, found
 
 
 class Table:
-    """Where the images of a file are: index to offset. Raises ClearError if an index occurs twice."""
+    """What has to be known of a file before its rows can be used: where its images are and which rows are pairs.
+
+    `header` lists the columns; `pairs` has the number of its pair for every index of MMVP and nothing elsewhere.
+    Raises ClearError for a file that cannot be read, without rows or in which an index occurs twice.
+    """
 
     def __init__(self, file: Path) -> None:
-        self.file, self.header, self._places = file, None, {}
+        self.file = file
+        self.header, found = _read(file)
+        self._places: dict[str, int] = {}
+        self._references: dict[str, str] = {}
         seen: set[str] = set()
-        for offset, record in _located(file):
-            self.header = list(record)
-            if record["index"] in seen:
-                raise ClearError(f"{file}: index {record['index']} occurs twice; number the rows.")
-            seen.add(record["index"])
-            if len(record.get("image", "")) > REFERENCE:
-                self._places[record["index"]] = offset
+        asked: dict[str, str] = {}
+        paired = re.search(MMVP, file.stem, re.IGNORECASE)
+        for row in found:
+            index, image = row.cells["index"], row.cells.get("image", "").strip()
+            if index in seen:
+                raise ClearError(f"{file}: index {index!r} occurs twice; number the rows.")
+            seen.add(index)
+            if refers(image):
+                self._references[index] = image
+            elif image:
+                self._places[index] = row.offset
+            if paired and index.isdecimal():
+                asked[index] = _text(row.cells)
+        if not seen:
+            raise ClearError(f"{file}: has a header and no row; copy the file again, or remove it.")
+        self.pairs = pairs(asked)
 
-    def __contains__(self, index: str) -> bool:
-        return index in self._places
+    def holder(self, index: str) -> tuple[str, str]:
+        """(index of the row that holds the picture of the row with this one, "") or ("", what is wrong)."""
+        passed: list[str] = []
+        while index not in self._places:
+            if index in passed:
+                return "", f"image refers in a circle: {' → '.join((*passed, index))}"
+            if index not in self._references:
+                return "", f"image refers to index {index}, and no row with this index holds an image"
+            passed.append(index)
+            index = self._references[index]
+        return index, ""
 
     def image(self, index: str) -> str:
-        """The base64 text of the row with this index."""
-        csv.field_size_limit(sys.maxsize)
-        with self.file.open("rb") as stream:
-            stream.seek(self._places[index])
-            cells = next(csv.reader(_Lines(stream, self.file), delimiter="\t"))
-        return cells[self.header.index("image")]
+        """The text of the picture in the row with this index, which holds one."""
+        return tables.text_row(self.file, self.header, self._places[index])["image"].strip()
+
+
+def refers(image: str) -> bool:
+    """Whether the text of an image field is the index of another row."""
+    return 0 < len(image) <= REFERENCE and not image.startswith(("data:", "["))
 
 
 def image_of(record: dict[str, str], table: Table) -> bytes | str:
     """The encoded image of a row, or what is wrong with it."""
-    text = record.get("image", "").strip()
-    if not text and record.get("image_path"):
-        return _from_path(record["image_path"], table.file.parent)
+    text, path = record.get("image", "").strip(), record.get("image_path", "").strip()
+    if refers(text):
+        holder, wrong = table.holder(text)
+        if wrong:
+            return wrong
+        text = table.image(holder)
+    if (text or path).startswith("["):
+        return "the row has a list of images, expected one"
     if not text:
-        return "the row has no image"
-    if len(text) <= REFERENCE:
-        if text not in table:
-            return f"image refers to index {text}, and no row with this index holds an image"
-        text = table.image(text)
-    if text.startswith("["):
-        return "the row has several images, expected one"
+        return _from_path(path, table.file.parent) if path else "the row has no image"
+    if text.startswith("data:"):
+        head, _, text = text.partition(",")
+        if not head.endswith(";base64"):
+            return f"the image is a data: URI, but not in base64 ({head[:40]})"
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         return f"the image is not base64 ({error})"
 
 
 def _from_path(name: str, folder: Path) -> bytes | str:
-    if Path(name).is_absolute() or os.path.normpath(name).startswith(".."):
+    # A file or folder may be a link, so not by where it leads; `link/..` would lead elsewhere than it seems.
+    if PurePath(name).is_absolute() or ".." in PurePath(name).parts:
         return f"image_path {name} leads out of the folder"
     try:
         return (folder / name).read_bytes()
     except OSError as error:
         return f"image_path {name}: {error.strerror}"
+    except ValueError as error:
+        return f"image_path {name!r}: {error}"
 
 
-def _row(bench: str, number: int, record: dict[str, str], table: Table) -> Row | Reject:
+def _text(record: dict[str, str]) -> str:
+    return record.get("question") or record.get("prompt", "")
+
+
+def _row(bench: str, record: dict[str, str], table: Table) -> Row | Reject:
     id = f"{bench}-{record['index']}"
     image = image_of(record, table)
     if isinstance(image, str):
         return Reject(id, bench, "no image", image)
-    listed = [record.get(letter, "") for letter in OPTIONS]
-    options = listed[: listed.index("")] if "" in listed else listed
-    if any(listed[len(options) :]):
-        return Reject(id, bench, "question", f"option {OPTIONS[len(options)]} is empty, a later one is not")
-    text = record.get("question") or record.get("prompt", "")
+    options = [record.get(letter, "") for letter in OPTIONS]
+    while options and not options[-1]:  # one in between is blank where VLMEvalKit read "None" and wrote it again
+        options.pop()
+    text = _text(record)
     if record.get("hint"):
         text = f"Hint: {record['hint']}\n{text}"
-    pair = f"{bench}-pair-{number // 2}" if bench.split("_")[0] == "MMVP" else ""
-    made = question(id, bench, text, record.get("answer", ""), options, pair=pair)
+    number = table.pairs.get(record["index"])
+    pair = "" if number is None else f"{bench}-pair-{number}"
+    made = question(id, bench, text, record.get("answer", ""), options, blank=True, pair=pair)
     if isinstance(made, str):
         return Reject(id, bench, "question", made)
     known = {"image", "image_path", "question", "prompt", "answer", "hint", *OPTIONS}
     return Row(id, bench, image, (made,), {"subset": bench} | {k: v for k, v in record.items() if k not in known and v})
+
+
+def number(index: str) -> int:
+    """The number of a row. Raises ClearError for an index that is none: rotations and pairs are found by it."""
+    if not re.fullmatch(r"\d+(?:\.0+)?", index.strip()):
+        raise ClearError(f"index {index!r} is no number; rotations and pairs are found by the number.")
+    return int(index.split(".")[0])
+
+
+def pairs(questions: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str, int]:
+    """Index of every MMVP question to the number of its pair, from (index, question's text).
+
+    The two halves of a pair have successive indices and ask the same question. Whether the first half has an odd index
+    (1 and 2, 3 and 4, …) or an even one (0 and 1, …) follows from where two neighbours, and not a third, ask the same,
+    so that no row that is left out moves the other pairs; where nothing follows, an index 0 means even, else odd.
+    Raises ClearError for an index that is no number.
+    """
+    questions = dict(questions)
+    numbers = {index: number(index) for index in questions}
+    texts = {numbers[index]: " ".join(text.split()).casefold() for index, text in questions.items()}
+
+    def alike(n: int, other: int) -> bool:
+        return n in texts and texts[n] == texts.get(other)
+
+    first = [n % 2 for n in texts if alike(n, n + 1) and not alike(n - 1, n) and not alike(n + 2, n + 1)]
+    odd = first.count(1) - first.count(0) or int(0 not in texts)
+    return {index: (n - (odd > 0)) // 2 for index, n in numbers.items()}

@@ -17,9 +17,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clear.config import Source
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from clear.records import Question, Sample, decode_image, encode_image, sha256
 from clear.rejects import Reject
+from clear.sources.fields import unprintable
 from clear.sources.words import LABELS
 
 SPLITS = ("pretrain", "sft", "rl", "validation", "bench", "development")
@@ -77,6 +78,9 @@ def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
         return Reject(row.id, row.subset, reason, detail)
 
     texts = [text for q in row.questions for text in (q.text, q.answer, *q.options)]
+    for text in (row.id, row.subset, *texts, *row.origin.values()):
+        if isinstance(text, str) and (found := unprintable(text)):
+            return reject("question", f"{quoted(text)} contains {found}, which is no text; remove it")
     if rules.skip_cjk and any(_CJK.search(text) for text in texts):
         return reject("language", "Chinese, Japanese or Korean characters (source.skip_cjk)")
     try:
@@ -139,16 +143,19 @@ def options_in(text: str) -> tuple[str, ...]:
     return tuple(option for _, option in found) if len(found) > 1 and LABELS.startswith(letters) else ()
 
 
-def question(id: str, task: str, text: str, answer: str, options: Sequence[str] = (), **more: str) -> Question | str:
-    """A question, or the reason why it is none: an empty text, answer or option, too many options, or an answer that
-    names none of them."""
+def question(
+    id: str, task: str, text: str, answer: str, options: Sequence[str] = (), blank: bool = False, **more: str
+) -> Question | str:
+    """A question, or the reason why it is none: an empty text, answer or (unless `blank`) option, too many options, or
+    an answer that names none of them."""
     text, answer = text.strip(), answer.strip()
     if not text or not answer:
         return f"the {'question' if not text else 'answer'} is empty"
     if len(options) > len(LABELS):
         return f"{len(options)} options; a question has at most {len(LABELS)}"
     letters = list(LABELS[: len(options)])
-    if empty := [label for label, option in zip(letters, options, strict=True) if not option.strip()]:
+    empty = [label for label, option in zip(letters, options, strict=True) if not option.strip()]
+    if empty and not blank:
         return f"option {empty[0]} is empty"
     named = answer.rstrip(".").strip("()") in letters or [o.strip().lower() for o in options].count(answer.lower()) == 1
     if options and not named:
