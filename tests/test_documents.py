@@ -91,8 +91,8 @@ def _names(text: str) -> set[str]:
 def citations(text: str, within: bool = False) -> Iterator[tuple[int, int, str, set[int], str]]:
     """(position, section, name or "", items, as written) of each reference to METHOD.
 
-    One place may cite several: `METHOD §1 "Flow matching" and "CFG", §4 "SDE step"`. `within` METHOD itself a bare §
-    is a citation too.
+    One place may cite several: `METHOD §1 "Flow matching" and "CFG", §4 "SDE step"`. `within` METHOD and the
+    profiles, which give a source for each value, a bare § is a citation too.
     """
     for start in re.finditer(r"(?=§\d)" if within else r"\bMETHOD(?=\s+§)", text):
         position, section = start.end(), 0
@@ -112,7 +112,7 @@ def unresolved(name: str, text: str, method: str, design: str) -> list[str]:
     def say(position: int, what: str) -> None:
         out.append(f"{name}:{read.count(chr(10), 0, position) + 1}: {what}")
 
-    for position, section, part, items, written in citations(read, name == "docs/METHOD.md"):
+    for position, section, part, items, written in citations(read, name.startswith(("docs/METHOD.md", "clear/conf/"))):
         if section not in known:
             say(position, f"{written}: docs/METHOD.md has no section {section}")
         elif part and part.lower() not in known[section][0]:
@@ -223,6 +223,7 @@ DESIGN = "# D\n\n## Contracts\n\n**Interleaved GRPO.** Text.\n"
         ("docs/x.md", "METHOD §2 (levels), §1 (mask)", "no paragraph **mask.**"),
         ("x.yaml", "a: 1  # METHOD §9\n", "no section 9"),
         ("docs/METHOD.md", "as in §2 item 5", "no item 5"),
+        ("clear/conf/x.yaml", "a: 1  # §9; as published", "no section 9"),
         ("clear/x.py", '"""By DESIGN "Interleaved\nPPO"."""\n', "'Interleaved PPO'"),
         ("clear/x.py", '"""Checked (DESIGN, validation)."""\n', "'validation'"),
         ("docs/x.md", "a\n[b](METHOD.md) and [c](NONE.md)", "docs/x.md:2: link to NONE.md"),
