@@ -8,6 +8,7 @@ into it: nobody has to catch it, see `refusal`. Programming errors stay ordinary
 
 import errno
 import os
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,14 +21,43 @@ _REMEDIES = {
     "raise the limit on open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
 }
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 80
+
+
+UNDECIDED = 2
+"""Exit status of a command that judges (`gate`, `compare`, `check`) where it cannot; 1 is a judgement: no."""
+
 
 class ClearError(Exception):
     """Bad input or workspace state. `str(error)` is a complete sentence with the remedy."""
 
+    status = 1
+    """Exit status of the command that it ends."""
+
+
+@contextmanager
+def judging() -> Iterator[None]:
+    """What keeps a command from judging, in the block, ends it with the status UNDECIDED."""
+    try:
+        yield
+    except (ClearError, OSError) as error:
+        refused = refusal(error) if isinstance(error, OSError) else error
+        if refused is None:
+            raise
+        refused.status = UNDECIDED
+        raise refused from error
+
 
 def shown(path: Path | str) -> str:
-    """A path as text that can be printed and stored; bytes that are not UTF-8 become `\\xNN`."""
-    return os.fsencode(path).decode(errors="backslashreplace")
+    """A path as text that can be printed and stored; control characters and bytes that are not UTF-8 become `\\xNN`."""
+    text = os.fsencode(path).decode(errors="backslashreplace")
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def quoted(value: object) -> str:
+    """A value in a message: quoted, what cannot be printed escaped, the middle of what is long left out."""
+    return _SHORT.repr(value)
 
 
 def refusal(error: OSError) -> ClearError | None:

@@ -43,7 +43,9 @@ class RejectWriter:
 
     def add(self, reject: Reject) -> None:
         """Append one."""
-        self._rows.append(asdict(reject))
+        # What a reject quotes may be no text; it is written all the same.
+        row = {key: value.encode(errors="backslashreplace").decode() for key, value in asdict(reject).items()}
+        self._rows.append(row)
         if len(self._rows) >= 4096:
             self._flush()
 

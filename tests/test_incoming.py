@@ -180,6 +180,22 @@ def test_a_closed_vocabulary_refuses_other_words_by_name(tmp_path):
     assert "'zebra'" in reject.detail and "model.checkpoint" in reject.detail
 
 
+@pytest.mark.parametrize(
+    ("question", "taken"),
+    [("which colour is the ring ? A red B blue", True), ("is the ring red or blue ?", False)],
+)
+def test_a_closed_vocabulary_takes_options_only_where_the_question_lists_them(tmp_path, question, taken):
+    """A list would be appended in words that such a model does not know ("A." and "B.")."""
+    from clear.sources.words import VOCABULARY
+
+    put(tmp_path / "road", range(1))
+    row = {"image": "0.jpg", "question": question, "answer": "A", "options": ["red", "blue"]}
+    lines(tmp_path / "road", row)
+    rejects = intake.read(tmp_path, words=VOCABULARY).rejects
+    remedy = [] if taken else [" end the question with them, as in 'A red B blue'"]
+    assert [r.detail.split(";")[1] for r in rejects] == remedy
+
+
 def test_slices_follow_the_pixels_and_never_share_a_picture(tmp_path):
     """The same pictures under other names, encodings, sets and orders go to the same slice."""
     put(tmp_path / "a", range(24))
@@ -279,9 +295,12 @@ def test_sets_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "road" / "b.parquet").write_bytes(b"PAR1")
     with pytest.raises(ClearError, match=r"b\.parquet: not a readable Parquet file"):
         intake.read(tmp_path)
+    (tmp_path / "road" / "b.parquet").unlink()
     (tmp_path / "Bad Name").mkdir()
     with pytest.raises(ClearError, match="Bad Name: no name for a set"):
-        incoming.sets(tmp_path)
+        intake.read(tmp_path)
+    assert ["no name for a set" in "".join(one.faults) for one in incoming.sets(tmp_path)] == [True, False]
+    assert intake.read(tmp_path, "road").count(*intake.SLICES) == 1
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from pathlib import Path
 from clear.config import Config
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
-from clear.sources.incoming import FOLDER, sets
+from clear.sources.incoming import FOLDER, names
 from clear.sources.intake import Intake, known_images, read
 from clear.sources.words import VOCABULARY
 from clear.workers import parallel
@@ -19,10 +19,10 @@ def planned(config: Config, only: str = "", folder: Path = FOLDER) -> Intake:
 
     Raises ClearError for a set that cannot be read, is not pulled, or has the name of a corruption.
     """
-    here = sets(folder)
-    for one in here:
-        if one.name in CORRUPTIONS:
-            raise ClearError(f"{folder / one.name}: '{one.name}' is the name of a corruption; rename the folder.")
+    here = names(folder)
+    for name in [only] if only else here:
+        if name in CORRUPTIONS:
+            raise ClearError(f"{folder / name}: '{name}' is the name of a corruption; rename the folder.")
     if not here and not only:
         return Intake(folder, (), (), {}, {})
     # A model trained from scratch knows the words of the scenes; one from a checkpoint can read any text.

@@ -6,7 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from clear.config import Config
-from clear.errors import ClearError
+from clear.errors import ClearError, shown
+from clear.images import decode_image
 from clear.reasoning.answering import Answerer
 from clear.records import Question
 from clear.runtime import apply_runtime
@@ -25,10 +26,12 @@ class Asked:
 def ask(image: Path, question: str, model_folder: Path, restore: str, config: Config) -> Asked:
     """Answer `question` about an image file. restore: auto, always or never."""
     if not image.is_file():
-        raise ClearError(f"{image} is not a file; name a PNG or JPEG image.")
+        raise ClearError(f"{shown(image)} is not a file; name a PNG or JPEG image.")
+    data = image.read_bytes()
+    decode_image(data, shown(image))  # a picture that cannot be read is refused before the model is loaded
     apply_runtime(config)
     asked = Question("ask", "ask", question, "")
-    return reply(Answerer.load(model_folder, config), image.read_bytes(), str(image), asked, restore)
+    return reply(Answerer.load(model_folder, config), data, shown(image), asked, restore)
 
 
 def reply(

@@ -1,23 +1,38 @@
 """Pictures that came degraded: sets under data/incoming/<name> and their rows (docs/DEGRADATIONS.md).
 
 A set is a folder with tables (`*.jsonl`, `*.parquet`) and the files that they name. A row names the degraded picture
-(`image`), where there is one its clean partner (`clean`), and the question with its answer; Parquet may hold the
-pictures themselves, or be shards of `clear.records`. A row that cannot be used is passed on as its reject.
-`clear.sources.intake` makes samples of the rows.
+(`image`), where there is one its clean partner (`clean`), and the question with its answer; a row may also hold the
+pictures themselves, and Parquet files may be shards of `clear.records`. A row or a picture that cannot be used is
+passed on as its reject; a set of which a table or a folder cannot be opened is refused, because nobody knows what it
+holds. `clear.sources.intake` makes samples of the rows.
 """
 
 import hashlib
-import json
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear.errors import ClearError
-from clear.records import INCOMING, Question, decode_image, file_sha256, open_shard, pixel_sha256, sha256
+from clear.errors import ClearError, quoted, shown
+from clear.images import decode_image, pixel_sha256
+from clear.records import INCOMING, Question, file_sha256, open_shard, sha256
 from clear.rejects import Reject
-from clear.sources.words import normalise
+from clear.sources.fields import (
+    Found,
+    Unusable,
+    aside,
+    batch_rows,
+    json_lines,
+    located,
+    look_through,
+    options_of,
+    picture_of,
+    text_of,
+    unlinked,
+)
+from clear.sources.words import LABELS, normalise
 
 FOLDER = Path("data/incoming")
 TASK = "question"
@@ -25,7 +40,7 @@ TASK = "question"
 LEAST = 32
 """px, the smallest side of a usable picture."""
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
-LETTERS = "ABCDEFGHIJ"
+TABLES = (".jsonl", ".parquet")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = re.compile(r"</?(?:think|answer)>|<image_restore>|<\|\w+\|>")
@@ -34,21 +49,15 @@ _RESERVED = re.compile(r"</?(?:think|answer)>|<image_restore>|<\|\w+\|>")
 
 @dataclass(frozen=True)
 class IncomingSet:
-    """One set. `size` in bytes; `fingerprint` identifies the content and is "" for a set that is not `present`."""
+    """One set. `size` in bytes; `fingerprint` identifies the content and is "" for a set that is not `present`.
+    `faults` says what of it cannot be read, or why no set can have its name."""
 
     name: str
     files: int
     size: int
     present: bool
     fingerprint: str
-
-
-class Unusable(ClearError):
-    """What makes a row unusable. `reason` is a word of the rejects, the message their detail."""
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
+    faults: tuple[str, ...] = ()
 
 
 def rejected(name: str, where: str, reason: str, detail: str) -> Reject:
@@ -81,84 +90,93 @@ class Seen:
     files: tuple[str, ...] = ()
 
 
-def sets(folder: Path = FOLDER) -> list[IncomingSet]:
-    """The sets of a folder by name, those of which only the `.dvc` file is here included. Raises ClearError for a
-    folder whose name no set can have."""
+def names(folder: Path = FOLDER) -> list[str]:
+    """The names of the sets of a folder, those of which only the `.dvc` file is here included."""
     if not folder.is_dir():
         return []
-    names = {path.name for path in folder.iterdir() if path.is_dir()} | {path.stem for path in folder.glob("*.dvc")}
-    return [_described(folder / name) for name in sorted(name for name in names if not name.startswith("."))]
+    found = {path.name for path in folder.iterdir() if path.is_dir()} | {path.stem for path in folder.glob("*.dvc")}
+    return sorted(name for name in found if not aside(name))
+
+
+def sets(folder: Path = FOLDER) -> list[IncomingSet]:
+    """The sets of a folder by name."""
+    return [_described(folder / name) for name in names(folder)]
 
 
 def _described(folder: Path) -> IncomingSet:
-    if not _NAME.fullmatch(folder.name) or folder.name in ("clean", INCOMING):
-        raise ClearError(
-            f"{folder}: no name for a set; use lower-case letters, digits, - and _, and neither clean nor {INCOMING}."
-        )
-    files = _files(folder)
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.relative_to(folder).as_posix()}\0{file_sha256(file)}\n".encode())
-    size = sum(file.stat().st_size for file in files)
-    return IncomingSet(folder.name, len(files), size, folder.is_dir(), digest.hexdigest() if folder.is_dir() else "")
+    found, digest, size = look_through(folder) if folder.is_dir() else Found((), ()), hashlib.sha256(), 0
+    for file in found.files:
+        digest.update(os.fsencode(file.relative_to(folder)) + f"\0{file_sha256(file)}\n".encode())
+        size += file.stat().st_size
+    for path, fault in found.faults:  # another name or another fault is another content, as far as can be seen
+        digest.update(os.fsencode(path.relative_to(folder)) + f"\0{fault}\n".encode())
+    faults = tuple(f"{shown(path.relative_to(folder.parent))}: {fault}" for path, fault in found.faults)
+    fingerprint = digest.hexdigest() if folder.is_dir() else ""
+    return IncomingSet(
+        folder.name, len(found.files), size, folder.is_dir(), fingerprint, (*_misnamed(folder.name), *faults)
+    )
 
 
-def _files(folder: Path) -> list[Path]:
-    """Every file of a set in a fixed order; hidden ones, such as .DS_Store, are no part of it."""
-    found = (path for path in folder.rglob("*") if path.is_file())
-    visible = (p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
-    return sorted(visible, key=lambda path: path.relative_to(folder).as_posix())
+def _misnamed(name: str) -> tuple[str, ...]:
+    if _NAME.fullmatch(name) and name not in ("clean", INCOMING):
+        return ()
+    rule = f"use lower-case letters, digits, - and _, and neither clean nor {INCOMING}"
+    return (f"{shown(name)}: no name for a set; {rule}",)
 
 
 def present(folder: Path = FOLDER, only: str = "") -> list[IncomingSet]:
-    """`sets`, or the one named `only`. Raises ClearError if it is none of them, or naming one that was not pulled."""
-    found = sets(folder)
-    if only:
-        names = ", ".join(one.name for one in found) or "none"
-        found = [one for one in found if one.name == only]
-        if not found:
-            raise ClearError(f"{folder / only} is no incoming set; there are: {names}.")
-    for one in found:
-        if not one.present:
-            raise ClearError(f"{folder / one.name} is not here; run `dvc pull {folder / one.name}.dvc`.")
-    return found
+    """`sets`, or the one named `only`, without a look at the others. Raises ClearError if it is none of them, or naming
+    one that was not pulled or has a name that no set can have."""
+    here = names(folder)
+    if only and only not in here:
+        known = ", ".join(map(shown, here)) or "none"
+        raise ClearError(f"{shown(folder / only)} is no incoming set; there are: {known}.")
+    for name in [only] if only else here:
+        if wrong := _misnamed(name):
+            raise ClearError(f"{folder}/{wrong[0]}.")
+        if not (folder / name).is_dir():
+            raise ClearError(f"{folder / name} is not here; run `dvc pull {folder / name}.dvc`.")
+    return [_described(folder / name) for name in ([only] if only else here)]
 
 
 def rows_of(folder: Path) -> Iterator[Row]:
     """The rows of one set in a fixed order, unusable ones with their reject, pictures not yet decoded.
 
-    Pictures that no table names follow as rejected rows. Raises ClearError for a table that cannot be read.
+    Pictures that no table names, and files that cannot be read, follow as rejected rows. Raises ClearError for a table
+    or a folder that cannot be read.
     """
     named: set[Path] = set()
-    for table in (file for file in _files(folder) if file.suffix in (".jsonl", ".parquet")):
+    found = look_through(folder)
+    for path, fault in found.faults:
+        if path.suffix.lower() in TABLES or path.is_dir():
+            raise ClearError(f"{shown(path)}: {fault}.")
+    for table in (file for file in found.files if file.suffix.lower() in TABLES):
         label = table.relative_to(folder).as_posix()
-        records = _json_lines(table) if table.suffix == ".jsonl" else _parquet_rows(table)
-        for number, record in enumerate(records, start=1):
+        read = json_lines if table.suffix.lower() == ".jsonl" else _parquet_rows
+        for number, record in read(table):
             yield _row(folder, table, f"{label}:{number}", record, named)
-    for file in _files(folder):
-        if file.suffix.lower() in PICTURES and file.resolve() not in named:
-            where = file.relative_to(folder).as_posix()
-            detail = "no table names this picture; add a row with question and answer"
-            yield Row(folder.name, where, reject=rejected(folder.name, where, "no row", detail))
+    for path, reason, detail in _left(folder, found, named):
+        where = shown(path.relative_to(folder))
+        yield Row(folder.name, where, reject=rejected(folder.name, where, reason, detail))
 
 
-def _json_lines(table: Path) -> Iterator[Any]:
-    with table.open(encoding="utf-8-sig", errors="replace") as lines:
-        for line in lines:
-            try:
-                yield json.loads(line) if line.strip() else Unusable("line", "the line is empty; remove it")
-            except json.JSONDecodeError as error:
-                yield Unusable("line", f"the line is no JSON object ({error}); write one object per line")
+def _left(folder: Path, found: Found, named: set[Path]) -> Iterator[tuple[Path, str, str]]:
+    """(path, reason, detail) of the files of a set that give no row."""
+    yield from ((path, "file", fault) for path, fault in found.faults if unlinked(path) not in named)
+    for file in found.files:
+        if file.suffix.lower() in PICTURES and unlinked(file) not in named:
+            yield file, "no row", "no table names this picture; add a row with question and answer"
 
 
-def _parquet_rows(table: Path) -> Iterator[dict]:
+def _parquet_rows(table: Path) -> Iterator[tuple[int, Any]]:
     import pyarrow as pa
 
     try:
-        for batch in open_shard(table).iter_batches(batch_size=64):
-            yield from batch.to_pylist()
+        batches = open_shard(table).iter_batches(batch_size=64)
+        yield from enumerate((row for batch in batches for row in batch_rows(batch)), start=1)
     except (pa.ArrowInvalid, OSError) as error:
-        raise ClearError(f"{table}: not a readable Parquet file ({error}); copy or `dvc pull` it again.") from error
+        said = f"not a readable Parquet file ({error}); copy or `dvc pull` it again"
+        raise ClearError(f"{shown(table)}: {said}.") from error
 
 
 def _row(folder: Path, table: Path, where: str, record: Any, named: set[Path]) -> Row:
@@ -179,22 +197,13 @@ def _row(folder: Path, table: Path, where: str, record: Any, named: set[Path]) -
 
 
 def _picture(folder: Path, table: Path, value: Any, key: str, named: set[Path]) -> bytes | None:
-    """The bytes of a picture given as file name, bytes, or {bytes, path}; None if there is none."""
-    if isinstance(value, dict):
-        value = value.get("bytes") or value.get("path")
-    if isinstance(value, bytes) and value:
-        return value
-    if not value and key == "clean":
+    """The bytes of a picture; None if there is no clean partner. The name of a file is noted in `named`."""
+    if key == "clean" and (not value or (isinstance(value, dict) and not any(value.values()))):
         return None
-    if not isinstance(value, str) or not value:
-        raise Unusable("no image", f"`{key}` is {value!r}, expected a file name or the bytes of a picture")
-    file = (table.parent / value).resolve()
-    if not file.is_relative_to(folder.resolve()):
-        raise Unusable("no image", f"`{key}` = {value!r} lies outside {folder}; copy it into the set")
-    named.add(file)
-    if not file.is_file():
-        raise Unusable("no image", f"`{key}` = {value!r}: no such file beside {table.name}")
-    return file.read_bytes()
+    name = value.get("path") if isinstance(value, dict) and not value.get("bytes") else value
+    if isinstance(name, str) and len(name) < os.pathconf("/", "PC_PATH_MAX"):  # longer, it is the picture itself
+        named.add(located(name, table))
+    return picture_of(value, key, table, folder)
 
 
 def questions_of(record: dict) -> tuple[Question, ...]:
@@ -212,28 +221,24 @@ def _question(one: Any, task: Any) -> Question:
         raise Unusable("question", f"a question is {type(one).__name__}, expected an object with question and answer")
     values = {"question": one.get("question") or one.get("text"), "answer": one.get("answer")}
     values |= {"task": one.get("task") or task or TASK, "evidence": one.get("evidence") or ""}
-    options = [str(option) if _is_number(option) else option for option in one.get("options") or ()]
+    options = options_of(one.get("options"))
     for name, value in [*values.items(), *(("options", option) for option in options)]:
-        value = str(value) if _is_number(value) else value
-        if not isinstance(value, str) or (name != "evidence" and not value.strip()):
-            raise Unusable("question", f"`{name}` is {value!r}, expected a text")
+        value = text_of(value, name)
+        if name != "evidence" and not value.strip():
+            raise Unusable("question", f"`{name}` is {quoted(value)}, expected a text")
         if _RESERVED.search(value):
             raise Unusable(
                 "question", f"`{name}` contains {_RESERVED.search(value)[0]}, a word of the trace grammar; rephrase it"
             )
         values[name] = value.strip()
     values.pop("options", None)
-    answer, choices = normalise(values["answer"]), [normalise(option) for option in options]
-    if choices and (not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices)):
-        raise Unusable("question", f"`options` = {options} must be two to {len(LETTERS)} different texts")
-    if choices and answer not in choices and answer not in LETTERS[: len(choices)]:
-        raise Unusable("question", f"`answer` = {values['answer']!r} names none of the options {options}")
+    answer, choices = values["answer"], [normalise(option) for option in options]
+    if choices and (not 2 <= len(choices) <= len(LABELS) or len(set(choices)) < len(choices)):
+        raise Unusable("question", f"`options` = {quoted(list(options))} must be two to {len(LABELS)} different texts")
+    if choices and normalise(answer) not in choices and answer.strip("(.) ") not in [*LABELS[: len(choices)]]:
+        raise Unusable("question", f"`answer` = {quoted(answer)} names none of the options {quoted(list(options))}")
     text = values.pop("question")
     return Question(id="", text=text, options=tuple(option.strip() for option in options), **values)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def look(row: Row) -> Seen:

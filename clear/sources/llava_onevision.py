@@ -1,30 +1,34 @@
 """LLaVA-OneVision and data in its layout: a Hugging Face data set on disk, as Parquet files or saved Arrow files.
 
 `path` is one file or a folder; below it every `*.parquet` and `*.arrow` file is read in the order of their names, a
-few rows at a time. Columns: `image` (a struct of `bytes` and `path`, or bytes) and `conversations` (a list of
-`{from, value}` or `{role, content}`, human and assistant in turn); `id` is optional. The subset is the file's first
-folder below `path`, or its name up to `-`. Each pair of turns becomes a question about the image; METHOD §6.
+few rows at a time. Columns: `image` (a struct of `bytes` and `path`, bytes, base64, a file's name) and `conversations`
+(a list of `{from, value}` or `{role, content}`, human and assistant in turn; `content` is a text, or a list of parts as
+in chat templates); `id` is optional. The subset is the file's first folder below `path`, or its name up to `-`. Each
+pair of turns becomes a question about the image; METHOD §6.
 """
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted, shown
 from clear.records import Question
 from clear.rejects import Reject
+from clear.sources.fields import Unusable, batch_rows, picture_of, tables, text_of
 from clear.sources.rows import Row, options_in, question
 
 _HUMAN, _ASSISTANT = ("human", "user"), ("gpt", "assistant")
+_KEYS = ("from", "role"), ("value", "content")
 _BATCH = 32
 
 
 def files(path: Path) -> list[Path]:
     """The data files below a path, in order. Raises ClearError if there are none."""
-    found = [path] if path.is_file() else sorted({*path.rglob("*.parquet"), *path.rglob("*.arrow")})
-    found = [file for file in found if file.suffix in (".parquet", ".arrow") and not file.name.startswith("cache-")]
+    found = [file for file in tables(path, ".parquet", ".arrow", deep=True) if not file.name.startswith("cache-")]
     if not found:
-        raise ClearError(f"{path}: no *.parquet or *.arrow file here; put a Hugging Face data set with images there.")
+        raise ClearError(
+            f"{shown(path)}: no *.parquet or *.arrow file here; put a Hugging Face data set with images there."
+        )
     return found
 
 
@@ -39,11 +43,12 @@ def count(path: Path) -> int | None:
 
 def rows(path: Path) -> Iterator[Row | Reject]:
     """Every row below `path`, or why it cannot be used. Raises ClearError for a file without the two columns."""
+    root = path if path.is_dir() else path.parent
     for file in files(path):
         subset = _subset(file, path)
         stem = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
         for number, record in enumerate(_records(file)):
-            yield _row(f"llava-{_plain(stem)}-{number:06d}", subset, record, file.parent)
+            yield _row(f"llava-{_plain(stem)}-{number:06d}", subset, record, file, root)
 
 
 def _subset(file: Path, path: Path) -> str:
@@ -64,7 +69,7 @@ def _opened(file: Path, opener):
         raise ClearError(f"{file}: not a readable {file.suffix[1:]} file ({error}); fetch it again.") from error
 
 
-def _records(file: Path) -> Iterator[dict]:
+def _records(file: Path) -> Iterator[dict | Unusable]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -78,7 +83,7 @@ def _records(file: Path) -> Iterator[dict]:
         batches = (part for whole in stream for part in _parts(whole.select(wanted)))
     try:
         for batch in batches:
-            yield from batch.to_pylist()
+            yield from batch_rows(batch)
     except (pa.ArrowInvalid, OSError) as error:
         raise ClearError(f"{file}: damaged ({error}); fetch it again.") from error
 
@@ -95,57 +100,65 @@ def _columns(file: Path, names: list[str]) -> list[str]:
     return [name for name in ("id", "image", "conversations") if name in names]
 
 
-def _row(id: str, subset: str, record: dict, folder: Path) -> Row | Reject:
-    image = _image(record["image"], folder)
-    if isinstance(image, str):
-        return Reject(id, subset, "no image", image)
-    asked = _questions(id, subset, record["conversations"])
-    if isinstance(asked, str):
-        return Reject(id, subset, "conversation", asked)
-    return Row(id, subset, image, asked, {"id": str(record.get("id", "")), "subset": subset})
+def _row(id: str, subset: str, record: dict | Unusable, file: Path, root: Path) -> Row | Reject:
+    try:
+        if isinstance(record, Unusable):
+            raise record
+        image = _image(record["image"], file, root)
+        asked = _questions(id, subset, record["conversations"])
+        own = "" if record.get("id") is None else text_of(record["id"], "id", "id")
+    except Unusable as error:
+        return Reject(id, subset, error.reason, str(error))
+    return Row(id, subset, image, asked, {"id": own, "subset": subset})
 
 
-def _image(value: object, folder: Path) -> bytes | str:
-    """The encoded bytes, or what is wrong."""
+def _image(value: object, file: Path, root: Path) -> bytes:
     if isinstance(value, list):
         if len(value) != 1:
-            return f"{len(value)} images in the row, expected one"
+            raise Unusable("no image", f"{len(value)} images in the row, expected one")
         value = value[0]
-    if isinstance(value, bytes) and value:
-        return value
-    if not isinstance(value, dict):
-        return "the row has no image"
-    if value.get("bytes"):
-        return value["bytes"]
-    name = value.get("path")
-    if not name:
-        return "the row has no image"
-    try:
-        return (folder / name).read_bytes()
-    except OSError as error:
-        return f"{name}: {error.strerror}"
+    if not value or (isinstance(value, dict) and not any(value.values())):
+        raise Unusable("no image", "the row has no image")
+    return picture_of(value, "image", file, root)
 
 
-def _questions(id: str, subset: str, turns: object) -> tuple[Question, ...] | str:
-    """Pairs of turns as questions, or what is wrong with the conversation."""
+def _questions(id: str, subset: str, turns: object) -> tuple[Question, ...]:
+    """Pairs of turns as questions. Raises Unusable saying what is wrong with the conversation."""
     if not isinstance(turns, list) or len(turns) < 2 or len(turns) % 2:
-        return f"{len(turns) if isinstance(turns, list) else 'no'} turns, expected pairs of question and answer"
-    found = []
+        count = len(turns) if isinstance(turns, list) else "no"
+        raise Unusable("conversation", f"{count} turns, expected pairs of question and answer")
+    found, said = [], [_turn(number, turn) for number, turn in enumerate(turns)]
+    if (images := sum(images for _, _, images in said)) > 1:
+        raise Unusable("conversation", f"{images} images in the conversation, expected one")
     for number in range(0, len(turns), 2):
-        pair = [_turn(turn) for turn in turns[number : number + 2]]
-        if pair[0][0] not in _HUMAN or pair[1][0] not in _ASSISTANT:
-            return f"turns {number} and {number + 1} are by {pair[0][0]!r} and {pair[1][0]!r}"
-        text = pair[0][1].replace("<image>", "").strip()
-        made = question(f"{id}-{number // 2}", subset, text, pair[1][1], options_in(text))
+        (asker, text, _), (replier, answer, shows) = said[number : number + 2]
+        if asker not in _HUMAN or replier not in _ASSISTANT:
+            raise Unusable("conversation", f"turns {number} and {number + 1} are by {asker!r} and {replier!r}")
+        if shows:
+            raise Unusable("conversation", f"turn {number + 1} answers with an image, expected a text")
+        text = text.replace("<image>", "").strip()
+        made = question(f"{id}-{number // 2}", subset, text, answer, options_in(text))
         if isinstance(made, str) and "options" in made:  # a list that only looks like options
-            made = question(f"{id}-{number // 2}", subset, text, pair[1][1])
+            made = question(f"{id}-{number // 2}", subset, text, answer)
         if isinstance(made, str):
-            return f"turn {number}: {made}"
+            raise Unusable("conversation", f"turn {number}: {made}")
         found.append(made)
     return tuple(found)
 
 
-def _turn(turn: object) -> tuple[str, str]:
+def _turn(number: int, turn: object) -> tuple[str, str, int]:
+    """Who speaks, what is said, and how many images are shown with it."""
     if not isinstance(turn, dict):
-        return "?", ""
-    return str(turn.get("from", turn.get("role")) or "?"), str(turn.get("value", turn.get("content")) or "")
+        return "?", "", 0
+    by, said = (next((turn[key] for key in keys if turn.get(key) is not None), "") for keys in _KEYS)
+    parts = said if isinstance(said, list) else [{"type": "text", "text": said}]
+    texts, images = [], 0
+    for part in parts:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image", "image_url"):
+            images += 1
+        elif kind == "text":
+            texts.append(text_of(part.get("text"), f"turn {number}", "conversation"))
+        else:
+            raise Unusable("conversation", f"turn {number} holds {quoted(part)}, expected parts of text and image")
+    return str(by) or "?", "\n".join(texts), images
