@@ -76,7 +76,11 @@ def test_extract_answer(text, expected):
         (restore_reply(), True),
         (TRIGGER, True),
         (f"{THINK} x {END_THINK}\n{TRIGGER}\n", True),
-        (f"{TRIGGER} {ANSWER} late {END_ANSWER}", True),
+        (f"{THINK} no need for {TRIGGER} {END_THINK} {ANSWER} red {END_ANSWER}", False),  # a finished answer wins
+        (f"{TRIGGER} {ANSWER} late {END_ANSWER}", False),
+        (f"{THINK} only {TRIGGER} helps {END_THINK}", True),
+        (f"{ANSWER} never closed {TRIGGER}", True),
+        (f"{END_ANSWER} {TRIGGER} {ANSWER}", True),  # no block
         (f"{ANSWER} a {END_ANSWER} {TRIGGER}", False),
         (plain_reply("x", "a"), False),
         ("", False),

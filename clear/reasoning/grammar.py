@@ -66,8 +66,12 @@ def extract_answer(text: str) -> str:
 
 
 def asks_restoration(reply: str) -> bool:
-    """Whether a reply asks for a restoration: the trigger, and no answer block before it."""
-    return TRIGGER in reply and ANSWER not in reply.split(TRIGGER)[0]
+    """Whether a reply asks for a restoration: the trigger anywhere, and no complete answer block (METHOD §4).
+
+    A complete answer ends the conversation wherever the trigger stands; one that was begun and not closed answers
+    nothing, and does not keep the trigger from being honoured.
+    """
+    return TRIGGER in reply and not _ANSWER.search(reply)
 
 
 def well_formed(replies: list[str]) -> bool:

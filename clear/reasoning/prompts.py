@@ -7,10 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from clear.errors import ClearError
 from clear.model.images import ImageBank
 from clear.model.sequence import LATENT, VIT, Gap, Image, Segment, Text
 from clear.reasoning.tokenizer import encode
 from clear.records import Question
+from clear.sources.words import LABELS, lists_options
 
 SYSTEM = (
     "You answer questions about an image that may be degraded. First write your reasoning between <think> and "
@@ -32,18 +34,29 @@ class Prompt:
     patches: Tensor
     vit_grid: tuple[int, int]
 
-    def segments(self, drop_vit: bool = False) -> list[Segment]:
-        """The layout of the prompt; a dropped ViT split keeps its rope increment."""
+    def segments(self, drop_vit: bool = False, drop_system: bool = False, drop_question: bool = False) -> list[Segment]:
+        """The layout of the prompt; a dropped ViT split keeps its rope increment, a dropped text does not."""
         image = Image(LATENT, self.latent_grid), Gap() if drop_vit else Image(VIT, self.vit_grid)
-        return [*([Text(self.system)] if self.system else []), *image, Text(self.question)]
+        system = [Text(self.system)] if self.system and not drop_system else []
+        return [*system, *image, *([] if drop_question else [Text(self.question)])]
 
 
 def question_text(question: Question) -> str:
-    """The question as the model reads it; options not yet in the text are appended, one letter each."""
-    if not question.options or all(option in question.text for option in question.options):
+    """The question as a model or a judge reads it: with its options, as the text lists them or else one letter a line.
+
+    Everything that shows a question goes through here. Raises ClearError for an option that is empty, and for more
+    options than there are letters.
+    """
+    if not question.options or lists_options(question.text, question.options):
         return question.text
-    choices = (f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", question.options, strict=False))
-    return "\n".join([question.text, *choices])
+    named = f"question {question.id}: {question.text[:80]!r}"
+    if len(question.options) > len(LABELS):
+        raise ClearError(f"{named} has {len(question.options)} options; at most {len(LABELS)} can be named, {LABELS}.")
+    choices = {label: " ".join(option.split()) for label, option in zip(LABELS, question.options, strict=False)}
+    empty = [label for label, option in choices.items() if not option]
+    if empty:
+        raise ClearError(f"{named} has an empty option {empty[0]}; fill it in, or remove the question.")
+    return "\n".join([question.text, *(f"{label}. {option}" for label, option in choices.items())])
 
 
 def make_prompt(tokenizer, bank: ImageBank, image: int, text: str, system: str) -> Prompt:

@@ -1,0 +1,83 @@
+"""A question is shown with its options, once: what counts as a list, and what is listed anew."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clear.errors import ClearError
+from clear.reasoning.prompts import question_text
+from clear.records import Question
+from clear.sources.rows import options_in
+from clear.sources.rows import question as made
+from clear.sources.scenes import scenes
+from clear.sources.words import LABELS, VOCABULARY, lists_options
+
+
+def asked(text: str, *options: str) -> str:
+    return question_text(Question("q1", "test", text, "A", options))
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("Are the cat's eyes not closed?", ("yes", "no")),
+        ("With 10 chairs and 12 tables, how many dogs?", ("0", "1", "2")),
+        ("is the circle red or blue ?", ("red", "blue")),
+        ("Which?\nA. 3.5\nB. 4.5", ("3", "4")),
+        ("Which? A. blue-green B. red", ("blue", "red")),
+        ("Which?\nA. red\nB. blue", ("blue", "red")),  # another order
+        ("Which?\nA. red\nB. blue", ("red", "blue", "green")),
+        ("Is VITAMIN A red or DRUG B blue?", ("red", "blue")),
+    ],
+)
+def test_options_whose_words_merely_occur_are_listed(text, options):
+    assert asked(text, *options) == "\n".join([text, *(f"{k}. {v}" for k, v in zip("ABC", options, strict=False))])
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Which?\nA. red one\nB. blue",
+        "Which? (A) red one (B) blue",
+        "Which?\nA) red  one\nB) blue\nAnswer with the letter.",
+        "Which? A: red one, B: blue.",
+        "Which? A.red one; B.blue",
+        "Is it (A) red one or (B) blue?",
+        "which ? A red one B blue",
+    ],
+)
+def test_a_list_in_any_usual_style_is_not_repeated(text):
+    assert asked(text, "red one", "blue") == text
+
+
+@given(st.text(max_size=30), st.lists(st.text(min_size=1, max_size=12).filter(str.strip), min_size=1, max_size=10))
+def test_every_option_stands_behind_its_letter_and_is_listed_once(text, options):
+    shown = asked(text, *options)
+    assert lists_options(shown, options)
+    assert question_text(Question("q1", "test", shown, "A", tuple(options))) == shown
+
+
+@given(st.lists(st.from_regex(r"[a-z0-9][a-z0-9 .,']{0,10}[a-z0-9]", fullmatch=True), min_size=2, max_size=10))
+def test_what_a_source_finds_as_options_is_found_as_listed(options):
+    text = "\n".join(["Which?", *(f"{k}. {v}" for k, v in zip(LABELS, options, strict=False)), "Answer."])
+    assert options_in(text) == tuple(options) and asked(text, *options) == text
+
+
+def test_scenes_stay_within_their_vocabulary():
+    questions = [q for sample in scenes("sft", 40, 7, 64, 6) for q in sample.questions]
+    assert any(q.options for q in questions)
+    assert {word for q in questions for word in question_text(q).split()} <= set(VOCABULARY)
+
+
+def test_options_that_cannot_be_shown_are_named():
+    with pytest.raises(ClearError, match=r"question q1: 'Which\?' has an empty option B"):
+        asked("Which?", "red", "  ", "blue")
+    many = [str(n) for n in range(11)]
+    with pytest.raises(ClearError, match=r"question q1.* has 11 options; at most 10"):
+        asked("Which?", *many)
+    assert made("q1", "test", "Which?", "A", ["red", " "]) == "option B is empty"
+    assert made("q1", "test", "Which?", "A", many) == "11 options; a question has at most 10"
+    good = made("q1", "test", "Which?", "J", many[:10])
+    assert question_text(replace(good, text="Which?")).endswith("J. 9")
