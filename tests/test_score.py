@@ -4,12 +4,16 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from clear.bench import benchmarks, judge
-from clear.bench.options import REFUSED, chosen
+from clear.bench import benchmarks, judge, names
+from clear.bench.options import REFUSED, answer_in, chosen
+from clear.degradation.corruptions import CORRUPTIONS
 from clear.endpoint import connect
 from clear.errors import ClearError
 from clear.scratch import write_params
@@ -19,35 +23,34 @@ from tests.conftest import ROOT
 OPTIONS = ["a red cup", "a blue cup", "no cup", "two cups"]
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("B", "B"),
-        ("(C)", "C"),
-        ("The answer is D.", "D"),
-        ("A. a red cup", "A"),
-        ("It is option {B}!", "B"),
-        ("a blue cup", "B"),
-        ("I see A Blue Cup here", "B"),  # two rules: the letter A is a word, and it comes first in VLMEvalKit
-        ("i see two cups", "D"),
-        ("A or B", ""),
-        ("a red cup and a blue cup", ""),
-        ("b", ""),
-        ("", ""),
-        ("There is no cup on the table, and " + "much more is to be said of it " * 5, ""),
-        ("Sorry, I can't help with images of people yet.", REFUSED),
-        ("Z", REFUSED),
-        ("CD", ""),
-    ],
-)
-def test_the_option_that_a_text_chooses(text, expected):
-    expected = "A" if text.startswith("I see A Blue") else expected
-    assert chosen(text, OPTIONS) == expected
+GOLDEN = json.loads((ROOT / "tests/golden/options.json").read_text())
+
+
+@pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
+def test_the_option_that_a_reply_chooses(case):
+    """`upstream` is what VLMEvalKit's own rule gives at the commit that clear.bench.options names."""
+    assert chosen(answer_in(case["reply"]), case["options"]) == case["expected"]
+    assert ("departure" in case) == (case["expected"] != case["upstream"])
 
 
 def test_options_that_contain_each_other_are_not_guessed():
     assert chosen("two cups", ["two", "two cups"]) == ""
     assert chosen("B", ["x"]) == "", "a letter beyond the options chooses nothing"
+
+
+@given(st.integers(2, 10), st.data())
+def test_a_letter_alone_chooses_its_option_whatever_stands_around_it(count, data):
+    options = [f"option text {n}" for n in range(count)]
+    letter = data.draw(st.sampled_from("ABCDEFGHIJ"[:count]))
+    form = data.draw(
+        st.sampled_from(["{}", "({})", "**{}**", "{}.", "the answer is {}", "<answer>{}</answer>", "Answer: {}"])
+    )
+    assert chosen(answer_in(form.format(letter)), options) == letter
+
+
+@given(st.text(), st.lists(st.text(max_size=9), min_size=1, max_size=10))
+def test_any_reply_chooses_an_option_or_nothing(reply, options):
+    assert chosen(answer_in(reply), options) in ("", REFUSED, *"ABCDEFGHIJ"[: len(options)])
 
 
 def write(file, rows) -> str:
@@ -61,12 +64,8 @@ def mcq(index: int, prediction: str, answer: str = "A", **more) -> dict:
 
 
 def scored(tmp_path, client=None, **files):
-    frames = [
-        benchmarks.read_predictions(tmp_path / f"{name}.tsv")
-        for name in files
-        if write(tmp_path / f"{name}.tsv", files[name])
-    ]
-    return benchmarks.score(pd.concat(frames, ignore_index=True), client)
+    paths = [Path(write(tmp_path / f"{name}.tsv", rows)) for name, rows in files.items()]
+    return benchmarks.score(benchmarks.read_predictions(paths), client)
 
 
 @pytest.mark.parametrize(
@@ -79,7 +78,48 @@ def scored(tmp_path, client=None, **files):
     ],
 )
 def test_benchmark_corruption_and_level_are_in_the_name(name, place):
-    assert benchmarks.place_of(name) == place
+    assert names.parsed(name) == place
+
+
+@pytest.mark.parametrize("bench", ["MMBench_DEV_EN_V11", "MMVet", "MMVP", "CV-Bench-2D", "MMStar", "RealWorldQA"])
+def test_names_of_degraded_files_are_read_as_they_are_written(bench):
+    for severity in names.LEVELS:
+        for corruption in (*CORRUPTIONS, names.MIXED):
+            name = names.target_name(bench, corruption, severity)
+            assert names.parsed(f"CLEAR_{name}") == (f"CLEAR_{bench}", corruption, severity)
+    theirs = {names.target_name(bench, corruption, "high", authors=True): corruption for corruption in CORRUPTIONS}
+    assert {f"{bench}_jpeg_compression", f"{bench}_dark_illumination", f"{bench}_lens_blur"} < set(theirs)
+    assert len(theirs) == 16
+    assert all(names.parsed(f"CLEAR_{name}") == (f"CLEAR_{bench}", own, "high") for name, own in theirs.items())
+    with pytest.raises(ClearError, match="at level high, not low"):
+        names.target_name(bench, "dark", "low", authors=True)
+
+
+@pytest.mark.parametrize("bench", ["CLEAR_MMBench_DEV_EN_V11", "M_MMStar", "CV-Bench-2D", "M_My-Bench"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        "exact_matching_result",
+        "openai_result",
+        "acc",
+        "gpt-4-0125_result",
+        "gpt-4-turbo_score",
+        "gpt-4o",
+        "dark",
+        "high",
+        "lens_blur_low",
+        "LOW_LEVEL",
+        "LOW_LEVEL_HIGH_result",
+        "jpeg_compression_HIGH",
+        "LOW_LEVEL_HARD",
+    ],
+)
+def test_a_name_that_ends_in_something_else_is_no_clean_benchmark(tmp_path, bench, end):
+    file = Path(write(tmp_path / f"{bench}_{end}.tsv", [mcq(0, "A")]))
+    with pytest.raises(ClearError, match=rf"{end}\.tsv: the name {bench}_{end}: '.*' is no level or corruption"):
+        benchmarks.read_predictions([file])
+    write(file, [mcq(0, "A", bench=bench, corruption="clean", severity="clean")])
+    assert benchmarks.read_predictions([file])["bench"].tolist() == [bench], "unless its columns say what it is"
 
 
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
@@ -95,6 +135,68 @@ def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
     level = found["levels"]["clean"]
     assert level["circular"] == level["score"] == pytest.approx(1 / 3) and level["single"] == pytest.approx(4 / 6)
     assert level["questions"] == 6 and level["unmatched"] == 1 and level["rejected"] == 0
+
+
+def test_mmbench_without_rotations_is_not_called_circular(tmp_path):
+    rows = [mcq(1, "A"), mcq(2, "B"), mcq(3, "A"), mcq(4, "A")]
+    found = benchmarks.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))
+    bench = found["benchmarks"]["MMBench_DEV_EN_V11"]
+    assert bench["circular"] is False and bench["levels"]["clean"]["score"] == 0.75
+    assert "circular" not in bench["levels"]["clean"]
+    assert "MMBench_DEV_EN_V11 (no rotations)" in benchmarks.table(found)
+    # A level without rotations is not compared with one that has them.
+    mixed = scored(tmp_path, MMBench_DEV_EN_V11=[*rows, mcq(1000001, "B")], MMBench_DEV_EN_V11_LOW_LEVEL_HIGH=rows)
+    bench = benchmarks.summary(mixed)["benchmarks"]["MMBench_DEV_EN_V11"]
+    assert bench["circular"] is False and bench["levels"]["clean"]["score"] == 3 / 5
+
+
+def test_rotations_without_their_first_row_are_dropped_as_in_vlmevalkit_and_said(tmp_path):
+    rows = [mcq(1, "A"), mcq(1000001, "A"), mcq(2, "B"), mcq(1000003, "A"), mcq(2000003, "A")]
+    found = benchmarks.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))
+    level = found["benchmarks"]["MMBench_DEV_EN_V11"]["levels"]["clean"]
+    assert level["circular"] == 0.5 and level["incomplete"] == 1 and level["single"] == 0.8
+    assert "MMBench_DEV_EN_V11: 1 questions of which the first row is missing" in benchmarks.table(found)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+@pytest.mark.parametrize("left_out", [0, 1, 7, 8, 299])
+def test_a_row_that_is_left_out_breaks_its_own_mmvp_pair_and_no_other(tmp_path, first, left_out):
+    """300 rows, every second pair right: with positions in place of indices all pairs fell apart."""
+    rows = [mcq(first + n, "A" if n // 2 % 2 else "B", question=f"Pair {n // 2}?") for n in range(300)]
+    level = benchmarks.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
+    assert level["pair"] == 0.5 and level["incomplete"] == 0
+    del rows[left_out]
+    found = benchmarks.summary(scored(tmp_path, MMVP=rows[::-1]))
+    level = found["benchmarks"]["MMVP"]["levels"]["clean"]
+    assert level["pair"] == pytest.approx((75 - left_out // 2 % 2) / 149) and level["incomplete"] == 1
+    assert "MMVP: 1 pairs of which one half is missing" in benchmarks.table(found)
+
+
+def test_cv_bench_is_given_plain_and_by_source(tmp_path):
+    rows = [mcq(n, "A" if n < 5 else "B", source="ADE20K" if n < 4 else "COCO", category="Count") for n in range(6)]
+    found = benchmarks.summary(scored(tmp_path, **{"CV-Bench-2D": rows, "CV-Bench-2D_dark_HIGH": rows}))
+    level = found["benchmarks"]["CV-Bench-2D"]["levels"]["high"]
+    assert level["score"] == pytest.approx(5 / 6) and level["sources"] == 0.75
+    assert level["by_source"] == {"ADE20K": 1.0, "COCO": 0.5} and level["by_category"] == {
+        "Count": pytest.approx(5 / 6)
+    }
+    assert "  mean over sources" in benchmarks.table(found)
+
+
+def test_an_option_without_text_keeps_its_letter(tmp_path):
+    """VLMEvalKit reads the option "None" as an empty cell, and writes it as one."""
+    gap = {"A": "", "B": "two", "C": "", "D": "four"}
+    said = ["A", "The answer is C.", "Either A or D", "four"]
+    rows = [mcq(n, text, "D" if n > 1 else "AC"[n], **gap) for n, text in enumerate(said)]
+    frame = scored(tmp_path, MMStar=rows)
+    assert frame.score.tolist() == [1, 1, 0, 1] and frame.how.tolist() == ["rule", "rule", "unmatched", "rule"]
+
+
+def test_an_answer_tag_that_is_never_closed_still_answers(tmp_path):
+    frame = scored(
+        tmp_path, MMStar=[mcq(0, "<think>B, no</think> <answer> A"), mcq(1, "the answer is **a**, I see it so")]
+    )
+    assert frame.score.tolist() == [1, 1]
 
 
 def test_mmvp_is_scored_by_single_question_and_by_pair(tmp_path):
@@ -130,8 +232,42 @@ def test_free_answers_are_matched_exactly_and_gold_answers_may_be_texts(tmp_path
     free = {"index": 0, "question": "How many?", "answer": "Two.", "prediction": "two"}
     frame = scored(tmp_path, RealWorldQA=[free, mcq(1, "B", "blue"), free | {"index": 2, "prediction": "2"}])
     assert frame.score.tolist() == [1.0, 1.0, 0.0] and frame.how.tolist() == ["exact", "rule", "exact"]
-    with pytest.raises(ClearError, match="index 1: the answer 'green' names none"):
+    with pytest.raises(ClearError, match=r"X\.tsv: index 1: the answer 'green' names none"):
         scored(tmp_path, X=[mcq(1, "B", "green")])
+
+
+def test_signs_decide_a_free_answer_and_files_with_and_without_options_go_together(tmp_path):
+    said = [("5", "-5"), ("-3", "3"), ("<", "<"), ("1,000", "1000"), ("2/3", "2 3")]
+    free = [{"index": n, "question": "x?", "answer": a, "prediction": b} for n, (a, b) in enumerate(said)]
+    frame = scored(tmp_path, MathVista_MINI=free, MMStar=[mcq(0, "A")])
+    assert frame.score.tolist() == [0, 0, 1, 1, 0, 1]
+
+
+@pytest.mark.parametrize("ending", ["tsv", "csv", "xlsx", "parquet", "json", "jsonl"])
+def test_every_format_gives_the_same_scores(tmp_path, ending):
+    """Options called None and NA, different numbers of options, and a prediction that is missing."""
+    rows = [
+        mcq(1, "(A) None", "A", A="None", B="NA", C="007", image="x" * 99),
+        mcq(2, "007", "C", A="None", B="NA", C="007", image="x" * 99),
+        mcq(3, None, "B", A="1e5", B="true", C=None, image="1"),
+        mcq(4, "na", "B", A="None", B="NA", C=None, image="1"),
+    ]
+    frame = pd.DataFrame(rows)
+    file = tmp_path / f"M_Bench.{ending}"
+    if ending == "tsv":
+        frame.to_csv(file, sep="\t", index=False)
+    elif ending == "csv":
+        frame.to_csv(file, index=False)
+    elif ending == "xlsx":
+        frame.to_excel(file, index=False)
+    elif ending == "parquet":
+        frame.to_parquet(file)
+    else:
+        frame.to_json(file, orient="records", lines=ending == "jsonl")
+    found = benchmarks.score(benchmarks.read_predictions([file]))
+    assert found["index"].tolist() == ["1", "2", "3", "4"] and found.score.tolist() == [1, 1, 0, 1]
+    assert found["A"].tolist() == ["None", "None", "1e5", "None"] and found["prediction"][2] == ""
+    assert found["bench"].tolist() == ["M_Bench"] * 4 and "image" not in found
 
 
 def mmvet(index: int, answer: str, prediction: str) -> dict:
@@ -212,7 +348,7 @@ def test_agreement_is_read_from_json_and_nothing_else(tmp_path):
 )
 def test_a_file_that_cannot_be_scored_is_named(tmp_path, rows, said):
     with pytest.raises(ClearError, match=rf"X\.tsv: .*{said}"):
-        benchmarks.read_predictions(tmp_path / "X.tsv") if write(tmp_path / "X.tsv", rows) else None
+        benchmarks.read_predictions([Path(write(tmp_path / "X.tsv", rows))])
 
 
 def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path):
