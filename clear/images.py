@@ -21,7 +21,7 @@ import numpy as np
 from clear.errors import ClearError
 
 READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
-"""The formats that are read, by Pillow's names. An MPO file (a JPEG with further ones behind it) is opened as a JPEG."""
+"""Formats that are read, by Pillow's names. An MPO file (a JPEG with further ones behind it) is opened as a JPEG."""
 
 EXIF_ORIENTATION = 0x0112
 """The EXIF tag that says how a picture is turned."""

@@ -1,5 +1,6 @@
 """Every kind of image file becomes RGB by the rule that `decode_image` states, or is refused by name."""
 
+import os
 import zlib
 from io import BytesIO
 
@@ -9,7 +10,9 @@ import pytest
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
+from clear.config import compose, from_dict
 from clear.errors import ClearError
+from clear.reasoning.ask import ask
 from clear.records import decode_image, encode_image
 
 HEIGHT, WIDTH = 24, 40
@@ -177,7 +180,7 @@ def test_damage_inside_a_jpeg_is_found_and_a_whole_one_is_never_refused(kind, mo
     assert (decode_image(whole) == expected).all()
     start = whole.index(b"\xff\xda")
     for damage in DAMAGE.values():
-        with pytest.raises(ClearError, match="row 7: .* not a complete image"):
+        with pytest.raises(ClearError, match=r"row 7: .* not a complete image"):
             decode_image(damage(whole, start + (len(whole) - start) // 2), "row 7")
 
 
@@ -276,3 +279,15 @@ def test_too_many_pixels_are_refused_from_the_header(kind):
         data[place : place + 4] = side.to_bytes(2, "big") * 2
     with pytest.raises(ClearError, match=r"row 1: .*4225000000 pixels.*make it smaller"):
         decode_image(bytes(data), "row 1")
+
+
+def test_ask_refuses_a_picture_that_cannot_be_read_before_it_loads_a_model(tmp_path):
+    for name, data, said in (
+        ("a.heic", FOREIGN["a HEIC picture"], "a HEIC picture, which cannot be read; convert it"),
+        ("a.jpg", saved(photo(), "JPEG")[:-300], "not a complete image"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ClearError, match=rf"{name}: .*{said}"):
+            ask(tmp_path / name, "what ?", tmp_path / "no model", "auto", from_dict(compose([])))
+    with pytest.raises(ClearError, match=r"caf\\xe9.png is not a file"):
+        ask(tmp_path / os.fsdecode(b"caf\xe9.png"), "what ?", tmp_path / "no model", "auto", from_dict(compose([])))
