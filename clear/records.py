@@ -9,6 +9,7 @@ so equal samples give equal bytes.
 import functools
 import hashlib
 import json
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -263,12 +264,21 @@ def check_schema(file: Path, found: "pa.Schema") -> None:
 
 def write_json(path: Path | str, value: dict) -> None:
     """Write JSON with sorted keys, rounded floats and a final newline, so that equal values give equal bytes."""
+    write_text(path, json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Write a text file (UTF-8), whole or not at all; of several that write it at once the last one counts."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with naming(path):
-        partial.write_text(json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
-    partial.rename(path)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        with naming(path):
+            partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _rounded(value):

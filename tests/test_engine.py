@@ -19,7 +19,7 @@ from clear.model.sequence import LATENT, VIT, Image, Text, layout
 from clear.reasoning import engine, grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Context, Options, generate, velocities
-from clear.reasoning.tokenizer import decode
+from clear.reasoning.tokenizer import decode, encode
 from clear.training import scoring
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -81,6 +81,66 @@ def test_the_feedback_reaches_the_second_reply():
     ]
     log_probs = {round(t.replies[1].log_probs[0], 6) for t in found}
     assert len(log_probs) > 1, "another starting noise gives another picture and so other log-probabilities"
+
+
+def _scripted(monkeypatch, tokenizer, *replies):
+    """Every row says these replies, one after the other, each with its eos."""
+    eos = tiny_model()[0].config.special.eos
+    ids = iter([i for reply in replies for i in (*encode(tokenizer, reply), eos)])
+
+    def say(logits, *_):
+        return torch.full((len(logits),), next(ids)), torch.zeros(len(logits))
+
+    monkeypatch.setattr(engine, "_sample", say)
+
+
+@pytest.mark.parametrize(
+    ("reply", "restores"),
+    [
+        ("<think> a <image_restore> b </think> <answer> c </answer>", False),
+        ("<answer> c </answer> <image_restore>", False),
+        ("<think> a <image_restore> b </think>", True),
+        ("<think> a </think> <answer> c <image_restore>", True),
+    ],
+)
+def test_a_finished_answer_is_kept_wherever_the_trigger_stands(monkeypatch, reply, restores):
+    model, tokenizer = tiny_model()
+    _scripted(monkeypatch, tokenizer, reply, grammar.plain_reply("d", "e"))
+    (found,) = generate(model, tokenizer, tiny_prompts(tokenizer, 1), replace(OPTIONS, max_tokens=20))
+    assert len(found.restorations) == restores and len(found.replies) == 1 + restores
+    assert grammar.extract_answer(found.texts(tokenizer)[-1]) == ("e" if restores else "c")
+
+
+@pytest.mark.parametrize("rollout", [False, True])
+def test_every_restoration_of_a_row_starts_from_a_noise_of_its_own(monkeypatch, rollout):
+    """In evaluation it is the row's own whatever the batch; in a rollout a group may share it, restorations may not."""
+    model, tokenizer = tiny_model("direct")
+    prompts, noises, denoise = tiny_prompts(tokenizer, 3), [], engine.denoise
+
+    def noted(model, cache, rope, grid, x, *more):
+        noises.append(x)
+        return denoise(model, cache, rope, grid, x, *more)
+
+    def started(prompts, **more):
+        """Noise (restorations, rows, N, C)."""
+        _scripted(monkeypatch, tokenizer, *[grammar.restore_reply()] * 2, grammar.plain_reply("a", "b"))
+        noises.clear()
+        options = replace(OPTIONS, max_tokens=20, max_restorations=2, **more)
+        found = generate(model, tokenizer, prompts, options, 2 if rollout else 1, torch.Generator().manual_seed(0))
+        assert all(len(t.restorations) == 2 for t in found)
+        return torch.stack(noises)
+
+    monkeypatch.setattr(engine, "denoise", noted)
+    if rollout:
+        found = started(prompts, sigma=0.3, shared_noise=True)
+        assert torch.equal(found[:, ::2], found[:, 1::2])
+        found = found[:, ::2]
+    else:
+        found = started(prompts, noise_seed=5)
+        alone = [started([prompt], noise_seed=5 + n) for n, prompt in enumerate(prompts)]
+        assert torch.equal(found, torch.cat(alone, dim=1))
+    each = found.flatten(0, 1).flatten(1)
+    assert torch.corrcoef(each).fill_diagonal_(0).abs().max() < 0.9, "six different noises"
 
 
 @pytest.mark.parametrize("restore", ["plain", "always"])

@@ -15,7 +15,7 @@ from clear.reasoning.tokenizer import decode, encode
 from clear.records import Question
 from clear.training import scoring
 from clear.training.judging import judged, score_of
-from clear.training.objective import advantages, aggregate, log_weights, policy_terms
+from clear.training.objective import advantages, aggregate, clipped, log_weights, policy_terms
 from clear.training.rewards import answer_rewards, rewards, weighted
 from clear.training.stopping import falls_while_reward_rises, measured
 from tests.chat_server import completion, serving, settings, user_text
@@ -61,6 +61,20 @@ def test_the_text_loss_is_trls(kind, level):
     ours, theirs = (torch.autograd.grad(x, new, retain_graph=True)[0] for x in (loss, expected))
     assert ours.abs().sum() > 0
     torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("kind", ["dapo", "grpo", "cispo", "sapo"])
+def test_an_element_counts_as_clipped_where_its_weight_no_longer_moves_the_loss(kind):
+    ratio = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.29, 1.31, 2.0]).repeat(3)
+    advantage = torch.tensor([1.0, -1.0, 0.0]).repeat_interleave(7)
+    weight = ratio.log().requires_grad_()
+    found = clipped(kind, weight, advantage, 0.2, 0.3)
+    if kind == "cispo":  # its weight has no gradient; it is clipped above, for either sign
+        assert found.tolist() == ([False] * 5 + [True] * 2) * 2 + [False] * 7
+        return
+    policy_terms(kind, weight, torch.zeros(21), advantage, 0.2, 0.3).sum().backward()
+    assert torch.equal(found, (weight.grad == 0) & (advantage != 0))
+    assert found.sum() == (0 if kind == "sapo" else 4), "two above for a positive advantage, two below for a negative"
 
 
 def test_advantages_by_batch_and_without_rejected_samples():
@@ -185,6 +199,20 @@ def test_an_outage_of_the_judge_rejects_the_sample_and_a_total_one_stops(tmp_pat
         assert judged(client, questions[:1], ["d"]) == [0.75] and len(server.bodies) == asked, "asked once"
         with pytest.raises(ClearError, match=r"scored none of 1 answers.*503"):
             judged(client, questions[1:2], ["d"])
+
+
+def test_a_judge_reads_the_options_and_what_stands_behind_a_letter(tmp_path):
+    choice = Question("q", "test", "Which?", "B", ("a red cat", "a blue dog"))
+    free = Question("f", "test", "Why?", "it rains")
+    with serving(lambda body, number: (200, {}, completion("1"))) as server:
+        with connect(settings(server.url), "judge", tmp_path / "j") as client:
+            judged(client, [choice, choice, choice, free], ["A", "a blue dog", "the second", "rain"])
+        asked = sorted(user_text(body) for body in server.bodies)
+    said = sorted(("Answer: A. a red cat", "Answer: B. a blue dog", "Answer: the second"))
+    for text, answer in zip(sorted(t for t in asked if "Which?" in t), said, strict=True):
+        assert "Which?\nA. a red cat\nB. a blue dog\n" in text and "Correct answer: B. a blue dog\n" in text
+        assert answer in text
+    assert sum("Question: Why?\nCorrect answer: it rains\nAnswer: rain" in text for text in asked) == 1
 
 
 def test_a_falling_accuracy_under_a_rising_reward_stops():

@@ -150,6 +150,17 @@ def test_a_judge_lets_pass_what_only_sounds_different(tmp_path, verdict, reason)
     assert found.reason == reason if reason else extract_answer(found.reply_1) == "crimson"
 
 
+def test_a_judge_of_a_choice_reads_options_and_not_letters_alone(tmp_path):
+    choice = Question("q1", "colour", "which ?", "B", ("crimson", "navy"))
+    said = "<think>It is dark.</think><answer>A</answer>"
+    with serving(lambda body, number: (200, {}, completion('{"consistent": false}'))) as server:
+        with connect(settings(server.url), "judge", tmp_path / "j.sqlite") as judge:
+            found, bodies = teach(tmp_path, lambda body, number: said, task(False, question=choice), judge=judge)
+        text = user_text(server.bodies[0])
+    assert found.reason == "answer" and "which ?\nA. crimson\nB. navy" in user_text(bodies[0])
+    assert "which ?\nA. crimson\nB. navy" in text and "Reference: B. navy\nAnswer: A. crimson" in text
+
+
 def test_a_judge_that_is_out_of_service_stops_too(tmp_path):
     said = "<think>It is dark.</think><answer>crimson</answer>"
     judge = connect(settings("http://127.0.0.1:9/v1", retries=0), "judge", tmp_path / "j.sqlite")

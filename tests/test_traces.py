@@ -10,7 +10,7 @@ import pytest
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.reasoning.grammar import asks_restoration, direct_trace, extract_answer, well_formed
-from clear.records import CLEAN, Question, Sample, write_samples
+from clear.records import CLEAN, Question, Sample, drawn, write_samples
 from clear.sources.scenes import scenes
 from clear.stages import traces
 from clear.traces.oracle import restores, trace_row
@@ -244,8 +244,25 @@ def test_the_blocks_that_bound_the_memory_change_no_byte(tmp_path, monkeypatch):
     assert made[0] == made[1]
     rows = read_traces(traces.OUT)
     asked = [q.id for sample in samples for q in sample.questions[:3]]
-    assert [row.question for row in rows] == [*asked, *asked[::2]]
+    clean = sorted(drawn([f"{sample.id}/{q.id}" for sample in samples for q in sample.questions[:3]], 6))
+    assert [row.question for row in rows] == [*asked, *(asked[n] for n in clean)]
     assert [row.severity for row in rows] == ["low"] * 12 + [CLEAN] * 6
+
+
+def test_the_share_of_clean_traces_is_the_one_asked_for(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    samples = list(degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 10, 1, 64, 1)], 0.1, 1))
+    traces.run(trace_workspace(tmp_path, ["traces.clean_share=0.7"], samples))
+    rows = read_traces(traces.OUT)
+    assert [row.severity for row in rows] == ["low"] * 10 + [CLEAN] * 7
+
+
+def test_a_share_drawn_by_hash_knows_neither_order_nor_subset():
+    names = [f"{subset}-{n}" for subset in "abcde" for n in range(200)]
+    chosen = {names[n] for n in drawn(names, 200)}
+    assert len(chosen) == 200 and {names[::-1][n] for n in drawn(names[::-1], 200)} == chosen
+    assert all(25 <= sum(name[0] == subset for name in chosen) <= 55 for subset in "abcde")
+    assert drawn(names[:3], 5) == {0, 1, 2} and drawn(names, 0) == set()
 
 
 def test_no_clean_trace_where_none_is_wanted(tmp_path, monkeypatch):

@@ -38,10 +38,10 @@ class Options:
 
     restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
     is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
-    pixels, read by the ViT). noise_seed gives every prompt its own starting noise, whatever the batch. sigma > 0
-    records an SDE trajectory instead of the ODE, and excludes guidance (ClearError): noise enters in the steps
-    window[0] ≤ k < window[1] only (None: in all), and with `shared_noise` the rows of a group start from the same
-    noise, so that only the window tells them apart. temperature 0 is greedy.
+    pixels, read by the ViT). noise_seed gives every restoration of every prompt its own starting noise, whatever the
+    batch. sigma > 0 records an SDE trajectory instead of the ODE, and excludes guidance (ClearError): noise enters in
+    the steps window[0] ≤ k < window[1] only (None: in all), and with `shared_noise` the rows of a group start from the
+    same noise, so that only the window tells them apart. temperature 0 is greedy.
     """
 
     restore: str = "auto"
@@ -279,8 +279,8 @@ def _restore(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], grid, options
     elif options.noise_seed is None:
         noise = torch.randn(shape, generator=generator)
     else:
-        own = [torch.Generator().manual_seed(options.noise_seed + t.prompt) for t in rows.trajectories]
-        noise = torch.stack([torch.randn(shape[1:], generator=g) for g in own])
+        drawn = [_row_noise(options.noise_seed + t.prompt, len(t.restorations), shape[1:]) for t in rows.trajectories]
+        noise = torch.stack(drawn)
     noise = noise.to(rows.rope.device)
     dropped = dropped_contexts(model, rows, prompts, options.guidance)
     same = options.shared_noise and options.restore == "always" and not rows.trajectories[0].restorations
@@ -291,6 +291,14 @@ def _restore(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], grid, options
         log_probs = None if found.log_probs is None else found.log_probs[:, i]
         trajectory.restorations.append(Restoration(found.x0[i], grid, states, log_probs))
     feed_back(model, rows, found.x0, grid, options.feedback, reencode)
+
+
+def _row_noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
+    """Starting noise of a row's restoration of this number, from 0: the next draw of the row's own stream each time."""
+    stream = torch.Generator().manual_seed(seed)
+    for _ in range(number):
+        torch.randn(shape, generator=stream)
+    return torch.randn(shape, generator=stream)
 
 
 def feed_back(model: Bagel, rows: _Rows, latents: Tensor, grid, feedback: str = "bridge", reencode=None) -> None:

@@ -7,24 +7,42 @@ from typing import TYPE_CHECKING
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.records import read_samples, write_json
+from clear.records import drawn, read_samples, write_json
 from clear.runtime import apply_runtime
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
     from clear.endpoint import Client
+    from clear.reasoning.engine import Options
     from clear.training.load import Incoming
     from clear.training.policy import Task
 
 INPUTS = ("data/models/bridge", "data/degraded/rl", "data/degraded/validation")
 
 
+def rollout_options(config: Config) -> "Options":
+    """How rollouts are made: stochastic, without guidance, and with a number of flow steps of their own."""
+    from clear.reasoning.engine import Options
+
+    s, g = config.sampling, config.grpo
+    return Options(
+        restore=g.restore,
+        flow_steps=g.flow_steps or s.flow_steps,
+        shift=s.shift,
+        sigma=g.sigma,
+        temperature=g.temperature,
+        max_tokens=s.max_think_tokens,
+        max_restorations=s.max_restorations,
+        batch=s.batch,
+        shared_noise=g.shared_noise,
+    )
+
+
 def prepare(config: Config) -> "tuple[Incoming, Task]":
     """Load the bridge model, choose what is trained, and gather the rl split's prompts and what judges the policy."""
     from clear.model import lora
     from clear.reasoning.answering import Answerer
-    from clear.reasoning.engine import Options
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.stages.paths import model_folder
     from clear.training import sft
@@ -32,14 +50,15 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     from clear.training.load import incoming, trainable
     from clear.training.policy import Task
 
-    s, g = config.sampling, config.grpo
+    g = config.grpo
     start = incoming(model_folder("bridge", config), config, whole=False)
     model, tokenizer = start.model, start.tokenizer
     lora.set_dropout(model, 0.0)
     answerer = Answerer(model, start.vae, tokenizer, config)
     samples = list(read_samples("data/degraded/rl"))
-    clean = round(g.clean_share * len(samples))
-    shown = [s.image if i < clean else s.seen for i, s in enumerate(samples)]
+    paired = [i for i, s in enumerate(samples) if s.paired]
+    clean = {paired[k] for k in drawn([samples[i].id for i in paired], round(g.clean_share * len(samples)))}
+    shown = [s.image if i in clean else s.seen for i, s in enumerate(samples)]
     bank = answerer.bank(shown, [s.key for s in samples])
     asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:1]]
     prompts = [make_prompt(tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
@@ -47,7 +66,7 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     quality = None
     if g.reward_latent_quality:
         pictures = answerer.bank([s.image for s in samples], [s.key for s in samples])
-        partners = [i if i < clean or samples[i].paired else None for i, _ in asked]
+        partners = [i if samples[i].paired else None for i, _ in asked]
         quality = LatentQuality(g.latent_quality, pictures, partners, answerer.reencode)
 
     held = list(read_samples("data/degraded/validation"))
@@ -59,20 +78,9 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
         answers = answerer.answer(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
-    options = Options(
-        restore=g.restore,
-        flow_steps=s.flow_steps,
-        shift=s.shift,
-        sigma=g.sigma,
-        temperature=g.temperature,
-        max_tokens=s.max_think_tokens,
-        max_restorations=s.max_restorations,
-        batch=s.batch,
-        shared_noise=g.shared_noise,
-    )
     never = (*sft.FROZEN, *(sft.GENERATION if g.experts == "und" else ()))
     trainable(model, sft.GENERATION if g.experts == "gen" else (), never)
-    return start, Task(tokenizer, prompts, [q for _, q in asked], options, holdout, quality=quality)
+    return start, Task(tokenizer, prompts, [q for _, q in asked], rollout_options(config), holdout, quality=quality)
 
 
 def _judge(config: Config) -> "AbstractContextManager[Client | None]":

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from clear.bench.scoring import is_correct
 from clear.config import Config
 from clear.errors import ClearError
-from clear.records import Question, Sample, read_samples, write_json
+from clear.records import Question, Sample, drawn, read_samples, write_json
 from clear.rejects import Reject, RejectWriter
 from clear.runtime import apply_runtime
 from clear.traces.oracle import restores, trace_row
@@ -49,9 +49,10 @@ def run(config: Config) -> None:
 
     total = _checked(config)
     answerer = Answerer.load(model_folder("base", config), config)
-    step = max(1, round(1 / config.traces.clean_share)) if config.traces.clean_share else 0
     # Without a clean partner there is neither a clean image to show nor one to restore.
-    shown_clean = {n for n, sample, _ in _asked(config) if step and n % step == 0 and sample.paired}
+    paired = {n: f"{sample.id}/{question.id}" for n, sample, question in _asked(config) if sample.paired}
+    chosen = drawn(list(paired.values()), round(config.traces.clean_share * total))
+    shown_clean = {n for place, n in enumerate(paired) if place in chosen}
     seen = _right(config, answerer, ((n, s.key, s.seen, q) for n, s, q in _asked(config)), total)
     # The clean image is asked only where its answer matters: in a clean trace, or after a failure.
     asked = shown_clean | {n for n, right in seen.items() if not right}
@@ -200,13 +201,14 @@ def _agreeing(config: Config, answers: dict[int, tuple[Question, str]]) -> dict[
     """The judge's verdict on the base's free answers that do not match exactly; an outage stops the stage."""
     from clear.bench.judge import agreements
     from clear.endpoint import Outage, connect
+    from clear.reasoning.prompts import question_text
     from clear.stages.paths import replies_file
 
     open_ = {n: (q, a) for n, (q, a) in answers.items() if not q.options and a and not is_correct(a, q)}
     if not config.traces.judge or not open_:
         return {}
     with connect(config.judge, "judge", replies_file("judge")) as judge:
-        verdicts = agreements(judge, [(q.text, q.answer, a) for q, a in open_.values()])
+        verdicts = agreements(judge, [(question_text(q), q.answer, a) for q, a in open_.values()])
     failed = [v for v in verdicts if isinstance(v, str)]
     if failed:
         raise Outage(f"traces: the judge gave no verdict on {len(failed)} answers of the base, the first: {failed[0]}")

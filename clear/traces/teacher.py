@@ -20,7 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from clear.bench.judge import agreements
-from clear.bench.scoring import is_correct
+from clear.bench.scoring import is_correct, spelled_out
 from clear.endpoint import Client, Malformed, Outage, Refused, Request, messages
 from clear.reasoning import grammar
 from clear.reasoning.prompts import question_text
@@ -154,7 +154,7 @@ def _attempt(teacher: Client, task: Task, give_answer: bool, judge: Client | Non
     if not evidence or not answer or (restored and not diagnosis):
         return _Bad("form", "an empty block")
     if not is_correct(answer, task.question):
-        wrong = _judged(judge, asked, task.question.answer, answer)
+        wrong = _judged(judge, asked, *(spelled_out(text, task.question) for text in (task.question.answer, answer)))
         if wrong is not None:
             return wrong
     return _row(task, diagnosis, evidence, answer)

@@ -44,7 +44,7 @@ from clear.reasoning.prompts import Prompt
 from clear.training import objective, scoring, sharded
 from clear.training.judging import judged
 from clear.training.objective import advantages
-from clear.training.parallel import gathered, world
+from clear.training.parallel import gathered, rank, world
 from clear.training.policy import Policy, Task, order, processing_class, streams
 from clear.training.preemption import saved_on_sigterm
 from clear.training.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
@@ -134,10 +134,14 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
         rolled = time.perf_counter()
         parts = self._rewards(bagel, [numbers[t.prompt] for t in self.rollout])
-        text, image = (advantages(v, group, self.grpo.scale_advantages) for v in self._totals(parts))
+        # Advantages and figures are those of the whole step, of which this process keeps its own rows.
+        step = gathered({"parts": parts, "restored": [bool(t.restorations) for t in self.rollout]})
+        every = [advantages(v, group, self.grpo.scale_advantages) for v in self._totals(step["parts"])]
+        self._log_rollout(step["parts"], step["restored"], *every)
+        mine = rank() * len(parts) if world() > 1 else 0
+        text, image = (values[mine : mine + len(parts)] for values in every)
         of_step = streams(seed, "steps", len(self.rollout)) if self.own_streams else [generator] * len(self.rollout)
         self.steps = [self._chosen_steps(options, stream) for stream in of_step]
-        self._log_rollout(parts, text, image)
         counted = [n for n, pair in enumerate(zip(text, image, strict=True)) if any(pair)]
         self.rows = self._per_process(len(counted))
         self.tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
@@ -189,7 +193,10 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         # What has no image to judge is left out of its group's mean.
         return text, [weighted(p, self.grpo, sorted(images)) if p and images <= set(p) else None for p in parts]
 
-    def _log_rollout(self, parts: list[dict | None], text: list[float], image: list[float]) -> None:
+    def _log_rollout(
+        self, parts: list[dict | None], restored: list[bool], text: list[float], image: list[float]
+    ) -> None:
+        """Figures of a step, from the rows of all processes."""
         log, group = self._metrics["train"], self.num_generations
         known = [p for p in parts if p]
         for name in dict.fromkeys(name for p in known for name in p):
@@ -198,7 +205,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         if self.task.judge is not None:
             log["rejected"].append(float(len(parts) - len(known)))
         log["image_advantage"].append(sum(map(abs, image)) / len(image))
-        log["call_rate"].append(sum(bool(t.restorations) for t in self.rollout) / len(self.rollout))
+        log["call_rate"].append(sum(restored) / len(restored))
         judged = {"groups_with_variance": text}
         if self.grpo.separate_advantages:
             judged["image_groups_with_variance"] = image
@@ -231,7 +238,9 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         return max(1, total) / world()
 
     def _chosen_steps(self, options: Options, generator: torch.Generator) -> list[int]:
-        """The SDE steps that are scored, in order: K distinct ones, those of the window, or all."""
+        """The SDE steps that are scored, in order: K distinct ones, those of the window, or all; none without a use."""
+        if not self.grpo.image_weight and not self.grpo.velocity_weight:
+            return []
         if self.grpo.sde_choice != "random":
             return list(range(*(options.window or (0, options.flow_steps))))
         count = min(self.grpo.sde_steps, options.flow_steps)
@@ -249,7 +258,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         """Clipped text and image terms, KL to the reference and the velocity anchor, of one slice of the rollout."""
         grpo, bagel = self.grpo, self.accelerator.unwrap_model(model).bagel
         rows = zip(*(inputs[name].tolist() for name in ("index", "advantages", "image_advantages")), strict=True)
-        text_too = grpo.text_weight > 0 or grpo.beta > 0
+        text_too = grpo.text_weight > 0  # else nothing of the text is scored: a term times 0 costs, and may be NaN
         kept = [row for row in rows if any(row[1:]) and (text_too or self.rollout[row[0]].restorations)]
         idle = self.sharded is not None and not kept
         if idle:  # every process takes part in every gathering of a layer, here with weight 0
@@ -257,28 +266,31 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         if not kept:
             return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
         numbers = [n for n, _, _ in kept]
-        chosen = [self.rollout[n] if text_too else _until_restored(self.rollout[n]) for n in numbers]
+        chosen = [self.rollout[n] if text_too else _without_text(self.rollout[n]) for n in numbers]
         steps = [self.steps[n] for n in numbers]
         request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
         request += (grpo.temperature, self.token_budget)
         new = scoring.Scores(*model(lambda policy: self._scores(policy, request)))
         old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
         reference = new
-        if grpo.beta or grpo.velocity_weight:
+        if (text_too and grpo.beta) or grpo.velocity_weight:
             with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
                 reference = incoming(lambda policy: scoring.score(policy, *request))
         text_advantage, image_advantage = torch.tensor([r[1:] for r in kept], device=new.text.device).T
+        text_advantage, image_advantage = text_advantage[new.text_row], image_advantage[new.image_row]
         bounds = grpo.clip, grpo.clip_high or grpo.clip
         weight = objective.log_weights(new.text, old_text, new.text_row, grpo.ratio_level)
         gap = reference.text - new.text
         kl = torch.exp(gap) - gap - 1
-        terms = objective.policy_terms(grpo.loss_type, weight, new.text, text_advantage[new.text_row], *bounds)
+        terms = objective.policy_terms(grpo.loss_type, weight, new.text, text_advantage, *bounds)
+        if grpo.beta:
+            terms = terms + grpo.beta * kl
         parts, longest = (
             self.args.gradient_accumulation_steps,
             self.options.max_tokens * (1 + self.options.max_restorations),
         )
         share = self.tokens, self.rows, parts, longest
-        text = objective.aggregate(grpo.loss_type, terms + grpo.beta * kl, new.text_row, *share)
+        text = objective.aggregate(grpo.loss_type, terms, new.text_row, *share)
         loss = grpo.text_weight * text
         if idle:
             return loss * 0.0
@@ -286,21 +298,24 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         ratio, image_error = torch.exp(weight), 0.0
         if len(new.image):
             image_weight = new.image - old_image
-            image_terms = objective.policy_terms(
-                "clip", image_weight, new.image, image_advantage[new.image_row], *bounds
-            )
             anchor = ((new.velocity - reference.velocity) ** 2).mean() * len(new.image) / self.images
-            loss = loss + grpo.image_weight * (image_terms.sum() / self.images) + grpo.velocity_weight * anchor
+            if grpo.image_weight:
+                image_terms = objective.policy_terms("clip", image_weight, new.image, image_advantage, *bounds)
+                loss = loss + grpo.image_weight * (image_terms.sum() / self.images)
+            if grpo.velocity_weight:
+                loss = loss + grpo.velocity_weight * anchor
             image_ratio = torch.exp(image_weight)
             image_error = (image_ratio - 1).abs().max().item()
             if reference is not new:
                 log["velocity_distance"].append(anchor.item())
-            log["image_clipped"].append(((image_ratio - 1).abs() > grpo.clip).float().mean().item())
+            clipped = objective.clipped("clip", image_weight, image_advantage, *bounds)
+            log["image_clipped"].append(clipped.float().mean().item())
         text_error = 0.0
         if len(new.text):
             text_error = (ratio - 1).abs().max().item()
             log["entropy"].append(new.entropy.mean().item())
-            log["clipped"].append(((ratio - 1).abs() > grpo.clip).float().mean().item())
+            clipped = objective.clipped(grpo.loss_type, weight, text_advantage, *bounds)
+            log["clipped"].append(clipped.float().mean().item())
             if reference is not new:
                 log["kl"].append(kl.mean().item())
         log["ratio_error"].append(max(text_error, image_error))
@@ -316,9 +331,10 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         return tuple(vars(found).values())
 
 
-def _until_restored(trajectory: Trajectory) -> Trajectory:
-    """The trajectory up to its last restoration: all that the image term reads."""
-    return replace(trajectory, replies=trajectory.replies[: len(trajectory.restorations)])
+def _without_text(trajectory: Trajectory) -> Trajectory:
+    """The trajectory up to its last restoration, all that the image term reads, with no token of it to be scored."""
+    read = trajectory.replies[: len(trajectory.restorations)]
+    return replace(trajectory, replies=[replace(reply, forced=len(reply.ids)) for reply in read])
 
 
 def _no_reward(completions, **_) -> list[float]:
@@ -356,10 +372,9 @@ def make_trainer(run: StageRun, model: Bagel, task: Task) -> InterleavedGRPO:
         GRPOConfig,
         run,
         run.folder / "grpo",
-        grpo.steps,
         micro,
-        grpo.lr,
-        grpo.warmup,
+        grpo,
+        grpo.optimiser,
         gradient_accumulation_steps=accumulation,
         steps_per_generation=accumulation,
         num_generations=grpo.group_size,

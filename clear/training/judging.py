@@ -1,14 +1,17 @@
 """Accuracy by a judge model over HTTP, for answers that exact match cannot score (METHOD §4 "accuracy").
 
 Departures from the published code: a judge that cannot be reached, or says nothing usable, rejects the sample (there
-its answer counts as wrong or half right), and the same pair of answers is asked once (clear/endpoint.py).
+its answer counts as wrong or half right), the same pair of answers is asked once (clear/endpoint.py), and of a
+multiple-choice question it reads the options, and the text of the option behind a letter.
 """
 
 import re
 from collections.abc import Sequence
 
+from clear.bench.scoring import spelled_out
 from clear.endpoint import Client, EndpointError, Reply, Request, messages
 from clear.errors import ClearError
+from clear.reasoning.prompts import question_text
 from clear.records import Question
 
 PROMPT = (
@@ -26,6 +29,11 @@ def score_of(text: str) -> float | None:
     return float(found[1]) if found and float(found[1]) <= 1 else None
 
 
+def _prompt(question: Question, answer: str) -> str:
+    gold, found = (spelled_out(text, question) for text in (question.answer, answer))
+    return PROMPT.format(question=question_text(question), gold=gold, found=found)
+
+
 def judged(client: Client, questions: Sequence[Question], answers: Sequence[str]) -> list[float | None]:
     """Scores in [0, 1] of extracted answers; None where the judge could not be asked or understood.
 
@@ -33,10 +41,7 @@ def judged(client: Client, questions: Sequence[Question], answers: Sequence[str]
     a sample's fault), and an EndpointError that concerns every request.
     """
     asked = [n for n, answer in enumerate(answers) if answer.strip()]
-    requests = (
-        Request(messages(PROMPT.format(question=questions[n].text, gold=questions[n].answer, found=answers[n])))
-        for n in asked
-    )
+    requests = (Request(messages(_prompt(questions[n], answers[n]))) for n in asked)
     found: list[float | None] = [0.0] * len(answers)
     last: EndpointError | None = None
     for n, reply in zip(asked, client.ask_all(requests), strict=True):

@@ -40,6 +40,21 @@ def policy_terms(kind: str, log_weight: Tensor, log_prob: Tensor, advantage: Ten
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - low, 1 + high) * advantage)
 
 
+def clipped(kind: str, log_weight: Tensor, advantage: Tensor, low: float, high: float) -> Tensor:
+    """Which elements (T,) of `policy_terms` are clipped, bool: the weight is beyond the bound that its side has.
+
+    That is the upper one for a positive advantage and the lower one for a negative: on the other side the unclipped
+    branch is the smaller one and counts. "cispo" has the upper bound only, for either sign; "sapo" clips nothing.
+    """
+    ratio = torch.exp(log_weight)
+    above, below = ratio > 1 + high, ratio < 1 - low
+    if kind == "sapo":
+        return torch.zeros_like(above)
+    if kind == "cispo":
+        return above & (advantage != 0)
+    return (above & (advantage > 0)) | (below & (advantage < 0))
+
+
 def aggregate(kind: str, terms: Tensor, row: Tensor, tokens: float, rows: float, parts: int, longest: int) -> Tensor:
     """Terms (T,) of one of the `parts` slices of a step to their share of the step's loss.
 
