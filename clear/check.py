@@ -4,10 +4,13 @@
 files instead, so this compares the lock with what a clone does have: the stages and commands of dvc.yaml, the values
 of params.yaml, the code, the outputs kept in git, and the lock with itself (a stage must have read what the stage
 before it wrote). It also compares params.yaml with the composition of clear/conf, because `dvc exp run` recomposes it
-silently. Hashes are DVC's own.
+silently. Hashes are DVC's own. Nothing is written to the project, which may be one that can only be read.
 """
 
+import os
+import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,14 +32,39 @@ def drifts(root: Path) -> list[str]:
     Raises ClearError where a file cannot be read at all (invalid params.yaml, dvc.yaml or dvc.lock, no DVC here).
     """
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
 
     lines = composition_drifts(root)
     try:
-        with Repo(str(root)) as repo:
+        with _read_only(root) as repo:
             return lines + lock_drifts(repo)
     except DvcException as error:
         raise ClearError(f"{root.resolve()}: DVC cannot read this project: {error}.") from error
+
+
+@contextmanager
+def _read_only(root: Path) -> Iterator["Repo"]:
+    """The DVC project at `root`, opened without the files that DVC makes in it; hashes are cached where they may be."""
+    from dvc.repo import Repo
+
+    with tempfile.TemporaryDirectory(prefix="clear-check-") as made:
+
+        class Reader(Repo):
+            tmp_dir = made
+
+            @property
+            def site_cache_dir(self) -> str:
+                try:
+                    usual = Path(super().site_cache_dir)
+                    usual.mkdir(exist_ok=True)
+                except OSError:
+                    return made
+                return str(usual) if os.access(usual, os.W_OK) else made
+
+            def _ignore(self) -> None:
+                """Not even .gitignore is completed."""
+
+        with Reader(str(root)) as repo:
+            yield repo
 
 
 def composition_drifts(root: Path) -> list[str]:

@@ -113,8 +113,8 @@ def gate(
 ) -> None:
     """Decide by the policy in params.yaml whether a change may pass.
 
-    Exit status 0: yes. 1: no. 2: cannot decide; the sides are not comparable, a revision is not in this clone, or a file
-    cannot be read.
+    Exit status 0: yes. 1: no. 2: cannot decide; the sides are not comparable, a revision is not in this clone, or a
+    file cannot be read.
     """
     from clear.compare.load import read_sides
     from clear.compare.verdict import decide, report_lines

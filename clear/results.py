@@ -41,9 +41,12 @@ def render(workspace: Path) -> str:
 
 def _parse(text: str, name: str) -> dict:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
+        metrics = json.loads(text)
+        if not isinstance(metrics, dict):
+            raise ValueError(f"{metrics!r} is no object")
+    except ValueError as error:
         raise ClearError(f"{name}: not valid JSON ({error}); run `dvc repro` for the stage that writes it.") from error
+    return metrics
 
 
 def _cells(metrics: dict) -> tuple[str, ...]:
@@ -63,8 +66,8 @@ def _committed(workspace: Path, file: Path) -> tuple[str, ...] | None:
 
 
 def _report_line(workspace: Path) -> str:
-    name = paths.profile(workspace)
-    pages = sorted(paths.report_dir(name).glob("index.*")) or sorted(paths.report_dir(name).glob("*.html"))
+    folder = paths.report_dir(paths.profile(workspace), create=False)
+    pages = sorted(folder.glob("index.*")) or sorted(folder.glob("*.html"))
     if pages:
         return f"report: {pages[0]}"
     return "report: not rendered on this machine yet; `dvc repro --force --single-item report` does it."

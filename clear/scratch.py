@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clear.config import PARAMS, PROFILES, compose
 from clear.errors import ClearError
+from clear.records import write_text
 from clear.stages import paths
 
 _OWN = {".dvc", "data", "dvc.lock"}
@@ -28,7 +29,7 @@ def write_params(file: Path, overrides: Sequence[str] = ()) -> None:
     """Compose clear/conf into `file`, byte for byte as `dvc exp run` does."""
     from omegaconf import OmegaConf
 
-    file.write_text(OmegaConf.to_yaml(OmegaConf.create(compose(list(overrides)))))
+    write_text(file, OmegaConf.to_yaml(OmegaConf.create(compose(list(overrides)))))
 
 
 def run(workspace: Path, profile: str, overrides: Sequence[str] = ()) -> Path:

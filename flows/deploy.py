@@ -16,6 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from clear.errors import ClearError
+from clear.ports import spare_loopback
 
 POOL = "clear"
 DEPLOYMENTS = Path("infra/prefect.yaml")
@@ -72,6 +73,7 @@ def ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> 
 
 def main() -> int:
     """Deploy from the working directory; 0 done, 1 refused with one line."""
+    spare_loopback()
     try:
         deploy(Path.cwd())
     except ClearError as error:

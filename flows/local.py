@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from clear.errors import ClearError
-from clear.ports import HOST, require_free
+from clear.ports import HOST, require_free, spare_loopback
 from flows import children
 from flows.deploy import POOL
 
@@ -81,6 +81,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main() -> int:
     """Run from the project's folder; 0 stopped on request, 1 failed with one line."""
     signal.signal(signal.SIGTERM, _interrupt)
+    spare_loopback()
     port = sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] else "4200"
     try:
         if not port.isdigit():

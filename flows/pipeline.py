@@ -28,6 +28,7 @@ from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, t
 from prefect.states import Cancelled, Completed, State
 
 from clear.errors import ClearError
+from clear.ports import spare_loopback
 from clear.stages.paths import profile
 from clear.writer import Busy, writer
 from flows import children
@@ -127,11 +128,13 @@ def unchanged(workspace: Path) -> set[str]:
 def environment(workspace: Path) -> dict[str, str]:
     """Environment of the commands: this interpreter first on PATH, output unbuffered, the workspace's CLEAR_HOME."""
     home = os.environ.get("CLEAR_HOME") if workspace == Path.cwd() else None
-    return os.environ | {
+    found = os.environ | {
         "CLEAR_HOME": home or str(workspace / ".clear"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
     }
+    spare_loopback(found)
+    return found
 
 
 def command_lock(workspace: Path) -> Path:
@@ -267,6 +270,7 @@ def on_the_command_line() -> Iterator[None]:
         raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    spare_loopback()  # Prefect's server is on this machine
     with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS}):
         yield
 

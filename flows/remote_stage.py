@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.errors import ClearError
+from clear.ports import spare_loopback
 from flows import children
 from flows.compute_batch import PREEMPTED
 from flows.compute_checkpoints import Keeper, forget, restore
@@ -315,6 +316,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("no request is named; set CLEAR_REQUEST")
     notice = Notice()
     signal.signal(signal.SIGTERM, notice)
+    spare_loopback()
     try:
         with tempfile.TemporaryDirectory(prefix="clear-") as work:
             return run(given.request, Path(work), notice)

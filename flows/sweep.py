@@ -16,6 +16,7 @@ from prefect import flow, get_run_logger
 from clear.config import PARAMS, load
 from clear.errors import ClearError
 from clear.placement import Compute
+from clear.ports import spare_loopback
 from flows import compute_batch as batch
 from flows.compute_store import Store, said_plainly
 
@@ -81,6 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"age of a dead lease (default {MINUTES:g})")
     given = parser.parse_args(arguments)
+    spare_loopback()
     try:
         ended = sweep(load(Path(given.workspace) / PARAMS).compute, given.minutes)
     except ClearError as error:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from clear.errors import ClearError
+from clear.ports import spare_loopback
 
 NAME = "storage"
 
@@ -67,6 +68,7 @@ def check(bucket: str, endpoint: str) -> None:
 def main(arguments: list[str]) -> int:
     """Add the remote to the working directory's project; 0 done, 1 refused with one line."""
     bucket, endpoint = [*arguments, "", ""][:2]
+    spare_loopback()
     try:
         url = add(Path.cwd(), bucket, endpoint)
     except ClearError as error:

@@ -1,13 +1,16 @@
 """`clear check`: silent where everything agrees, one line with a remedy for every kind of drift."""
 
+import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import yaml
 
 from clear.check import drifts
 from clear.errors import ClearError
-from tests.conftest import git
+from tests.conftest import ROOT, git
 
 
 def _replace(file, old, new):
@@ -32,6 +35,46 @@ def test_a_fresh_clone_without_data_or_cache_agrees(project, tmp_path):
     assert drifts(clone) == []
     (clone / "code/lib/a.txt").write_text("edited")
     assert "code/lib" in _only(clone)
+
+
+@pytest.fixture
+def clone(project, tmp_path):
+    """A fresh clone with an evaluation, which is not the one in dvc.lock."""
+    (project / "data/metrics/evaluate_base.json").write_text('{"accuracy": {"clean": 1.0}}')
+    git(project, "commit", "-q", "-a", "-m", "an evaluation")
+    git(tmp_path, "clone", "-q", str(project), str(tmp_path / "clone"))
+    return tmp_path / "clone"
+
+
+def test_commands_that_only_read_write_nothing(clone, clear, monkeypatch):
+    """`results` made the report's folder and DVC its own one, so a clone that may only be read was refused."""
+    monkeypatch.chdir(clone)
+    monkeypatch.setenv("CLEAR_HOME", str(clone / ".clear"))
+
+    def state() -> dict:
+        return {path: path.stat().st_mtime_ns for path in [clone, *clone.rglob("*")]}
+
+    before = state()
+    commands = (["results"], ["check"], ["compare", "HEAD"], ["gate", "HEAD"])
+    assert [clear(*command)[0] for command in commands] == [0, 1, 0, 2], "no predictions to judge by in these commits"
+    assert state() == before
+
+
+@pytest.mark.skipif(not shutil.which("setpriv"), reason="drops the right of root to write everywhere")
+@pytest.mark.parametrize(("command", "status"), [("results", 0), ("check", 1)])
+def test_a_clone_that_may_only_be_read_is_enough(clone, command, status):
+    call = [sys.executable, "-B", "-m", "clear", command]
+    if os.geteuid() == 0:
+        call = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all", *call]
+    subprocess.run(["chmod", "-R", "a-w", str(clone)], check=True)
+    try:
+        environment = {name: value for name, value in os.environ.items() if name != "CLEAR_HOME"}
+        environment |= {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run(call, cwd=clone, env=environment, capture_output=True, text=True)
+    finally:
+        subprocess.run(["chmod", "-R", "u+w", str(clone)], check=True)
+    said = {"results": "report: not rendered", "check": "1 drift found"}[command]
+    assert done.returncode == status and said in done.stdout + done.stderr, done.stderr
 
 
 def test_an_edited_parameter_is_named_against_conf_and_lock(project):

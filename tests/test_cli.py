@@ -1,5 +1,6 @@
 """The command line: right stage, one-line errors, an interruption that says how to go on; run records; results."""
 
+import errno
 import json
 import os
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,8 @@ import yaml
 
 from clear import cli
 from clear.errors import ClearError, naming, refusal
+from clear.records import write_json, write_text
+from clear.scratch import write_params
 from clear.stages import paths
 from tests.conftest import ROOT, git
 
@@ -158,12 +162,47 @@ def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
     assert (tmp_path / "params.yaml").read_text() == before
 
 
+def test_several_that_write_one_file_at_once_leave_it_whole(tmp_path):
+    """They shared one partial file: reports and parameters got mixed, or the second writer had none to rename."""
+    files = [tmp_path / "a.json", tmp_path / "params.yaml"]
+
+    def write(number: int) -> None:
+        for _ in range(40):
+            write_json(files[0], {"number": number, "text": "x" * 10_000 * number})
+            write_text(files[1], f"{number}\n" * 1000 * number)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(write, range(1, 9)))
+    found = json.loads(files[0].read_text())
+    assert len(found["text"]) == 10_000 * found["number"]
+    lines = files[1].read_text().split()
+    assert lines == lines[:1] * 1000 * int(lines[0])
+    assert sorted(tmp_path.iterdir()) == sorted(files), "nothing is left over"
+
+
+def test_parameters_are_replaced_whole_or_not_at_all(project, monkeypatch):
+    before = (project / "params.yaml").read_bytes()
+
+    def full(path: Path, text: str, **_) -> None:
+        with path.open("w") as file:
+            file.write(text[:100])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_params(project / "params.yaml", ["seed=7"])
+    assert (project / "params.yaml").read_bytes() == before and not list(project.glob("*.partial"))
+
+
 def test_check_exits_with_one_on_drift(project, clear):
     assert clear("check") == (0, "dvc.lock, params.yaml, code and committed results agree.\n", "")
     (project / "code/source.txt").write_text("edited")
     code, stdout, stderr = clear("check")
     assert (code, stdout) == (1, "")
     assert "code/source.txt" in stderr and "1 drift found." in stderr
+    (project / "dvc.lock").write_text("- broken")
+    code, stdout, stderr = clear("check")
+    assert (code, stdout) == (2, "") and "dvc.lock" in stderr, "cannot say"
 
 
 def test_ask_prints_the_trace_and_saves_the_picture(project, clear, monkeypatch):
@@ -256,6 +295,13 @@ def test_results_show_the_committed_figures_where_they_differ(project, clear):
     assert "0.650" in lines[place] and "committed" in lines[place + 1] and "0.600" in lines[place + 1]
     assert "1 of 2 models differ" in differing
     assert f"report: {page}" in differing
+
+
+@pytest.mark.parametrize("content", ["15", "[]", "{"])
+def test_an_evaluation_that_is_none_is_named(project, clear, content):
+    (project / "data/metrics/evaluate_base.json").write_text(content)
+    code, _, stderr = clear("results")
+    assert code == 1 and "evaluate_base.json: not valid JSON" in stderr and "dvc repro" in stderr
 
 
 def test_results_without_a_run_say_what_to_do(project, clear):

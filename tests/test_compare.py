@@ -154,7 +154,7 @@ def test_all_formats_are_written_and_the_page_needs_nothing_else(clear, tmp_path
 
 def test_wrong_names_and_formats_are_one_line(clear, tmp_path):
     code, _, told = clear("compare", "main", "nonsense")
-    assert code == 1 and "'nonsense' is neither a git revision here nor a folder" in told
+    assert code == 2 and "'nonsense' is neither a git revision here nor a folder" in told
     code, _, told = clear("compare", "main", "better", "--format", "pdf")
     assert code == 1 and "md, html, json or all" in told
     with pytest.raises(ClearError, match="neither a git revision"):
@@ -167,6 +167,23 @@ def test_a_shallow_clone_says_what_it_needs(repository, tmp_path):
     ids = [git(clone, "rev-parse", f"origin/{name}").strip() for name in ("main", "worse")]
     with pytest.raises(ClearError, match="fetch-depth: 0"):
         merge_base(clone, *ids)
+
+
+@pytest.mark.parametrize("command", ["gate", "compare"])
+def test_what_cannot_be_decided_has_a_status_of_its_own(clear, repository, tmp_path, monkeypatch, command):
+    """Status 1 means "worse"; a mistyped branch, or one that a shallow clone lacks, is not that."""
+    code, stdout, told = clear(command, "no-such-branch")
+    assert (code, stdout) == (2, "") and "'no-such-branch' is neither a git revision" in told
+    clone = tmp_path / "clone"
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{repository}", str(clone))
+    monkeypatch.chdir(clone)
+    for base in ("better", "HEAD~1"):
+        code, stdout, told = clear(command, base)
+        assert (code, stdout) == (2, "") and "this clone is shallow" in told and "git fetch --unshallow" in told
+    fill(tmp_path / "damaged")
+    (tmp_path / "damaged/data/predictions/grpo.parquet").write_bytes(b"no table")
+    code, stdout, told = clear(command, "HEAD", str(tmp_path / "damaged"))
+    assert (code, stdout) == (2, "") and told.startswith("error: ") and "grpo.parquet" in told
 
 
 def test_a_revision_beside_a_folder_is_taken_as_it_is_named(repository, monkeypatch):

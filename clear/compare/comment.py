@@ -14,6 +14,7 @@ import urllib.request
 from pathlib import Path
 
 from clear.errors import ClearError
+from clear.ports import spare_loopback
 
 MARKER = "<!-- clear compare -->"
 """Found in the comment's last line, invisible to readers."""
@@ -103,6 +104,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     token = os.environ.get("GITHUB_TOKEN", "")
     api = os.environ.get("GITHUB_API_URL", "https://api.github.com")
+    spare_loopback()
     try:
         if not token:
             raise ClearError("GITHUB_TOKEN is not set; the workflow must pass `github.token` to this step.")

@@ -102,10 +102,14 @@ def resolve(workspace: Path, name: str) -> str:
         done = _run(workspace, ["rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"])
         if done.returncode == 0:
             return done.stdout.decode().strip()
-    raise ClearError(
-        f"{name!r} is neither a git revision here nor a folder with data/ in it; name a branch, a tag, a commit "
-        "(`git fetch` those of a remote first), or a folder."
-    )
+    if _shallow(workspace):
+        remedy = (
+            "this clone is shallow: complete it with `git fetch --unshallow` (`fetch-depth: 0` in a workflow), and "
+            "fetch a branch it lacks with `git fetch origin BRANCH:BRANCH`"
+        )
+    else:
+        remedy = "name a branch, a tag, a commit (`git fetch` those of a remote first), or a folder"
+    raise ClearError(f"{name!r} is neither a git revision here nor a folder with data/ in it; {remedy}.")
 
 
 def merge_base(workspace: Path, base: str, head: str) -> str:
@@ -113,13 +117,16 @@ def merge_base(workspace: Path, base: str, head: str) -> str:
     done = _run(workspace, ["merge-base", base, head])
     if done.returncode == 0:
         return done.stdout.decode().split()[0]
-    shallow = _run(workspace, ["rev-parse", "--is-shallow-repository"]).stdout.strip() == b"true"
     remedy = (
         "this clone is shallow: `git fetch --unshallow`, or `fetch-depth: 0` in a workflow"
-        if shallow
+        if _shallow(workspace)
         else "they share no history; compare folders instead"
     )
     raise ClearError(f"{base[:10]} and {head[:10]} have no common ancestor here: {remedy}.")
+
+
+def _shallow(workspace: Path) -> bool:
+    return _run(workspace, ["rev-parse", "--is-shallow-repository"]).stdout.strip() == b"true"
 
 
 def _run(workspace: Path, arguments: list[str], given: bytes = b"") -> subprocess.CompletedProcess:

@@ -20,7 +20,7 @@ from clear.compare.differences import Comparison, Difference, changed_answers
 from clear.compare.load import Side
 from clear.compare.sections import Block, Part
 from clear.compare.verdict import Verdict
-from clear.records import write_json
+from clear.records import write_json, write_text
 from clear.report.render import Figure, Folded, Quote, page
 from clear.report.tables import Table
 
@@ -31,14 +31,13 @@ FILES = {"md": "compare.md", "html": "compare.html", "json": "compare.json"}
 
 def write(found: Comparison, verdict: Verdict, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Write the report in the given formats into `folder` and return the files."""
-    folder.mkdir(parents=True, exist_ok=True)
     written = []
     for name in formats:
         file = folder / FILES[name]
         if name == "json":
             write_json(file, to_json(found, verdict))
         else:
-            file.write_text(markdown(found, verdict) if name == "md" else html(found, verdict))
+            write_text(file, markdown(found, verdict) if name == "md" else html(found, verdict))
         written.append(file)
     return written
 

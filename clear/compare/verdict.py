@@ -14,13 +14,13 @@ from clear.bench.scoring import HARD, SEVERITIES
 from clear.compare.differences import TITLES, Comparison, Difference, compare, identical
 from clear.compare.load import Side
 from clear.config import Gate, check, compose
-from clear.errors import ClearError
+from clear.errors import UNDECIDED, ClearError
 from clear.records import CLEAN
 from clear.report.claims import LEVELS, Bootstrap, points
 
 Kind = Literal["better", "worse", "not distinguishable", "not comparable"]
 
-PASSED, FAILED, NOT_COMPARABLE = 0, 1, 2
+PASSED, FAILED, NOT_COMPARABLE = 0, 1, UNDECIDED
 """Exit statuses of `clear gate`."""
 
 SEED = 0

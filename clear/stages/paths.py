@@ -51,9 +51,10 @@ def profile(workspace: Path | str = "") -> str:
     return name
 
 
-def report_dir(name: str | None = None) -> Path:
+def report_dir(name: str | None = None, create: bool = True) -> Path:
     """Folder of the rendered report of a profile (default: the current one), created if need be."""
-    return _made(home().parent / "data" / "report" / (name or profile()))
+    folder = home().parent / "data" / "report" / (name or profile())
+    return _made(folder) if create else folder
 
 
 def replies_file(name: str) -> Path:
