@@ -7,13 +7,16 @@ from functools import cache
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from clear.bench import predictions
 from clear.bench.predictions import MODELS
 from clear.errors import ClearError
 from clear.records import Question, Sample, encode_image, read_samples, sha256, write_json, write_samples
+from clear.report import calling, render, tables
 from clear.report import claims as claim_rules
-from clear.report import render, tables
+from clear.report import verdict as verdicts
 from clear.report.claims import Bootstrap
 from clear.stages import report
 
@@ -59,7 +62,8 @@ def question_of(image: int, number: int) -> tuple[str, str, str, str, str]:
     """(question id, task, pair, text, answer) of question `number` of image `image`; partners are 2k and 2k + 1."""
     task = TASKS[(image // 2 + number) % len(TASKS)]
     pair = f"pair{image // 2}" if task == "pair" else ""
-    return f"q{image:04d}-{number}", task, pair, f"what is the {task} of object {number} ?", "red"
+    answer = ("red", "blue", "green", "white")[(image // 2 + image + number) % 4]
+    return f"q{image:04d}-{number}", task, pair, f"what is the {task} of object {number} ?", answer
 
 
 @cache
@@ -67,8 +71,11 @@ def draw(*seed: int) -> tuple[float, float, float]:
     return tuple(np.random.default_rng(seed).random(3))
 
 
-def rows_of(model: str, images: int, right=RIGHT, calls=CALLS) -> list[dict]:
-    """Predictions with planted accuracies and call rates; the difficulty of a question is shared by all models."""
+def rows_of(model: str, images: int, right=RIGHT, calls=CALLS, tied=0.3) -> list[dict]:
+    """Predictions with planted accuracies and call rates; the difficulty of a question is shared by all models.
+
+    A restoration is more likely by the share `tied` where the base fails.
+    """
     rows = []
     for level, severity in enumerate(LEVELS):
         for image in range(images):
@@ -77,10 +84,12 @@ def rows_of(model: str, images: int, right=RIGHT, calls=CALLS) -> list[dict]:
                 difficulty, own, call = draw(level, image, number)
                 noise = draw(level, image, number, MODELS.index(model))[0]
                 score = difficulty if own < 0.7 else noise
-                restored, correct = bool(call < calls[model][level]), bool(score < right[model][level])
+                base = difficulty if own < 0.7 else draw(level, image, number, 0)[0]
+                rate = calls[model][level] * (1 + tied if base >= right["base"][level] else 1 - tied / 2)
+                restored, correct = bool(call < rate), bool(score < right[model][level])
                 name, task, pair, text, answer = question_of(image, number)
                 silent = not correct and noise > 0.97
-                said = answer if correct else "" if silent else "blue"
+                said = answer if correct else "" if silent else "black"
                 base_psnr = {"clean": None, "low": 25.0, "mid": 20.5, "high": 16.0}[severity]
                 gallery = restored and severity == "high" and image < 40
                 rows.append(
@@ -110,10 +119,10 @@ def rows_of(model: str, images: int, right=RIGHT, calls=CALLS) -> list[dict]:
     return rows
 
 
-def frames_of(images: int = 300, right=RIGHT, calls=CALLS, models=MODELS) -> dict:
+def frames_of(images: int = 300, right=RIGHT, calls=CALLS, models=MODELS, tied=0.3) -> dict:
     import pandas as pd
 
-    made = {model: pd.DataFrame(rows_of(model, images, right, calls)) for model in models}
+    made = {model: pd.DataFrame(rows_of(model, images, right, calls, tied)) for model in models}
     return {model: frame.astype(dict.fromkeys(FLOATS, float)) for model, frame in made.items()}
 
 
@@ -225,7 +234,7 @@ def test_a_full_workspace_gives_a_full_report_in_time(filled, tmp_path):
     titles = re.findall(r"^## (.*)$", text, re.M)
     assert titles[0] == "What was claimed, and what held" and titles[-1].startswith("How to reproduce")
     plots = sorted(file.name for file in (tmp_path / "plots").iterdir())
-    names = ["accuracy", "call_rate", "corruptions", "losses", "quality", "rewards"]
+    names = ["accuracy", "call_rate", "corruptions", "losses", "quality", "restorations", "rewards"]
     assert plots == sorted(f"{name}.png" for name in [*names, *(f"example_0{number}" for number in range(1, 5))])
     assert page.count("data:image/png;base64,") == len(plots)
     assert not re.search(r'(src|href)="(?!data:)', page) and "<script" not in page
@@ -247,7 +256,7 @@ def test_a_missing_model_is_said_first_and_is_in_no_table(filled, tmp_path):
     head = "\n".join(text.splitlines()[:6])
     assert "Incomplete: 1 of 6 models" in head and "data/predictions/sft_direct.parquet" in head
     assert "Incomplete: 1 of 6 models" in page
-    assert "| direct SFT |" not in text
+    assert "| direct fine-tuning |" not in text
     claim = tracked["claims"]["beats_direct"]
     assert (claim["measured"], claim["held"], claim["estimate"], claim["verdict"]) == (
         False,
@@ -291,7 +300,7 @@ def test_planted_effects_are_found():
     assert found["hard_gain"].low > 0
     assert found["hard_gain"].estimate == pytest.approx(0.25, abs=0.06)
     assert found["bridge_kept"].estimate == pytest.approx(0, abs=0.05)
-    assert "→" in found["calls_rise"].note
+    assert "→" in found["calls_needed"].note and found["calls_needed"].unit == "odds"
 
 
 @pytest.mark.parametrize(
@@ -301,7 +310,6 @@ def test_planted_effects_are_found():
         ("base_drops", {"base": (0.93, 0.93, 0.93, 0.93)}, {}),
         ("hard_gain", {"grpo": RIGHT["base"]}, {}),
         ("clean_kept", {"grpo": (0.88, 0.9, 0.87, 0.8)}, {}),
-        ("calls_rise", {}, {"grpo": (0.3, 0.3, 0.1, 0.1)}),
         ("beats_direct", {"grpo": RIGHT["sft_direct"]}, {}),
         ("bridge_kept", {"bridge": (0.93, 0.88, 0.8, 0.55)}, {}),
     ],
@@ -338,11 +346,118 @@ def test_levels_are_compared_on_the_questions_that_all_of_them_share():
         decide({"base": only_extra})
 
 
+def test_calls_that_follow_the_damage_and_not_the_need_show_no_need():
+    """The rise alone, which the report used to take for restoring when needed."""
+    found = decide(frames_of(tied=0.0))["calls_needed"]
+    assert found.measured and not found.held and found.verdict == "does not hold" and found.low < 1 < found.high
+    rates = [float(rate) for rate in re.findall(r"(\d+\.\d) %", found.note)]
+    assert len(rates) == 4 and rates == sorted(rates), "although they rise"
+
+
+def test_what_the_average_hides_is_in_the_report(tmp_path, filled):
+    """CLEAR restores one kind of damage and leads there alone."""
+    dark = {"correct": True, "prediction": "x", "restored": True}
+    frames = frames_of(right=RIGHT | {"grpo": RIGHT["sft_direct"]}, calls=CALLS | {"grpo": (0, 0, 0, 0)})
+    at = (frames["grpo"].corruption == "dark") & (frames["grpo"].severity == "high")
+    frames["grpo"].loc[at, list(dark)] = list(dark.values())
+    found = calling.figures(frames, SHARED)
+    most = found["most_called"]
+    assert (most["corruption"], most["share_of_calls"]) == ("dark", 1.0)
+    assert most["minus_direct"]["low"] > 0 and most["elsewhere"]["low"] < 0.02 and most["elsewhere"]["high"] > -0.02
+    assert list(found["corruptions"]) == ["high", "mid", "low"] and next(iter(found["corruptions"]["high"])) == "dark"
+    cell = found["corruptions"]["high"]["dark"]
+    hard = {model: frame[at.to_numpy()] for model, frame in frames.items()}
+    assert cell["call_rate"] == 1 and cell["restored"]["clear"] == 1 and cell["not_restored"]["clear"] is None
+    assert cell["minus_direct"]["estimate"] == pytest.approx(1 - hard["sft_direct"].correct.mean())
+    assert found["restored_hard"]["questions"] == len(hard["grpo"])
+    assert found["restored_hard"]["base"] == pytest.approx(hard["base"].correct.mean())
+    claims = claim_rules.evaluate(frames, SHARED)
+    said = " ".join(verdicts.remarks(claims, found))
+    assert "100 % of the restorations at hard fall on one kind of damage, dark" in said
+    text, page, tracked = make(filled, tmp_path)
+    assert set(tracked["calling"]) == set(found) and tracked["verdict"][0] in text
+    assert "When it restores, and whether that pays" in page and "| motion blur |" in text
+    assert calling.figures({"base": frames["base"]}, SHARED) == {}
+    alone = calling.figures({"grpo": frames["grpo"]}, SHARED)
+    assert alone["odds"] is None and alone["corruptions"]["high"]["dark"]["minus_direct"] is None
+
+
+def said_of(frames: dict) -> str:
+    return verdicts.verdict(list(decide(frames).values()), frames, SHARED)
+
+
+def nested(rates: dict[str, tuple[float, float]], images: int = 80) -> dict:
+    """Models that answer the easiest share of the questions, at clean and at hard; a guesser is right in a quarter."""
+    import pandas as pd
+
+    frames = {}
+    for model, levels in rates.items():
+        rows = [
+            row | {"correct": place < round(rate * images), "restored": False}
+            for rate, severity in zip((levels[0], *levels[:2], levels[1]), LEVELS, strict=True)
+            for place, row in enumerate(bare(images, severity))
+        ]
+        frames[model] = pd.DataFrame(rows)
+    return frames
+
+
+@cache
+def bare(images: int, severity: str) -> list[dict]:
+    rows = [row for row in rows_of("base", images) if row["severity"] == severity and row["question"].endswith("-0")]
+    return [row | {"pair": ""} for row in rows]
+
+
+share = st.sampled_from([0.0, 0.05, 0.2, 0.5, 0.6, 0.9, 1.0])
+
+
+@given(st.fixed_dictionaries({model: st.tuples(share, share) for model in ("base", "sft_direct", "grpo")}))
+@settings(max_examples=60, deadline=None)
+def test_the_first_sentence_has_the_direction_of_its_intervals(rates):
+    frames = nested(rates)
+    claims = claim_rules.evaluate(frames, Bootstrap(resamples=100))
+    by_id = {claim.id: claim for claim in claims}
+    gain, direct, kept = by_id["hard_gain"], by_id["beats_direct"], by_id["clean_kept"]
+    said = verdicts.verdict(claims, frames, Bootstrap(resamples=100))
+    plumbing, _, rest = said.rpartition(verdicts.PLUMBING)
+    assert bool(_) == (rates["base"][0] <= 0.3 + 1e-9 and rates["base"][0] < 0.5), "said first, or not at all"
+    assert plumbing == ""
+    kind = next(k for k in KINDS if (said if not _ else rest.partition("%. ")[2]).startswith(f"{k}:"))
+    assert (kind == verdicts.WORSE) == (gain.high < 0)
+    assert (kind == verdicts.BEHIND) == (gain.high >= 0 and direct.high < 0)
+    assert kind != verdicts.HELPS or (gain.low > 0 and direct.low > 0)
+    assert kind != verdicts.MORE or (gain.low > 0 and direct.low <= 0 <= direct.high)
+    assert (direct.high < 0) == ("direct fine-tuning" in said and ", more (difference" in said)
+    assert ("loses accuracy" in said) == (kept.high < -claim_rules.MARGIN)
+    level = {"hard_gain": 1, "beats_direct": 1, "clean_kept": 0}
+    for name, other in {"hard_gain": "base", "beats_direct": "sft_direct", "clean_kept": "base"}.items():
+        claim, at = by_id[name], level[name]
+        if max(rates["grpo"][at], rates[other][at]) <= 0.2:
+            assert not claim.held and "guesser" in claim.note, "two models that answer nothing show nothing"
+    assert not kept.held or rates["base"][0] > 0.25
+
+
+KINDS = (verdicts.WORSE, verdicts.BEHIND, verdicts.UNCERTAIN, verdicts.HELPS, verdicts.MORE)
+
+
+def test_a_run_that_answers_nothing_is_a_check_of_the_plumbing_and_a_certain_loss_is_one():
+    frames = nested({"base": (0.0, 0.0), "sft_direct": (0.25, 0.2), "grpo": (0.04, 0.05)})
+    frames["grpo"]["restored"] = True
+    claims = claim_rules.evaluate(frames, SHARED)
+    said = verdicts.verdict(claims, frames, SHARED)
+    assert said.startswith(
+        "This run checks the plumbing and nothing else: on clean images the base model answers 0.0 %"
+    )
+    assert "CLEAR is worse than direct fine-tuning" in said and "helps" not in said
+    remarks = " ".join(verdicts.remarks(claims, calling.figures(frames, SHARED)))
+    assert "Clean pictures, which need nothing, are restored as often as the worst ones" in remarks
+    assert not any(claim.held for claim in claims if claim.id in ("hard_gain", "clean_kept", "beats_direct"))
+
+
 def test_verdict_is_plain_about_failure():
-    frames = frames_of(right=RIGHT | {"grpo": RIGHT["base"]})
-    assert claim_rules.verdict(list(decide(frames).values()), frames).startswith("CLEAR does not demonstrably help")
+    frames = frames_of(right=RIGHT | {"grpo": RIGHT["base"], "sft_direct": RIGHT["base"]})
+    assert said_of(frames).startswith("CLEAR does not demonstrably help")
     frames = frames_of(right=RIGHT | {"grpo": (0.9, 0.8, 0.6, 0.2)})
-    assert claim_rules.verdict(list(decide(frames).values()), frames).startswith("CLEAR makes the answers worse")
+    assert said_of(frames).startswith("CLEAR makes the answers worse")
 
 
 def test_damaged_inputs_are_named(filled, tmp_path):
@@ -374,4 +489,4 @@ def test_terminal_shows_this_run_beside_the_committed_one():
     shown = next(line for line in lines if line[:1] == ["difference"])
     gap = measured["base"]["accuracy"]["high"] - measured["sft"]["accuracy"]["high"]
     assert float(shown[4].rstrip("*")) == pytest.approx(100 * gap, abs=0.051)
-    assert "CLEAR (not run)" in beside and "Not evaluated: direct SFT" in beside
+    assert "CLEAR (not run)" in beside and "Not evaluated: direct fine-tuning" in beside

@@ -213,6 +213,47 @@ def test_many_disagreements_do_not_underflow():
     assert 0 < statistics.sign_flip(rows < 900, rows >= 900, rows).p < 1e-12
 
 
+def calls_by_kind(odds: float, seed: int, images: int = 160, each: int = 4) -> tuple:
+    """Eight kinds of damage: what hurts more is restored more, whatever the question. `odds` holds within each kind."""
+    generator = np.random.default_rng(seed)
+    kind = np.repeat(np.arange(images) % 8, each)
+    image = np.repeat(generator.normal(0, 0.8, (2, images)), each, axis=1)  # what an image has in common
+    failed = generator.random(len(kind)) < 1 / (1 + np.exp(2.5 - 0.6 * kind - image[0]))
+    called = generator.random(len(kind)) < 1 / (1 + np.exp(3.0 - 0.8 * kind - image[1] - np.log(odds) * failed))
+    return failed, called, kind, np.repeat(np.arange(images), each)
+
+
+def test_kinds_of_damage_alone_give_no_odds_within_them():
+    inside, alarms, runs = 0, 0, 200
+    for seed in range(runs):
+        failed, called, kind, image = calls_by_kind(1.0, seed)
+        found = statistics.odds_ratio(failed, called, kind, image, resamples=300)
+        inside += found.low <= 1 <= found.high
+        alarms += statistics.odds_ratio(failed, called, np.zeros(len(kind)), image, resamples=300).low > 1
+    assert abs(inside / runs - 0.95) < 3 * math.sqrt(0.05 * 0.95 / runs)
+    assert alarms == runs, "with the kinds mixed the same data always seem to show need"
+
+
+def test_a_planted_need_is_found_within_the_kinds():
+    found = [statistics.odds_ratio(*calls_by_kind(4.0, seed), resamples=300) for seed in range(40)]
+    assert 3 < np.exp(np.mean([np.log(one.estimate) for one in found])) < 4.5
+    assert np.mean([one.low > 1 for one in found]) > 0.9 and all(one.detectable > 1 for one in found)
+
+
+def test_the_odds_ratio_by_hand_and_where_there_is_none():
+    rows = [(1, 1, "a")] * 6 + [(1, 0, "a")] * 2 + [(0, 1, "a")] * 3 + [(0, 0, "a")] * 4
+    rows += [(1, 1, "b")] * 1 + [(1, 0, "b")] * 5 + [(0, 1, "b")] * 1 + [(0, 0, "b")] * 9
+    failed, called, kind = (np.array(column) for column in zip(*rows, strict=True))
+    found = statistics.odds_ratio(failed, called, kind, np.arange(len(rows)), resamples=200)
+    assert found.estimate == pytest.approx((6 * 4 / 15 + 1 * 9 / 16) / (2 * 3 / 15 + 5 * 1 / 16))
+    assert found.low < found.estimate < found.high and (found.n, found.clusters) == (31, 31)
+    assert statistics.odds_ratio(failed, called * 0, kind, np.arange(31)) is None
+    always = statistics.odds_ratio(failed, failed, kind, np.arange(31), resamples=200)
+    assert always.estimate == always.high == math.inf
+    with pytest.raises(ClearError, match="All rows belong to one image"):
+        statistics.odds_ratio(failed, called, kind, np.zeros(31))
+
+
 def test_everything_that_is_shown_alarms_in_one_null_case_of_twenty():
     """Six questions about an image stand or fall together, and the models are equally good: interval and p alike."""
     generator, groups, runs = np.random.default_rng(3), np.repeat(np.arange(150), 6), 600

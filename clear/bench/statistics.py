@@ -7,6 +7,7 @@ percentile intervals; the seed is fixed, so equal predictions give equal interva
 uncertainty (METHOD §7); everything here is an addition.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -128,6 +129,66 @@ def paired_ratio_difference(
     return _interval(parts, lambda means: means[0] / means[1] - means[2] / means[3], confidence, resamples, seed)
 
 
+def odds_ratio(
+    exposed: np.ndarray,
+    outcome: np.ndarray,
+    strata: np.ndarray,
+    clusters: np.ndarray,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Interval | None:
+    """Odds of `outcome` (bool, n) where `exposed` (bool, n) against where not, within `strata` (n,), 1 for no relation.
+
+    The Mantel-Haenszel ratio: what only the strata have in common adds nothing to it, and a stratum without contrast
+    has no weight. The interval resamples `clusters` (int, n); a resample without any contrast counts as unbounded on
+    either side. `detectable` is the smallest ratio above 1 that would be detected. None where no stratum has a
+    contrast; errors as in mean_interval.
+    """
+    exposed, outcome, groups = np.asarray(exposed, bool), np.asarray(outcome, bool), np.asarray(clusters)
+    if len(exposed) == 0 or not exposed.shape == outcome.shape == groups.shape == np.shape(strata):
+        raise ClearError(f"{len(exposed)} rows for {len(groups)} cluster numbers: both must be equal and above 0.")
+    _, group = np.unique(groups, return_inverse=True)
+    _, stratum = np.unique(strata, return_inverse=True)
+    count, cells = int(group.max()) + 1, 4 * (int(stratum.max()) + 1)
+    if count < 2:
+        raise ClearError("All rows belong to one image: the bootstrap needs at least two; evaluate more images.")
+    tables = np.zeros((cells, count))
+    np.add.at(tables, (4 * stratum + 2 * exposed + outcome, group), 1)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        estimate = _mantel_haenszel(tables.sum(axis=1)[:, None])[0]
+        if np.isnan(estimate):
+            return None
+        drawn = np.log(_mantel_haenszel(_resampled_tables(tables, resamples, seed)))
+    tail = (1 - confidence) / 2
+    ends = [
+        float(
+            np.exp(np.quantile(np.nan_to_num(drawn, nan=end, posinf=np.inf, neginf=-np.inf), q, method="inverted_cdf"))
+        )
+        for q, end in ((tail, -np.inf), (1 - tail, np.inf))
+    ]
+    power = NormalDist().inv_cdf(1 - tail) + NormalDist().inv_cdf(POWER)
+    spread = float(drawn.std(ddof=1)) if np.isfinite(drawn).all() else math.inf
+    return Interval(float(estimate), *ends, len(exposed), count, math.exp(power * spread))
+
+
+def _resampled_tables(tables: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+    """Counts (K, C) per cluster → counts of `resamples` draws of C clusters with replacement (K, resamples)."""
+    generator, count = np.random.default_rng(seed), tables.shape[1]
+    result, block = np.empty((len(tables), resamples)), max(1, _BLOCK // count)
+    for start in range(0, resamples, block):
+        size = min(block, resamples - start)
+        result[:, start : start + size] = tables @ generator.multinomial(count, np.full(count, 1 / count), size).T
+    return result
+
+
+def _mantel_haenszel(tables: np.ndarray) -> np.ndarray:
+    """Counts (4 · S, R), per stratum neither, outcome, exposed, both → ratios (R,); NaN where nothing contrasts."""
+    neither, outcome, exposed, both = (tables[part::4] for part in range(4))
+    total = neither + outcome + exposed + both
+    return np.nansum(both * neither / total, axis=0) / np.nansum(outcome * exposed / total, axis=0)
+
+
 def _interval(
     parts: list[tuple[np.ndarray, np.ndarray]],
     statistic: Callable[[np.ndarray], np.ndarray],
@@ -195,8 +256,8 @@ def sign_flip(a: np.ndarray, b: np.ndarray, clusters: np.ndarray) -> SignFlip:
     a, b, groups = np.asarray(a, bool), np.asarray(b, bool), np.asarray(clusters)
     if not a.shape == b.shape == groups.shape:
         raise ClearError(
-            f"A paired comparison needs the same rows on both sides, found {len(a)}, {len(b)} and {len(groups)} cluster "
-            "numbers."
+            f"A paired comparison needs the same rows on both sides, found {len(a)}, {len(b)} and {len(groups)} "
+            "cluster numbers."
         )
     _, codes = np.unique(groups, return_inverse=True)
     sums = np.bincount(codes, a.astype(float) - b).astype(int)

@@ -8,14 +8,13 @@ rows; a difference in rows stops the report.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clear.bench import statistics
 from clear.bench.predictions import KEY, MODELS
-from clear.bench.scoring import HARD, SEVERITIES
+from clear.bench.scoring import HARD, SEVERITIES, present
 from clear.errors import ClearError
 from clear.records import CLEAN
 
@@ -24,9 +23,9 @@ if TYPE_CHECKING:
 
 NAMES = {
     "base": "base",
-    "sft_direct": "direct SFT",
+    "sft_direct": "direct fine-tuning",
     "sft": "SFT, restoring",
-    "reencode": "bridge, re-encoded",
+    "reencode": "SFT + bridge, re-encoded",
     "bridge": "SFT + bridge",
     "grpo": "CLEAR",
 }
@@ -52,7 +51,8 @@ class Bootstrap:
 
 @dataclass(frozen=True)
 class Claim:
-    """One claim. Numbers are shares in [0, 1] and None where the claim was not measured.
+    """One claim. Numbers are shares in [0, 1], or with `unit` odds ratios above 0; None where nothing was measured, and
+    for an end of an interval that is not bounded.
 
     `held` follows the stated rule; `certain` is true if the whole interval keeps it too.
     """
@@ -70,6 +70,7 @@ class Claim:
     n: int = 0
     clusters: int = 0
     note: str = ""
+    unit: str = "share"
 
     @property
     def verdict(self) -> str:
@@ -156,7 +157,7 @@ def evaluate(frames: dict[str, "pd.DataFrame"], bootstrap: Bootstrap) -> list[Cl
         _base_drops(frames, bootstrap),
         _compare(frames, bootstrap, _HARD_GAIN),
         _compare(frames, bootstrap, _CLEAN_KEPT),
-        _calls_rise(frames, bootstrap),
+        _calls_needed(frames, bootstrap),
         _compare(frames, bootstrap, _BEATS_DIRECT),
         _compare(frames, bootstrap, _BRIDGE_KEPT),
     ]
@@ -195,10 +196,10 @@ def _claim(
         True,
         rest.pop("held", passes(found.estimate)),
         rest.pop("certain", passes(found.low)),
-        found.estimate,
-        found.low,
-        found.high,
-        found.detectable,
+        *(
+            value if math.isfinite(value) else None
+            for value in (found.estimate, found.low, found.high, found.detectable)
+        ),
         found.n,
         found.clusters,
         **rest,
@@ -226,6 +227,12 @@ def _asked_everywhere(frame: "pd.DataFrame") -> "pd.DataFrame":
             "mmd_bench.clean_questions and mmd_bench.degraded_questions, then run `dvc repro mmd_bench`."
         )
     return common
+
+
+def guessing(frame: "pd.DataFrame", severity: str) -> float:
+    """Share of right answers at a severity for whoever sees nothing and says the most frequent answer of each task."""
+    rows = frame[frame.severity == severity]
+    return float(sum(answers.value_counts().iloc[0] for _, answers in rows.groupby("task").answer) / max(1, len(rows)))
 
 
 def _no_level(severity: str) -> ClearError:
@@ -262,6 +269,14 @@ def _compare(frames: dict, settings: Bootstrap, spec: _Comparison) -> Claim:
         raise _no_level(spec.severity)
     found = statistics.paired_difference(a, b, groups, **vars(settings))
     rest = {"note": f"Only {NAMES[spec.a]} right: {(a & ~b).sum()}; only {NAMES[spec.b]} right: {(b & ~a).sum()}."}
+    # A gain needs one side that can answer; that nothing was lost needs something to lose.
+    sides = (b,) if spec.margin else (a, b)
+    guess = guessing(frames[spec.b], spec.severity)
+    if not any(statistics.mean_interval(side, groups, **vars(settings)).low > guess for side in sides):
+        who = NAMES[spec.b] if spec.margin else f"neither {NAMES[spec.a]} nor {NAMES[spec.b]}"
+        verb = "answers no more than" if spec.margin else "answers more than"
+        rest["note"] += f" Shows nothing: {who} {verb} a guesser who does not see the image ({points(guess)} %)."
+        return _claim(spec.id, spec.text, spec.rule, found, lambda _: False, **rest)
     if spec.margin == 0:
         return _claim(spec.id, spec.text, spec.rule, found, lambda v: v > 0, held=found.low > 0, **rest)
     if found.low < spec.margin <= found.estimate:
@@ -269,25 +284,69 @@ def _compare(frames: dict, settings: Bootstrap, spec: _Comparison) -> Claim:
     return _claim(spec.id, spec.text, spec.rule, found, lambda v: v >= spec.margin - 1e-9, **rest)
 
 
-def _calls_rise(frames: dict, settings: Bootstrap) -> Claim:
-    text = "CLEAR asks for a restoration more often the worse the image is."
-    rule = "share of restored answers rises clean → low → mid → hard, same questions; shown: the smallest of the steps"
-    if missing := _missing(frames, ("grpo",), "calls_rise", text, rule):
+STRATIFIED = {
+    "within": "within one kind and level of damage",
+    "within_hard": "within one kind of damage, hard only",
+    "crude": "kinds and levels mixed",
+}
+"""How the odds of a restoration are counted. The claim rests on the first; the last mixes in that some kinds of damage
+are restored more often than others, whatever the question."""
+
+
+def outcomes(frames: dict[str, "pd.DataFrame"]) -> "pd.DataFrame":
+    """The rows of CLEAR with their `cluster` and, where those models are here, `base` and `direct` (right or wrong)."""
+    rows = frames["grpo"].set_index(KEY).sort_index().reset_index()
+    for column, model in {"base": "base", "direct": "sft_direct"}.items():
+        if model in frames:
+            rows[column] = paired(frames, "grpo", model)[1]
+    return rows.assign(cluster=statistics.clusters(rows))
+
+
+def need(rows: "pd.DataFrame", settings: Bootstrap) -> dict[str, statistics.Interval | None]:
+    """Odds of a restoration where the base fails against where it does not, by STRATIFIED, over `outcomes`.
+
+    Clean images have no kind of damage and are left out. None where nothing contrasts, or for one image.
+    """
+    rows = rows[rows.severity != CLEAN]
+    hard = rows[rows.severity == HARD]
+    parts = {
+        "within": (rows, rows.corruption + "/" + rows.severity),
+        "within_hard": (hard, hard.corruption),
+        "crude": (rows, rows.corruption.map(lambda _: "")),
+    }
+    found = {}
+    for name, (part, strata) in parts.items():
+        given = ~part.base.to_numpy(), part.restored.to_numpy(), strata.to_numpy(), part.cluster.to_numpy()
+        found[name] = statistics.odds_ratio(*given, **vars(settings)) if part.cluster.nunique() > 1 else None
+    return found
+
+
+def _calls_needed(frames: dict, settings: Bootstrap) -> Claim:
+    text = "CLEAR restores when it needs to: on equally damaged images more often where the base model fails."
+    rule = (
+        "odds of a restoration where the base is wrong, against where it is right, within one kind and level of "
+        "damage: above 1 with its whole interval"
+    )
+    if missing := _missing(frames, ("base", "grpo"), "calls_needed", text, rule):
         return missing
-    frame = _asked_everywhere(frames["grpo"])
-    groups = statistics.clusters(frame)
-    levels = [_scores(frame, "restored", groups, severity) for severity in SEVERITIES]
-    steps = [statistics.mean_contrast(*after, *before, **vars(settings)) for before, after in pairwise(levels)]
-    worst = min(steps, key=lambda step: step.estimate)
-    rates = " → ".join(f"{100 * float(np.mean(values)):.1f} %" for values, _ in levels)
+    rows = outcomes(frames)
+    rates = [f"{100 * rows.restored[rows.severity == s].mean():.1f} %" for s in present(rows.severity)]
+    found, note = need(rows, settings), f"Restored answers, {' → '.join(LEVELS[s] for s in present(rows.severity))}: "
+    note += f"{' → '.join(rates)}, which by itself shows no need."
+    if not found["within"]:
+        reason = "No kind and level of damage has both answers with and without restoration, and right and wrong ones."
+        return Claim("calls_needed", text, rule, False, False, False, note=f"{reason} {note}")
+    if found["crude"]:
+        note += f" With kinds and levels mixed the odds would be {found['crude'].estimate:.2f}."
     return _claim(
-        "calls_rise",
+        "calls_needed",
         text,
         rule,
-        worst,
-        lambda value: value > 0,
-        certain=all(step.low > 0 for step in steps),
-        note=f"Restored answers: {rates}.",
+        found["within"],
+        lambda v: v > 1,
+        held=found["within"].low > 1,
+        note=note,
+        unit="odds",
     )
 
 
@@ -297,33 +356,3 @@ def points(value: float | None, sign: bool = False) -> str:
         return "–"
     # Adding 0 turns a rounded −0.0 into 0.0.
     return f"{round(100 * value, 1) + 0.0:{'+' if sign else ''}.1f}"
-
-
-def verdict(claims: list[Claim], frames: dict[str, "pd.DataFrame"]) -> str:
-    """The report in one plain sentence."""
-    by_id = {claim.id: claim for claim in claims}
-    gain, kept, direct = by_id["hard_gain"], by_id["clean_kept"], by_id["beats_direct"]
-    if not gain.measured:
-        return "Whether CLEAR helps cannot be said from this run: the base model or CLEAR was not evaluated."
-    hard = {name: frames[name][frames[name].severity == HARD].correct.mean() for name in ("base", "grpo")}
-    numbers = (
-        f"on hard-degraded images it answers {points(hard['grpo'])} % of the questions correctly, the base model "
-        f"{points(hard['base'])} % (difference {points(gain.estimate, True)} points, interval "
-        f"{points(gain.low, True)} to {points(gain.high, True)})"
-    )
-    if gain.high < 0:
-        return f"CLEAR makes the answers worse in this run: {numbers}."
-    if not gain.held:
-        return f"CLEAR does not demonstrably help in this run: {numbers}."
-    cost = (
-        "it keeps its accuracy on clean images"
-        if kept.held
-        else f"it loses {points(-kept.estimate)} points on clean images"
-    )
-    if not direct.measured:
-        rest = "it was not compared with direct fine-tuning"
-    elif direct.held:
-        rest = f"it beats direct fine-tuning at hard by {points(direct.estimate)} points"
-    else:
-        rest = f"it does not demonstrably beat direct fine-tuning at hard ({points(direct.estimate, True)} points)"
-    return f"CLEAR helps: {numbers}; {cost}, and {rest}."

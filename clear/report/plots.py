@@ -163,6 +163,36 @@ def corruptions(path: Path, measured: dict[str, dict]) -> None:
         figure.colorbar(right, ax=axes[0, 1], fraction=0.05)
 
 
+def restorations(path: Path, cells: dict[str, dict], confidence: float) -> None:
+    """Per corruption at one level: share restored in percent, and CLEAR minus direct fine-tuning with its interval."""
+    names, leads = list(cells), [cell["minus_direct"] for cell in cells.values()]
+    with figure_file(path, 1, 2, (9.4, 0.3 * max(len(names), 4) + 1.3), sharey=True) as (_, axes):
+        places, (rates, gains) = np.arange(len(names)), axes[0]
+        values = [100 * cell["call_rate"] for cell in cells.values()]
+        rates.barh(places, values, color=COLOURS["grpo"], height=0.7)
+        for place, value in zip(places, values, strict=True):
+            rates.text(value + 1.5, place, f"{value:.0f}" if value >= 0.5 else "0", va="center", fontsize=9)
+        rates.set_xlim(0, 112)
+        rates.set_xticks(range(0, 101, 25))
+        rates.set_yticks(places, [name.replace("_", " ") for name in names])
+        rates.invert_yaxis()
+        rates.set_title("CLEAR restores before … of its answers (%)")
+        for place, lead in zip(places, leads, strict=True):
+            if lead is None:
+                gains.text(0, place, "not measured", va="center", ha="center", color="#777777", fontsize=9)
+                continue
+            ends = 100 * np.array([lead["low"], lead["high"]])
+            certain = ends[0] > 0 or ends[1] < 0
+            colour = COLOURS["grpo"] if ends[0] > 0 else "#A84300" if ends[1] < 0 else "#8A8A8A"
+            gains.plot(ends, [place, place], color=colour, linewidth=2.2, solid_capstyle="round")
+            gains.plot(100 * lead["estimate"], place, "o", color=colour, markerfacecolor=colour if certain else "white")
+        gains.axvline(0, color="#333333", linewidth=1)
+        gains.set_title(f"CLEAR − direct fine-tuning (points, {confidence * 100:g} % interval)")
+        for axis in axes[0]:
+            axis.grid(axis="y", visible=False)
+            axis.tick_params(axis="y", length=0)
+
+
 def cell_labels(axis, grid: np.ndarray, form: str, colour) -> None:
     for (row, column), value in np.ndenumerate(grid):
         if np.isfinite(value):

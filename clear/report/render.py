@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.bench.predictions import MODELS, metrics
+from clear.bench.scoring import HARD
 from clear.report import gallery, plots, tables
-from clear.report.claims import Bootstrap, Claim, verdict
+from clear.report.claims import LEVELS, Bootstrap, Claim
 from clear.report.tables import Table
+from clear.report.verdict import remarks, verdict
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -63,7 +65,7 @@ class Inputs:
 
     `frames` {model: predictions}, `claims` decided on them, `curves` {stage: frame of data/plots/<stage>.csv},
     `stage_metrics` {name: data/metrics/<name>.json}, `records` {stage: run record}, `examples` from gallery.collect.
-    `beyond` {model: {row: figures}} for what is no part of MMD-Bench.
+    `calling` from calling.figures, `beyond` {model: {row: figures}} for what is no part of MMD-Bench.
     """
 
     profile: str
@@ -74,6 +76,7 @@ class Inputs:
     records: dict[str, dict]
     examples: list["gallery.Example"]
     bootstrap: Bootstrap
+    calling: dict = field(default_factory=dict)
     beyond: dict[str, dict[str, dict]] = field(default_factory=dict)
 
 
@@ -81,7 +84,7 @@ def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
     """Draw all plots into `folder`/plots and return the first lines of the report and its sections."""
     settings = vars(inputs.bootstrap)
     measured = {name: metrics(inputs.frames[name], **settings) for name in MODELS if name in inputs.frames}
-    lines = [verdict(inputs.claims, inputs.frames)]
+    lines = [verdict(inputs.claims, inputs.frames, inputs.bootstrap)]
     missing = [name for name in MODELS if name not in inputs.frames]
     if missing:
         files = ", ".join(f"data/predictions/{name}.parquet" for name in missing)
@@ -89,9 +92,11 @@ def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
             f"Incomplete: {len(missing)} of {len(MODELS)} models have no predictions ({files}). They are absent from "
             "every table and plot below, nothing is averaged over them, and claims about them are not measured."
         )
+    lines += remarks(inputs.claims, inputs.calling)
     sections = [
         Section("What was claimed, and what held", [tables.claims_table(inputs.claims, inputs.bootstrap.confidence)]),
         _results(inputs, measured, folder),
+        _restoring(inputs, folder),
         _detail(measured, folder),
         _training(inputs.curves, folder),
         _restoration(measured, folder),
@@ -101,7 +106,7 @@ def build(inputs: Inputs, folder: Path) -> tuple[list[str], list[Section]]:
         _reproduce(inputs.profile),
     ]
     if inputs.beyond:
-        sections.insert(3, Section("Beyond MMD-Bench", [tables.beyond(inputs.beyond)]))
+        sections.insert(4, Section("Beyond MMD-Bench", [tables.beyond(inputs.beyond)]))
     return lines, sections
 
 
@@ -122,11 +127,33 @@ def _results(inputs: Inputs, measured: dict[str, dict], folder: Path) -> Section
         ),
         Figure(
             "plots/call_rate.png",
-            "How often a model restores the image before it answers. To see: a model that restores when it needs to "
-            "rises from left to right; a flat line restores without looking. The base and the direct "
-            "baseline cannot restore.",
+            "How often a model restores the image before it answers. To see: a flat line restores without looking; a "
+            "rise says only that worse damage is restored more, the odds below say whether need decides. The base and "
+            "the direct baseline cannot restore.",
         ),
     ]
+    return section
+
+
+def _restoring(inputs: Inputs, folder: Path) -> Section:
+    section, found = Section("When it restores, and whether that pays"), inputs.calling
+    if not found.get("corruptions"):
+        section.blocks.append("CLEAR has no predictions on degraded images.")
+        return section
+    confidence = inputs.bootstrap.confidence
+    if found["odds"]:
+        section.blocks.append(tables.odds(found["odds"], confidence))
+    for severity, cells in found["corruptions"].items():
+        table = tables.restorations(cells, severity, confidence)
+        if severity != HARD:
+            section.blocks.append(Folded(f"The same at {LEVELS[severity]}", table))
+            continue
+        plots.restorations(folder / "plots/restorations.png", cells, confidence)
+        caption = (
+            "Per kind of damage at hard, most restored first. To see: whether CLEAR restores a few kinds wholesale and "
+            "the others never, and whether it leads where it restores. Filled: the whole interval is on one side of 0."
+        )
+        section.blocks += [Figure("plots/restorations.png", caption), table]
     return section
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from clear.bench.predictions import MODELS, metrics
 from clear.bench.scoring import CLEAN, HARD, SEVERITIES
-from clear.report.claims import LEVELS, NAMES, Claim, points
+from clear.report.claims import LEVELS, NAMES, STRATIFIED, Claim, points
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -77,20 +77,68 @@ def claims_table(claims: list[Claim], confidence: float) -> Table:
     rows = []
     for claim in claims:
         signed = claim.id != "base_clean"
-        interval = f"{points(claim.low, signed)} to {points(claim.high, signed)}" if claim.measured else "–"
+        show = _ratio if claim.unit == "odds" else points
+        interval = f"{show(claim.low, signed)} to {show(claim.high, signed)}" if claim.measured else "–"
         size = f"{claim.n} / {claim.clusters}" if claim.measured else "–"
         what = f"Rule: {claim.rule}. {claim.note}".strip()
-        detectable = points(claim.detectable)
-        estimate = points(claim.estimate, signed)
+        detectable, estimate = show(claim.detectable), show(claim.estimate, signed)
         rows.append([claim.verdict.upper(), claim.text, estimate, interval, detectable, size, what])
     level = f"{confidence * 100:g} %"
     return Table(
         ["verdict", "claim", "estimate", f"{level} interval", "detectable", "answers / images", "how it is decided"],
         rows,
-        f"Estimates, intervals and detectable effects are in percentage points. The interval is a {level} bootstrap "
-        "over images (a minimal pair counts as one image). “Detectable” is the smallest true effect that a sample of "
-        "this size would find with 80 % power: a smaller difference can stay hidden. “Not certain” means that the "
-        "estimate keeps the rule but part of its interval does not.",
+        "Estimates, intervals and detectable effects are in percentage points (×: odds ratios). The interval is a "
+        f"{level} bootstrap over images (a minimal pair counts as one image). “Detectable” is the smallest true effect "
+        "that a sample of this size would find with 80 % power: a smaller difference can stay hidden. “Not certain” "
+        "means that the estimate keeps the rule but part of its interval does not.",
+    )
+
+
+def _ratio(value: float | None, _: bool = False) -> str:
+    return "–" if value is None else f"× {value:.2f}"
+
+
+def odds(found: dict[str, dict | None], confidence: float) -> Table:
+    """How much more often CLEAR restores where the base model fails, by `odds` of calling.figures."""
+    rows = []
+    for name, title in STRATIFIED.items():
+        one = found[name]
+        ends = [_ratio(one and one[end]) for end in ("low", "high")]
+        rows.append([title, _ratio(one and one["estimate"]), " to ".join(ends), str(one["n"]) if one else "–"])
+    return Table(
+        [
+            "odds of a restoration, base wrong against base right",
+            "ratio",
+            f"{confidence * 100:g} % interval",
+            "answers",
+        ],
+        rows,
+        "Does CLEAR restore when it needs to? × 1 means that a restoration has nothing to do with whether the base "
+        "model fails. The first row compares answers about equally damaged images only (Mantel-Haenszel over kinds and "
+        "levels, bootstrap over images). The last row mixes the kinds: it is large as soon as the kinds that hurt the "
+        "base most are restored most, even by a model that never looks at the question.",
+    )
+
+
+def restorations(cells: dict[str, dict], severity: str, confidence: float) -> Table:
+    """Per corruption at one level, most restored first: `corruptions[severity]` of calling.figures."""
+    others = [model for model in ("direct", "base") if any(cell["all"][model] is not None for cell in cells.values())]
+    rows = []
+    for name, cell in cells.items():
+        shares = [cell[part]["clear"] for part in ("restored", "not_restored", "all")]
+        row = [name.replace("_", " "), *map(points, [cell["call_rate"], *shares, *(cell["all"][m] for m in others)])]
+        if "direct" in others:
+            row.append(_signed_interval(cell["minus_direct"]))
+        rows.append([*row, f"{cell['questions']} / {cell['images']}"])
+    header = [f"damage, {LEVELS[severity]}", "restored", "right, restored", "right, not restored", "right"]
+    header += [f"right, {model}" for model in others]
+    header += [f"CLEAR − direct [{confidence * 100:g} %]"] * ("direct" in others)
+    return Table(
+        [*header, "answers / images"],
+        rows,
+        "In percent, differences in points; most restored first. Restored and not restored answers of a row are about "
+        "different questions, so their difference is no effect of restoring; CLEAR − direct compares the same ones. Of "
+        f"{len(cells)} such intervals about {len(cells) * (1 - confidence):.0f} miss 0 by chance.",
     )
 
 
@@ -108,6 +156,11 @@ def results(measured: dict[str, dict]) -> Table:
     counts = (
         [next(iter(measured.values()))["questions"].get(severity, 0) for severity in SEVERITIES] if measured else []
     )
+    mixed = (
+        ""
+        if len(set(counts)) < 2
+        else " The mix of tasks differs a little; claims that compare levels use the questions asked at every level."
+    )
     asked = ", ".join(f"{LEVELS[severity]} {count}" for severity, count in zip(SEVERITIES, counts, strict=False))
     return Table(
         [
@@ -120,12 +173,17 @@ def results(measured: dict[str, dict]) -> Table:
             "what it is",
         ],
         rows,
-        f"Right answers in percent, with the interval in brackets. Questions asked: {asked} (a "
-        "clean image is asked more, so the mix of tasks differs a little; claims that compare levels use the questions "
-        "asked at every level). “Average” is the mean of the four levels, “hard / clean” the share of the clean "
-        "accuracy that is left at hard, “restored” the percentage of answers before which the model restored the "
-        "image, “no answer” the number of outputs without an answer (counted as wrong).",
+        f"Right answers in percent, with the interval in brackets. Questions asked: {asked}.{mixed} “Average” is the "
+        "mean of the four levels, “hard / clean” the share of the clean accuracy that is left at hard, “restored” the "
+        "percentage of answers before which the model restored the image, “no answer” the number of outputs without an "
+        "answer (counted as wrong).",
     )
+
+
+def _signed_interval(found: dict | None) -> str:
+    if found is None:
+        return "–"
+    return f"{points(found['estimate'], True)} [{points(found['low'], True)}, {points(found['high'], True)}]"
 
 
 def _percent_interval(found: dict, severity: str) -> str:

@@ -1,7 +1,8 @@
 """Stage `report`: predictions, metrics, curves and run records → the report and the tracked table of claims.
 
 Reads data/predictions/<model>.parquet, data/metrics, data/plots and data/bench/degraded; writes the rendered report to
-the report's folder (a run record, not tracked), and without clock or machine data/metrics/report.json (claims),
+the report's folder (a run record, not tracked), and without clock or machine data/metrics/report.json (verdict, claims,
+when CLEAR restores),
 data/metrics/summary.json (the few figures that `dvc metrics diff` compares) and data/plots/accuracy.csv (DVC's plot).
 """
 
@@ -29,13 +30,14 @@ def run(config: Config, data: Path = Path("data")) -> None:
 
     Absent inputs do not stop it: a model without predictions is named in the first lines, its claims are not measured.
     """
-    from clear.report import gallery, render
+    from clear.report import calling, gallery, render
     from clear.report.claims import Bootstrap, evaluate, to_json
+    from clear.report.verdict import remarks, verdict
     from clear.stages.paths import report_dir, run_records
 
     bootstrap = Bootstrap(config.evaluate.confidence, config.evaluate.bootstrap, config.seed)
     frames = read_frames(data)
-    claims = evaluate(frames, bootstrap)
+    claims, called = evaluate(frames, bootstrap), calling.figures(frames, bootstrap)
     records = {stage: record for stage, record in run_records().items() if stage != "report"}
     inputs = render.Inputs(
         profile=config.profile,
@@ -46,10 +48,14 @@ def run(config: Config, data: Path = Path("data")) -> None:
         records=records,
         examples=gallery.collect(frames, data / "bench" / "degraded", config.report.pictures),
         bootstrap=bootstrap,
+        calling=called,
         beyond=read_beyond(data, frames),
     )
     render.write(inputs, report_dir())
-    write_json(data / "metrics" / "report.json", to_json(claims, frames, bootstrap))
+    said = [verdict(claims, frames, bootstrap), *remarks(claims, called)]
+    write_json(
+        data / "metrics" / "report.json", to_json(claims, frames, bootstrap) | {"calling": called, "verdict": said}
+    )
     write_summary(data, frames, bootstrap)
 
 
