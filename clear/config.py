@@ -131,8 +131,20 @@ class ModelSize:
 
 
 @dataclass
+class Optimiser:
+    """AdamW and the end of its schedule: linear warm-up, then cosine decay to `lr_floor` times the learning rate."""
+
+    beta1: float = between(0, 0.999999)
+    beta2: float = between(0, 0.999999)
+    eps: float = between(0, 1)
+    weight_decay: float = between(0, 10)
+    clip: float = between(0, 10**6)  # largest norm of the gradient; 0 = not clipped
+    lr_floor: float = between(0, 1)
+
+
+@dataclass
 class Phase:
-    """One optimisation: AdamW, linear warm-up, cosine decay to a tenth of `lr`."""
+    """One optimisation: its length, and the learning rate from which the optimiser's schedule starts."""
 
     steps: int = between(0, 10**7)
     batch: int = count()
@@ -208,6 +220,7 @@ class Sft:
     distill_weight: float = between(0, 100)
     distill_stride: int = between(0, 1000)  # layers between distilled ones; 0 = final_mse
     drop_vit: float = between(0, 1)
+    drop_text: float = between(0, 1)  # system prompt, question; the first reply, where the velocity is learned
     other_path: float = between(0, 1)  # share of direct traces that learn to answer after a restoration instead
     both_paths: bool  # wherever a restoration is shown that the trace has not, learn its own reply too, beside it
     ema: float = between(0, 0.999999)  # decay of the averaged weights the stage ends with; 0 = the last weights
@@ -232,6 +245,8 @@ class Grpo:
     group_size: int = between(2, 1024)
     lr: float = between(0, 1)
     warmup: int = between(0, 10**6)
+    optimiser: Optimiser
+    flow_steps: int = between(0, 1000)  # of a rollout; 0 = sampling.flow_steps
     clean_share: float = between(0, 1)
     temperature: float = between(0.01, 10)
     restore: str = one_of("auto", "always")  # whether rollouts decide to restore, or every one is made to
@@ -334,6 +349,7 @@ class Config:
     teacher: Endpoint
     judge: Endpoint
     lora: Lora
+    optimiser: Optimiser  # of all supervised training; reinforcement learning has its own
     sft: Sft
     bridge: Bridge
     grpo: Grpo

@@ -22,6 +22,7 @@ from clear.model import flex
 from clear.model.bagel import Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
 from clear.model.cache import grown
+from clear.model.flow import Guidance
 from clear.model.images import encode_batch
 from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
@@ -280,21 +281,23 @@ def _reply(config: Config) -> int:
 
 def scored_steps(config: Config) -> int:
     """SDE steps of a restoration that GRPO scores, each with a noisy split of its own."""
-    steps = config.sampling.flow_steps
+    steps = config.grpo.flow_steps or config.sampling.flow_steps
     return steps if config.grpo.sde_choice == "all" else min(config.grpo.sde_steps, steps)
 
 
 def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
     """The micro-batch of a training stage on one of `gpus` devices, every row a restoring trace of full size.
 
-    Rows have the layout of the stage's loss: prompt, reply, the noisy latents (sft: one, grpo: `scored_steps`,
-    bridge: none), the feedback (clean ViT tokens in sft with the mlp bridge, else the latent; with distillation its ViT
-    teacher on the same grid), reply; grpo repeats this for every allowed restoration. With a token budget a row is as
-    long as traces no larger than these can make it, and its tokens are of the kinds that a trace has, in proportion.
+    Rows have the layout of the stage's loss: prompt, reply, the noisy latents (sft: one, grpo: `scored_steps`, bridge:
+    one if direct, else none), the feedback (clean ViT tokens in sft with the mlp bridge, else the latent; with
+    distillation its ViT teacher on the same grid), reply; grpo repeats this for every allowed restoration. With a token
+    budget a row is as long as traces no larger than these can make it, and its tokens are of the kinds that a trace
+    has, in proportion.
     """
     latent, vit = grids(config)
     mlp, reply = config.bridge.kind == "mlp", _reply(config)
-    noisy = {"sft": 1 if config.sft.mse_weight else 0, "bridge": 0, "grpo": scored_steps(config)}[stage]
+    noised = int(config.sft.mse_weight > 0)
+    noisy = {"sft": noised, "bridge": 0 if mlp else noised, "grpo": scored_steps(config)}[stage]
     rounds = max(1, config.sampling.max_restorations) if stage == "grpo" else 1
     teacher = latent + 2 if not mlp and config.sft.distill_weight and stage != "grpo" else 0
     by_vit = mlp and stage == "sft"
@@ -429,7 +432,8 @@ def _generation(config: Config, stage: str, model: BagelConfig, number: int, fus
     """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
 
     The stage `bridge` only denoises, behind the prompt and the reply that asks for it. Prefill works through one layer
-    at a time; GRPO prefills each prompt once for its group.
+    at a time; GRPO prefills each prompt once for its group. Guidance, which GRPO has none of, keeps the contexts that
+    it compares with, and while it denoises all of them once more as one batch.
     """
     s, prompt = config.sampling, prompt_tokens(config)
     latent, _ = grids(config)
@@ -442,7 +446,14 @@ def _generation(config: Config, stage: str, model: BagelConfig, number: int, fus
     plain = Lora(0, 1.0, 0.0, [], "both")
     compute = 2 if number == 2 else 4
     work = layer_activations(model.llm, batch, Training(compute, number, plain, fused=fused))
-    return kv_bytes(model.llm, rows, capacity, number), work + 7 * prefilled * prompt**2
+    cache = kv_bytes(model.llm, rows, capacity, number)
+    contexts = Guidance(s.text_guidance, s.image_guidance).contexts
+    if contexts > 1 and stage != "grpo":
+        # The row's own context, the one without its last reply, all of them as one batch; and the one of texts alone.
+        cache *= 2 + contexts
+        texts = prompt - sum(grids(config)) + replies * (longest + 1)
+        cache += kv_bytes(model.llm, rows, texts, number) * (contexts > 2)
+    return cache, work + 7 * prefilled * prompt**2
 
 
 def report(found: list[Estimate], profile: str, gpus: int) -> str:

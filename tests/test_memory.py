@@ -348,8 +348,11 @@ def test_more_memory_is_asked_for_where_more_is_used():
     assert of(stage="grpo").weights - usual.weights == 4 * usual.trainable  # the frozen adapter of the reference
     bridge = of("runtime.device=cuda", profile="bagel_7b", stage="bridge", gpus=8)
     assert bridge.peak > 8 * bridge.weights + bridge.kv_cache  # whole on the first device, where it generates
-    assert of("runtime.device=cuda", "sampling.batch=4", profile="bagel_7b", stage="bridge", gpus=8).peak < memory.LIMIT
-    assert of("sampling.batch=4", stage="evaluate").kv_cache * 2 == of(stage="evaluate").kv_cache
+    assert of("runtime.device=cuda", "sampling.batch=2", profile="bagel_7b", stage="bridge", gpus=8).peak < memory.LIMIT
+    assert of("sampling.batch=2", stage="evaluate").kv_cache * 2 == of(stage="evaluate").kv_cache
+    plain = of("sampling.text_guidance=1.0", "sampling.image_guidance=1.0", stage="evaluate").kv_cache
+    assert of("sampling.image_guidance=1.0", stage="evaluate").kv_cache == 4 * plain
+    assert 5 * plain < of(stage="evaluate").kv_cache < 6 * plain, "and the context of the texts alone"
 
 
 def test_the_command_prints_a_table_or_json(capsys, tmp_path, monkeypatch):

@@ -65,7 +65,7 @@ def _objective(name, model, data):
     if name == "direct answer":
         return direct_loss(model, data)
     feedback = BRIDGE if name == "mlp" else LATENT
-    return trace_loss(model, data, TraceWeights(feedback, distill=0.5, drop_vit=0.4))
+    return trace_loss(model, data, TraceWeights(feedback, distill=0.5, drop_vit=0.4, drop_text=0.3))
 
 
 def _traces(kind, config, images):  # noqa: F811

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from clear.config import Config
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.bridge import distilled_layers, layer_weights, token_distillation
@@ -79,14 +80,14 @@ class TraceData:
         question = tuple(self.question[n])
         return Prompt(self.system, question, bank.latents[i], bank.latent_grid(i), bank.patches(i), bank.vit_grid(i))
 
-    def open_row(self, n: int, contents: Contents, drop_vit: bool = False) -> list[Segment]:
+    def open_row(self, n: int, contents: Contents, drop_vit: bool = False, *drop_texts: bool) -> list[Segment]:
         """Segments of trace n's prompt; its pictures are appended to `contents`."""
         prompt = self.prompt(n)
         contents.latent.append(prompt.latent)
         contents.time.append(0.0)
         if not drop_vit:
             contents.vit.append(prompt.patches)
-        return prompt.segments(drop_vit)
+        return prompt.segments(drop_vit, *drop_texts)
 
 
 def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
@@ -127,6 +128,13 @@ def _both(prompt: Sequence[Segment], path: Sequence[Segment], reply: Sequence[in
     return [*prompt, *(replace(part, branch=1) for part in path), Text(reply, scored=True, branch=2)]
 
 
+def _velocity_apart(path: Sequence[Segment]) -> list[Segment]:
+    """The path with what only the velocity needs in a branch of its own, right behind the prompt."""
+    apart = [part for part in path if isinstance(part, Image) and part.kind == LATENT and part.noise]
+    rest = [part for part in path if part not in apart]
+    return [*(replace(part, branch=1) for part in apart), *(replace(part, branch=2) for part in rest)]
+
+
 def direct_loss(model: Bagel, data: TraceData) -> Loss:
     """The baseline: answer loss of the direct reply to every trace, no restoration."""
 
@@ -164,6 +172,28 @@ class TraceWeights:
     own: float = 0.0
     other_path: float = 0.0
     both_paths: bool = False
+    drop_text: float = 0.0
+
+
+def trace_weights(config: Config, bridge: bool = False) -> TraceWeights:
+    """The weights of stage `sft`, or of the answers through the bridge in stage `bridge`.
+
+    There the mlp bridge leaves the generation expert frozen: no velocity is learned. The direct one trains it, and so
+    keeps the velocity loss (clear/training/bridge.py says why).
+    """
+    s, mlp = config.sft, config.bridge.kind == "mlp"
+    return TraceWeights(
+        feedback=LATENT if not mlp else BRIDGE if bridge else VIT,
+        ce=s.ce_weight,
+        mse=0.0 if bridge and mlp else s.mse_weight,
+        distill=0.0 if mlp else s.distill_weight,
+        stride=s.distill_stride,
+        drop_vit=0.0 if bridge else s.drop_vit,
+        own=config.bridge.own_latents if bridge else 0.0,
+        other_path=s.other_path,
+        both_paths=s.both_paths,
+        drop_text=0.0 if bridge else s.drop_text,
+    )
 
 
 def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[int, Tensor] | None = None) -> Loss:
@@ -174,6 +204,10 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
     shows the restoring path instead, its first reply unscored: the model learns to answer after any restoration,
     while the decision to restore is learned from the rule's own traces only. With `weights.both_paths` such a row
     learns its direct reply too, in a branch of its own.
+
+    With probability `weights.drop_text` each, the system prompt and the question are dropped, and the reply before a
+    restoration is hidden from the velocity: the context that guidance compares with (`dropped_contexts`). The reply
+    itself stays and is learned, where the published code drops it with its loss (METHOD §8 item 9).
     """
     teach = weights.distill > 0 and weights.feedback == LATENT
     layers = model.config.llm.layers
@@ -184,11 +218,13 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
         targets = []
         draws = torch.rand(len(index), 3).tolist()
-        for n, (drop, use_own, other) in zip(index, draws, strict=True):
+        # Without dropout nothing is drawn, and a run is the one of an earlier version.
+        texts = torch.rand(len(index), 3) < weights.drop_text if weights.drop_text else torch.zeros(len(index), 3)
+        for n, (drop, use_own, other), dropped in zip(index, draws, texts.bool().tolist(), strict=True):
             degraded, direct = data.rows[n].severity != CLEAN, data.reply_2[n] is None
             shown_only = direct and degraded and n in paired and other < weights.other_path
             first = Text(data.trigger) if shown_only else Text(data.reply_1[n], scored=True)
-            prompt, path = data.open_row(n, contents, drop < weights.drop_vit), [first]
+            prompt, path = data.open_row(n, contents, drop < weights.drop_vit, *dropped[:2]), [first]
             if shown_only or not direct:
                 i = data.image[n]
                 grid, clean = data.clean.latent_grid(i), data.clean.latents[i]
@@ -201,8 +237,12 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
                 fed = own[n] if own and n in own and use_own < weights.own else clean
                 path += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
                 path.append(Text(data.restored[n], scored=True))
-            both = shown_only and weights.both_paths
-            rows.append(_both(prompt, path, data.reply_1[n]) if both else [*prompt, *path])
+            if shown_only and weights.both_paths:
+                rows.append(_both(prompt, path, data.reply_1[n]))
+            elif dropped[2]:
+                rows.append([*prompt, *_velocity_apart(path)])
+            else:
+                rows.append([*prompt, *path])
         built, contents, share = share_batch(rows, contents, model.config.special)
         hidden = model(built, contents, collect=collect)
         ce, figures = _reply_loss(model, hidden, built)
