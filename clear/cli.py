@@ -52,11 +52,13 @@ def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
 
 
 @app.command(rich_help_panel=TOOLS)
-def results() -> None:
+def results(
+    as_markdown: Annotated[bool, typer.Option("--markdown", help="The tables of README, from data/metrics.")] = False,
+) -> None:
     """Print the result table, beside the committed figures where they differ, and the report's path."""
-    from clear.results import render
+    from clear.results import markdown, render
 
-    typer.echo(render(Path()))
+    typer.echo(markdown(Path()) if as_markdown else render(Path()))
 
 
 @app.command(rich_help_panel=TOOLS)

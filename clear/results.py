@@ -2,7 +2,7 @@
 
 Where this run's figures differ from the ones committed at HEAD (another CPU, an edited parameter), both are printed,
 one line below the other. Columns: accuracy at clean, low, mid and high severity, their average, and the share of
-questions at clean and high for which the model chose to restore.
+questions at clean and high for which the model chose to restore. `markdown` gives the tables of README.
 """
 
 import json
@@ -37,6 +37,64 @@ def render(workspace: Path) -> str:
     if differ:
         lines.append(f"{differ} of {len(files)} models differ from the figures committed at HEAD (shown below each).")
     return "\n".join([*lines, _report_line(workspace)])
+
+
+def markdown(workspace: Path) -> str:
+    """The tables of README: every model at every level, then the paired comparisons, from data/metrics alone.
+
+    A test compares README with them. Raises ClearError where a model was not evaluated or there is no report.
+    """
+    from clear.report.claims import COMPARISONS, NAMES
+    from clear.report.claims import LEVELS as SHOWN
+    from clear.report.tables import ABOUT, Table
+
+    def figures(name: str) -> dict:
+        file = workspace / "data/metrics" / f"{name}.json"
+        if not file.exists():
+            raise ClearError(f"{file} is not here; run `make repro`.")
+        return _parse(file.read_text(), str(file))
+
+    rows = []
+    for model in MODELS:
+        found = figures(f"evaluate_{model}")
+        calls = [found["call_rate"][level] for level in (LEVELS[0], LEVELS[-1])]
+        restores = f"{_share(calls[0])} → {_share(calls[1])}" if any(found["call_rate"].values()) else "–"
+        cells = [_share(found["accuracy"][level]) for level in LEVELS]
+        rows.append([f"{NAMES[model]} ({ABOUT[model]})", *cells, restores])
+    models = Table(["model", *SHOWN.values(), "restores, clean → hard"], rows)
+
+    report = figures("report")
+    pairs = []
+    for one in COMPARISONS:
+        claim = report["claims"][one.id]
+        pairs.append([f"{NAMES[one.a]} − {NAMES[one.b]}, {SHOWN[one.severity]}", *_points(claim), claim["verdict"]])
+    needed, called = report["claims"].get("calls_needed"), report.get("calling", {})
+    for level in ("low", "mid"):
+        if lead := called.get("levels", {}).get(level):
+            pairs.append([f"{NAMES['grpo']} − {NAMES['sft_direct']}, {SHOWN[level]}", *_points(lead), "–"])
+    if most := called.get("most_called"):
+        kind, share = most["corruption"].replace("_", " "), f"{100 * most['share_of_calls']:.0f} % of the restorations"
+        for title, key in ((f"hard, {kind} only ({share})", "minus_direct"), (f"hard, without {kind}", "elsewhere")):
+            if most[key]:
+                pairs.append([f"{NAMES['grpo']} − {NAMES['sft_direct']}, {title}", *_points(most[key]), "–"])
+    if needed and needed["measured"]:
+        ends = ("–" if needed[end] is None else f"{needed[end]:.2f}" for end in ("low", "high"))
+        estimate = "–" if needed["estimate"] is None else f"× {needed['estimate']:.2f}"
+        title = "odds of a restoration where the base fails, within one kind and level of damage"
+        pairs.append([title, estimate, " to ".join(ends), needed["verdict"]])
+    interval = f"{100 * report['confidence']:g} % interval"
+    return f"{models.markdown()}\n\n{Table(['paired, in points', 'estimate', interval, 'claim'], pairs).markdown()}"
+
+
+def _share(value: float) -> str:
+    """`.881`, `1`, `0`."""
+    return f"{value:.3f}".removeprefix("0") if 0 < round(value, 3) < 1 else f"{value:.0f}"
+
+
+def _points(found: dict) -> list[str]:
+    from clear.report.claims import points
+
+    return [points(found["estimate"], True), f"{points(found['low'], True)} to {points(found['high'], True)}"]
 
 
 def _parse(text: str, name: str) -> dict:

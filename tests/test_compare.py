@@ -105,7 +105,7 @@ def test_what_cannot_be_compared_is_said_in_the_first_line_and_not_averaged(clea
     assert "### Accuracy" not in smoke
     missing = clear("compare", "main", "missing")[1]
     assert (
-        "head has no predictions of “direct SFT”, “SFT, restoring”, “bridge, re-encoded”, “CLEAR”"
+        "head has no predictions of “direct fine-tuning”, “SFT, restoring”, “SFT + bridge, re-encoded”, “CLEAR”"
         in missing.splitlines()[0]
     )
     (table,) = re.findall(r"### Accuracy\n\n(.*?)\n\n", missing, re.DOTALL)

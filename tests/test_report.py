@@ -490,3 +490,27 @@ def test_terminal_shows_this_run_beside_the_committed_one():
     gap = measured["base"]["accuracy"]["high"] - measured["sft"]["accuracy"]["high"]
     assert float(shown[4].rstrip("*")) == pytest.approx(100 * gap, abs=0.051)
     assert "CLEAR (not run)" in beside and "Not evaluated: direct fine-tuning" in beside
+
+
+def test_readme_shows_the_committed_figures_and_speaks_of_models_in_its_table():
+    """After `make repro`: paste `clear results --markdown` between the marks and read the sentences behind it again."""
+    from clear import results
+    from tests.conftest import ROOT
+
+    text = (ROOT / "README.md").read_text()
+    before, _, rest = text.partition("<!-- figures: `clear results --markdown` -->\n")
+    block, _, after = rest.partition("\n<!-- end of figures -->\n")
+    assert block.strip() == results.markdown(ROOT), "README is stale: paste `clear results --markdown`"
+    measured = json.loads((ROOT / "data/metrics/evaluate_grpo.json").read_text())["questions"]
+    images = json.loads((ROOT / "data/metrics/mmd_bench.json").read_text())["clean"]["images"]
+    assert (
+        f"{measured['high']:,} questions per level about {images} scenes" in before and len(set(measured.values())) == 1
+    )
+    sentences = after.partition("\n## ")[0]
+    assert not re.search(r"\d\.\d|\.\d{2}|\d %", sentences), "figures stand in the block, where they are compared"
+    rows = [line.split(" | ")[0].removeprefix("| ").partition(" (")[0] for line in block.strip().splitlines()[2:8]]
+    assert rows == list(claim_rules.NAMES.values())
+    left = " ".join(sentences.split())
+    for name in sorted(rows, key=len, reverse=True):
+        left = left.replace(name, "")
+    assert not re.search(r"\bSFT\b|direct|GRPO|fine-tun", left), "a model that is no row of the table"

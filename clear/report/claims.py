@@ -95,6 +95,7 @@ class _Comparison:
 
     @property
     def rule(self) -> str:
+        """The rule in words."""
         names = f"{NAMES[self.a]} minus {NAMES[self.b]}, {LEVELS[self.severity]}"
         if self.margin == 0:
             return f"{names}: above 0 with its whole interval"
@@ -123,6 +124,8 @@ _BRIDGE_KEPT = _Comparison(
     "Answering through the bridge loses at most one point at hard against decoding and re-encoding the image.",
     -MARGIN,
 )
+
+COMPARISONS = (_HARD_GAIN, _CLEAN_KEPT, _BEATS_DIRECT, _BRIDGE_KEPT)
 
 
 def paired(frames: dict[str, "pd.DataFrame"], a: str, b: str, severity: str | None = None) -> tuple:
