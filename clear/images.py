@@ -42,10 +42,11 @@ _FOREIGN = [
 _RAW_TAGS = 50706, 254, 330
 """TIFF tags DNGVersion, NewSubfileType and SubIFDs: the first picture of a raw file is a reduced one."""
 
-_TOLERATED = 8
-"""Bytes between the data of a JPEG and its end mark that some encoders leave there."""
-_DAMAGE = re.compile("Corrupt JPEG data|Premature end of JPEG|Inconsistent progression")
-_LEFT_OVER = re.compile("Corrupt JPEG data: ([0-9]+) extraneous bytes before marker 0xd9")
+_HARMLESS = re.compile(
+    "Corrupt JPEG data: ([1-8] extraneous bytes before marker 0xd9|bad ICC)|Unknown Adobe|Warning: unknown JFIF|"
+    "Invalid SOS parameters|Could not determine subsampling|Unsupported color conversion"
+)
+"""What libjpeg-turbo says of whole files: bytes that some encoders leave before the end mark, odd headers."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """A JPEG marker; 0xff00 is data and 0xffd0 to 0xffd7 (restart) stand inside a scan."""
 
@@ -151,14 +152,12 @@ def _check_jpeg(data: bytes) -> None:
     """Raise ValueError for a JPEG with damage inside."""
     import simplejpeg
 
-    space = simplejpeg.decode_jpeg_header(data)[2]
     try:
-        simplejpeg.decode_jpeg(
-            data, "CMYK" if space in ("CMYK", "YCCK") else "GRAY", min_height=1, min_width=1, min_factor=8
-        )
-    except ValueError as error:  # also what libjpeg only warns of, such as an unknown colour transform
-        left = _LEFT_OVER.match(str(error))
-        if _DAMAGE.match(str(error)) and not (left and int(left[1]) <= _TOLERATED):
+        space = simplejpeg.decode_jpeg_header(data)[2]
+        space = "CMYK" if space in ("CMYK", "YCCK") else "GRAY"
+        simplejpeg.decode_jpeg(data, space, min_height=1, min_width=1, min_factor=8)
+    except ValueError as error:
+        if not _HARMLESS.match(str(error)):
             raise
     if not _all_scans(data):
         raise ValueError("the last scans are missing")

@@ -169,6 +169,7 @@ DAMAGE = {
     "zeros to the end": lambda d, at: d[:at] + bytes(len(d) - at),
     "the end mark inside": lambda d, at: d[:at] + b"\xff\xd9" + d[at + 2 :],
     "the end mark, and no more": lambda d, at: d[:at] + b"\xff\xd9",
+    "other bytes": lambda d, at: d[:at] + np.random.default_rng(5).bytes(700) + d[at + 700 :],
 }
 
 
@@ -182,6 +183,23 @@ def test_damage_inside_a_jpeg_is_found_and_a_whole_one_is_never_refused(kind, mo
     for damage in DAMAGE.values():
         with pytest.raises(ClearError, match=r"row 7: .* not a complete image"):
             decode_image(damage(whole, start + (len(whole) - start) // 2), "row 7")
+
+
+def test_oddities_of_a_whole_jpeg_are_no_damage():
+    plain, profile = saved(photo(), "JPEG"), saved(photo(), "JPEG", icc_profile=bytes(150_000))
+    end = plain.rindex(b"\xff\xd9")
+    odd = {
+        "bytes before the end mark": plain[:end] + b"\0\0" + plain[end:],
+        "filling": plain[:end] + b"\xff\xff\xff" + plain[end:],
+        "a revision of JFIF": plain.replace(b"JFIF\0\x01", b"JFIF\0\x03", 1),
+        "a profile in pieces": profile.replace(b"ICC_PROFILE\0\x02", b"ICC_PROFILE\0\x07"),
+        "RGB": saved(photo(), "JPEG", keep_rgb=True),
+        "4:1:1": saved(photo(), "JPEG", subsampling="4:1:1"),
+        "4:4:0": cv2.imencode(".jpg", np.asarray(photo()), [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, 0x121111])[1].tobytes(),
+    }
+    for name, data in odd.items():
+        expected = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
+        assert (decode_image(data, name) == expected).all(), name
 
 
 def test_a_progressive_jpeg_that_ends_between_two_scans_is_found():
