@@ -337,6 +337,55 @@ def test_agreement_is_read_from_json_and_nothing_else(tmp_path):
     )
 
 
+def test_a_judge_may_repeat_the_options_text(tmp_path):
+    """As VLMEvalKit reads its judge's replies: by letter or by text; anything else is asked again, then rejected."""
+    options = ["a red cup", "two cups on a long table"]
+    replies = {"q0": "B. two cups on a long table", "q1": "a red cup", "q2": "Letter: Z", "q3": "A or B, I cannot say"}
+
+    def answer(body, number):
+        return 200, {}, completion(next(v for k, v in replies.items() if f"Question: {k}" in user_text(body)))
+
+    with serving(answer) as server, connect(settings(server.url), "judge", tmp_path / "j.sqlite") as client:
+        found = judge.options_meant(client, [(q, options, "hm") for q in replies])
+    assert found[:3] == [["B"], ["A"], [REFUSED]] and found[3].startswith("malformed: the judge gave no verdict in 5")
+
+
+VLMEVAL = """
+import runpy
+class ImageMCQDataset:
+    DATASET_URL = {"MMStar": "https://x/MMStar.tsv", "MMVP": "https://x/MMVP.tsv"}
+    supported_datasets = classmethod(lambda cls: list(cls.DATASET_URL))
+class CustomMCQDataset(ImageMCQDataset): pass
+class CVBench(ImageMCQDataset):
+    DATASET_URL = {"CV-Bench-2D": "https://x/CV-Bench-2D.tsv"}
+class MMVet(ImageMCQDataset):
+    DATASET_URL = {"MMVet": "https://x/MMVet.tsv"}
+DATASET_CLASSES = [ImageMCQDataset, CVBench, MMVet, CustomMCQDataset]
+"""
+
+
+def test_the_snippet_that_registers_degraded_sets_gives_each_the_class_of_its_benchmark(tmp_path):
+    """VLMEvalKit itself is not installed: its register of classes and names, and nothing else, is stood in for."""
+    (block,) = (
+        part for part in (ROOT / "docs/DATA.md").read_text().split("```") if part.startswith("python\n# run_mmd.py")
+    )
+    (tmp_path / "run_mmd.py").write_text(block.removeprefix("python"))
+    (tmp_path / "vlmeval/dataset").mkdir(parents=True)
+    (tmp_path / "vlmeval/dataset/__init__.py").write_text(VLMEVAL)
+    (tmp_path / "vlmeval/smp.py").write_text("def LMUDataRoot(): return 'lmu'\n")
+    (tmp_path / "run.py").write_text(
+        "import sys\nfrom vlmeval.dataset import DATASET_CLASSES\nfor name in sys.argv[1:]:\n"
+        "    print(next(kind.__name__ for kind in DATASET_CLASSES if name in kind.supported_datasets()))\n"
+    )
+    (tmp_path / "lmu").mkdir()
+    made = [names.target_name("MMVP", "dark", "high", authors=True), names.target_name("CV-Bench-2D", "", "low")]
+    made += [names.target_name("MMVet", "jpeg", "mid"), "MMStar"]
+    for name in made:
+        (tmp_path / f"lmu/{name}.tsv").touch()
+    done = subprocess.run([sys.executable, "run_mmd.py", *made], cwd=tmp_path, capture_output=True, text=True)
+    assert done.stdout.split() == ["ImageMCQDataset", "CVBench", "MMVet", "ImageMCQDataset"], done.stderr
+
+
 @pytest.mark.parametrize(
     ("rows", "said"),
     [

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from clear.bench.options import REFUSED, chosen, letters
+from clear.bench.options import chosen, letters
 from clear.endpoint import Client, EndpointError, Request, messages
 
 SCORE = """You grade an answer to a question about an image that you cannot see, by comparing it with a reference.
@@ -74,7 +74,7 @@ def options_meant(client: Client, items: Sequence[tuple[str, Sequence[str], str]
     for question, options, answer in items:
         listed = "\n".join(f"{k}. {v}" for k, v in zip(letters(len(options)), options, strict=True))
         prompts.append(OPTION.format(question=question, options=listed, answer=answer))
-    read = [partial(_letter, count=len(item[1])) for item in items]
+    read = [partial(_letter, options=item[1]) for item in items]
     return _verdicts(client, prompts, read, progress=progress)
 
 
@@ -116,9 +116,9 @@ def _grade(text: str) -> float | None:
     return float(match[1]) if match and float(match[1]) <= 1 else None
 
 
-def _letter(text: str, count: int) -> list[str] | None:
-    letter = chosen(text, [""] * count) if len(text) <= 40 else ""
-    return [letter] if letter in (*letters(count), REFUSED) else None
+def _letter(text: str, options: Sequence[str]) -> list[str] | None:
+    letter = chosen(text, options)
+    return [letter] if letter else None
 
 
 def _consistent(text: str) -> bool | None:
