@@ -15,9 +15,10 @@ from pathlib import Path
 
 _REMEDIES = {
     "check the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
-    "free some space there, then run the command again": (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+    "free some space there, then run the command again": (errno.ENOSPC, errno.EDQUOT),
     "correct the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTEMPTY),
     "remove or correct the link": (errno.ELOOP,),
+    "raise the limit on the size of a file (ulimit -f)": (errno.EFBIG,),
     "raise the limit on open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
 }
 

@@ -484,6 +484,18 @@ def test_settings_that_contradict_each_other_are_refused(overrides):
         config_of(*overrides)
 
 
+def test_degraded_benchmarks_are_no_clean_samples(here):
+    for name in ("X", "X_LOW_LEVEL_LOW", "X_dark_illumination"):
+        tsv(here / f"data/raw/lmu/{name}.tsv", [{"index": 1, "image": b64(encoded(0)), "question": "?", "answer": "x"}])
+    settings = config_of("source.kind=lmudata", "source.path=data/raw/lmu", "source.shares=[0,1,0,0,0,0]")
+    for name in ("X_LOW_LEVEL_LOW", "X_dark_illumination"):
+        with pytest.raises(ClearError, match=rf"{name}\.tsv: is degraded already"):
+            source.run(settings)
+        (here / f"data/raw/lmu/{name}.tsv").unlink()
+    source.run(settings)
+    assert metrics()["images"]["sft"] == 1
+
+
 def test_where_nothing_can_be_used_the_rejects_say_why(here):
     write_jsonl(here / "data/raw", [{"image": "gone.png", "question": "?", "answer": "x"}])
     with pytest.raises(ClearError, match=r"data/rejects/source\.parquet says why"):

@@ -18,8 +18,8 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from clear.bench.names import LEVELS
-from clear.bench.tsv import Target, degraded_name, targets, write_benchmarks
+from clear.bench.names import LEVELS, is_degraded
+from clear.bench.tsv import Target, targets, write_benchmarks
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
@@ -178,7 +178,7 @@ def test_what_this_command_wrote_is_never_its_input(tmp_path):
     with pytest.raises(ClearError, match=r"X_dark_HIGH\.tsv: is degraded already"):
         write_benchmarks(write_tsv(tmp_path / "X_dark_HIGH.tsv", [{"index": 1}]), tmp_path / "o", "row", workers=1)
     for name in ("MMStar", "R-Bench-Dis", "MMBench_DEV_EN_V11", "a_result", "X_HIGH", "X_LOW_LEVEL_low", "dark"):
-        assert not degraded_name(name), name
+        assert not is_degraded(name), name
 
 
 def test_files_that_cannot_be_read_are_named_and_the_others_are_made(tmp_path):

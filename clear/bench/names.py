@@ -93,3 +93,13 @@ def parsed(name: str) -> tuple[str, str, str]:
             "name (a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
         )
     return bench, corruption, severity
+
+
+def is_degraded(name: str) -> bool:
+    """Whether a benchmark's file of this name, without its ending, has degraded pictures, as ours or the authors'."""
+    try:
+        *of, severity = parsed(name)
+    except ClearError:  # no name of predictions; that of a benchmark may be anything
+        return False
+    own = {target_name(*of, severity)} if severity != CLEAN else set()
+    return name in own or (severity == AUTHORS_LEVEL and name == target_name(*of, severity, authors=True))

@@ -32,7 +32,7 @@ from clear.bench import names
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of
 from clear.errors import ClearError, naming, refusal, shown
-from clear.records import CLEAN, decode_image, encode_image, file_sha256, sha256
+from clear.records import decode_image, encode_image, file_sha256, sha256
 from clear.rejects import Reject, write_rejects
 from clear.sources import lmudata
 from clear.workers import CHUNK, parallel
@@ -114,17 +114,6 @@ def targets(bench: str, protocol: str, style: str = "ours") -> list[Target]:
     return [Target(bench, corruption, severity) for corruption in corruptions for severity in SEVERITIES]
 
 
-def degraded_name(bench: str) -> bool:
-    """Whether a file of this name (without its ending) is one that this command writes."""
-    try:
-        *of, severity = names.parsed(bench)
-    except ClearError:  # the name of no predictions; that of a benchmark may be anything
-        return False
-    return severity != CLEAN and bench in {
-        names.target_name(*of, severity, authors) for authors in {False, severity == names.AUTHORS_LEVEL}
-    }
-
-
 def write_benchmarks(
     source: Path,
     out: Path,
@@ -143,7 +132,7 @@ def write_benchmarks(
     found = lmudata.files(source)
     if out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise ClearError(f"--out {out} is the source's own folder; name another one.")
-    clean = [file for file in found if not degraded_name(file.stem)]
+    clean = [file for file in found if not names.is_degraded(file.stem)]
     if not clean:
         raise ClearError(f"{shown(found[0])}: is degraded already, by its name; name the clean benchmark.")
     for file in found:
@@ -163,7 +152,8 @@ def write_benchmarks(
         _write_manifest(out / MANIFEST, parts)
         # The files of one corruption have the same rejects.
         rejects = dict.fromkeys(reject for part in parts for reject in _read_part(part)[1])
-        write_rejects(out / REJECTS, [*unreadable, *rejects])
+        with naming(out / REJECTS):
+            write_rejects(out / REJECTS, [*unreadable, *rejects])
     return written
 
 

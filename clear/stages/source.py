@@ -115,8 +115,12 @@ def _found(kind: str, path: str, rules: Source, workers: int, key: str) -> Itera
             f"{link} is a link to a folder, into which DVC does not look; remove it and link the files instead: "
             f"`cp -rs {link.resolve()} $PWD/{link}`."
         )
+    from clear.bench.names import is_degraded
     from clear.sources import folder, llava_onevision, lmudata
 
+    for file in lmudata.files(place) if kind == "lmudata" else ():
+        if is_degraded(file.stem):
+            raise ClearError(f"{file}: is degraded already, by its name; remove it here and keep the clean benchmark.")
     reader = {"folder": folder, "llava_onevision": llava_onevision, "lmudata": lmudata}[kind]
     items = examined(reader.rows(place), rules, workers)
     return tqdm(items, desc=f"source {place.name}", total=reader.count(place), unit="row", mininterval=1)
@@ -126,8 +130,12 @@ def _linked_folders(place: Path) -> Iterator[Path]:
     """Links to folders on the way from data/raw to a place, and below it; data/raw itself may be one."""
     steps = place.absolute().relative_to(RAW.absolute()).parts
     yield from (p for i in range(len(steps)) if (p := RAW.joinpath(*steps[: i + 1])).is_symlink() and p.is_dir())
-    for folder, names, _ in os.walk(place):
+    for folder, names, _ in os.walk(place, onerror=_refused):
         yield from (Path(folder, name) for name in names if Path(folder, name).is_symlink())
+
+
+def _refused(error: OSError) -> None:
+    raise error  # a folder that cannot be read is not empty
 
 
 def _noting(found: Iterable[Examined | Reject], pixels: set[bytes]) -> Iterator[Examined | Reject]:
