@@ -14,7 +14,9 @@ cell ends at the delimiter. Where both readings give whole rows the file is refu
 import io
 import json
 import math
+import warnings
 import zipfile
+import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,12 +235,9 @@ def _typed(path: Path, suffix: str, skip: Collection[str]) -> Iterator[Any]:
                 except ValueError as error:
                     raise ClearError(f"{path}: row {number}, column '{name}': {error}; repair the cell.") from error
             yield number, cells, -1
-    except (pa.ArrowException, zipfile.BadZipFile, OSError, ValueError, LookupError, SyntaxError, TypeError) as error:
-        # What the readers raise for damaged files; a parse error of XML is a SyntaxError.
+    except (*_DAMAGED, pa.ArrowException) as error:
         text = " ".join(str(error).split())[:200]
         raise ClearError(f"{path}: not a readable {suffix[1:]} table ({text}); write it again.") from error
-    except RecursionError as error:
-        raise ClearError(f"{path}: is nested too deeply for a table; write one object per row.") from error
 
 
 def _parquet(path: Path, skip: Collection[str]) -> Iterator[Any]:
@@ -259,7 +258,8 @@ def _xlsx(path: Path, skip: Collection[str]) -> Iterator[Any]:
         size = sum(member.file_size for member in archive.infolist())
     if size > UNPACKED:
         raise ClearError(f"{path}: has {size} bytes unpacked, at most {UNPACKED} are read; save the table as TSV.")
-    book = load_workbook(path, read_only=True)
+    with warnings.catch_warnings(action="ignore"):  # of parts that no cell is in
+        book = load_workbook(path, read_only=True)
     try:
         sheet = book.worksheets[0]
         sheet.reset_dimensions()  # some writers state a wrong size
@@ -296,6 +296,13 @@ def _json(path: Path, skip: Collection[str]) -> Iterator[Any]:
     yield [name for name in dict.fromkeys(name for row in rows for name in row) if name not in skip]
     yield from rows
 
+
+_DAMAGED = (
+    *(OSError, ValueError, LookupError, TypeError, AttributeError, SyntaxError, RuntimeError, EOFError),
+    *(zipfile.BadZipFile, zlib.error),
+)
+"""What the readers raise for damaged files: SyntaxError for XML, RuntimeError for what is packed in another way or
+nested too deeply."""
 
 _TYPED = {".parquet": _parquet, ".xlsx": _xlsx, ".json": _json, ".jsonl": _json}
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 import re
 import zipfile
 from pathlib import Path
@@ -209,11 +210,27 @@ def test_a_damaged_file_is_named_in_one_line(tmp_path, ending, cut):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("ending", ["parquet", "xlsx", "json", "tsv"])
+def test_a_byte_that_is_wrong_never_ends_in_a_traceback(tmp_path, ending):
+    file = write(tmp_path / f"x.{ending}", [{"index": str(n), "A": "red é", "n": n * 1.5} for n in range(9)])
+    whole, generator, refused = file.read_bytes(), random.Random(0), 0
+    for _ in range(150):
+        data = bytearray(whole)
+        data[generator.randrange(len(data))] ^= 1 << generator.randrange(8)
+        file.write_bytes(data)
+        try:
+            cells(file)
+        except ClearError as error:
+            refused += 1
+            assert str(file) in str(error) and "\n" not in str(error)
+    assert refused
+
+
 def test_json_that_is_no_list_of_objects_is_named(tmp_path):
     for body in ('{"a": 1}', "[1]", "[[]]"):
         with pytest.raises(ClearError, match=r"x\.json: is no list of objects"):
             cells(text(tmp_path, body, "x.json"))
-    with pytest.raises(ClearError, match="nested too deeply"):
+    with pytest.raises(ClearError, match=r"x\.json: not a readable json table \(maximum recursion depth"):
         cells(text(tmp_path, "[" * 200_000, "x.json"))
     with pytest.raises(ClearError, match=r"row 1, column 'a': 'utf-8' codec can't encode"):
         cells(text(tmp_path, '[{"a": "\\ud800"}]', "x.json"))
