@@ -1,9 +1,11 @@
 """`clear browse`: what it lists, and the page itself in a real browser, wide, narrow and by keyboard."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from contextlib import suppress
 
@@ -143,6 +145,28 @@ def address(workspace):
 
 
 @pytest.fixture
+def opened(workspace, tmp_path):
+    """The page as `clear browse` opens it by itself, with an assistant's folder at home; BROWSER opens nothing."""
+    home = tmp_path / "home"
+    (home / ".claude").mkdir(parents=True)
+    port = free_port()
+    command = _command(workspace, "--port", str(port))
+    command["args"] = [part for part in command["args"] if part != "--no-open"]
+    command["env"] |= {"HOME": str(home), "BROWSER": "true", "STREAMLIT_SERVER_HEADLESS": "false"}
+    with (tmp_path / "server.log").open("w") as log:
+        server = subprocess.Popen(**command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
+        try:
+            wait_until(
+                lambda: server.poll() is not None or _answers(f"http://127.0.0.1:{port}/_stcore/health"), PATIENCE, "it"
+            )
+            assert server.poll() is None, (tmp_path / "server.log").read_text()
+            yield f"http://127.0.0.1:{port}", tmp_path / "server.log"
+        finally:
+            server.terminate()
+            assert server.wait(20) is not None
+
+
+@pytest.fixture
 def page(tmp_path):
     with chromium(tmp_path / "browser") as found:
         yield found
@@ -168,6 +192,22 @@ def test_a_wide_window_shows_pictures_answers_and_traces(address, page, tmp_path
     assert len(set(tops)) == 1, "pictures of one question stand side by side"
     assert not page.run(SPILLS)
     page.screenshot(tmp_path / "wide.png")
+
+
+def test_nothing_of_the_librarys_own_lies_over_the_page(opened, page, tmp_path):
+    """No offer to install something, no button to deploy, no dialog; in the terminal no question."""
+    address, log = opened
+    page.open(address, 1280, 900)
+    _ready(page, TEXTS[0])
+    page.wait(f"{PICTURES}.length == 2")
+    time.sleep(3)  # such offers come a moment after the page
+    page.screenshot(tmp_path / "opened.png")
+    over = "[data-testid=stSkillsNudge], [data-testid=stToast], [data-testid=stAppDeployButton], [role=dialog]"
+    assert page.run(f"[...document.querySelectorAll({over!r})].map(e => e.innerText)") == []
+    assert not re.search("install|deploy|streamlit", page.text(), re.I)
+    told = log.read_text()
+    assert address in told, "where the page is"
+    assert not re.search("e-?mail|welcome|statistics|skills|new version", told, re.I), told
 
 
 def test_the_keyboard_alone_reaches_the_next_question(address, page):

@@ -31,9 +31,11 @@ def serve(root: Path, port: int, open_browser: bool) -> None:
         "server.fileWatcherType": "none",
         "server.maxUploadSize": "50",
         "browser.gatherUsageStats": "false",
+        "logger.hideWelcomeMessage": "true",  # and with it an offer to install things, laid over the page
         "client.toolbarMode": "minimal",
         "runner.magicEnabled": "false",  # it would show docstrings and values of expressions on the page
     }
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
+    print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
     os.chdir(root)
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", page, *given])
