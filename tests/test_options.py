@@ -50,6 +50,9 @@ def test_any_reply_chooses_an_option_or_nothing(reply, options):
         ("CLEAR_MMStar", ("CLEAR_MMStar", "clean", "clean")),
         ("CLEAR_MMStar_LOW_LEVEL_HIGH", ("CLEAR_MMStar", "mixed", "high")),
         ("my_model_MMBench_DEV_EN_V11_gaussian_noise_MID", ("my_model_MMBench_DEV_EN_V11", "gaussian_noise", "mid")),
+        ("M_MMBench_dev_ar", ("M_MMBench_dev_ar", "clean", "clean")),
+        ("M_MME-RealWorld", ("M_MME-RealWorld", "clean", "clean")),
+        ("M_MMStar_MINI_dark_LOW", ("M_MMStar_MINI", "dark", "low")),
         ("x_some_bench_LOW", ("x_some_bench", "mixed", "low")),
     ],
 )

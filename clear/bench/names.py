@@ -36,18 +36,20 @@ FAMILIES = {"mmbench": "MMBench", "mmvet": "MM-?Vet", "mmvp": MMVP, "cvbench": "
 """Benchmarks with a rule of their own, by a pattern for their names; every other one is plain accuracy."""
 
 _KNOWN = (
-    r"MMBench(?:_(?:DEV|TEST|EN|CN|CC|V11))*|MM-?Vet(?:_Hard)?|MMVP|CV-?Bench(?:-[23]D)?|MMStar|RealWorldQA"
-    r"|R-?Bench(?:-(?:Dis|Ref))?|MME|MathVista(?:_MINI)?"
+    r"(?:MMBench(?:_(?:DEV|TEST|CN|EN|V11))*|MM-?Vet(?:_Hard)?|MMVP|CV-?Bench(?:-[23]D)?|MMStar|RealWorldQA"
+    r"|R-?Bench(?:-(?:Dis|Ref))?|MME|MathVista)(?:_MINI|_[A-Z]{2})?"
 )
+"""Names in VLMEvalKit, also the small and the translated sets."""
+
 _DEGRADED = re.compile(
     rf"(?P<bench>.+?)_(?:(?:(?P<mixed>LOW_LEVEL)|(?P<ours>{'|'.join(CORRUPTIONS)}))_(?P<level>{'|'.join(LEVELS.values())})"
     rf"|(?P<theirs>{'|'.join(AUTHORS.values())}))"
 )
 _PLAIN_LEVEL = re.compile(rf"(?P<bench>.+?)_(?P<level>{'|'.join(LEVELS.values())})")
-_BENCH = re.compile(rf"(?:.*_)?(?:{_KNOWN})", re.IGNORECASE)
-_BENCH_AND_MORE = re.compile(rf"(?:.*_)?(?:{_KNOWN})(?P<more>[_-].*)", re.IGNORECASE)
+_BENCH = re.compile(rf"(?:.*_)?{_KNOWN}", re.IGNORECASE)
+_BENCH_AND_MORE = re.compile(rf"(?:.*_)?{_KNOWN}(?P<more>_.*)", re.IGNORECASE)
 _MORE = re.compile(
-    rf"_(?P<more>(?:low_?level|low|mid|high|hard|{'|'.join({*CORRUPTIONS, *AUTHORS.values()})}"
+    rf"_(?P<more>(?:low_?level|low|mid|high|hard|{'|'.join([*CORRUPTIONS, *AUTHORS.values()])}"
     r"|(?:openai_)?(?:results?|acc|scores?|ratings?|judged?|eval|checkpoint|supp|prev)"
     r"|(?:exact_matching|chatgpt|gpt|claude|deepseek|qwen|gemini|llama)[^_]*))$",
     re.IGNORECASE,
