@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from clear.config import Config
-from clear.model.sequence import BRIDGE, LATENT, VIT, Layout, SpecialTokens
+from clear.model.sequence import Layout, SpecialTokens
 from clear.training import parallel, sft
 from clear.training.parallel import Pass, one_pass
 from clear.training.trainer import Loss
@@ -49,16 +49,7 @@ class Planner:
 
 def stage_loss(config: Config, stage: str, data: sft.TraceData) -> Loss:
     """The last objective of stage `sft` or `bridge` over a `Planner`."""
-    mlp, answer = config.bridge.kind == "mlp", stage == "bridge"
-    weights = sft.TraceWeights(
-        feedback=(BRIDGE if answer else VIT) if mlp else LATENT,
-        mse=0.0 if answer else config.sft.mse_weight,
-        distill=0.0 if mlp else config.sft.distill_weight,
-        drop_vit=0.0 if answer else config.sft.drop_vit,
-        other_path=config.sft.other_path,
-        both_paths=config.sft.both_paths,
-    )
-    return sft.trace_loss(Planner(), data, weights)
+    return sft.trace_loss(Planner(), data, sft.trace_weights(config, stage == "bridge"))
 
 
 def passes(loss: Loss, index: list[int], now: Pass, monkeypatch, world: int = 1, rank: int = 0) -> Iterator[Layout]:

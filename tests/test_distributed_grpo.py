@@ -25,14 +25,23 @@ from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=3, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=6, batch=64)
 STEPS = 4
-FIGURES = ("loss", "reward", "accuracy_holdout", "groups_with_variance")
+FIGURES = (
+    "loss",
+    "reward",
+    "accuracy_holdout",
+    "groups_with_variance",
+    "reward_sometimes",
+    "call_rate",
+    "image_advantage",
+)
 """The others are means over the slices that a process scores, which are other slices with more processes."""
 
 
 def _uneven(texts, restored, question, config, more, accuracy):
     """A random model never answers; any reward with variance will do, and none for some prompts."""
     value = float(len(texts[-1]) % 3) if question.id != "1" else 1.0
-    return {"reward": value, "reward_accuracy": value}
+    # A reward that not every trajectory has: its mean is over those that have it, wherever they are.
+    return {"reward": value, "reward_accuracy": value} | ({"reward_sometimes": value} if value else {})
 
 
 def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dict) -> None:
@@ -49,6 +58,7 @@ def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dic
         "grpo.warmup=0",
         "grpo.rows_per_pass=2",
         "grpo.holdout_every=1",
+        "grpo.scale_advantages=batch",
     ]
     usual = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
     config = from_dict(compose([*usual, *small, *(f"{k}={v}" for k, v in more.items())]))

@@ -98,7 +98,7 @@ class Interrupted(Exception):
     """Stands for the kill of the process."""
 
 
-def _train(folder: Path, rank: int, stop_at: int | None = None):
+def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[str, ...] = ()):
     """A short run of the real trainer; returns its curve, the trained state and the StageRun."""
     from clear.training.grpo import train
 
@@ -111,7 +111,7 @@ def _train(folder: Path, rank: int, stop_at: int | None = None):
         "grpo.scale_advantages=group",
         "grpo.rows_per_pass=4",
     ]
-    config = from_dict(compose([*overrides, *more, "grpo.holdout_every=1", "grpo.reward_format=1.0"]))
+    config = from_dict(compose([*overrides, *more, "grpo.holdout_every=1", "grpo.reward_format=1.0", *changed]))
     model, tokenizer = tiny_model("mlp")
     if rank:
         lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both"))
@@ -162,6 +162,39 @@ def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, mo
     again, found, _ = _train(tmp_path / "killed", rank)
     assert again == curve
     assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("off", ["text", "image"])
+def test_a_term_without_weight_is_not_computed(tmp_path, monkeypatch, off):
+    """Its figures are absent, the heads that only it needs learn nothing, and a NaN in it does no harm."""
+    import clear.training.grpo as module
+
+    def uneven(texts, restored, question, config, more, accuracy):
+        value = float(len(texts[-1]) % 3)
+        return {"reward": value, "reward_accuracy": value}
+
+    def broken(*given):
+        found = scored(*given)
+        noted.append((len(found.text), len(found.image)))
+        part = getattr(found, off)
+        setattr(found, off, part * torch.nan)
+        return found
+
+    scored, noted = scoring.score, []
+    monkeypatch.setattr(module, "rewards", uneven)
+    monkeypatch.setattr(scoring, "score", broken)
+    zero = {"text": ["grpo.text_weight=0", "grpo.velocity_weight=0.1"], "image": ["grpo.velocity_weight=0"]}[off]
+    curve, state, _ = _train(tmp_path, 0, changed=(*zero, "grpo.beta=0.1", f"grpo.{off}_weight=0"))
+    model = dict(tiny_model("mlp")[0].named_parameters())
+    head = {"text": "language_model.lm_head.weight", "image": "llm2vae.weight"}[off]
+    other = {"image": "language_model.lm_head.weight", "text": "llm2vae.weight"}[off]
+    place = ("text", "image").index(off)
+    assert noted and all(pair[place] == 0 < pair[1 - place] for pair in noted)
+    torch.testing.assert_close(state[head], model[head], atol=1e-5, rtol=1e-3)  # weight decay alone
+    assert (state[other] - model[other]).abs().max() > 5e-3
+    assert all(value.isfinite().all() for value in state.values())
+    absent = {"text": {"kl", "entropy", "clipped"}, "image": {"image_clipped", "velocity_distance"}}[off]
+    assert not absent & {name for row in curve for name in row}
 
 
 def test_sharded_adapters_and_uneven_prompts_are_refused(tmp_path, monkeypatch):

@@ -21,7 +21,15 @@ from clear.records import Question, Sample, encode_image, sha256
 from clear.traces.records import TraceRow
 from clear.training import scoring
 from clear.training.bridge import imitation_loss, own_latents
-from clear.training.sft import TraceData, TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
+from clear.training.sft import (
+    TraceData,
+    TraceWeights,
+    direct_loss,
+    restoration_loss,
+    set_trainable,
+    trace_loss,
+    trace_weights,
+)
 from clear.training.trainer import StageRun, optimise
 from tests.tiny import tiny_model
 
@@ -129,6 +137,21 @@ def test_trace_loss_of_a_batch_is_the_mean_over_its_images(config, images, bridg
         assert figures[name] == pytest.approx(sum(one[name] for one in alone) / 3, rel=1e-4)
     total.backward()
     assert model.vae2llm.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("kind", ["direct", "mlp"])
+def test_the_answers_through_a_direct_bridge_are_learned_beside_the_picture(config, images, kind):
+    """What reads the latent draws it too: it learns the velocity on the same rows. The mlp bridge leaves it frozen."""
+    model, _, _, data = parts(kind, config, images)
+    settings = from_dict(
+        compose(["profile=smoke", f"bridge.kind={kind}", "sft.mse_weight=0.5", "sft.distill_weight=0.4"])
+    )
+    total, figures = trace_loss(model, data, trace_weights(settings, bridge=True), {1: torch.randn(8, 4)})([0, 1, 3])
+    total.backward()
+    drawn = model.llm2vae.weight.grad is not None and bool(model.llm2vae.weight.grad.abs().sum() > 0)
+    assert drawn is ("mse" in figures) is ("distill" in figures) is (kind == "direct")
+    if drawn:
+        assert total.item() == pytest.approx(figures["ce"] + 0.5 * figures["mse"] + 0.4 * figures["distill"], rel=1e-5)
 
 
 def test_trace_loss_with_velocities(config, images):

@@ -18,7 +18,6 @@ def run(config: Config) -> None:
 
     from clear.model import lora
     from clear.model.bridge import LatentBridge
-    from clear.model.sequence import BRIDGE, LATENT
     from clear.reasoning.answering import guidance
     from clear.reasoning.engine import Options
     from clear.stages.paths import checkpoint_dir, model_folder
@@ -56,16 +55,8 @@ def run(config: Config) -> None:
         optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
     # With the direct bridge the generation expert reads the latent and is what the distillation trains.
     trainable(model, never=(*sft.FROZEN, *sft.GENERATION) if mlp else sft.FROZEN)
-    weights = sft.TraceWeights(
-        feedback=BRIDGE if mlp else LATENT,
-        mse=0.0,
-        distill=0.0 if mlp else config.sft.distill_weight,
-        stride=config.sft.distill_stride,
-        own=config.bridge.own_latents,
-        other_path=config.sft.other_path,
-        both_paths=config.sft.both_paths,
-    )
-    optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
+    loss = sft.trace_loss(model, data, sft.trace_weights(config, bridge=True), own)
+    optimise(work, "answer", model, loss, len(data), config.bridge.answer)
     save(Path("data/models/bridge"), start, config)
     last = {row["phase"]: row for row in work.curve}
     figures = {f"{p}_{k}": v for p, row in last.items() for k, v in row.items() if k not in ("phase", "step")}

@@ -14,7 +14,6 @@ def run(config: Config, direct: bool = False) -> None:
     With `sft.both_paths` both models learn replies from the first step, and so under the same learning rates.
     """
     apply_runtime(config)
-    from clear.model.sequence import LATENT, VIT
     from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import sft
     from clear.training.load import incoming, save, trace_data, trainable
@@ -36,17 +35,8 @@ def run(config: Config, direct: bool = False) -> None:
         trainable(model, only=() if both else sft.GENERATION)
         optimise(work, "restoration", model, sft.restoration_loss(model, data, both), len(data.paired), warm, ema)
         trainable(model)
-        weights = sft.TraceWeights(
-            feedback=VIT if config.bridge.kind == "mlp" else LATENT,
-            ce=config.sft.ce_weight,
-            mse=config.sft.mse_weight,
-            distill=config.sft.distill_weight,
-            stride=config.sft.distill_stride,
-            drop_vit=config.sft.drop_vit,
-            other_path=config.sft.other_path,
-            both_paths=both,
-        )
-        optimise(work, "traces", model, sft.trace_loss(model, data, weights), len(data), traces, ema)
+        loss = sft.trace_loss(model, data, sft.trace_weights(config))
+        optimise(work, "traces", model, loss, len(data), traces, ema)
     model.config = replace(model.config, bridge="direct")
     save(Path("data/models") / name, start, config)
     if rank() == 0:

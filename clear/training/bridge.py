@@ -3,7 +3,12 @@
 The `mlp` bridge first imitates the clean image's ViT tokens from latents (no text involved), then the understanding
 expert and the bridge learn the answers through it. Part of the rows read the model's *own* denoised latents, so that
 training sees what inference will see. The generation expert stays frozen, so those latents stay its own.
-The `direct` bridge has no parameters; its distillation runs inside the trace loss.
+
+The `direct` bridge has no parameters: the generation expert that draws the picture is what reads it and what the
+distillation moves (METHOD §2). So the trace loss keeps the velocity loss of SFT on the same rows, as published, where
+both are one stage. Without it nothing holds the picture, and the own latents, made before, are no longer those that
+inference will make. Freezing the drawing weights would freeze the bridge itself, and distilling the incoming velocity
+would need a second forward of a second model.
 """
 
 from collections.abc import Hashable, Sequence
