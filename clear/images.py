@@ -179,7 +179,9 @@ def _all_scans(data: bytes) -> bool:
                     missing.pop(component, None)
                 elif precision & 15 == 0:
                     missing.get(component, set()).difference_update(range(first, last + 1))
-    return not any(missing.values())
+            if not any(missing.values()):
+                return True
+    return False
 
 
 def _png_pixels(data: bytes) -> bytes:

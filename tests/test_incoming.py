@@ -413,6 +413,11 @@ def test_the_commands_list_and_refuse(inside):
     assert (listed["name"], listed["files"], listed["present"]) == ("road", 3, True)
     assert "road: 3 files" in runner.invoke(app, ["incoming", "list"]).stdout
     assert isinstance(runner.invoke(app, ["incoming", "check", "far"]).exception, ClearError)
+    Path("data/incoming/other").mkdir()
+    Path("data/incoming/other", os.fsdecode(b"caf\xe9.txt")).touch()
+    said = runner.invoke(app, ["incoming", "list"]).stdout
+    assert "road: 3 files" in said and r"cannot be read: other/caf\xe9.txt: its name is not UTF-8" in said
+    assert json.loads(runner.invoke(app, ["incoming", "list", "--json"]).stdout)["sets"][1]["faults"] == []
 
 
 def test_a_set_without_a_usable_row_is_not_good(inside):
