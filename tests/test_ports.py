@@ -12,6 +12,7 @@ from threading import Thread
 import httpx
 import pytest
 import requests
+from botocore.utils import get_environ_proxies
 
 from clear.ports import spare_loopback
 from flows import pipeline
@@ -53,6 +54,7 @@ CLIENTS = {
     "httpx": lambda url: httpx.get(url).text,
     "requests": lambda url: requests.get(url).text,
     "urllib": lambda url: urllib.request.urlopen(url).read().decode(),
+    "boto3": lambda url: "me" if get_environ_proxies(url) == {} else "the proxy",  # and DVC, for S3
 }
 
 
@@ -134,4 +136,4 @@ def test_a_flow_behind_a_proxy_finds_its_own_server(bare, tmp_path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HTTP_PROXY": DEAD, "PREFECT_HOME": str(tmp_path)}
     command = [sys.executable, "-m", "flows.pipeline", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.returncode == 1 and done.stderr.splitlines()[-1].startswith(f"error: {tmp_path} has no dvc.yaml")
+    assert done.returncode == 1 and f"error: {tmp_path} has no dvc.yaml" in done.stderr, "the flow itself has run"
