@@ -71,9 +71,15 @@ def test_scenes_stay_within_their_vocabulary():
     assert {word for q in questions for word in question_text(q).split()} <= set(VOCABULARY)
 
 
+def test_an_option_without_text_keeps_its_letter():
+    assert asked("Which?", "red", " ", "blue") == "Which?\nA. red\nC. blue"
+    assert asked("Which? A. red C. blue", "red", " ", "blue") == "Which? A. red C. blue"
+    assert asked("Which? A. red B. blue", "red", " ", "blue").endswith("\nA. red\nC. blue")
+
+
 def test_options_that_cannot_be_shown_are_named():
-    with pytest.raises(ClearError, match=r"question q1: 'Which\?' has an empty option B"):
-        asked("Which?", "red", "  ", "blue")
+    with pytest.raises(ClearError, match=r"question q1: 'Which\?' has 2 options, all empty"):
+        asked("Which?", "", "  ")
     many = [str(n) for n in range(11)]
     with pytest.raises(ClearError, match=r"question q1.* has 11 options; at most 10"):
         asked("Which?", *many)

@@ -44,19 +44,19 @@ class Prompt:
 def question_text(question: Question) -> str:
     """The question as a model or a judge reads it: with its options, as the text lists them or else one letter a line.
 
-    Everything that shows a question goes through here. Raises ClearError for an option that is empty, and for more
-    options than there are letters.
+    Everything that shows a question goes through here. An option without text keeps its letter and is not shown (a
+    benchmark's table may have lost it). Raises ClearError if all are without, and for more options than letters.
     """
     if not question.options or lists_options(question.text, question.options):
         return question.text
     named = f"question {question.id}: {question.text[:80]!r}"
     if len(question.options) > len(LABELS):
         raise ClearError(f"{named} has {len(question.options)} options; at most {len(LABELS)} can be named, {LABELS}.")
-    choices = {label: " ".join(option.split()) for label, option in zip(LABELS, question.options, strict=False)}
-    empty = [label for label, option in choices.items() if not option]
-    if empty:
-        raise ClearError(f"{named} has an empty option {empty[0]}; fill it in, or remove the question.")
-    return "\n".join([question.text, *(f"{label}. {option}" for label, option in choices.items())])
+    choices = [(label, " ".join(option.split())) for label, option in zip(LABELS, question.options, strict=False)]
+    shown = [f"{label}. {option}" for label, option in choices if option]
+    if not shown:
+        raise ClearError(f"{named} has {len(choices)} options, all empty; fill them in, or remove the question.")
+    return "\n".join([question.text, *shown])
 
 
 def make_prompt(tokenizer, bank: ImageBank, image: int, text: str, system: str) -> Prompt:

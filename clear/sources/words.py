@@ -98,12 +98,14 @@ def lists_options(text: str, options: Sequence[str]) -> bool:
 
     Usual labels: "A. red", "(A) red", "A) red", "A: red", and "A red" as in the scenes. That an option's words occur
     somewhere in the text ("no" in "not") is not enough; a list that is doubted is listed again, which harms nothing.
+    An option without text has a letter and is not listed.
     """
-    if not options or len(options) > len(LABELS) or not all(map(str.strip, options)):
+    named = [(label, option) for label, option in zip(LABELS, options, strict=False) if option.strip()]
+    if not named or len(options) > len(LABELS):
         return False
     labelled = (
         rf"(?<!\w)(?:\({label}\)\s*|{label}[.):]\s*|{label}\s+)" + r"\s+".join(map(re.escape, option.split()))
-        for label, option in zip(LABELS, options, strict=False)
+        for label, option in named
     )
     separated = r"(?!\S*\w)[\s.,;|/]*(?:(?:and|or)\s+)?".join(labelled)
     return re.search(separated + r"(?!\S*\w)[^\S\n]*(?:$|[\n.,;!?)\]])", text) is not None
