@@ -1,7 +1,9 @@
 """`clear browse`: what it lists, and the page itself in a real browser, wide, narrow and by keyboard."""
 
+import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -110,6 +112,23 @@ def _command(folder, *arguments):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "CLEAR_HOME": str(folder / "home")}
     command = [sys.executable, "-m", "clear", "browse", "--no-open", *arguments]
     return {"args": command, "cwd": folder, "env": environment, "text": True}
+
+
+def test_the_development_split_is_answered_aside_and_without_the_benchmark(workspace, tmp_path):
+    folder = shutil.copytree(workspace, tmp_path / "copy", ignore=shutil.ignore_patterns("home", "server.log"))
+    (folder / "data/bench").rename(folder / "data/development")
+    command = _command(folder) | {"capture_output": True}
+    command["args"] = [sys.executable, "-m", "clear", "evaluate", "base", "--development"]
+    before = {file: file.read_bytes() for file in (folder / "data").rglob("*") if file.is_file()}
+    done = subprocess.run(**command)
+    figures = folder / "home/development/smoke/base.json"
+    assert done.returncode == 0 and done.stdout.strip() == f"figures: {figures}", done.stderr
+    found = predictions.read(figures.with_suffix(".parquet"))
+    assert found.equals(predictions.read(workspace / "data/predictions/base.parquet")), (
+        "the same pictures, the same answers"
+    )
+    assert json.loads(figures.read_text()) == json.loads((workspace / "data/metrics/evaluate_base.json").read_text())
+    assert {file: file.read_bytes() for file in (folder / "data").rglob("*") if file.is_file()} == before
 
 
 def test_nothing_to_show_and_a_taken_port_are_one_line(workspace, tmp_path):
