@@ -328,6 +328,17 @@ def test_a_file_that_cannot_be_read_is_listed_in_its_own_set_and_stops_no_other(
 
 
 @pytest.mark.parametrize("make", [dangling, circular])
+def test_a_set_that_is_a_link_to_nowhere_is_listed_and_stops_no_other(place, make):
+    read_incoming(place, [GOOD])
+    make(place / "far")
+    far, road = incoming.sets(place)
+    assert far.faults == ("far: a link that leads nowhere; correct or remove it",) and not road.faults
+    with pytest.raises(ClearError, match="far: a link that leads nowhere"):
+        intake.read(place)
+    assert intake.read(place, "road").count(*intake.SLICES) == 1
+
+
+@pytest.mark.parametrize("make", [dangling, circular])
 def test_a_row_that_names_a_link_to_nothing_is_rejected_once(place, make):
     read_incoming(place, [GOOD])
     make(place / "road/b.png")

@@ -39,7 +39,9 @@ TASK = "question"
 """Task of a question whose row names none."""
 LEAST = 32
 """px, the smallest side of a usable picture."""
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif")
+READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".jp2", ".ppm")
+PICTURES = (*READABLE, ".heic", ".heif", ".jxl", ".ico", ".tga", ".dng", ".nef", ".cr2", ".arw")
+"""Endings of files that somebody meant as pictures, whether they can be read or not."""
 TABLES = (".jsonl", ".parquet")
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
@@ -94,7 +96,9 @@ def names(folder: Path = FOLDER) -> list[str]:
     """The names of the sets of a folder, those of which only the `.dvc` file is here included."""
     if not folder.is_dir():
         return []
-    found = {path.name for path in folder.iterdir() if path.is_dir()} | {path.stem for path in folder.glob("*.dvc")}
+    found = {path.name for path in folder.iterdir() if path.is_dir() or _leads_nowhere(path)} | {
+        path.stem for path in folder.glob("*.dvc")
+    }
     return sorted(name for name in found if not aside(name))
 
 
@@ -112,16 +116,20 @@ def _described(folder: Path) -> IncomingSet:
         digest.update(os.fsencode(path.relative_to(folder)) + f"\0{fault}\n".encode())
     faults = tuple(f"{shown(path.relative_to(folder.parent))}: {fault}" for path, fault in found.faults)
     fingerprint = digest.hexdigest() if folder.is_dir() else ""
-    return IncomingSet(
-        folder.name, len(found.files), size, folder.is_dir(), fingerprint, (*_misnamed(folder.name), *faults)
-    )
+    faults = (*_refused(folder), *faults)
+    return IncomingSet(folder.name, len(found.files), size, folder.is_dir(), fingerprint, faults)
 
 
-def _misnamed(name: str) -> tuple[str, ...]:
-    if _NAME.fullmatch(name) and name not in ("clean", INCOMING):
-        return ()
-    rule = f"use lower-case letters, digits, - and _, and neither clean nor {INCOMING}"
-    return (f"{shown(name)}: no name for a set; {rule}",)
+def _refused(folder: Path) -> tuple[str, ...]:
+    """Why a folder can be no set at all, if so."""
+    if not _NAME.fullmatch(folder.name) or folder.name in ("clean", INCOMING):
+        rule = f"use lower-case letters, digits, - and _, and neither clean nor {INCOMING}"
+        return (f"{shown(folder.name)}: no name for a set; {rule}",)
+    return (f"{folder.name}: a link that leads nowhere; correct or remove it",) if _leads_nowhere(folder) else ()
+
+
+def _leads_nowhere(path: Path) -> bool:
+    return path.is_symlink() and not path.exists()
 
 
 def present(folder: Path = FOLDER, only: str = "") -> list[IncomingSet]:
@@ -132,7 +140,7 @@ def present(folder: Path = FOLDER, only: str = "") -> list[IncomingSet]:
         known = ", ".join(map(shown, here)) or "none"
         raise ClearError(f"{shown(folder / only)} is no incoming set; there are: {known}.")
     for name in [only] if only else here:
-        if wrong := _misnamed(name):
+        if wrong := _refused(folder / name):
             raise ClearError(f"{folder}/{wrong[0]}.")
         if not (folder / name).is_dir():
             raise ClearError(f"{folder / name} is not here; run `dvc pull {folder / name}.dvc`.")
