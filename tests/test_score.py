@@ -128,6 +128,9 @@ def test_an_option_without_text_keeps_its_letter(tmp_path):
     rows = [mcq(n, text, "D" if n > 1 else "AC"[n], **gap) for n, text in enumerate(said)]
     frame = scored(tmp_path, MMStar=rows)
     assert frame.score.tolist() == [1, 1, 0, 1] and frame.how.tolist() == ["rule", "rule", "unmatched", "rule"]
+    last = {"A": "one", "B": "two", "C": ""}  # the last one, where it is the answer
+    frame = scored(tmp_path, MMStar=[mcq(n, text, "C", **last) for n, text in enumerate(["C", "A or C", "two"])])
+    assert frame.score.tolist() == [1, 0, 0] and frame.extracted.tolist() == ["C", "", "B"]
 
 
 def test_an_answer_tag_that_is_never_closed_still_answers(tmp_path):

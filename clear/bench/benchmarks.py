@@ -21,6 +21,7 @@ from clear.bench import names
 from clear.bench.options import answer_in, chosen
 from clear.bench.scoring import HARD, SEVERITIES, present, robustness
 from clear.errors import ClearError
+from clear.sources.lmudata import options_of
 from clear.sources.words import LABELS, normalise
 
 if TYPE_CHECKING:
@@ -81,17 +82,9 @@ def _file(path: Path) -> "pd.DataFrame":
     return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
 
 
-def _options(row: dict) -> list[str]:
-    """The options up to the last that has a text; one without between others keeps its letter."""
-    listed = [row.get(letter, "") for letter in LABELS]
-    while listed and not listed[-1].strip():
-        listed.pop()
-    return listed
-
-
 def _gold(path: Path, row: dict) -> str:
     """The letter of the right option: a capital letter, an option's text, or a small letter; "" for a free answer."""
-    given, options = row["answer"].strip(), _options(row)
+    given, options = row["answer"].strip(), options_of(row)
     if not given:
         raise ClearError(f"{path}: index {row['index']} has no answer to compare with; score a split that has answers.")
     if not options:
@@ -118,7 +111,7 @@ def score(frame: "pd.DataFrame", judge: "Client | None" = None, progress: Callab
 
     frame = frame.reset_index(drop=True).copy()
     said = [answer_in(text) for text in frame["prediction"]]
-    options = [_options(row) for row in frame.to_dict("records")]
+    options = [options_of(row) for row in frame.to_dict("records")]
     kinds = [names.family(bench) for bench in frame["bench"]]
     values, how, reject, extracted = np.zeros(len(frame)), ["unmatched"] * len(frame), [""] * len(frame), list(said)
     for n, (answer, gold) in enumerate(zip(frame["answer"], frame["gold"], strict=True)):

@@ -178,9 +178,7 @@ def _row(bench: str, record: dict[str, str], table: Table) -> Row | Reject:
     image = image_of(record, table)
     if isinstance(image, str):
         return Reject(id, bench, "no image", image)
-    options = [record.get(letter, "") for letter in OPTIONS]
-    while options and not options[-1]:  # one in between is blank where VLMEvalKit read "None" and wrote it again
-        options.pop()
+    options = options_of(record)
     text = _text(record)
     if record.get("hint"):
         text = f"Hint: {record['hint']}\n{text}"
@@ -191,6 +189,20 @@ def _row(bench: str, record: dict[str, str], table: Table) -> Row | Reject:
         return Reject(id, bench, "question", made)
     known = {"image", "image_path", "question", "prompt", "answer", "hint", *OPTIONS}
     return Row(id, bench, image, (made,), {"subset": bench} | {k: v for k, v in record.items() if k not in known and v})
+
+
+def options_of(cells: Mapping[str, str]) -> list[str]:
+    """The options of a row, [] for a free answer: up to the last with a text, or to the one that is the answer.
+
+    VLMEvalKit reads an option "None" as an absent cell and writes it as an empty one: it is an option without text
+    wherever another follows or its letter is the answer, and the others keep their letters.
+    """
+    listed = [cells.get(letter, "") for letter in OPTIONS]
+    filled = [n for n, text in enumerate(listed) if text.strip()]
+    answer = cells.get("answer", "").strip().rstrip(".").strip("()")
+    if filled and len(answer) == 1 and answer in OPTIONS and answer in cells:
+        filled.append(OPTIONS.index(answer))
+    return listed[: max(filled, default=-1) + 1]
 
 
 def number(index: str) -> int:
