@@ -8,17 +8,20 @@ import torch
 from safetensors import safe_open
 
 from clear.config import Lora, compose, from_dict
+from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.reasoning.engine import Options, generate
-from clear.records import Question
+from clear.records import Question, write_samples
+from clear.sources.scenes import scenes
+from clear.stages.grpo import prepare
 from clear.training import scoring
 from clear.training.load import trainable
 from clear.training.objective import advantages
 from clear.training.policy import Task
 from clear.training.rewards import format_reward
 from clear.training.trainer import StageRun
-from tests.tiny import tiny_model, tiny_prompts
+from tests.tiny import save_random_model, tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=8, batch=64)
 TIMES = flow.time_grid(4, 3.0).tolist()
@@ -195,6 +198,26 @@ def test_a_term_without_weight_is_not_computed(tmp_path, monkeypatch, off):
     assert all(value.isfinite().all() for value in state.values())
     absent = {"text": {"kl", "entropy", "clipped"}, "image": {"image_clipped", "velocity_distance"}}[off]
     assert not absent & {name for row in curve for name in row}
+
+
+def test_clean_prompts_are_a_share_of_the_paired_images_whatever_their_order(tmp_path, monkeypatch):
+    from clear.reasoning.answering import Answerer
+
+    monkeypatch.chdir(tmp_path)
+    config = from_dict(compose(["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "grpo.clean_share=0.4"]))
+    save_random_model(Path("data/models/bridge"), config)
+    made = list(degraded_samples([(sample, "dark", "high") for sample in scenes("rl", 10, 1, 64, 1)], 0.1, 1))
+    made[3] = replace(made[3], image=made[3].degraded)  # came degraded: it has no clean image to show
+    write_samples("data/degraded/validation", made[:1])
+    seen, bank = [], Answerer.bank
+    monkeypatch.setattr(Answerer, "bank", lambda self, images, names: seen.append(images) or bank(self, images, names))
+    found = []
+    for samples in (made, made[::-1]):
+        write_samples("data/degraded/rl", samples)
+        prepare(config)
+        shown = dict(zip((s.id for s in samples), seen[-2], strict=True))
+        found.append({s.id for s in samples if s.paired and shown[s.id] == s.image})
+    assert len(found[0]) == 4 and found[0] == found[1] != {s.id for s in made[:4]}
 
 
 def test_sharded_adapters_and_uneven_prompts_are_refused(tmp_path, monkeypatch):
