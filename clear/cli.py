@@ -5,10 +5,12 @@ is imported inside the command that needs it, so `clear --help` answers at once.
 stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes from its checkpoint.
 """
 
+import _thread
 import importlib
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -423,6 +425,7 @@ def main() -> None:
     """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or undecided, 130 interrupted."""
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        sys.unraisablehook = _again
         spare_loopback()
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file may be no text
         app()
@@ -438,6 +441,17 @@ def main() -> None:
         if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
             _interrupted()
         raise
+
+
+def _again(lost: Any) -> None:
+    """An interruption in the middle of a callback (of the garbage collector, of imports), where Python drops it, comes
+    again a moment later; anything else that was dropped is reported as ever."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.05, _thread.interrupt_main, [signal.SIGTERM])
+    again.daemon = True
+    again.start()
 
 
 def _interrupted() -> NoReturn:

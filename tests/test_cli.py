@@ -151,6 +151,28 @@ def test_an_interruption_says_how_to_go_on(project, signum):
     assert stderr == "interrupted; run the same command again to resume from the last checkpoint\n"
 
 
+def test_an_interruption_that_a_callback_swallows_comes_again(project):
+    script = """if True:
+        import signal, sys, time, types, weakref
+        stage = types.ModuleType("clear.stages.sft")
+        def run(config):
+            class Thing: pass
+            thing = Thing()
+            reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
+            del thing
+            time.sleep(20)
+            print("went on")
+        stage.run = run
+        sys.modules[stage.__name__] = stage
+        sys.argv = ["clear", "sft"]
+        from clear.cli import main
+        main()"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=60)
+    assert (run.returncode, run.stdout) == (130, "")
+    assert run.stderr == "interrupted; run the same command again to resume from the last checkpoint\n"
+
+
 def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert clear("params", "--set", "profile=smoke", "--set", "grpo.group_size=4")[0] == 0
