@@ -130,7 +130,7 @@ def connect(config: Endpoint, name: str, cache: Path | str, pause: float = 1.0) 
     """A client for the section `name` of the parameters; replies are kept in the file `cache`.
 
     Nothing is sent yet. `pause` is the first pause in seconds before a second attempt; each further one doubles it.
-    Raises ClearError if URL, model or key are not given.
+    Raises ClearError if URL, model or key are not given, and for a key that no request can carry.
     """
     for key in ("url", "model"):
         if not getattr(config, key):
@@ -139,6 +139,11 @@ def connect(config: Endpoint, name: str, cache: Path | str, pause: float = 1.0) 
     if not url.startswith(("http://", "https://")):
         raise ClearError(f"params: {name}.url = {url!r} must begin with http:// or https:// (and mostly end in /v1).")
     key = setting(config.key, f"{name}.key") if config.key else ""
+    if not all("!" <= character <= "~" for character in key):  # said without the key: it is a secret
+        raise ClearError(
+            f"params: {name}.key = {config.key}, and that environment variable holds a character that no key has "
+            "(a space, a line end, or one outside ASCII, such as the … of an example); export the key itself."
+        )
     return Client(config, name, url.rstrip("/"), model, key, ReplyStore(cache), pause)
 
 

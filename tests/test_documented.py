@@ -4,6 +4,8 @@ Commands are parsed by the real parsers and not run, so the check takes seconds.
 `ELSEWHERE`; that the way through BAGEL's stages works is shown by tests/test_from_checkpoint.py.
 """
 
+import json
+import os
 import re
 import shlex
 import shutil
@@ -14,12 +16,16 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import yaml
 from typer.testing import CliRunner
 
 from clear.config import compose, from_dict
-from tests.conftest import ROOT
+from clear.sources.scenes import scenes
+from tests.chat_server import completion, serving, user_text
+from tests.conftest import ROOT, git
+from tests.tiny import save_random_model
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/*.md")
 SHELL = (".", "cp", "export", "ln", "ls", "mkdir")
@@ -160,3 +166,68 @@ def test_the_parser_of_blocks_reads_what_a_shell_reads(tmp_path: Path):
         *(["run", "x"], ["keep", "-f", "x"], ["run", "y"], ["keep", "-f", "y"]),
         ["export", "K=…"],
     ]
+
+
+SMALL = """\
+# @package _global_
+defaults: [smoke, _self_]
+profile: bagel_7b_lora
+runtime: {threads: 1, device: cpu, weights: bfloat16, precision: bfloat16, token_budget: 256}
+source: {shares: [0.0, 0.4, 0.15, 0.15, 0.2, 0.1]}
+lora: {rank: 2, alpha: 4.0}
+sft: {drop_text: 0.1, restoration: {steps: 0}, traces: {steps: 3, warmup: 1}}
+bridge: {kind: direct, distill: {steps: 0}, answer: {steps: 2, warmup: 1}}
+grpo: {steps: 1, prompts: 2, group_size: 2, flow_steps: 2}
+sampling: {max_think_tokens: 6, flow_steps: 3, text_guidance: 3.0, image_guidance: 1.5, guidance_renorm: text_channel}
+traces: {questions: 1}
+report: {pictures: 1}
+"""
+"""What the profile is replaced by: the same kinds of everything, small."""
+
+
+def _teacher(body: dict, number: int) -> tuple[int, dict, object]:
+    """Says what the prompt says is right, after asking for a restoration where it is told to."""
+    text, first = user_text(body), len(body["messages"]) < 3
+    answer = re.search(r"The right answer is: (.*)", text)
+    if answer is None and first:
+        return 200, {}, completion("<think> red </think> <image_restore>")
+    return 200, {}, completion(f"<think> a shape </think> <answer> {answer[1] if answer else 'red'} </answer>")
+
+
+@pytest.mark.slow
+def test_the_way_with_bagel_runs_as_the_readme_shows_it(tmp_path):
+    """From a checkpoint in BAGEL's layout and a folder of photographs to the report and the merged model."""
+    here, photographs = tmp_path / "here", tmp_path / "photographs"
+    git(tmp_path, "clone", "-q", str(ROOT), str(here))
+    (here / "clear/conf/profile/bagel_7b_lora.yaml").write_text(SMALL)
+    git(here, "commit", "-qam", "small")
+    save_random_model(here / "weights", from_dict(compose(["profile=smoke"])))
+    photographs.mkdir()
+    rows = [
+        {
+            "id": sample.id,
+            "image": {"bytes": sample.image, "path": None},
+            "conversations": [{"from": "human", "value": q.text}, {"from": "gpt", "value": q.answer}],
+        }
+        for sample in scenes("sft", 60, 3, 256, 1)
+        for q in sample.questions[:1]
+    ]
+    pd.DataFrame(rows).to_parquet(photographs / "train-00000-of-00001.parquet")
+    (block,) = [text for place, text in blocks("sh") if place.startswith("README.md") and "clear merge" in text]
+    lines = [line for line in block.splitlines() if not line.startswith("make venv")]  # tests/test_make.py installs
+    with serving(_teacher) as server:
+        script = "\n".join(lines).replace("/data/llava-onevision", str(photographs)).replace("KEY=…", "KEY=secret")
+        done = subprocess.run(
+            ["bash", "-ec", script.replace("https://host/v1", server.url)],
+            cwd=here,
+            env=os.environ
+            | {"PYTHONPATH": str(here), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            | {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    assert server.bodies, "the teacher wrote the traces"
+    assert json.loads((here / "data/metrics/traces.json").read_text())["teacher"]["model"] == "gpt-4.1"
+    assert (here / "data/metrics/report.json").is_file() and (here / "merged/model.safetensors").is_file()

@@ -368,3 +368,11 @@ def test_after_sigkill_nothing_answered_is_asked_again(tmp_path):
         report = client.report()
         assert report["attempts"] == 11 and report["replies"] == 10
         assert report["unconfirmed_usd"] == pytest.approx(client.forecast(client.body(request("n5"))))
+
+
+@pytest.mark.parametrize("key", ["…", "clé", "two words", "line\n", "tab\t"])
+def test_a_key_that_no_request_can_carry_is_refused_without_being_shown(tmp_path, monkeypatch, key):
+    monkeypatch.setenv("THE_KEY", key)
+    with pytest.raises(ClearError, match=r"teacher\.key = \$THE_KEY, and that environment variable holds") as caught:
+        connect(settings("http://127.0.0.1:9/v1", key="$THE_KEY"), "teacher", tmp_path / "t.sqlite")
+    assert key not in str(caught.value) or key == "…"
