@@ -46,7 +46,7 @@ class Source:
     kind: str = one_of("scenes", "llava_onevision", "lmudata", "folder")
     path: str = field()  # below data/raw, where DVC sees changes; not for scenes
     bench_path: str = field()  # a folder or file of VLMEvalKit TSVs that becomes the split bench; empty = split it off
-    shares: list[float] = field(metadata={"low": 0, "high": 1})  # pretrain, sft, rl, validation, bench, development
+    shares: list[float] = field(metadata={"low": 0, "high": 1})  # pretrain, sft, rl, validation, bench[, development]
     min_side: int = between(0, 10**5)  # px; smaller images are rejected
     max_aspect: float = between(0, 10**5)  # long side over short side; 0 = no limit
     skip_cjk: bool = field()  # reject rows with Chinese, Japanese or Korean characters
@@ -410,10 +410,10 @@ def _check_clusters(config: Config) -> None:
 
 
 def _check_source(source: Source, name: str) -> None:
-    if len(source.shares) != 6 or sum(source.shares) > 1 + 1e-9:
+    if len(source.shares) not in (5, 6) or sum(source.shares) > 1 + 1e-9:
         raise ClearError(
-            f"params: {name}.shares = {list(source.shares)} must be six shares, of pretrain, sft, rl, validation, "
-            "bench and development, that add up to at most 1."
+            f"params: {name}.shares = {list(source.shares)} must be six shares, of pretrain, sft, rl, validation, bench "
+            "and development, that add up to at most 1; without the last one nothing goes to development."
         )
     if (source.kind == "scenes") != (source.path == "") or (source.kind == "scenes" and source.bench_path):
         raise ClearError(

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import hashlib
 import json
 import os
 import subprocess
@@ -475,13 +476,21 @@ def test_a_path_that_cannot_be_used_is_refused(here, overrides, said):
         ["source.kind=folder"],
         ["source.path=data/raw"],
         ["source.shares=[1,1,0,0,0,0]"],
-        ["source.shares=[0,.7,.1,.1,.1]"],  # of before there was a development split
+        ["source.shares=[0,.7,.1,.1]"],
         ["source.shares=[1]"],
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):
     with pytest.raises(ClearError, match=r"source\.(kind|shares)"):
         config_of(*overrides)
+
+
+def test_five_shares_leave_the_development_split_empty():
+    """Parameters from before there was a sixth split keep their meaning, split by split."""
+    names = [hashlib.sha256(bytes([n])).digest() for n in range(200)]
+    five = [split_of(name, 1, config_of("source.shares=[0,.3,.2,.2,.2]").source.shares) for name in names]
+    assert five == [split_of(name, 1, [0, 0.3, 0.2, 0.2, 0.2, 0]) for name in names]
+    assert set(five) == {"sft", "rl", "validation", "bench", ""}
 
 
 def test_degraded_benchmarks_are_no_clean_samples(here):
