@@ -412,8 +412,8 @@ def _check_clusters(config: Config) -> None:
 def _check_source(source: Source, name: str) -> None:
     if len(source.shares) not in (5, 6) or sum(source.shares) > 1 + 1e-9:
         raise ClearError(
-            f"params: {name}.shares = {list(source.shares)} must be six shares, of pretrain, sft, rl, validation, bench "
-            "and development, that add up to at most 1; without the last one nothing goes to development."
+            f"params: {name}.shares = {list(source.shares)} must be six shares, of pretrain, sft, rl, validation, "
+            "bench and development, that add up to at most 1; without the last one nothing goes to development."
         )
     if (source.kind == "scenes") != (source.path == "") or (source.kind == "scenes" and source.bench_path):
         raise ClearError(
