@@ -188,7 +188,7 @@ report: {pictures: 1}
 def _teacher(body: dict, number: int) -> tuple[int, dict, object]:
     """Says what the prompt says is right, after asking for a restoration where it is told to."""
     text, first = user_text(body), len(body["messages"]) < 3
-    answer = re.search(r"The right answer is: (.*)", text)
+    answer = re.search(r"The right answer is: (.*?)\. Your answer must", text)
     if answer is None and first:
         return 200, {}, completion("<think> red </think> <image_restore>")
     return 200, {}, completion(f"<think> a shape </think> <answer> {answer[1] if answer else 'red'} </answer>")
