@@ -65,21 +65,21 @@ remote: $(READY)  ## keep data in S3: BUCKET=bucket/prefix [ENDPOINT=url]; keys 
 	@python -m infra.remote "$(BUCKET)" "$(ENDPOINT)"
 
 deploy: $(READY)  ## send flows, schedules and the zombie automation to the Prefect API of PREFECT_API_URL
-	@python -m flows.deploy
+	@python -m flows.service.deploy
 
 prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C
-	@python -m flows.local $(PORT)
+	@python -m flows.service.local $(PORT)
 
 stack: $(READY)  ## create or update the AWS stack of section compute, for stages on cloud GPUs [MAIL=address for its cost alarm]
-	@python -m flows.compute_stack stack "$(MAIL)"
+	@python -m flows.batch.stack stack "$(MAIL)"
 
 image: $(READY)  ## build the container image of this environment and push it to the stack's repository (needs docker)
-	@python -m flows.compute_stack image
+	@python -m flows.batch.stack image
 
 JUNK := .clear data/report .pytest_cache .ruff_cache .hypothesis build *.egg-info
 # With a lock file a run may be on its way; then the removal happens as the only writer, or not at all.
 LOCKS = $(wildcard .clear/writer.lock .clear/scratch/.clear/writer.lock .clear/scratch/*/.clear/writer.lock)
-ALONE = $(if $(LOCKS),python3 -m clear.writer $(patsubst %.clear/writer.lock,%.,$(LOCKS)) --)
+ALONE = $(if $(LOCKS),python3 -m clear.data.lock $(patsubst %.clear/writer.lock,%.,$(LOCKS)) --)
 
 clean:  ## remove scratch runs, checkpoints, run records, rendered reports and tool caches (data and .venv stay)
 	@$(ALONE) rm -rf $(JUNK)

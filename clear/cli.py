@@ -16,8 +16,8 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from clear.data.ports import spare_loopback
 from clear.errors import ClearError, judging, naming, refusal
-from clear.ports import spare_loopback
 
 INTERRUPTED = 130
 STAGES = {
@@ -45,8 +45,8 @@ TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
 def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
     """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`."""
     from clear.config import load
-    from clear.stages.paths import stage_run
-    from clear.stages.weights import with_local_weights
+    from clear.data.workspace import stage_run
+    from clear.model.weights import with_local_weights
 
     config = with_local_weights(load(), module)
     with stage_run(name):
@@ -58,7 +58,7 @@ def results(
     as_markdown: Annotated[bool, typer.Option("--markdown", help="The tables of README, from data/metrics.")] = False,
 ) -> None:
     """Print the result table, beside the committed figures where they differ, and the report's path."""
-    from clear.results import markdown, render
+    from clear.project.results import markdown, render
 
     typer.echo(markdown(Path()) if as_markdown else render(Path()))
 
@@ -69,7 +69,7 @@ def check() -> None:
 
     Exit status 0: they agree. 1: they do not. 2: cannot say, because a file cannot be read.
     """
-    from clear.check import drifts
+    from clear.project.check import drifts
 
     with judging():
         found = drifts(Path())
@@ -94,9 +94,9 @@ def compare(
 
     Exit status 0: the report is made, whatever it says. 2: it cannot be made; a revision or a file cannot be read.
     """
-    from clear.compare import render
-    from clear.compare.load import read_sides
-    from clear.compare.verdict import decide
+    from clear.project.compare import render
+    from clear.project.compare.load import read_sides
+    from clear.project.compare.verdict import decide
 
     if form not in (*render.FORMATS, "all"):
         raise ClearError(f"--format {form}: choose one of {', '.join(render.FORMATS)} or all.")
@@ -120,8 +120,8 @@ def gate(
     Exit status 0: yes. 1: no. 2: cannot decide; the sides are not comparable, a revision is not in this clone, or a
     file cannot be read.
     """
-    from clear.compare.load import read_sides
-    from clear.compare.verdict import decide, report_lines
+    from clear.project.compare.load import read_sides
+    from clear.project.compare.verdict import decide, report_lines
 
     with judging():
         _, verdict = decide(*read_sides(Path(), base, head), detail=False)
@@ -138,7 +138,7 @@ def params(
 ) -> None:
     """Compose clear/conf into params.yaml."""
     from clear.config import PARAMS
-    from clear.scratch import write_params
+    from clear.project.scratch import write_params
 
     write_params(PARAMS, overrides or [])
     typer.echo(f"{PARAMS} written.")
@@ -162,10 +162,10 @@ def memory(
     if overrides and not profile:
         raise ClearError("--set changes a composed profile; name it with --profile, or edit params.yaml.")
     config = from_dict(compose([f"profile={profile}", *(overrides or [])])) if profile else load()
-    module = importlib.import_module("clear.memory")
+    module = importlib.import_module("clear.training.memory")
     vocab = module.BAGEL_VOCABULARY
     if config.base.joint.steps:  # trained from scratch, on a closed vocabulary
-        from clear.reasoning.tokenizer import word_tokenizer
+        from clear.model.tokenizer import word_tokenizer
         from clear.training.build import scene_words
 
         vocab = word_tokenizer(scene_words()).get_vocab_size()
@@ -185,8 +185,8 @@ def scratch(
     ] = None,
 ) -> None:
     """Run the pipeline under another profile in a copy of this folder; nothing tracked here changes."""
-    from clear.results import render
-    from clear.scratch import run
+    from clear.project.results import render
+    from clear.project.scratch import run
 
     typer.echo(render(run(Path(), profile, overrides or [])))
 
@@ -201,8 +201,8 @@ def ask(
 ) -> None:
     """Ask a trained model about one image."""
     from clear.config import load
-    from clear.records import encode_image
-    from clear.stages.weights import with_local_weights
+    from clear.data.records import encode_image
+    from clear.model.weights import with_local_weights
 
     if restore not in ("auto", "always", "never"):
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
@@ -249,22 +249,22 @@ def score(
 
     from tqdm import tqdm
 
-    from clear.bench import benchmarks
+    from clear.bench.vlmeval import scores
     from clear.config import load
-    from clear.endpoint import connect
-    from clear.records import write_json
-    from clear.stages.paths import replies_file
+    from clear.data.records import write_json
+    from clear.data.workspace import replies_file
+    from clear.llm.endpoint import connect
 
-    frame = benchmarks.read_predictions(files)
+    frame = scores.read_predictions(files)
     with connect(load().judge, "judge", replies_file("judge")) if judge else nullcontext() as client:
         with tqdm(desc="judge", unit="question", disable=not judge) as bar:
-            frame = benchmarks.score(frame, client, bar.update)
-        found = benchmarks.summary(frame)
+            frame = scores.score(frame, client, bar.update)
+        found = scores.summary(frame)
         if client is not None:
             from clear.bench.judge import prompt_hash
 
             found["judge"] = client.report() | {"prompts": prompt_hash()}
-    typer.echo(benchmarks.table(found))
+    typer.echo(scores.table(found))
     if found["rejected"]:
         reason = frame["reject"][frame["reject"] != ""].iloc[0]
         typer.echo(f"{found['rejected']} rows have no verdict and are in no figure; the first: {reason}", err=True)
@@ -294,8 +294,8 @@ def mmd_bench_files(
     The same command again continues after an interruption. Files that cannot be read and rows that cannot be degraded
     are left out, are listed in rejects.parquet and make the exit status 1. docs/DATA.md says how to evaluate.
     """
-    from clear.bench.tsv import NAMES, PROTOCOLS, REJECTS, write_benchmarks
-    from clear.rejects import read_rejects
+    from clear.bench.vlmeval.tsv import NAMES, PROTOCOLS, REJECTS, write_benchmarks
+    from clear.data.rejects import read_rejects
     from clear.sources.lmudata import FILE
 
     if protocol not in PROTOCOLS:
@@ -410,8 +410,8 @@ def evaluate(
         raise ClearError(f"evaluate {model}: choose one of {', '.join(MODELS)}.")
     if development:
         from clear.config import load
+        from clear.model.weights import with_local_weights
         from clear.stages.evaluate import run_development
-        from clear.stages.weights import with_local_weights
 
         typer.echo(f"figures: {run_development(with_local_weights(load(), 'evaluate'), model)}")
         return

@@ -183,7 +183,7 @@ class Traces:
 
 @dataclass
 class Endpoint:
-    """An OpenAI-compatible server (clear/endpoint.py). `$NAME` in url, model or key means that environment variable."""
+    """An OpenAI-compatible server (clear/llm/endpoint.py). `$NAME` in url, model or key is an environment variable."""
 
     url: str  # base URL, such as https://host/v1; empty = none
     model: str
@@ -321,7 +321,7 @@ class Report:
 
 @dataclass
 class Gate:
-    """What a change may cost: the policy of `clear gate` (clear/compare/verdict.py). Margins are shares of answers."""
+    """What a change may cost: the policy of `clear gate` (clear/project/compare). Margins are shares of answers."""
 
     model: str = one_of("base", "sft_direct", "sft", "reencode", "bridge", "grpo")  # the model the rules are about
     clean_margin: float = between(0, 1)  # fall of the accuracy on clean images that is accepted

@@ -1,4 +1,4 @@
-"""Section `compute` of the parameters: where stages run, on what machines, at what price (flows/compute.py).
+"""Section `compute` of the parameters: where stages run, on what machines, at what price (flows/batch/execute.py).
 
 No stage depends on it, so that moving a stage to another machine makes nothing out of date. Prices are estimates.
 """

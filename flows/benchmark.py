@@ -22,13 +22,13 @@ from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from clear.config import PARAMS
+from clear.data.lock import Busy, writer
 from clear.errors import ClearError
-from clear.scratch import clone, link
-from clear.writer import Busy, writer
-from flows import children
-from flows.artifacts import metrics_table, read_json
-from flows.compute_request import address
+from clear.project.scratch import clone, link
+from flows.batch.request import address
 from flows.pipeline import command_lock, dvc, here_and_now, remote_of, reproduce
+from flows.service import children
+from flows.service.artifacts import metrics_table, read_json
 
 ALL = ["base", "sft_direct", "sft", "reencode", "bridge", "grpo"]
 

@@ -3,9 +3,9 @@
 Run it with `python -m flows.pipeline` (no server needed) or deploy it with `make deploy`. Each task is
 `dvc repro --single-item <stage>`, so DVC alone decides what is up to date; Prefect's own result caching is off. Tasks
 run one after the other, because a DVC workspace has one writer: the flow holds the workspace's writer lock
-(clear/writer.py) for as long as it lives. Parallelism lives inside the stages. With a default DVC remote, what is
+(clear/data/lock.py) for as long as it lives. Parallelism lives inside the stages. With a default DVC remote, what is
 missing is pulled first and what a stage made is pushed after it. Commands run under a supervisor that ends them when
-the flow ends, however it ends (flows/children.py).
+the flow ends, however it ends (flows/service/children.py).
 """
 
 import argparse
@@ -27,14 +27,14 @@ from prefect.runtime import flow_run
 from prefect.settings import PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS, temporary_settings
 from prefect.states import Cancelled, Completed, State
 
+from clear.data.lock import Busy, writer
+from clear.data.ports import spare_loopback
+from clear.data.workspace import profile
 from clear.errors import ClearError
-from clear.ports import spare_loopback
-from clear.stages.paths import profile
-from clear.writer import Busy, writer
-from flows import children
-from flows.artifacts import metrics_table, picture
-from flows.compute_request import address
+from flows.batch.request import address
 from flows.explain import explain
+from flows.service import children
+from flows.service.artifacts import metrics_table, picture
 
 STARTUP_SECONDS = 180
 LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
@@ -185,10 +185,10 @@ def reproduce(stage: str, workspace: Path, force: bool = False) -> State:
 
     The state's name says whether the stage ran or was up to date. A stage may be placed on another machine.
     """
-    from flows import compute  # builds on this module
+    from flows.batch import execute  # builds on this module
 
     try:
-        if (elsewhere := compute.elsewhere(stage, workspace, force)) is not None:
+        if (elsewhere := execute.elsewhere(stage, workspace, force)) is not None:
             return elsewhere
         lines = dvc(
             ["repro", "--single-item", *(["--force"] if force else []), stage], workspace, get_run_logger().info

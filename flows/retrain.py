@@ -1,7 +1,8 @@
 """Retraining on new degradation data as a flow: `python -m flows.retrain`, or deployed and scheduled.
 
-What it does is in clear/retrain.py; here its commands become tasks, under the supervisor that ends them with the flow,
-and the pipeline becomes a subflow in the clone. The workspace itself is only read, but for data that is refused.
+What it does is in clear/project/retrain/run.py; here its commands become tasks, under the supervisor that ends them
+with the flow, and the pipeline becomes a subflow in the clone. The workspace itself is only read, but for data that is
+refused.
 """
 
 import argparse
@@ -14,12 +15,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
-from clear.retrain import Tools
-from clear.retrain import retrain as run_retrain
-from clear.retrain_intake import FOLDER
-from clear.writer import Busy, writer
-from flows import children
+from clear.data.lock import Busy, writer
+from clear.project.retrain.intake import FOLDER
+from clear.project.retrain.run import Tools
+from clear.project.retrain.run import retrain as run_retrain
 from flows.pipeline import command_lock, dvc, environment, here_and_now, pipeline, retrying
+from flows.service import children
 
 
 @task(task_run_name="dvc {arguments}", **retrying)

@@ -14,11 +14,11 @@ from pathlib import Path
 from prefect import flow, get_run_logger
 
 from clear.config import PARAMS, load
+from clear.data.ports import spare_loopback
 from clear.errors import ClearError
 from clear.placement import Compute
-from clear.ports import spare_loopback
-from flows import compute_batch as batch
-from flows.compute_store import Store, said_plainly
+from flows.batch import job as batch
+from flows.batch.store import Store, said_plainly
 
 MINUTES = 10.0
 
@@ -67,7 +67,7 @@ def _orphaned(job: dict, leases: dict[str, datetime], store: Store, minutes: flo
 @flow(name="sweep")
 def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
     """End jobs that nobody waits for; returns their ids. Without a stage in the cloud there is nothing to do."""
-    from flows.compute import AWS_BATCH, placement
+    from flows.batch.execute import AWS_BATCH, placement
 
     folder = Path(workspace).resolve()
     if AWS_BATCH not in placement(folder).values():

@@ -9,8 +9,8 @@ import os
 import sys
 from pathlib import Path
 
+from clear.data.ports import spare_loopback
 from clear.errors import ClearError
-from clear.ports import spare_loopback
 
 NAME = "storage"
 

@@ -17,8 +17,8 @@ import pytest
 import yaml
 
 from clear.config import load
-from clear.scratch import write_params
-from flows.compute_store import Store
+from clear.project.scratch import write_params
+from flows.batch.store import Store
 from tests.conftest import ROOT, git
 from tests.fake_batch import FakeBatch, plain_environment
 

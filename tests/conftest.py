@@ -58,7 +58,7 @@ def _project(tmp_path_factory) -> Path:
     """A reproduced and committed project of two stages with this project's parameters; never changed by a test."""
     from dvc.repo import Repo
 
-    from clear.scratch import write_params
+    from clear.project.scratch import write_params
 
     folder = tmp_path_factory.mktemp("project")
     git(folder, "init", "-q", "-b", "main")

@@ -7,7 +7,7 @@ import yaml
 
 from clear.bench import predictions
 from clear.bench.predictions import MODELS
-from clear.records import encode_image, write_json
+from clear.data.records import encode_image, write_json
 from tests.conftest import git
 
 LEVELS = ("clean", "low", "mid", "high")
@@ -68,7 +68,7 @@ def lock_of(bench: str = "a", grpo: str = "1") -> dict:
             "mmd_bench": {"cmd": "python -m clear mmd_bench", "outs": bench_outs},
             "grpo": {
                 "cmd": "python -m clear grpo",
-                "deps": [entry("clear/training/grpo.py", grpo)],
+                "deps": [entry("clear/training/rl/grpo.py", grpo)],
                 "params": {"params.yaml": {"grpo.lr": float(grpo)}},
                 "outs": [entry("data/models/grpo", f"m{grpo}")],
             },

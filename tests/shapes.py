@@ -8,9 +8,10 @@ from torch import Tensor
 
 from clear.config import Config
 from clear.model.sequence import Layout, SpecialTokens
-from clear.training import parallel, sft
-from clear.training.parallel import Pass, one_pass
-from clear.training.trainer import Loss
+from clear.training import sft
+from clear.training.loop import parallel
+from clear.training.loop.parallel import Pass, one_pass
+from clear.training.loop.trainer import Loss
 
 
 class Shapes:

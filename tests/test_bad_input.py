@@ -17,12 +17,12 @@ import pytest
 import yaml
 
 from clear.config import load
+from clear.data.records import read_samples, shards, write_samples
+from clear.data.rejects import read_rejects
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import degrade
 from clear.errors import ClearError
-from clear.records import read_samples, shards, write_samples
-from clear.rejects import read_rejects
-from clear.scratch import write_params
+from clear.project.scratch import write_params
 from tests.conftest import ROOT
 
 COUNTS = {"pretrain": 4, "sft": 4, "rl": 4, "validation": 4, "bench": 16, "development": 16}

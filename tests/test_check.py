@@ -8,8 +8,8 @@ import sys
 import pytest
 import yaml
 
-from clear.check import drifts
 from clear.errors import ClearError
+from clear.project.check import drifts
 from tests.conftest import ROOT, git
 
 

@@ -27,8 +27,8 @@ from clear.model.checkpoint import (
     read_header,
     save_bagel,
 )
+from clear.model.tokenizer import MARKERS, word_tokenizer
 from clear.model.vae import AutoEncoder
-from clear.reasoning.tokenizer import MARKERS, word_tokenizer
 from clear.stages import base
 from tests.tiny import WORDS, tiny_model
 

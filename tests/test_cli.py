@@ -17,10 +17,10 @@ import pytest
 import yaml
 
 from clear import cli
+from clear.data import workspace
+from clear.data.records import write_json, write_text
 from clear.errors import ClearError, naming, refusal
-from clear.records import write_json, write_text
-from clear.scratch import write_params
-from clear.stages import paths
+from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
 
 
@@ -62,7 +62,7 @@ def test_a_stage_runs_its_own_module_with_the_checked_parameters(project, clear,
     fake_stage("sft" if name == "sft_direct" else name, lambda config, **more: calls.append((config.profile, more)))
     assert clear(name)[0] == 0
     assert calls == [("tiny", {"direct": True} if name == "sft_direct" else {})]
-    assert set(paths.run_records()) == {name}
+    assert set(workspace.run_records()) == {name}
 
 
 def test_evaluate_takes_a_model_and_refuses_another_word(project, clear, fake_stage):
@@ -70,7 +70,7 @@ def test_evaluate_takes_a_model_and_refuses_another_word(project, clear, fake_st
     fake_stage("evaluate", lambda config, model: calls.append(model))
     assert clear("evaluate", "reencode")[0] == 0
     assert calls == ["reencode"]
-    assert set(paths.run_records()) == {"evaluate_reencode"}
+    assert set(workspace.run_records()) == {"evaluate_reencode"}
     code, _, stderr = clear("evaluate", "llama")
     assert code == 1
     assert stderr.startswith("error: evaluate llama: choose one of base, ")
@@ -82,7 +82,7 @@ def test_a_clear_error_is_one_line_and_other_errors_keep_their_trace(project, cl
 
     fake_stage("degrade", refuse)
     assert clear("degrade") == (1, "", "error: data/samples: row 3 is empty; remove it.\n")
-    assert paths.run_records() == {}
+    assert workspace.run_records() == {}
 
     fake_stage("degrade", lambda config: 1 / 0)
     monkeypatch.setattr(sys, "argv", ["clear", "degrade"])
@@ -228,7 +228,7 @@ def test_check_exits_with_one_on_drift(project, clear):
 
 
 def test_ask_prints_the_trace_and_saves_the_picture(project, clear, monkeypatch):
-    from clear.records import decode_image
+    from clear.data.records import decode_image
 
     picture = np.full((4, 5, 3), 7, np.uint8)
     asked = []
@@ -256,30 +256,30 @@ def test_ask_prints_the_trace_and_saves_the_picture(project, clear, monkeypatch)
 
 
 def test_a_run_record_measures_this_process_and_its_children(project):
-    with paths.stage_run("degrade"):
-        paths.record_run("degrade", images_per_second=12.5)
+    with workspace.stage_run("degrade"):
+        workspace.record_run("degrade", images_per_second=12.5)
         hog = "x = bytearray(150 * 2**20); x[::4096] = b'1' * len(x[::4096])"
         subprocess.run([sys.executable, "-c", hog], check=True)
         time.sleep(0.05)
-    record = paths.run_records()["degrade"]
+    record = workspace.run_records()["degrade"]
     assert record["images_per_second"] == 12.5
     assert 0.05 < record["seconds"] < 20
     assert 0 < record["cpu_seconds"] < 20
     assert record["children_peak_mb"] > 150
     assert record["peak_mb"] > 20
-    with paths.stage_run("degrade"):
+    with workspace.stage_run("degrade"):
         pass
-    assert "images_per_second" not in paths.run_records()["degrade"], "a record belongs to one run"
+    assert "images_per_second" not in workspace.run_records()["degrade"], "a record belongs to one run"
 
 
 def test_everything_private_lies_under_one_folder(project, tmp_path, monkeypatch):
     home = project / ".clear"
-    assert (paths.home(), paths.profile()) == (home, "tiny")
-    assert paths.checkpoint_dir("sft") == home / "checkpoints/tiny/sft"
-    assert paths.report_dir() == project / "data/report/tiny"
+    assert (workspace.home(), workspace.profile()) == (home, "tiny")
+    assert workspace.checkpoint_dir("sft") == home / "checkpoints/tiny/sft"
+    assert workspace.report_dir() == project / "data/report/tiny"
     monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "other/.clear"))
-    assert paths.checkpoint_dir("sft") == tmp_path / "other/.clear/checkpoints/tiny/sft"
-    assert paths.report_dir("smoke") == tmp_path / "other/data/report/smoke"
+    assert workspace.checkpoint_dir("sft") == tmp_path / "other/.clear/checkpoints/tiny/sft"
+    assert workspace.report_dir("smoke") == tmp_path / "other/data/report/smoke"
     git_sees = git(project, "status", "--porcelain")
     assert git_sees == ""
 
@@ -288,7 +288,7 @@ def test_everything_private_lies_under_one_folder(project, tmp_path, monkeypatch
 def test_a_profile_that_is_no_name_is_refused(tmp_path, text):
     (tmp_path / "params.yaml").write_text(text)
     with pytest.raises(ClearError, match="make params"):
-        paths.profile(tmp_path)
+        workspace.profile(tmp_path)
 
 
 def _metrics(high):
@@ -309,7 +309,7 @@ def test_results_show_the_committed_figures_where_they_differ(project, clear):
     assert "report: not rendered" in same
 
     grpo.write_text(_metrics(0.65))
-    page = paths.report_dir() / "index.html"
+    page = workspace.report_dir() / "index.html"
     page.write_text("")
     _, differing, _ = clear("results")
     lines = differing.splitlines()

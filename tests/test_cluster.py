@@ -12,11 +12,11 @@ import pytest
 
 from clear.bench.answers import UnderTest, answer, answer_shard
 from clear.config import compose, from_dict
+from clear.data.pool import code_digest, parallel
 from clear.degradation.build import degraded_samples
 from clear.degradation.protocol import CELLS
 from clear.errors import ClearError
-from clear.sources.scenes import scenes
-from clear.workers import code_digest, parallel
+from clear.sources.scenes.render import scenes
 from tests.conftest import ROOT
 from tests.tiny import save_random_model
 
@@ -76,7 +76,7 @@ def test_a_killed_worker_changes_no_byte(tmp_path, start):
 
 
 def test_an_unreachable_cluster_is_one_clear_line(monkeypatch):
-    monkeypatch.setattr("clear.workers.CLUSTER_TIMEOUT", 1)
+    monkeypatch.setattr("clear.data.pool.CLUSTER_TIMEOUT", 1)
     with pytest.raises(ClearError, match=r"degrade.cluster = 'tcp://127.0.0.1:1' cannot be reached; start `dask"):
         list(parallel(len, ["a"], cluster="tcp://127.0.0.1:1"))
     with pytest.raises(ClearError, match=r"degrade.cluster = 'nowhere"):
@@ -84,7 +84,7 @@ def test_an_unreachable_cluster_is_one_clear_line(monkeypatch):
 
 
 def test_a_cluster_without_workers_is_not_waited_for_forever(tmp_path, start, monkeypatch):
-    monkeypatch.setattr("clear.workers.CLUSTER_TIMEOUT", 3)
+    monkeypatch.setattr("clear.data.pool.CLUSTER_TIMEOUT", 3)
     start("scheduler", "--host", "127.0.0.1", "--port", "0")
     with pytest.raises(ClearError, match="has no worker; start `dask"):
         list(parallel(len, ["a"], cluster=address_of(tmp_path)))
@@ -143,7 +143,7 @@ def test_a_question_has_the_same_noise_in_any_shard(tested, benchmark):
 
 def test_a_worker_with_another_model_or_other_code_is_refused(tested, benchmark):
     from clear.bench.answers import Shard
-    from clear.workers import _run_remote
+    from clear.data.pool import _run_remote
 
     shard = Shard(replace(tested, digest="{}"), 0, ((benchmark[0], benchmark[0].questions[0]),))
     with pytest.raises(ClearError, match=r"does not find the model under test there; .* evaluate.cluster"):

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from clear.bench import predictions
 from clear.bench.predictions import MODELS
-from clear.compare import changes, render
-from clear.compare import verdict as verdicts
-from clear.compare.differences import compare, join
-from clear.compare.load import merge_base, read_sides, resolve
+from clear.data.records import Question, Sample, encode_image, sha256, write_json, write_samples
 from clear.errors import ClearError
-from clear.records import Question, Sample, encode_image, sha256, write_json, write_samples
+from clear.project.compare import changes, render
+from clear.project.compare import verdict as verdicts
+from clear.project.compare.differences import compare, join
+from clear.project.compare.load import merge_base, read_sides, resolve
 from clear.report.claims import Bootstrap
 from tests.conftest import ROOT, git
 from tests.revisions import CORRUPTIONS, GATE, IMAGES, LEVELS, RIGHT, commit, fill, lock_of, rows_of

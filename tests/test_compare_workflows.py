@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 import yaml
 
-from clear.compare import comment
 from clear.errors import ClearError
+from clear.project.compare import comment
 from tests.conftest import ROOT
 
 
@@ -74,7 +74,7 @@ def test_one_comment_is_made_and_then_replaced(forge, tmp_path):
     forge.comments += others
     environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTHON")}
     environment |= {"GITHUB_TOKEN": "secret", "GITHUB_API_URL": forge.url}
-    command = [sys.executable, "-S", "-m", "clear.compare.comment", "--repository", "a/b", "--number", "7"]
+    command = [sys.executable, "-S", "-m", "clear.project.compare.comment", "--repository", "a/b", "--number", "7"]
     command += ["--commit", "abcdef0123456789", "--run-url", "https://x/run/1", "--report", str(report)]
     for text in ("**better** – yes", "**worse** – no"):
         report.write_text(f"{text}\n\n{comment.MARKER}\n")
@@ -149,7 +149,7 @@ def test_what_may_write_runs_nothing_of_the_pull_request():
     (checkout,) = (step for step in job["steps"] if "checkout" in step.get("uses", ""))
     assert checkout["with"]["ref"] == "${{ github.event.repository.default_branch }}"
     (post,) = (step for step in job["steps"] if "run" in step)
-    assert post["run"].split()[:3] == ["python3", "-m", "clear.compare.comment"]
+    assert post["run"].split()[:3] == ["python3", "-m", "clear.project.compare.comment"]
     assert post["env"]["NUMBER"] == "${{ github.event.workflow_run.pull_requests[0].number }}"
 
 

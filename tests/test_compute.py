@@ -10,8 +10,9 @@ from moto import mock_aws
 from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.placement import Price
-from flows import compute, compute_cost
-from flows.compute_batch import (
+from flows.batch import execute
+from flows.batch.cost import Estimate, enter, estimate, refuse_beyond_budget, spent
+from flows.batch.job import (
     Account,
     definition,
     describe,
@@ -22,8 +23,8 @@ from flows.compute_batch import (
     submit,
     waiting,
 )
-from flows.compute_request import Inputs, differences
-from flows.compute_store import Store, split
+from flows.batch.request import Inputs, differences
+from flows.batch.store import Store, split
 
 OUTPUTS = {
     "Bucket": "cloud",
@@ -70,7 +71,7 @@ def test_a_definition_asks_for_what_the_configuration_says(aws, settings):
     assert ensure_definition(aws.batch, copy.deepcopy(wanted)) == arn, "an unchanged one is not registered again"
     (found,) = aws.batch.describe_job_definitions(status="ACTIVE")["jobDefinitions"]
     container = found["containerProperties"]
-    assert container["image"] == "image:1" and container["command"] == ["python", "-m", "flows.remote_stage"]
+    assert container["image"] == "image:1" and container["command"] == ["python", "-m", "flows.batch.worker"]
     needed = {one["type"]: one["value"] for one in container["resourceRequirements"]}
     assert needed == {"VCPU": "14", "MEMORY": "118000", "GPU": "1"}
     assert container["linuxParameters"]["sharedMemorySize"] == 16384
@@ -136,28 +137,28 @@ def test_an_estimate_takes_the_dearest_machine_where_the_job_starts(settings):
     job = settings.jobs["default"]
     job.instance_types = ["g6e.4xlarge", "p5.4xlarge"]
     settings.prices = {"g6e.4xlarge": Price(on_demand=3, spot=1.5), "p5.4xlarge": Price(on_demand=7, spot=1)}
-    found = compute_cost.estimate(settings, job)
+    found = estimate(settings, job)
     assert (found.expected, found.allowed) == (3 * 1.5, 12 * 7)
     assert "4.50 USD for 3 h, 84.00 USD at most" in str(found)
     job.spot, job.nodes = False, 4
-    assert compute_cost.estimate(settings, job).expected == 3 * 7 * 4
+    assert estimate(settings, job).expected == 3 * 7 * 4
 
 
 def test_the_month_counts_what_ended_jobs_cost_and_others_may(aws, settings):
     store = Store(aws.s3, "cloud")
     aws.s3.create_bucket(Bucket="cloud")
-    compute_cost.enter(store, "one", "sft", 36.0)
-    compute_cost.enter(store, "two", "sft", 36.0, cost=1.25)
-    assert compute_cost.spent(store) == 37.25
-    assert compute_cost.spent(store, "2001-01") == 0
+    enter(store, "one", "sft", 36.0)
+    enter(store, "two", "sft", 36.0, cost=1.25)
+    assert spent(store) == 37.25
+    assert spent(store, "2001-01") == 0
     store.write("ledger/2001-01/old.json", {"allowed": 36.0})
-    compute_cost.enter(store, "old", "sft", 36.0, cost=2.0)
-    assert compute_cost.spent(store, "2001-01") == 2, "a job is counted in the month in which it began"
+    enter(store, "old", "sft", 36.0, cost=2.0)
+    assert spent(store, "2001-01") == 2, "a job is counted in the month in which it began"
     settings.budget_usd = 73.25
-    compute_cost.refuse_beyond_budget(store, settings, compute_cost.Estimate(1, 36, 1), "sft")
+    refuse_beyond_budget(store, settings, Estimate(1, 36, 1), "sft")
     settings.budget_usd = 73.0
     with pytest.raises(ClearError, match=r"37\.25"):
-        compute_cost.refuse_beyond_budget(store, settings, compute_cost.Estimate(1, 36, 1), "sft")
+        refuse_beyond_budget(store, settings, Estimate(1, 36, 1), "sft")
 
 
 INPUTS = Inputs("sft", "python x", {"a": "1"}, {"a": "code"}, {"seed": 1}, {"out": True})
@@ -175,14 +176,14 @@ def test_every_input_is_in_the_key_and_a_difference_is_named(change):
 
 
 def test_a_workspace_without_a_place_for_its_stages_runs_them_here(project, tmp_path):
-    assert compute.placement(tmp_path) == {}
-    assert set(compute.placement(project).values()) == {"local"}
-    assert compute.elsewhere("source", project) is None
+    assert execute.placement(tmp_path) == {}
+    assert set(execute.placement(project).values()) == {"local"}
+    assert execute.elsewhere("source", project) is None
     (tmp_path / "params.yaml").write_text("compute: 1\n")
-    assert compute.placement(tmp_path) == {}, "a revision from before there were places"
+    assert execute.placement(tmp_path) == {}, "a revision from before there were places"
     (tmp_path / "params.yaml").write_text("a: [\n")
     with pytest.raises(ClearError, match="not valid YAML"):
-        compute.placement(tmp_path)
+        execute.placement(tmp_path)
 
 
 def test_addresses_in_s3():

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from flows.compute_checkpoints import Keeper, forget, restore
+from flows.batch.checkpoints import Keeper, forget, restore
 from tests.test_flow import wait_until
 
 pytest_plugins = ["tests.cloud"]

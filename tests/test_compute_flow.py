@@ -18,10 +18,13 @@ from prefect.logging import disable_run_logger
 
 from clear.errors import ClearError
 from clear.placement import Price
-from clear.scratch import write_params
-from flows import compute, compute_batch, compute_cost, sweep
-from flows.compute_request import Inputs
-from flows.compute_store import Damaged, Store, Unreachable
+from clear.project.scratch import write_params
+from flows import sweep
+from flows.batch import execute
+from flows.batch import job as compute_batch
+from flows.batch.cost import enter, settle, spent
+from flows.batch.request import Inputs
+from flows.batch.store import Damaged, Store, Unreachable
 from tests.cloud import compute_of, entry_of
 from tests.conftest import ROOT
 from tests.test_flow import alive, wait_until
@@ -63,7 +66,7 @@ def work(training, cloud):
             setattr(target, name, value)
         said = []
         account = compute_batch.account(settings)
-        return compute._Work(
+        return execute._Work(
             account, cloud.store, settings, settings.jobs["default"], INPUTS, INPUTS.key(), training, said.append, False
         )
 
@@ -150,9 +153,9 @@ def test_a_flow_that_is_cancelled_ends_its_job(work, cloud, reason):
     process = cloud.batch.processes[job["jobId"]]
     wait_until(lambda: job["status"] == "FAILED", 10, "the end of the job")
     assert job["statusReason"] == f"its flow ended: {reason.__name__}" and not alive(process.pid)
-    before = compute_cost.spent(cloud.store)
-    compute_cost.settle(cloud.store, mine.account.batch)
-    assert 0 < compute_cost.spent(cloud.store) < 1 < before, "what it cost counts, not what it was allowed"
+    before = spent(cloud.store)
+    settle(cloud.store, mine.account.batch)
+    assert 0 < spent(cloud.store) < 1 < before, "what it cost counts, not what it was allowed"
 
 
 def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, monkeypatch):
@@ -162,8 +165,8 @@ def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, mon
         raise Unreachable("no network")
 
     with monkeypatch.context() as broken:
-        broken.setattr(compute, "lease", away)
-        broken.setattr(compute, "PATIENCE_SECONDS", 0.5)
+        broken.setattr(execute, "lease", away)
+        broken.setattr(execute, "PATIENCE_SECONDS", 0.5)
         with pytest.raises(Unreachable):
             first.run()
     job = _running(cloud)
@@ -214,14 +217,14 @@ def test_a_job_that_costs_more_than_it_was_allowed_is_ended(work, cloud):
 
 def test_beyond_the_budget_nothing_is_submitted(work, cloud):
     mine = work("ends", budget_usd=40.0)
-    compute_cost.enter(cloud.store, "running", "sft", allowed=36.0)
+    enter(cloud.store, "running", "sft", allowed=36.0)
     with pytest.raises(
         ClearError, match=r"may cost 36\.00 USD, this month's jobs 36\.00, and compute\.budget_usd is 40"
     ):
         mine.run()
     assert _submitted(cloud) == []
-    compute_cost.enter(cloud.store, "running", "sft", allowed=36.0, cost=1.5)
-    compute_cost.enter(cloud.store, "cheap", "sft", allowed=36.0, cost=0.5)
+    enter(cloud.store, "running", "sft", allowed=36.0, cost=1.5)
+    enter(cloud.store, "cheap", "sft", allowed=36.0, cost=0.5)
     mine.run()
     assert len(_submitted(cloud)) == 1
 
@@ -236,7 +239,7 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     hour_ago = int(datetime.now(UTC).timestamp() * 1000) - 3_600_000
     for job in (old, leased, foreign):
         cloud.batch.jobs[job]["createdAt"] = hour_ago
-    compute.lease(cloud.store, leased)
+    execute.lease(cloud.store, leased)
     cloud.batch.jobs[foreign]["tags"] = {"clear": "another stack"}
     said = []
     assert sweep.sweep(mine.compute, 10, said.append) == [old]

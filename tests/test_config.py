@@ -5,7 +5,7 @@ import yaml
 
 from clear.config import CONF_DIR, PROFILES, compose, from_dict, load
 from clear.errors import ClearError
-from clear.scratch import write_params
+from clear.project.scratch import write_params
 from tests.conftest import ROOT
 
 
@@ -122,7 +122,7 @@ def test_dvc_composes_what_we_compose(tmp_path):
 
 
 def test_the_committed_parameters_are_the_composition():
-    from clear.check import composition_drifts
+    from clear.project.check import composition_drifts
 
     assert composition_drifts(ROOT) == []
 

@@ -7,9 +7,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
-from clear.degradation.filters import add_noise, gaussian_blur, sparse_filter
-from clear.degradation.inpaint import inpaint
-from clear.degradation.mean_shift import mean_shift_filter
+from clear.degradation.kernels.filters import add_noise, gaussian_blur, sparse_filter
+from clear.degradation.kernels.inpaint import inpaint
+from clear.degradation.kernels.mean_shift import mean_shift_filter
 from clear.errors import ClearError
 from tests.bench.transcription import FORMULAS
 

@@ -23,10 +23,10 @@ from prefect.client.schemas.schedules import IntervalSchedule
 from prefect.settings import PREFECT_API_URL, PREFECT_HOME, temporary_settings
 from prefect.states import Cancelling
 
-from clear.scratch import refresh, write_params
-from clear.writer import holder, lock_file
+from clear.data.lock import holder, lock_file
+from clear.project.scratch import refresh, write_params
 from flows import pipeline
-from flows.deploy import POOL, deploy
+from flows.service.deploy import POOL, deploy
 from tests.conftest import ROOT
 from tests.test_flow import GONE_WITHIN, alive, free_port, run_dvc, wait_until
 
@@ -311,7 +311,7 @@ def test_the_deployed_sweeper_ends_at_once_where_nothing_is_in_the_cloud(server,
 @pytest.mark.slow
 def test_deploying_again_doubles_nothing(server):
     before = [server.deployment(name).id for name in DEPLOYED]
-    command = [sys.executable, "-m", "flows.deploy"]
+    command = [sys.executable, "-m", "flows.service.deploy"]
     assert subprocess.run(command, cwd=ROOT, env=server.environment, capture_output=True).returncode == 0
     for name, known in zip(DEPLOYED, before, strict=True):
         assert server.deployment(name).id == known and len(server.deployment(name).schedules) == 1
@@ -408,12 +408,16 @@ def test_prefect_local_is_one_command_and_ctrl_c_stops_server_and_worker(server,
     environment = server.environment | {"PREFECT_HOME": str(tmp_path / "home")}
     del environment["PREFECT_API_URL"]
     log = tmp_path / "local.log"
-    with running([sys.executable, "-m", "flows.local", str(port)], environment, log) as process:
+    with running([sys.executable, "-m", "flows.service.local", str(port)], environment, log) as process:
         wait_until(lambda: "stop with Ctrl-C" in log.read_text() or process.poll() is not None, PATIENCE, "the start")
         assert process.poll() is None, log.read_text()
         wait_until(lambda: "Worker" in log.read_text() and "started" in log.read_text(), PATIENCE, "the worker")
         taken = subprocess.run(
-            [sys.executable, "-m", "flows.local", str(port)], cwd=ROOT, env=environment, capture_output=True, text=True
+            [sys.executable, "-m", "flows.service.local", str(port)],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
         )
         assert taken.returncode == 1 and taken.stderr == (
             f"error: port {port} is taken; name another one: make prefect-local PORT=4300.\n"

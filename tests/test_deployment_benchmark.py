@@ -9,7 +9,7 @@ import yaml
 
 from clear.config import load
 from clear.errors import ClearError
-from clear.scratch import write_params
+from clear.project.scratch import write_params
 from flows.benchmark import answer_on, benchmark
 from tests import test_deployment
 from tests.conftest import git

@@ -22,10 +22,10 @@ from clear.config import Lora, Phase, compose, from_dict
 from clear.model import flow, lora
 from clear.model.bagel import Bagel, Contents
 from clear.model.sequence import IGNORE, LATENT, VIT, Image, Layout, Text, layout
-from clear.training import parallel
 from clear.training.load import trainable
-from clear.training.parallel import share_batch
-from clear.training.trainer import StageRun, optimise
+from clear.training.loop import parallel
+from clear.training.loop.parallel import share_batch
+from clear.training.loop.trainer import StageRun, optimise
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_prompts
 

@@ -14,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 
 from clear.config import compose, from_dict, load
+from clear.data.records import write_samples
 from clear.degradation.build import degraded_samples
 from clear.degradation.protocol import CELLS
+from clear.project.scratch import write_params
 from clear.reasoning import grammar
-from clear.records import write_samples
-from clear.scratch import write_params
-from clear.sources.scenes import scenes
-from clear.traces.records import TraceRow, write_traces
+from clear.sources.scenes.render import scenes
+from clear.traces.table import TraceRow, write_traces
 from tests.test_distributed import fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import save_random_model
 

@@ -15,11 +15,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from clear.config import compose, from_dict
+from clear.data.records import Question
 from clear.reasoning.engine import Options
-from clear.records import Question
 from clear.training.load import trainable
-from clear.training.policy import Task
-from clear.training.trainer import StageRun
+from clear.training.loop.trainer import StageRun
+from clear.training.rl.policy import Task
 from tests.test_distributed import Interrupted, forget, fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -45,7 +45,7 @@ def _uneven(texts, restored, question, config, more, accuracy):
 
 
 def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dict) -> None:
-    import clear.training.grpo as module
+    import clear.training.rl.grpo as module
 
     torch.set_num_threads(1)
     module.rewards = _uneven
@@ -107,7 +107,7 @@ def _worker(rank: int, world: int, port: int, job: dict) -> None:
 
 def main() -> None:
     """Run jobs {folder, world, sharded, stop_at, restore, more, copy}, given as JSON, one after another."""
-    import clear.training.grpo  # noqa: F401, imported once, before the processes are forked
+    import clear.training.rl.grpo  # noqa: F401, imported once, before the processes are forked
 
     for number, job in enumerate(json.loads(sys.argv[1])):
         folder = Path(job["folder"])

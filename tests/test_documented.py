@@ -22,7 +22,7 @@ import yaml
 from typer.testing import CliRunner
 
 from clear.config import compose, from_dict
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, serving, user_text
 from tests.conftest import ROOT, git
 from tests.tiny import save_random_model

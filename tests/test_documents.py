@@ -168,7 +168,7 @@ def _missing_files(name: str, read: str) -> Iterator[tuple[int, str]]:
 
 
 def _missing_module(dotted: str) -> str:
-    """A package, a module, or a name in one: clear.records, clear.records.Sample."""
+    """A package, a module, or a name in one: clear.data.records, clear.data.records.Sample."""
     place, parts = ROOT, dotted.split(".")
     for i, part in enumerate(parts):
         if (place / part).is_dir():

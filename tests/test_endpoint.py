@@ -12,7 +12,8 @@ from email.utils import format_datetime
 
 import pytest
 
-from clear.endpoint import (
+from clear.errors import ClearError
+from clear.llm.endpoint import (
     BudgetSpent,
     Denied,
     Malformed,
@@ -24,7 +25,6 @@ from clear.endpoint import (
     messages,
     retry_after,
 )
-from clear.errors import ClearError
 from tests.chat_server import completion, serving, settings, user_text
 from tests.conftest import ROOT
 
@@ -332,7 +332,7 @@ def test_a_damaged_cache_is_named(tmp_path):
 
 PROGRAM = """
 import sys
-from clear.endpoint import Request, connect, messages
+from clear.llm.endpoint import Request, connect, messages
 from tests.chat_server import settings
 with connect(settings(sys.argv[1], concurrency=1, timeout=60.0), "teacher", sys.argv[2]) as client:
     for reply in client.ask_all(Request(messages(f"n{i}")) for i in range(10)):

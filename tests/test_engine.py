@@ -16,11 +16,11 @@ from clear.model.bagel import Bagel, Contents
 from clear.model.cache import KVCache
 from clear.model.flow import Guidance
 from clear.model.sequence import LATENT, VIT, Image, Text, layout
+from clear.model.tokenizer import decode, encode
 from clear.reasoning import engine, grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Context, Options, generate, velocities
-from clear.reasoning.tokenizer import decode, encode
-from clear.training import scoring
+from clear.training.rl import scoring
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=3, shift=3.0, max_tokens=6, batch=64)

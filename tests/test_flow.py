@@ -20,13 +20,14 @@ import pytest
 import yaml
 from prefect.exceptions import CancelledRun
 
+from clear.data.lock import Busy, holder, lock_file, writer
+from clear.data.workspace import profile
 from clear.errors import ClearError
-from clear.stages.paths import profile
-from clear.writer import Busy, holder, lock_file, writer
-from flows import benchmark, children, pipeline, retrain, sweep
-from flows.artifacts import metrics_table, picture
-from flows.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
+from flows import benchmark, pipeline, retrain, sweep
 from flows.explain import explain
+from flows.service import children
+from flows.service.artifacts import metrics_table, picture
+from flows.service.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
 from tests.conftest import ROOT, git
 
 GONE_WITHIN = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
@@ -74,7 +75,7 @@ def run_dvc(folder: Path, *arguments: str) -> str:
 HOLD = """
 import sys, time
 from pathlib import Path
-from clear.writer import writer
+from clear.data.lock import writer
 with writer(Path(sys.argv[1]), label="the holder"):
     print("held", flush=True)
     sys.stdin.read()
@@ -120,7 +121,7 @@ def test_the_lock_of_a_killed_writer_is_free(held, tmp_path):
 FORK = """
 import os, subprocess, sys, time
 from pathlib import Path
-from clear.writer import writer
+from clear.data.lock import writer
 with writer(Path(sys.argv[1])):
     child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
     up, told = os.pipe()

@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from clear.bench import predictions
 from clear.config import compose, from_dict
+from clear.data.records import write_json
 from clear.model import lora
 from clear.model.checkpoint import MODEL
-from clear.records import write_json
-from clear.scratch import write_params
+from clear.project.scratch import write_params
 from tests.conftest import ROOT
 from tests.tiny import save_random_model
 

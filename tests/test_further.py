@@ -10,14 +10,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from clear import config as configuration
+from clear.data.records import EXTRA, decode_image, read_samples, write_samples
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.presets import FIELDS, PRESETS, select
 from clear.degradation.protocol import SEVERITIES, draw, seed_of
 from clear.degradation.registry import Chosen, apply, chosen, extras
 from clear.errors import ClearError
-from clear.records import EXTRA, decode_image, read_samples, write_samples
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from clear.stages import degrade, mmd_bench, validate
 from clear.validation.bands import PRESET_CELLS, SCALE, photographs, quality_by_cell
 from clear.validation.frames import PRESET_BANDS, load_bands

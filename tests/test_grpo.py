@@ -8,19 +8,19 @@ import torch
 from safetensors import safe_open
 
 from clear.config import Lora, compose, from_dict
+from clear.data.records import Question, write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.reasoning.engine import Options, generate
-from clear.records import Question, write_samples
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from clear.stages.grpo import prepare
-from clear.training import scoring
 from clear.training.load import trainable
-from clear.training.objective import advantages
-from clear.training.policy import Task
-from clear.training.rewards import format_reward
-from clear.training.trainer import StageRun
+from clear.training.loop.trainer import StageRun
+from clear.training.rl import scoring
+from clear.training.rl.objective import advantages
+from clear.training.rl.policy import Task
+from clear.training.rl.rewards import format_reward
 from tests.tiny import save_random_model, tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=8, batch=64)
@@ -103,7 +103,7 @@ class Interrupted(Exception):
 
 def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[str, ...] = ()):
     """A short run of the real trainer; returns its curve, the trained state and the StageRun."""
-    from clear.training.grpo import train
+    from clear.training.rl.grpo import train
 
     overrides = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
     more = [
@@ -146,7 +146,7 @@ def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[s
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, monkeypatch):
-    import clear.training.grpo as module
+    import clear.training.rl.grpo as module
 
     def uneven(texts, restored, question, config, more, accuracy):
         value = float(len(texts[-1]) % 3)
@@ -170,7 +170,7 @@ def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, mo
 @pytest.mark.parametrize("off", ["text", "image"])
 def test_a_term_without_weight_is_not_computed(tmp_path, monkeypatch, off):
     """Its figures are absent, the heads that only it needs learn nothing, and a NaN in it does no harm."""
-    import clear.training.grpo as module
+    import clear.training.rl.grpo as module
 
     def uneven(texts, restored, question, config, more, accuracy):
         value = float(len(texts[-1]) % 3)

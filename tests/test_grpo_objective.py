@@ -6,18 +6,18 @@ import pytest
 import torch
 
 from clear.config import compose, from_dict
-from clear.endpoint import connect
+from clear.data.records import Question
 from clear.errors import ClearError
+from clear.llm.endpoint import connect
 from clear.model import flow
+from clear.model.tokenizer import decode, encode
 from clear.reasoning import engine, grammar
 from clear.reasoning.engine import Options, Reply, Trajectory, generate
-from clear.reasoning.tokenizer import decode, encode
-from clear.records import Question
-from clear.training import scoring
-from clear.training.judging import judged, score_of
-from clear.training.objective import advantages, aggregate, clipped, log_weights, policy_terms
-from clear.training.rewards import answer_rewards, rewards, weighted
-from clear.training.stopping import falls_while_reward_rises, measured
+from clear.training.rl import scoring
+from clear.training.rl.judging import judged, score_of
+from clear.training.rl.objective import advantages, aggregate, clipped, log_weights, policy_terms
+from clear.training.rl.rewards import answer_rewards, rewards, weighted
+from clear.training.rl.stopping import falls_while_reward_rises, measured
 from tests.chat_server import completion, serving, settings, user_text
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -134,7 +134,7 @@ def test_a_window_outside_the_steps_is_refused():
 
 
 def test_the_answers_probability_is_that_of_the_model_reading_its_own_restoration(monkeypatch):
-    monkeypatch.setattr("clear.training.rewards.LIMIT", 80.0)  # a random model is very far from an answer
+    monkeypatch.setattr("clear.training.rl.rewards.LIMIT", 80.0)  # a random model is very far from an answer
     model, tokenizer = tiny_model()
     prompts = tiny_prompts(tokenizer, 2)
     found = generate(model, tokenizer, prompts, SDE, 2, torch.Generator().manual_seed(1))
@@ -162,7 +162,7 @@ def test_the_answers_probability_is_that_of_the_model_reading_its_own_restoratio
     assert decode(tokenizer, found[0].replies[-1].ids).endswith("j </answer>"), "the trajectory stays as it was"
     assert all(0 < x < 1 for x in answer + sure + reply) and answer != sure
     assert min(answer) > max(reply), "two tokens are likelier than nine"
-    monkeypatch.setattr("clear.training.rewards.LIMIT", 1.0)
+    monkeypatch.setattr("clear.training.rl.rewards.LIMIT", 1.0)
     assert answer_rewards(*given, "reply", 64) == [0.0] * 4, "hopeless answers are told apart no further"
 
 

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from clear.config import Lora, compose, from_dict
+from clear.data.records import Question
 from clear.model import flow, lora
+from clear.model.tokenizer import encode
 from clear.reasoning.engine import Options, denoise, generate, prefill, text_reply
-from clear.reasoning.tokenizer import encode
-from clear.records import Question
-from clear.training import grpo as module
-from clear.training import scoring
 from clear.training.load import trainable
-from clear.training.policy import Task
+from clear.training.loop.trainer import StageRun
+from clear.training.rl import grpo as module
+from clear.training.rl import scoring
+from clear.training.rl.policy import Task
 from clear.training.sft import GENERATION
-from clear.training.trainer import StageRun
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=4, shift=1.0, sigma=0.3, temperature=1.0, max_tokens=6, restore="always")

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
+from clear.data.records import encode_image
 from clear.errors import ClearError
 from clear.model import images
 from clear.model.images import (
@@ -22,9 +23,8 @@ from clear.model.images import (
     vit_array,
     vit_patches,
 )
+from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import AutoEncoder, VaeConfig, patchify, unpatchify
-from clear.reasoning.tokenizer import word_tokenizer
-from clear.records import encode_image
 from clear.training.build import bagel_config, scene_words
 
 SIDE = st.integers(1, 8000)

@@ -19,7 +19,7 @@ import clear.model, clear.reasoning
 for package in (clear.model, clear.reasoning):
     for module in pkgutil.iter_modules(package.__path__):
         importlib.import_module(f"{{package.__name__}}.{{module.name}}")
-importlib.import_module("clear.training.scoring")
+importlib.import_module("clear.training.rl.scoring")
 """
 
 

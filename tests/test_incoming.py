@@ -19,16 +19,16 @@ from typer.testing import CliRunner
 
 from clear import config as configuration
 from clear.bench import predictions
-from clear.check import drifts
 from clear.cli import app
+from clear.data.records import INCOMING, decode_image, encode_image, read_samples, write_samples
+from clear.data.rejects import read_rejects
 from clear.degradation.corruptions import corrupt
 from clear.errors import ClearError
-from clear.records import INCOMING, decode_image, encode_image, read_samples, write_samples
-from clear.rejects import read_rejects
+from clear.project.check import drifts
+from clear.project.scratch import run
 from clear.report import tables
-from clear.scratch import run
 from clear.sources import incoming, intake
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from clear.stages import degrade, mmd_bench, validate
 from clear.stages.report import read_beyond
 from clear.validation.incoming import check
@@ -173,7 +173,7 @@ def test_a_closed_vocabulary_refuses_other_words_by_name(tmp_path):
     put(tmp_path / "road", range(1))
     lines(tmp_path / "road", {"image": "0.jpg", "question": "is there a zebra ?", "answer": "no"})
     assert intake.read(tmp_path).rejects == ()
-    from clear.sources.words import VOCABULARY
+    from clear.sources.scenes.words import VOCABULARY
 
     (reject,) = intake.read(tmp_path, words=VOCABULARY).rejects
     assert reject.id.startswith("road/rows.jsonl") and reject.reason == "words"
@@ -186,7 +186,7 @@ def test_a_closed_vocabulary_refuses_other_words_by_name(tmp_path):
 )
 def test_a_closed_vocabulary_takes_options_only_where_the_question_lists_them(tmp_path, question, taken):
     """A list would be appended in words that such a model does not know ("A." and "B.")."""
-    from clear.sources.words import VOCABULARY
+    from clear.sources.scenes.words import VOCABULARY
 
     put(tmp_path / "road", range(1))
     row = {"image": "0.jpg", "question": question, "answer": "A", "options": ["red", "blue"]}

@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
+from clear.model.tokenizer import encode
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Restoration, Trajectory, generate
-from clear.reasoning.tokenizer import encode
-from clear.sources.scenes import scenes
-from clear.training import grpo
-from clear.training.latent_quality import LatentQuality, latent_similarities, pooled
+from clear.sources.scenes.render import scenes
 from clear.training.load import trainable
+from clear.training.rl import grpo
+from clear.training.rl.latent_quality import LatentQuality, latent_similarities, pooled
 from clear.training.sft import GENERATION
 from tests.test_grpo_proofs import OPTIONS, restored, trainer_of
 from tests.tiny import save_random_model, tiny_model, tiny_prompts

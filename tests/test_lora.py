@@ -17,13 +17,13 @@ from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.checkpoint import MODEL, PLAIN, VAE, fingerprint, load_bagel, save_bagel
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
+from clear.model.tokenizer import MARKERS, encode
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
-from clear.reasoning.tokenizer import MARKERS, encode
-from clear.training import scoring
 from clear.training.load import incoming, save, trainable
+from clear.training.rl import scoring
 from clear.training.sft import GENERATION
 from tests.tiny import SIZES, tiny_model, tiny_prompts
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from clear.writer import lock_file, main, writer
+from clear.data.lock import lock_file, main, writer
 from tests.conftest import ROOT
 
 TARGETS = ["venv", "repro", "test", "test-all", "lint", "format", "bench", "plots", "params", "check", "remote"]
@@ -194,7 +194,7 @@ def test_every_imported_package_is_a_dependency(declared):
 @pytest.mark.parametrize("arguments", [[], ["."], [".", "--"]])
 def test_the_writer_without_a_command_says_how_it_is_called(arguments, capsys):
     assert main(arguments) == 2
-    assert capsys.readouterr().err == "usage: python -m clear.writer FOLDER … -- COMMAND …\n"
+    assert capsys.readouterr().err == "usage: python -m clear.data.lock FOLDER … -- COMMAND …\n"
 
 
 BENCHMARK = """

@@ -11,26 +11,26 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from clear import memory
 from clear.config import compose, from_dict
+from clear.data.records import Sample, encode_image
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.images import ImageBank
 from clear.model.sequence import IGNORE, LATENT, VIT, Text
+from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, Reply, Restoration, Trajectory
 from clear.reasoning.prompts import Prompt
-from clear.reasoning.tokenizer import word_tokenizer
-from clear.records import Sample, encode_image
-from clear.traces.records import TraceRow
-from clear.training import scoring, sft
+from clear.traces.table import TraceRow
+from clear.training import memory, sft
 from clear.training.build import scene_words
-from clear.training.grpo import InterleavedGRPO
 from clear.training.load import trainable
-from clear.training.parallel import Pass
-from clear.training.trainer import Objective
+from clear.training.loop.parallel import Pass
+from clear.training.loop.trainer import Objective
+from clear.training.rl import scoring
+from clear.training.rl.grpo import InterleavedGRPO
 from tests.conftest import ROOT
 from tests.shapes import Planned, Planner, Shapes, passes, stage_loss
 
@@ -378,7 +378,7 @@ def test_the_command_reads_the_parameters_of_the_folder(tmp_path, monkeypatch):
     from typer.testing import CliRunner
 
     from clear.cli import app
-    from clear.scratch import write_params
+    from clear.project.scratch import write_params
 
     monkeypatch.chdir(tmp_path)
     refused = CliRunner().invoke(app, ["memory"])

@@ -8,19 +8,20 @@ import torch
 import torch.nn.functional as F
 
 from clear.config import Phase, compose, from_dict
+from clear.data.records import Question, Sample, encode_image, sha256
 from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.images import ImageBank
 from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Text, layout
+from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
-from clear.reasoning.tokenizer import encode
-from clear.records import Question, Sample, encode_image, sha256
-from clear.traces.records import TraceRow
-from clear.training import scoring
+from clear.traces.table import TraceRow
 from clear.training.bridge import imitation_loss, own_latents
+from clear.training.loop.trainer import StageRun, optimise
+from clear.training.rl import scoring
 from clear.training.sft import (
     TraceData,
     TraceWeights,
@@ -30,7 +31,6 @@ from clear.training.sft import (
     trace_loss,
     trace_weights,
 )
-from clear.training.trainer import StageRun, optimise
 from tests.tiny import tiny_model
 
 SHAPES = [(40, 40), (20, 40), (40, 40), (40, 20)]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear.bench import names
-from clear.bench.options import REFUSED, answer_in, chosen
+from clear.bench.vlmeval import names
+from clear.bench.vlmeval.options import REFUSED, answer_in, chosen
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
 from tests.conftest import ROOT
@@ -19,7 +19,7 @@ GOLDEN = json.loads((ROOT / "tests/golden/options.json").read_text())
 
 @pytest.mark.parametrize("case", GOLDEN, ids=range(len(GOLDEN)))
 def test_the_option_that_a_reply_chooses(case):
-    """`upstream` is what VLMEvalKit's own rule gives at the commit that clear.bench.options names."""
+    """`upstream` is what VLMEvalKit's own rule gives at the commit that clear.bench.vlmeval.options names."""
     assert chosen(answer_in(case["reply"]), case["options"]) == case["expected"]
     assert ("departure" in case) == (case["expected"] != case["upstream"])
 

@@ -8,21 +8,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear import memory
 from clear.config import Phase, compose, from_dict
 from clear.model import flow
 from clear.model.images import ImageBank
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, Text, length, pack
+from clear.model.tokenizer import encode, word_tokenizer
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, generate
-from clear.reasoning.tokenizer import encode, word_tokenizer
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from clear.traces.oracle import trace_row
-from clear.training import parallel, scoring
+from clear.training import memory
 from clear.training.build import scene_words
-from clear.training.parallel import Pass, balanced, one_pass
+from clear.training.loop import parallel
+from clear.training.loop.parallel import Pass, balanced, one_pass
+from clear.training.loop.trainer import StageRun, optimise
+from clear.training.rl import scoring
 from clear.training.sft import TraceData, TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
-from clear.training.trainer import StageRun, optimise
 from tests.shapes import Shapes, passes, stage_loss
 from tests.test_mixed_sizes import config, images, parts  # noqa: F401, fixtures
 from tests.tiny import tiny_model, tiny_prompts

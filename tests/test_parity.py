@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clear.data.records import encode_image
 from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.bridge import distilled_layers, token_distillation
@@ -19,7 +20,6 @@ from clear.model.images import ImageBank, target_size, vae_array
 from clear.model.mot import rotary
 from clear.model.sequence import LATENT, VIT, Image, Layout, Row, Text, layout
 from clear.model.vae import patchify, unpatchify
-from clear.records import encode_image
 from clear.training.sft import distillation, taught_pairs
 from tests.reference import CASES, GOLDEN, close, greedy, image_size, spans, tokens, vit_input
 

@@ -16,14 +16,14 @@ import pytest
 import yaml
 
 from clear.errors import ClearError
-from clear.scratch import refresh, run
+from clear.project.scratch import refresh, run
 from tests.conftest import ROOT, git
 
 MODELS = ("base", "sft_direct", "sft", "reencode", "bridge", "grpo")
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # Code that cannot change a result: it reports errors, finds folders, times runs, checks what is tracked as params.
-NEUTRAL = {"clear/errors.py", "clear/stages/paths.py", "clear/config.py", "clear/bounds.py", "clear/placement.py"}
+NEUTRAL = {"clear/errors.py", "clear/data/workspace.py", "clear/config.py", "clear/bounds.py", "clear/placement.py"}
 
 
 def _definition(stage):
@@ -151,7 +151,7 @@ def test_no_stage_before_evaluation_reads_the_benchmark():
     }
     assert reading == set(MAY_OPEN_BENCH) - {"source"}
     code = set().union(*(_code_of(name) for name in STAGES if name not in MAY_OPEN_BENCH))
-    assert {"clear/training/grpo.py", "clear/stages/traces.py"} <= code
+    assert {"clear/training/rl/grpo.py", "clear/stages/traces.py"} <= code
     assert [place for file in sorted(code) for place in _names_of_bench(ROOT / file)] == []
 
 

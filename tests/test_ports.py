@@ -14,7 +14,7 @@ import pytest
 import requests
 from botocore.utils import get_environ_proxies
 
-from clear.ports import spare_loopback
+from clear.data.ports import spare_loopback
 from flows import pipeline
 from tests.conftest import ROOT
 
@@ -103,7 +103,7 @@ def test_no_proxy_for_anybody_stays(bare, port):
     assert all(get(f"http://127.0.0.1:{port}/") == "me" for get in CLIENTS.values())
 
 
-@pytest.mark.parametrize("module", ["clear.cli", "flows.deploy", "flows.local", "flows.sweep"])
+@pytest.mark.parametrize("module", ["clear.cli", "flows.service.deploy", "flows.service.local", "flows.sweep"])
 def test_every_program_spares_it_for_itself_and_its_children(bare, tmp_path, module):
     """Each is called where it has nothing to do, and leaves its environment behind."""
     code = (

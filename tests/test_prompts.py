@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from clear.data.records import Question
 from clear.errors import ClearError
 from clear.reasoning.prompts import question_text
-from clear.records import Question
 from clear.sources.rows import options_in
 from clear.sources.rows import question as made
-from clear.sources.scenes import scenes
-from clear.sources.words import LABELS, VOCABULARY, lists_options
+from clear.sources.scenes.render import scenes
+from clear.sources.scenes.words import LABELS, VOCABULARY, lists_options
 
 
 def asked(text: str, *options: str) -> str:

@@ -13,6 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clear.data.pool import parallel
+from clear.data.records import Question, Sample, decode_image, encode_image, sha256, write_samples
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import (
@@ -27,11 +29,9 @@ from clear.degradation.protocol import (
     seed_of,
 )
 from clear.errors import ClearError
-from clear.records import Question, Sample, decode_image, encode_image, sha256, write_samples
 from clear.stages.degrade import SAMPLES, SPLITS
 from clear.stages.mmd_bench import _keep, corruption_plan
 from clear.validation.frames import BANDS, PRESET_BANDS
-from clear.workers import parallel
 from tests.conftest import ROOT
 
 HALVES = (0.2, 0.3, 0.5)

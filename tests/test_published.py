@@ -10,12 +10,12 @@ from transformers import Trainer, TrainingArguments
 
 from clear.config import CONF_DIR, Optimiser, Phase, compose, from_dict
 from clear.model.sequence import IGNORE, LATENT
+from clear.model.tokenizer import encode
 from clear.reasoning.answering import guidance
 from clear.reasoning.grammar import TRIGGER
-from clear.reasoning.tokenizer import encode
 from clear.stages.grpo import rollout_options
+from clear.training.loop.trainer import StageRun, training_arguments
 from clear.training.sft import TraceWeights, trace_loss
-from clear.training.trainer import StageRun, training_arguments
 from tests.test_mixed_sizes import config, images, parts  # noqa: F401
 
 BAGEL = ("bagel_7b_lora", "bagel_7b")
@@ -93,7 +93,7 @@ def test_the_settings_reach_optimiser_and_schedule(config, tmp_path, optimiser):
 
 def test_other_optimiser_settings_train_other_weights(config, tmp_path):  # noqa: F811
     """Through the loop itself: the section of the parameters is the one that is used."""
-    from clear.training.trainer import optimise
+    from clear.training.loop.trainer import optimise
 
     def trained(**settings) -> torch.Tensor:
         torch.manual_seed(5)

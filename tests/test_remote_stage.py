@@ -16,9 +16,9 @@ import boto3
 import pytest
 
 from clear.errors import ClearError
-from clear.scratch import write_params
-from flows import compute, remote_stage
-from flows.compute_request import describe, receive, send
+from clear.project.scratch import write_params
+from flows.batch import execute, worker
+from flows.batch.request import describe, receive, send
 from tests.cloud import OVERRIDES, compute_of, dvc, entry_of, use_remote
 from tests.conftest import ROOT, git
 from tests.test_flow import wait_until
@@ -47,13 +47,13 @@ def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_loca
 
     thief = threading.Thread(target=take_away)
     thief.start()
-    done = compute.reproduce("sft", training, compute_of(training), said.append)
+    done = execute.reproduce("sft", training, compute_of(training), said.append)
     thief.join()
     ((job, record),) = cloud.batch.jobs.items()
     assert "│ step 10" in said
     assert job in done and "USD at most" in done
     first, second = record["attempts"]
-    assert first["container"]["exitCode"] == remote_stage.PREEMPTED and second["container"]["exitCode"] == 0
+    assert first["container"]["exitCode"] == worker.PREEMPTED and second["container"]["exitCode"] == 0
     assert first["stoppedAt"] - first["startedAt"] < 1000 * (120 + 30)
     lines = cloud.lines(job, 2)
     (start,) = [int(line.split()[-1]) for line in lines if line.startswith("starting at step")]
@@ -66,12 +66,12 @@ def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_loca
     assert run["seconds"] == 1.5 and run["aws_batch"]["job"] == job and run["aws_batch"]["hours"] > 0
     settings = compute_of(training)
     settings.fetch_mib = 0
-    assert compute.reproduce("sft", training, settings, said.append).startswith("taken from job")
+    assert execute.reproduce("sft", training, settings, said.append).startswith("taken from job")
     assert len(cloud.batch.jobs) == 1, "asking again submits nothing"
     assert not (training / "data/models/sft").exists(), "what is large is left in the remote"
     shutil.rmtree(training / ".dvc/cache")
     dvc(training, "push")  # as the flow does at its end
-    compute.bring_inputs("sft", training, said.append)
+    execute.bring_inputs("sft", training, said.append)
     assert _content(training / "data/models/sft") == model
     assert not cloud.store.names("checkpoints/"), "success deletes the checkpoints"
     (note,) = (cloud.store.read(name) for name in cloud.store.names("ledger/"))
@@ -115,10 +115,10 @@ def test_a_real_training_that_is_reclaimed_ends_with_the_bytes_of_an_uninterrupt
 
     thief = threading.Thread(target=take_away)
     thief.start()
-    compute.reproduce("base", smoke, compute_of(smoke), said.append)
+    execute.reproduce("base", smoke, compute_of(smoke), said.append)
     thief.join()
     ((job, record),) = cloud.batch.jobs.items()
-    assert [one["container"]["exitCode"] for one in record["attempts"]] == [remote_stage.PREEMPTED, 0]
+    assert [one["container"]["exitCode"] for one in record["attempts"]] == [worker.PREEMPTED, 0]
     first, second = cloud.lines(job, 1), cloud.lines(job, 2)
     assert any(line.startswith("vit ") for line in first) and not any(line.startswith("vit ") for line in second)
     done = [line.split()[1] for line in first if line.startswith("vae ")]
@@ -158,7 +158,7 @@ def test_a_job_makes_the_stage_and_the_flow_takes_it_over(request_of, training, 
     key = request_of["key"]
     (request,) = cloud.store.names(f"requests/{key}/")
     environment = cloud.batch.environment | {"CLEAR_REQUEST": cloud.store.url(request), "AWS_BATCH_JOB_ID": "job-1"}
-    command = [sys.executable, "-m", "flows.remote_stage"]
+    command = [sys.executable, "-m", "flows.batch.worker"]
     done = subprocess.run(command, cwd="/", env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert cloud.store.names(f"logs/{key}/job-1-1.log") and not cloud.store.names("checkpoints/")
@@ -173,11 +173,11 @@ def test_a_job_makes_the_stage_and_the_flow_takes_it_over(request_of, training, 
     inputs = describe("sft", training)
     for changed, said in ((stale, "has other deps"), (wrong, "is not the file"), (more, "none of its outputs in git")):
         with pytest.raises(ClearError, match=said):
-            compute.adopt(changed, inputs, cloud.store, training, compute_of(training), print)
+            execute.adopt(changed, inputs, cloud.store, training, compute_of(training), print)
     assert (training / "dvc.lock").read_bytes() == before and not (training / "data/metrics/sft.json").exists()
 
     said = []
-    compute.adopt(result, inputs, cloud.store, training, compute_of(training), said.append)
+    execute.adopt(result, inputs, cloud.store, training, compute_of(training), said.append)
     assert (training / "data/models/sft/weights").read_text() == (training / "data/samples").read_text() + str(
         len((training / "data/samples").read_text())
     )
@@ -286,11 +286,11 @@ def test_an_input_that_is_missing_or_not_what_its_stage_wrote_is_named(training)
 
 @pytest.mark.parametrize(("saves", "status"), [(True, 75), (False, 75)])
 def test_a_stage_has_time_to_save_and_no_more(tmp_path, monkeypatch, saves, status):
-    monkeypatch.setattr(remote_stage, "SAVE_SECONDS", 1.5)
+    monkeypatch.setattr(worker, "SAVE_SECONDS", 1.5)
     handler = "open('saved', 'w').close(); sys.exit(130)" if saves else "None"
     code = f"import signal, sys, time\ndef ask(*_): {handler}\nsignal.signal(15, ask)\nprint('up', flush=True)\n"
     code += "time.sleep(60)"
-    notice, log = remote_stage.Notice(), remote_stage.Log(tmp_path / "log")
+    notice, log = worker.Notice(), worker.Log(tmp_path / "log")
 
     def tell():
         wait_until(lambda: log.file.exists() and "up" in log.file.read_text(), 20, "the stage")
@@ -300,16 +300,16 @@ def test_a_stage_has_time_to_save_and_no_more(tmp_path, monkeypatch, saves, stat
     # The shell dies of the signal before its child, as DVC does.
     command = ["sh", "-c", f"{shlex.quote(sys.executable)} -c {shlex.quote(code)}; true"]
     begun = time.monotonic()
-    assert remote_stage._obey(command, tmp_path, dict(os.environ), log, notice) == status
+    assert worker._obey(command, tmp_path, dict(os.environ), log, notice) == status
     assert (tmp_path / "saved").exists() == saves
     assert time.monotonic() - begun < 15
 
 
 def test_a_stage_that_fails_says_why_and_leaves_nothing_running(tmp_path):
-    log = remote_stage.Log(tmp_path / "log")
+    log = worker.Log(tmp_path / "log")
     command = ["sh", "-c", "sleep 60 & echo $! > pid; echo 'error: the data is bad'; exit 3"]
     with pytest.raises(ClearError, match="status 3: error: the data is bad"):
-        remote_stage._obey(command, tmp_path, dict(os.environ), log, remote_stage.Notice())
+        worker._obey(command, tmp_path, dict(os.environ), log, worker.Notice())
     assert (
         not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/cmdline").exists()
         or not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}/cmdline").read_bytes()
@@ -318,74 +318,71 @@ def test_a_stage_that_fails_says_why_and_leaves_nothing_running(tmp_path):
 
 def test_before_the_stage_a_notice_ends_the_job_at_once():
     with pytest.raises(SystemExit) as ended:
-        remote_stage.Notice()(signal.SIGTERM, None)
-    assert ended.value.code == remote_stage.PREEMPTED
+        worker.Notice()(signal.SIGTERM, None)
+    assert ended.value.code == worker.PREEMPTED
 
 
 def test_weights_come_from_s3_and_are_those_of_the_base(cloud, tmp_path):
     (tmp_path / "params.yaml").write_text("model: {checkpoint: weights}\n")
     with pytest.raises(ClearError, match=r"compute\.weights is not"):
-        remote_stage.fetch_weights(tmp_path, "", print)
+        worker.fetch_weights(tmp_path, "", print)
     with pytest.raises(ClearError, match="nothing there"):
-        remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     boto3.client("s3").put_object(Bucket="cloud", Key="bagel/ema.safetensors", Body=b"weights")
-    remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel/", print)
+    worker.fetch_weights(tmp_path, "s3://cloud/bagel/", print)
     assert (tmp_path / "weights/ema.safetensors").read_bytes() == b"weights"
     (tmp_path / "params.yaml").write_text("model: {checkpoint: named/ema.safetensors}\n")
-    remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel/", print)
+    worker.fetch_weights(tmp_path, "s3://cloud/bagel/", print)
     assert (tmp_path / "named/ema.safetensors").read_bytes() == b"weights", "its folder is fetched"
     (tmp_path / "params.yaml").write_text("model: {checkpoint: weights}\n")
     manifest = tmp_path / "data/models/base/manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.write_text(json.dumps({"files": {"ema.safetensors": {"sha256": "0"}}}))
     with pytest.raises(ClearError, match="not the file that the base was registered with"):
-        remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     manifest.write_text(json.dumps({"files": {"ae.safetensors": {"sha256": "0"}}}))
     with pytest.raises(ClearError, match=r"ae\.safetensors there"):
-        remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     before = sorted(tmp_path.rglob("*"))
     for checkpoint in ("''", "s3://cloud/bagel"):
         (tmp_path / "params.yaml").write_text(f"model: {{checkpoint: {checkpoint}}}\n")
-        remote_stage.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_a_job_with_several_gpus_starts_a_process_for_each(tmp_path, monkeypatch):
-    assert not (remote_stage.shims(tmp_path) / "python").exists(), "one process needs no help"
+    assert not (worker.shims(tmp_path) / "python").exists(), "one process needs no help"
     monkeypatch.setenv("CLEAR_LAUNCH", "ddp")
     monkeypatch.setenv("CLEAR_GPUS", "4")
     monkeypatch.setenv("CLEAR_NODES", "2")
     monkeypatch.setenv("AWS_BATCH_JOB_NODE_INDEX", "1")
     monkeypatch.setenv("AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS", "10.0.0.7")
-    shim = remote_stage.shims(tmp_path) / "python"
-    monkeypatch.setattr(remote_stage.sys, "executable", sys.executable)
+    shim = worker.shims(tmp_path) / "python"
+    monkeypatch.setattr(worker.sys, "executable", sys.executable)
     said = subprocess.run([shim, "-c", "print('as it is')"], capture_output=True, text=True)
     assert said.stdout == "as it is\n"
-    told = remote_stage.launcher("ddp", os.environ)
+    told = worker.launcher("ddp", os.environ)
     from accelerate.commands.launch import launch_command_parser
 
     asked = launch_command_parser().parse_args([*told[3:], "-m", "clear", "sft"])
     assert (asked.num_processes, asked.num_machines, asked.machine_rank) == (8, 2, 1)
     assert (asked.main_process_ip, asked.module, asked.training_script) == ("10.0.0.7", True, "clear")
     assert asked.training_script_args == ["sft"] and asked.multi_gpu
-    assert (
-        launch_command_parser().parse_args([*remote_stage.launcher("fsdp", {})[3:], "x"]).config_file
-        == "infra/fsdp.yaml"
-    )
+    assert launch_command_parser().parse_args([*worker.launcher("fsdp", {})[3:], "x"]).config_file == "infra/fsdp.yaml"
 
 
 def test_an_image_with_other_versions_is_refused(tmp_path):
     (tmp_path / "infra").mkdir()
-    remote_stage.same_environment(tmp_path)
+    worker.same_environment(tmp_path)
     (tmp_path / "infra/constraints.txt").write_bytes((ROOT / "infra/constraints.txt").read_bytes())
-    remote_stage.same_environment(tmp_path)
+    worker.same_environment(tmp_path)
     (tmp_path / "infra/constraints.txt").write_text("torch==1.0\n")
     with pytest.raises(ClearError, match="make image"):
-        remote_stage.same_environment(tmp_path)
+        worker.same_environment(tmp_path)
 
 
 def test_a_job_without_a_request_says_so(cloud, capsys):
-    assert remote_stage.main(["s3://cloud/compute/requests/key/none.json"]) == 1
+    assert worker.main(["s3://cloud/compute/requests/key/none.json"]) == 1
     assert "no such request" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        remote_stage.main([])
+        worker.main([])

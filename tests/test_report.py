@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from clear.bench import predictions
 from clear.bench.predictions import MODELS
+from clear.data.records import Question, Sample, encode_image, read_samples, sha256, write_json, write_samples
 from clear.errors import ClearError
-from clear.records import Question, Sample, encode_image, read_samples, sha256, write_json, write_samples
 from clear.report import calling, render, tables
 from clear.report import claims as claim_rules
 from clear.report import verdict as verdicts
@@ -207,7 +207,7 @@ def filled(tmp_path_factory):
 def make(data, out, records=None) -> tuple[str, str, dict]:
     """Run the stage on `data`; returns report.md, index.html and the tracked claims."""
     from clear.config import compose, from_dict
-    from clear.stages import paths
+    from clear.data import workspace as paths
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(paths, "report_dir", lambda: out)
@@ -494,7 +494,7 @@ def test_terminal_shows_this_run_beside_the_committed_one():
 
 def test_readme_shows_the_committed_figures_and_speaks_of_models_in_its_table():
     """After `make repro`: paste `clear results --markdown` between the marks and read the sentences behind it again."""
-    from clear import results
+    from clear.project import results
     from tests.conftest import ROOT
 
     text = (ROOT / "README.md").read_text()

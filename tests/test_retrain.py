@@ -14,14 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from clear import retrain_intake, retrain_request
 from clear.bench import predictions
-from clear.compare.load import read_sides
-from clear.compare.verdict import decide
+from clear.data.records import INCOMING
 from clear.errors import ClearError
-from clear.records import INCOMING
-from clear.retrain import Tools, retrain
-from clear.scratch import write_params
+from clear.project.compare.load import read_sides
+from clear.project.compare.verdict import decide
+from clear.project.retrain import intake
+from clear.project.retrain import request as pull_request
+from clear.project.retrain.run import Tools, retrain
+from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
 from tests.test_compare import rows_of
 from tests.test_flow import run_dvc
@@ -273,7 +274,7 @@ def test_a_new_set_becomes_a_branch_with_both_models_on_the_new_benchmark_and_on
     ]
     first, last = f"{branch}~1", branch
     for commit, right in ((first, 20), (last, 50)):
-        found = retrain_request.incoming_rows(trained, commit, "grpo")
+        found = pull_request.incoming_rows(trained, commit, "grpo")
         assert len(found) == 60 and found.correct.sum() == right
     _, verdict = decide(*read_sides(trained, first, last), detail=False)
     assert verdict.status == 0
@@ -425,10 +426,10 @@ def test_a_url_of_a_forge_is_read_from_origin(trained, monkeypatch):
         "ssh://git@git.firm.example:2222/team/clear.git": ("https://git.firm.example/api/v3", "team/clear"),
     }.items():
         git(trained, "remote", "set-url", "origin", url)
-        assert retrain_request.repository(trained) == expected
+        assert pull_request.repository(trained) == expected
     git(trained, "remote", "set-url", "origin", "/somewhere/origin.git")
     with pytest.raises(ClearError, match="set GITHUB_REPOSITORY to owner/name"):
-        retrain_request.repository(trained)
+        pull_request.repository(trained)
     monkeypatch.delenv("GITHUB_TOKEN", raising=False)
-    assert retrain_request.propose(trained, "b", "main", "t", "x") == ""
-    assert retrain_intake.default_remote(trained) == "storage"
+    assert pull_request.propose(trained, "b", "main", "t", "x") == ""
+    assert intake.default_remote(trained) == "storage"

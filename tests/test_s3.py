@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from clear.errors import ClearError
-from clear.retrain_intake import Source
+from clear.project.retrain.intake import Source
 from clear.sources.incoming import sets
 from flows import pipeline
 from tests.conftest import ROOT, git

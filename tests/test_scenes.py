@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clear.data.records import Question, Sample, decode_image, read_samples
 from clear.errors import ClearError
-from clear.records import Question, Sample, decode_image, read_samples
-from clear.sources.questions import TASKS, blind_baseline, chance, compose, draw_targets
-from clear.sources.scenes import (
+from clear.sources.scenes.questions import TASKS, blind_baseline, chance, compose, draw_targets
+from clear.sources.scenes.render import (
     CELL_CLASSES,
     FACTORS,
     Scene,
@@ -29,7 +29,7 @@ from clear.sources.scenes import (
     render,
     scenes,
 )
-from clear.sources.words import COLOURS, LETTERS, SHAPES, VOCABULARY, normalise, template
+from clear.sources.scenes.words import COLOURS, LETTERS, SHAPES, VOCABULARY, normalise, template
 from clear.stages import source as stage
 
 STEPS = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}

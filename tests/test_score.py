@@ -9,11 +9,12 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from clear.bench import benchmarks, judge
-from clear.bench.options import REFUSED
-from clear.endpoint import connect
+from clear.bench import judge
+from clear.bench.vlmeval import scores
+from clear.bench.vlmeval.options import REFUSED
 from clear.errors import ClearError
-from clear.scratch import write_params
+from clear.llm.endpoint import connect
+from clear.project.scratch import write_params
 from tests.chat_server import completion, serving, settings, user_text
 from tests.conftest import ROOT
 
@@ -30,7 +31,7 @@ def mcq(index: int, prediction: str, answer: str = "A", **more) -> dict:
 
 def scored(tmp_path, client=None, **files):
     paths = [Path(write(tmp_path / f"{name}.tsv", rows)) for name, rows in files.items()]
-    return benchmarks.score(benchmarks.read_predictions(paths), client)
+    return scores.score(scores.read_predictions(paths), client)
 
 
 @pytest.mark.parametrize("bench", ["CLEAR_MMBench_DEV_EN_V11", "M_MMStar", "CV-Bench-2D", "M_My-Bench"])
@@ -55,9 +56,9 @@ def scored(tmp_path, client=None, **files):
 def test_a_name_that_ends_in_something_else_is_no_clean_benchmark(tmp_path, bench, end):
     file = Path(write(tmp_path / f"{bench}_{end}.tsv", [mcq(0, "A")]))
     with pytest.raises(ClearError, match=rf"{end}\.tsv: the name {bench}_{end}: '.*' is no level or corruption"):
-        benchmarks.read_predictions([file])
+        scores.read_predictions([file])
     write(file, [mcq(0, "A", bench=bench, corruption="clean", severity="clean")])
-    assert benchmarks.read_predictions([file])["bench"].tolist() == [bench], "unless its columns say what it is"
+    assert scores.read_predictions([file])["bench"].tolist() == [bench], "unless its columns say what it is"
 
 
 def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
@@ -69,7 +70,7 @@ def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
         mcq(2000002, "B", "B"),
         mcq(3, "?"),
     ]
-    found = benchmarks.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))["benchmarks"]["MMBench_DEV_EN_V11"]
+    found = scores.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))["benchmarks"]["MMBench_DEV_EN_V11"]
     level = found["levels"]["clean"]
     assert level["circular"] == level["score"] == pytest.approx(1 / 3) and level["single"] == pytest.approx(4 / 6)
     assert level["questions"] == 6 and level["unmatched"] == 1 and level["rejected"] == 0
@@ -77,23 +78,23 @@ def test_mmbench_counts_a_question_only_if_every_rotation_is_right(tmp_path):
 
 def test_mmbench_without_rotations_is_not_called_circular(tmp_path):
     rows = [mcq(1, "A"), mcq(2, "B"), mcq(3, "A"), mcq(4, "A")]
-    found = benchmarks.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))
+    found = scores.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))
     bench = found["benchmarks"]["MMBench_DEV_EN_V11"]
     assert bench["circular"] is False and bench["levels"]["clean"]["score"] == 0.75
     assert "circular" not in bench["levels"]["clean"]
-    assert "MMBench_DEV_EN_V11 (no rotations)" in benchmarks.table(found)
+    assert "MMBench_DEV_EN_V11 (no rotations)" in scores.table(found)
     # A level without rotations is not compared with one that has them.
     mixed = scored(tmp_path, MMBench_DEV_EN_V11=[*rows, mcq(1000001, "B")], MMBench_DEV_EN_V11_LOW_LEVEL_HIGH=rows)
-    bench = benchmarks.summary(mixed)["benchmarks"]["MMBench_DEV_EN_V11"]
+    bench = scores.summary(mixed)["benchmarks"]["MMBench_DEV_EN_V11"]
     assert bench["circular"] is False and bench["levels"]["clean"]["score"] == 3 / 5
 
 
 def test_rotations_without_their_first_row_are_dropped_as_in_vlmevalkit_and_said(tmp_path):
     rows = [mcq(1, "A"), mcq(1000001, "A"), mcq(2, "B"), mcq(1000003, "A"), mcq(2000003, "A")]
-    found = benchmarks.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))
+    found = scores.summary(scored(tmp_path, MMBench_DEV_EN_V11=rows))
     level = found["benchmarks"]["MMBench_DEV_EN_V11"]["levels"]["clean"]
     assert level["circular"] == 0.5 and level["incomplete"] == 1 and level["single"] == 0.8
-    assert "MMBench_DEV_EN_V11: 1 questions of which the first row is missing" in benchmarks.table(found)
+    assert "MMBench_DEV_EN_V11: 1 questions of which the first row is missing" in scores.table(found)
 
 
 @pytest.mark.parametrize("first", [0, 1])
@@ -101,24 +102,24 @@ def test_rotations_without_their_first_row_are_dropped_as_in_vlmevalkit_and_said
 def test_a_row_that_is_left_out_breaks_its_own_mmvp_pair_and_no_other(tmp_path, first, left_out):
     """300 rows, every second pair right: with positions in place of indices all pairs fell apart."""
     rows = [mcq(first + n, "A" if n // 2 % 2 else "B", question=f"Pair {n // 2}?") for n in range(300)]
-    level = benchmarks.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
+    level = scores.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
     assert level["pair"] == 0.5 and level["incomplete"] == 0
     del rows[left_out]
-    found = benchmarks.summary(scored(tmp_path, MMVP=rows[::-1]))
+    found = scores.summary(scored(tmp_path, MMVP=rows[::-1]))
     level = found["benchmarks"]["MMVP"]["levels"]["clean"]
     assert level["pair"] == pytest.approx((75 - left_out // 2 % 2) / 149) and level["incomplete"] == 1
-    assert "MMVP: 1 pairs of which one half is missing" in benchmarks.table(found)
+    assert "MMVP: 1 pairs of which one half is missing" in scores.table(found)
 
 
 def test_cv_bench_is_given_plain_and_by_source(tmp_path):
     rows = [mcq(n, "A" if n < 5 else "B", source="ADE20K" if n < 4 else "COCO", category="Count") for n in range(6)]
-    found = benchmarks.summary(scored(tmp_path, **{"CV-Bench-2D": rows, "CV-Bench-2D_dark_HIGH": rows}))
+    found = scores.summary(scored(tmp_path, **{"CV-Bench-2D": rows, "CV-Bench-2D_dark_HIGH": rows}))
     level = found["benchmarks"]["CV-Bench-2D"]["levels"]["high"]
     assert level["score"] == pytest.approx(5 / 6) and level["sources"] == 0.75
     assert level["by_source"] == {"ADE20K": 1.0, "COCO": 0.5} and level["by_category"] == {
         "Count": pytest.approx(5 / 6)
     }
-    assert "  mean over sources" in benchmarks.table(found)
+    assert "  mean over sources" in scores.table(found)
 
 
 def test_an_option_without_text_keeps_its_letter(tmp_path):
@@ -142,7 +143,7 @@ def test_an_answer_tag_that_is_never_closed_still_answers(tmp_path):
 
 def test_mmvp_is_scored_by_single_question_and_by_pair(tmp_path):
     rows = [mcq(i, "A" if right else "B") for i, right in zip((1, 2, 3, 4, 5), (1, 1, 1, 0, 1), strict=True)]
-    level = benchmarks.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
+    level = scores.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
     assert level["score"] == level["single"] == pytest.approx(0.8)
     assert level["pair"] == 0.5, "the last question has no partner and is no pair"
 
@@ -158,14 +159,14 @@ def test_levels_give_robustness_and_averages_need_every_benchmark(tmp_path):
         RealWorldQA_jpeg_HIGH=[wrong, mcq(2, "B")],
         RealWorldQA_jpeg_LOW=[right],
     )
-    found = benchmarks.summary(frame)
+    found = scores.summary(frame)
     star, real = found["benchmarks"]["MMStar"], found["benchmarks"]["RealWorldQA"]
     assert star["robustness"] == {"absolute": 0.5, "relative": 0.5}
     assert real["levels"]["high"]["corruptions"] == {"dark": 1.0, "jpeg": 0.0}
     assert real["levels"]["high"]["score"] == 0.5, "the mean over corruptions, however many rows each has"
     assert real["robustness"]["relative"] == pytest.approx(0.5 / 0.75)
     assert found["average"]["levels"] == {"clean": pytest.approx(0.875), "high": 0.5}, "low was not run on MMStar"
-    text = benchmarks.table(found)
+    text = scores.table(found)
     assert "50.00" in text and "66.67" in text and text.splitlines()[-1].startswith("average")
 
 
@@ -205,7 +206,7 @@ def test_every_format_gives_the_same_scores(tmp_path, ending):
         frame.to_parquet(file)
     else:
         frame.to_json(file, orient="records", lines=ending == "jsonl")
-    found = benchmarks.score(benchmarks.read_predictions([file]))
+    found = scores.score(scores.read_predictions([file]))
     assert found["index"].tolist() == ["1", "2", "3", "4"] and found.score.tolist() == [1, 1, 0, 1]
     assert found["A"].tolist() == ["None", "None", "1e5", "None"] and found["prediction"][2] == ""
     assert found["bench"].tolist() == ["M_Bench"] * 4 and "image" not in found
@@ -241,7 +242,7 @@ def test_mm_vet_is_graded_by_the_judge_and_a_failing_judge_rejects_the_row(tmp_p
     assert [reason.split(":")[0] for reason in vet.reject] == ["", "", "malformed", "outage", "refused"]
     assert star.score.tolist() == [1.0, 0.0] and star.how.tolist() == ["judge", "judge"]
     assert star.extracted.tolist() == ["B", REFUSED]
-    found = benchmarks.summary(frame)["benchmarks"]["MMVet"]["levels"]["clean"]
+    found = scores.summary(frame)["benchmarks"]["MMVet"]["levels"]["clean"]
     assert found["score"] == 0.75 and found["rejected"] == 3 and found["questions"] == 5
     with pytest.raises(ClearError, match=r"graded by a judge; set judge.url"):
         scored(tmp_path, MMVet=rows)
@@ -252,9 +253,9 @@ def test_a_level_of_which_nothing_was_graded_has_no_figure(tmp_path):
         client = connect(settings(server.url, retries=0), "judge", tmp_path / "j.sqlite", pause=0.01)
         frame = scored(tmp_path, client, MMVet=[mmvet(0, "x", "x")])
         client.close()
-    found = benchmarks.summary(frame)
+    found = scores.summary(frame)
     assert found["benchmarks"]["MMVet"]["levels"]["clean"]["score"] is None and found["average"]["levels"] == {}
-    assert "–" in benchmarks.table(found)
+    assert "–" in scores.table(found)
 
 
 def test_agreement_is_read_from_json_and_nothing_else(tmp_path):
@@ -302,7 +303,7 @@ def test_a_judge_may_repeat_the_options_text(tmp_path):
 )
 def test_a_file_that_cannot_be_scored_is_named(tmp_path, rows, said):
     with pytest.raises(ClearError, match=rf"X\.tsv: .*{said}"):
-        benchmarks.read_predictions([Path(write(tmp_path / "X.tsv", rows))])
+        scores.read_predictions([Path(write(tmp_path / "X.tsv", rows))])
 
 
 def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path):

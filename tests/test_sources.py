@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clear.config import compose, from_dict
+from clear.data.records import encode_image, read_samples
+from clear.data.rejects import Reject
 from clear.errors import ClearError
-from clear.records import encode_image, read_samples
-from clear.rejects import Reject
 from clear.sources import folder, llava_onevision, lmudata
 from clear.sources.rows import SPLITS, options_in, pixel_hash, split_of
 from clear.stages import source
@@ -574,7 +574,7 @@ def test_dvc_notices_changed_data_also_behind_a_link_and_a_scratch_copy_sees_it(
     """The stage depends on data/raw, whose content is hashed wherever it lies."""
     from dvc.repo import Repo
 
-    from clear.scratch import refresh
+    from clear.project.scratch import refresh
 
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     assert "data/raw" in stages["source"]["deps"]

@@ -12,9 +12,9 @@ import yaml
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
-from flows import compute_stack
-from flows.compute_batch import OUTPUTS, PREEMPTED, RECLAIMED, retry_strategy
-from flows.compute_store import PREFIX
+from flows.batch import stack as compute_stack
+from flows.batch.job import OUTPUTS, PREEMPTED, RECLAIMED, retry_strategy
+from flows.batch.store import PREFIX
 from tests.conftest import ROOT
 
 pytest_plugins = ["tests.cloud"]

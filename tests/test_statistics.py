@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.bench import predictions, scoring, statistics
+from clear.data.records import Question
 from clear.errors import ClearError
-from clear.records import Question
 
 ROW = {
     "sample": "s0",

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from clear import tables
+from clear.data import tables
 from clear.errors import ClearError
 
 ENDINGS = ("tsv", "csv", "parquet", "xlsx", "json", "jsonl")

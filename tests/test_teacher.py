@@ -15,14 +15,14 @@ import pandas as pd
 import pytest
 
 from clear.config import compose, from_dict
+from clear.data.records import Question, Sample, encode_image, read_samples
+from clear.data.rejects import Reject
 from clear.degradation.build import degraded_samples
-from clear.endpoint import BudgetSpent, Outage, connect
 from clear.errors import ClearError
+from clear.llm.endpoint import BudgetSpent, Outage, connect
 from clear.reasoning.grammar import asks_restoration, extract_answer, well_formed
-from clear.records import Question, Sample, encode_image, read_samples
-from clear.rejects import Reject
-from clear.sources.scenes import scenes
-from clear.traces.records import read_traces
+from clear.sources.scenes.render import scenes
+from clear.traces.table import read_traces
 from clear.traces.teacher import ATTEMPTS, Task, demonstrate, write
 from tests.chat_server import completion, serving, settings, user_text
 from tests.conftest import ROOT

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.checkpoint import TOKENIZER, load_bagel, load_tokenizer, read_config, save_bagel, special_tokens
+from clear.model.tokenizer import ADDED, MARKERS, decode, encode
 from clear.model.vae import AutoEncoder
-from clear.reasoning.tokenizer import ADDED, MARKERS, decode, encode
 from tests.tiny import tiny_model
 
 END = "<|endoftext|>"

@@ -7,16 +7,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clear.data.records import CLEAN, Question, Sample, drawn, write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.reasoning.grammar import asks_restoration, direct_trace, extract_answer, well_formed
-from clear.records import CLEAN, Question, Sample, drawn, write_samples
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from clear.stages import traces
+from clear.traces.checks import TRACE_CHECKS, trace_frame
 from clear.traces.oracle import restores, trace_row
-from clear.traces.records import FILE, TraceRow, read_traces, write_traces
+from clear.traces.table import FILE, TraceRow, read_traces, write_traces
 from clear.validation.expectations import listed, run_checks
-from clear.validation.traces import TRACE_CHECKS, trace_frame
 from tests.tiny import trace_workspace
 
 QUESTION = Question("q1", "colour", "what colour is the cup ?", "red", evidence="cup is red")

@@ -12,9 +12,9 @@ from torch import nn
 
 from clear.config import Phase, compose, from_dict
 from clear.errors import ClearError
-from clear.training import trainer
+from clear.training.loop import trainer
+from clear.training.loop.trainer import StageRun, last_complete, optimise
 from clear.training.sft import FROZEN, GENERATION, set_trainable
-from clear.training.trainer import StageRun, last_complete, optimise
 from tests.tiny import tiny_model
 
 PHASE = Phase(steps=12, batch=4, lr=0.01, warmup=2)

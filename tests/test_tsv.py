@@ -18,13 +18,13 @@ import pytest
 from PIL import Image
 from PIL.ExifTags import Base
 
-from clear.bench.names import LEVELS, is_degraded
-from clear.bench.tsv import Target, targets, write_benchmarks
+from clear.bench.vlmeval.names import LEVELS, is_degraded
+from clear.bench.vlmeval.tsv import Target, targets, write_benchmarks
+from clear.data.records import decode_image, encode_image, sha256
+from clear.data.rejects import read_rejects
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
-from clear.records import decode_image, encode_image, sha256
-from clear.rejects import read_rejects
 from clear.sources import lmudata
 from tests.conftest import ROOT
 
@@ -111,7 +111,7 @@ def test_full_protocol_writes_every_corruption_at_every_level(tmp_path):
 
 
 def test_workers_do_not_change_a_byte_and_halves_of_an_mmvp_pair_share_their_corruption(tmp_path, monkeypatch):
-    monkeypatch.setattr("clear.bench.tsv.targets", lambda bench, protocol, style: [Target(bench, "", "low")])
+    monkeypatch.setattr("clear.bench.vlmeval.tsv.targets", lambda bench, protocol, style: [Target(bench, "", "low")])
     common = {"question": "?", "A": "a", "B": "b", "answer": "A"}
     rows = [{"index": i + 1, "image": b64(picture(i)), **common} for i in range(36)]
     write_tsv(tmp_path / "in/MMVP.tsv", rows)

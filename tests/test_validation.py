@@ -11,14 +11,14 @@ import pytest
 from omegaconf import OmegaConf
 
 from clear import config as configuration
+from clear.data.records import decode_image, encode_image, read_samples, write_samples
+from clear.data.rejects import read_rejects
+from clear.data.workspace import report_dir
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, seed_of
 from clear.errors import ClearError
-from clear.records import decode_image, encode_image, read_samples, write_samples
-from clear.rejects import read_rejects
-from clear.sources.scenes import scenes
+from clear.sources.scenes.render import scenes
 from clear.stages import degrade, mmd_bench, validate
-from clear.stages.paths import report_dir
 from clear.validation import metrics
 from clear.validation.expectations import run_checks
 from clear.validation.frames import build_frame, chi_square_p

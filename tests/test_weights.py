@@ -11,9 +11,9 @@ from moto.server import ThreadedMotoServer
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
-from clear.scratch import write_params
-from clear.stages import weights
-from clear.stages.weights import etag_matches, fetch, with_local_weights
+from clear.model import weights
+from clear.model.weights import etag_matches, fetch, with_local_weights
+from clear.project.scratch import write_params
 
 MIB = 2**20
 FILES = {"llm_config.json": b"{}", "ema.safetensors": os.urandom(300_000), "empty.txt": b""}

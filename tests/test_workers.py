@@ -11,8 +11,8 @@ import time
 import psutil
 import pytest
 
+from clear.data.pool import parallel, pool
 from clear.errors import ClearError
-from clear.workers import parallel, pool
 from tests.conftest import ROOT
 
 
@@ -73,7 +73,7 @@ LONG = """if True:
     import sys, time
     from clear import cli
     def work():
-        from clear.workers import parallel
+        from clear.data.pool import parallel
         print("go", flush=True)
         for _ in parallel(time.sleep, [0.05] * 10_000, workers=2, chunk=4):
             pass

@@ -6,17 +6,17 @@ from pathlib import Path
 import torch
 
 from clear.config import Config, compose, from_dict
+from clear.data.records import Sample, write_json, write_samples
 from clear.model.bagel import Bagel, BagelConfig
 from clear.model.checkpoint import save_bagel
 from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
+from clear.model.tokenizer import encode, word_tokenizer
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
+from clear.project.scratch import write_params
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
-from clear.reasoning.tokenizer import encode, word_tokenizer
-from clear.records import Sample, write_json, write_samples
-from clear.scratch import write_params
 from clear.training.build import bagel_config, scene_words
 
 SIZES = [

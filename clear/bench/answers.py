@@ -18,9 +18,9 @@ import numpy as np
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
+from clear.data.pool import parallel
+from clear.data.records import Question, Sample, encode_image
 from clear.errors import ClearError
-from clear.records import Question, Sample, encode_image
-from clear.workers import parallel
 
 if TYPE_CHECKING:
     from clear.reasoning.answering import Answer, Answerer
@@ -64,7 +64,7 @@ def answer(
     """Rows for every question of `samples`, in order, and the seconds of all processes together.
 
     Of each corruption and severity the first restored picture is kept in its row. `progress` is called with the number
-    of questions done. With `evaluate.cluster` the workers there compute. Raises ClearError as clear.workers.parallel.
+    of questions done. With `evaluate.cluster` the workers there compute. Raises ClearError as clear.data.pool.parallel.
     """
     cluster = model.config.evaluate.cluster
     if cluster:
@@ -156,8 +156,8 @@ _held: dict[str, "Answerer"] = {}
 
 
 def _loaded(model: UnderTest) -> "Answerer":
+    from clear.model.runtime import apply_runtime
     from clear.reasoning.answering import Answerer
-    from clear.runtime import apply_runtime
 
     key = repr((model.folder, model.config, model.digest))
     if key not in _held:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from clear.bench.options import chosen, letters
-from clear.endpoint import Client, EndpointError, Request, messages
+from clear.bench.vlmeval.options import chosen, letters
+from clear.llm.endpoint import Client, EndpointError, Request, messages
 
 SCORE = """You grade an answer to a question about an image that you cannot see, by comparing it with a reference.
 The grade is one of 0.0, 0.1, 0.2, ..., 1.0: 0.0 if nothing of the reference is met, 1.0 if all of it is.

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
+from clear.data.records import CLEAN, EXTRA, INCOMING
 from clear.errors import ClearError
-from clear.records import CLEAN, EXTRA, INCOMING
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,8 +8,8 @@ plain accuracy, and every average is computed from rows.
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from clear.data.records import CLEAN, Question
 from clear.errors import ClearError
-from clear.records import CLEAN, Question
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,13 +21,13 @@ HARD = SEVERITIES[-1]
 
 
 def is_correct(prediction: str, question: Question) -> bool:
-    """Whether an extracted answer is right: exact match after clear.sources.words.normalise.
+    """Whether an extracted answer is right: exact match after clear.sources.scenes.words.normalise.
 
     Multiple choice: the prediction must name one option, by its letter, by its text if no other option has the
     same text, or by the letter followed by that text; the gold answer may be given in either form. An empty
     prediction is wrong. Raises ClearError if the gold answer names no option.
     """
-    from clear.sources.questions import normalise
+    from clear.sources.scenes.questions import normalise
 
     found = normalise(prediction)
     if not question.options:
@@ -44,7 +44,7 @@ def is_correct(prediction: str, question: Question) -> bool:
 
 def spelled_out(answer: str, question: Question) -> str:
     """An answer as a judge can compare it: "B. blue" where it names one of the question's options, else as it is."""
-    from clear.sources.questions import normalise
+    from clear.sources.scenes.questions import normalise
 
     found = _chosen(normalise(answer), [normalise(option) for option in question.options])
     return answer if found is None else f"{chr(ord('A') + found)}. {question.options[found]}"

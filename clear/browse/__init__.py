@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from clear.data.ports import HOST, require_free
 from clear.errors import ClearError
-from clear.ports import HOST, require_free
 
 
 def serve(root: Path, port: int, open_browser: bool) -> None:

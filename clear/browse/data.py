@@ -10,8 +10,8 @@ import numpy as np
 from clear.bench import predictions
 from clear.bench.answers import UnderTest
 from clear.bench.predictions import KEY, MODELS
+from clear.data.records import Question, Sample
 from clear.errors import ClearError
-from clear.records import Question, Sample
 from clear.report.gallery import find
 from clear.stages.evaluate import under_test
 
@@ -100,8 +100,8 @@ class Models:
     def __init__(self, root: Path) -> None:
         """Raises ClearError where params.yaml is missing or wrong."""
         from clear.config import load as load_config
-        from clear.runtime import apply_runtime
-        from clear.stages.weights import with_local_weights
+        from clear.model.runtime import apply_runtime
+        from clear.model.weights import with_local_weights
 
         self.root = root
         self.config: Config = with_local_weights(load_config(root / "params.yaml"), "ask")

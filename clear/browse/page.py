@@ -11,9 +11,9 @@ import streamlit as st
 
 from clear.browse import data
 from clear.browse.data import ALL, FILTERS, GAINED, LOST, Models
+from clear.data.records import CLEAN, Question, decode_image, encode_image
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
-from clear.records import CLEAN, Question, decode_image, encode_image
 from clear.report.claims import LEVELS, NAMES
 
 ROOT = Path()

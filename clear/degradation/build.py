@@ -1,4 +1,4 @@
-"""Degrade many samples (METHOD §6), on as many processes or machines as there are (clear/workers.py).
+"""Degrade many samples (METHOD §6), on as many processes or machines as there are (clear/data/pool.py).
 
 What is stored is a JPEG of quality 95, as published.
 """
@@ -8,10 +8,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from clear.data.pool import parallel
+from clear.data.records import EXTRA, Sample, decode_image, encode_image, open_shard, shards
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.degradation.registry import Chosen, apply, extras
-from clear.records import EXTRA, Sample, decode_image, encode_image, open_shard, shards
-from clear.workers import parallel
 
 NONE = Chosen()
 """No degradation beyond the sixteen."""

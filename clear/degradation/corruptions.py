@@ -8,7 +8,7 @@ Departures:
   so that severity can follow the image size; 1 is exactly the published formula. Grey levels, counts, JPEG's 8-pixel
   blocks and the colour radius of the mean shift are no pixel lengths. Scaled kernels stay at 3 pixels or more.
 - The mean shift and the filling of regions are this project's own kernels, with the pixels of OpenCV's.
-- Wide kernels are computed by `clear.degradation.filters`, within one grey level of the dense ones.
+- Wide kernels are computed by `clear.degradation.kernels.filters`, within one grey level of the dense ones.
 - Noise is drawn as the whole numbers that the rounding would leave: other draws of the same distribution.
 - Too small images are refused (`watermark_damage`, `block_exchange`), where the published generator silently kept
   them clean; swaps of two blocks that cancel are completed by one more, and rectangles that leave no known pixel free
@@ -25,8 +25,8 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from clear.degradation.filters import add_noise, bands, gaussian_blur, sparse_filter
-from clear.degradation.mean_shift import mean_shift_filter
+from clear.degradation.kernels.filters import add_noise, bands, gaussian_blur, sparse_filter
+from clear.degradation.kernels.mean_shift import mean_shift_filter
 from clear.errors import ClearError
 
 DIFFUSION_DISCS = (5, 15)  # px, radius of the discs drawn above intensity 0.9
@@ -234,7 +234,7 @@ def watermark_damage(image: np.ndarray, intensity: float, rng: np.random.Generat
         mask[y : y + h + 1, x : x + w + 1] = 255  # both corners belong to it; what lies outside is cut off
     if mask.all():  # no pixel left to fill from: inpainting would return the clean image
         mask[[0, -1]] = mask[:, [0, -1]] = 0
-    from clear.degradation.inpaint import inpaint  # here, for it imports numba
+    from clear.degradation.kernels.inpaint import inpaint  # here, for it imports numba
 
     filled = inpaint(image, mask, max(1.0, 3 * scale))
     out = cv2.addWeighted(image, 1 - intensity, filled, intensity, 0)

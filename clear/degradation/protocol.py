@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from clear.data.records import EXTRA
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
-from clear.records import EXTRA
 
 PROTOCOL_VERSION = "3"
 """Part of every seed: change it whenever a formula or the order of random draws changes."""

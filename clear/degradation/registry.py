@@ -20,9 +20,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from clear.data.records import EXTRA
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
-from clear.records import EXTRA
 
 FOLDER = Path("plugins")
 LEVELS = ("low", "mid", "high")

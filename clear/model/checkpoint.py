@@ -27,13 +27,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.bagel import Bagel, BagelConfig
 from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
-from clear.model.vae import AutoEncoder, VaeConfig
-from clear.model.vit import VitConfig
-from clear.reasoning.tokenizer import (
+from clear.model.tokenizer import (
     ADDED,
     LFS,
     MARKERS,
@@ -44,7 +43,8 @@ from clear.reasoning.tokenizer import (
     read_text,
     read_tokenizer,
 )
-from clear.records import file_sha256
+from clear.model.vae import AutoEncoder, VaeConfig
+from clear.model.vit import VitConfig
 
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
 PLAIN, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -292,7 +292,7 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
 
 
 def load_tokenizer(folder: Path | str):
-    """The `tokenizers.Tokenizer` of a model folder, or None (see `clear.reasoning.tokenizer.read_tokenizer`).
+    """The `tokenizers.Tokenizer` of a model folder, or None (see `clear.model.tokenizer.read_tokenizer`).
 
     Its attribute `sources` holds the folder's other tokenizer files, for `save_bagel`: the folder may be overwritten.
     """

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from clear.config import Config, Sampling
+from clear.data.records import Question
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
@@ -21,7 +22,6 @@ from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import SYSTEM, make_prompt, question_text
-from clear.records import Question
 
 
 @dataclass(frozen=True)

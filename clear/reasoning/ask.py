@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 
 from clear.config import Config
+from clear.data.images import decode_image
+from clear.data.records import Question
 from clear.errors import ClearError, shown
-from clear.images import decode_image
+from clear.model.runtime import apply_runtime
 from clear.reasoning.answering import Answerer
-from clear.records import Question
-from clear.runtime import apply_runtime
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,9 @@ from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.cache import KVCache
 from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Text, layout
+from clear.model.tokenizer import decode, encode
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
-from clear.reasoning.tokenizer import decode, encode
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from clear.data.records import Question
 from clear.errors import ClearError
 from clear.model.images import ImageBank
 from clear.model.sequence import LATENT, VIT, Gap, Image, Segment, Text
-from clear.reasoning.tokenizer import encode
-from clear.records import Question
-from clear.sources.words import LABELS, lists_options
+from clear.model.tokenizer import encode
+from clear.sources.scenes.words import LABELS, lists_options
 
 SYSTEM = (
     "You answer questions about an image that may be degraded. First write your reasoning between <think> and "

@@ -13,7 +13,7 @@ import numpy as np
 from clear.bench import statistics
 from clear.bench.scoring import HARD, SEVERITIES
 from clear.bench.statistics import Interval
-from clear.records import CLEAN
+from clear.data.records import CLEAN
 from clear.report.claims import Bootstrap, need, outcomes
 
 if TYPE_CHECKING:

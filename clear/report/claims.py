@@ -15,8 +15,8 @@ import numpy as np
 from clear.bench import statistics
 from clear.bench.predictions import KEY, MODELS
 from clear.bench.scoring import HARD, SEVERITIES, present
+from clear.data.records import CLEAN
 from clear.errors import ClearError
-from clear.records import CLEAN
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -8,8 +8,8 @@ import numpy as np
 
 from clear.bench.predictions import KEY
 from clear.bench.scoring import SEVERITIES
+from clear.data.records import CLEAN, Sample, decode_image, read_samples
 from clear.errors import ClearError
-from clear.records import CLEAN, Sample, decode_image, read_samples
 from clear.report.claims import LEVELS, NAMES
 
 if TYPE_CHECKING:

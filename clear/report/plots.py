@@ -13,7 +13,7 @@ import numpy as np
 
 from clear.bench.predictions import MODELS
 from clear.bench.scoring import SEVERITIES
-from clear.records import CLEAN
+from clear.data.records import CLEAN
 from clear.report.claims import LEVELS, NAMES
 
 if TYPE_CHECKING:

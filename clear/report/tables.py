@@ -234,7 +234,7 @@ PIPELINE = (
 def times(records: dict[str, dict]) -> Table:
     """Stage times and peak memory from run records, with the total time.
 
-    A record may hold `seconds` and `peak_gib`, or `peak_mb` and `children_peak_mb` (MiB) as clear.stages.paths has it.
+    A record may hold `seconds` and `peak_gib`, or `peak_mb` and `children_peak_mb` (MiB) as clear.data.workspace does.
     """
     order = sorted(records, key=lambda stage: (PIPELINE.index(stage) if stage in PIPELINE else len(PIPELINE), stage))
     peaks = {stage: _peak_gib(records[stage]) for stage in order}

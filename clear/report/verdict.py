@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from clear.bench import statistics
 from clear.bench.scoring import HARD
-from clear.records import CLEAN
+from clear.data.records import CLEAN
 from clear.report.claims import LEVELS, MARGIN, Bootstrap, Claim, guessing, points
 
 if TYPE_CHECKING:

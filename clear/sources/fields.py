@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.errors import ClearError, quoted, shown
-from clear.sources.words import LABELS
+from clear.sources.scenes.words import LABELS
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 """Control characters except tab and the ends of lines, and halves of characters beyond U+FFFF, which no UTF-8 holds."""

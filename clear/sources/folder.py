@@ -10,9 +10,9 @@ the line's number.
 from collections.abc import Iterator
 from pathlib import Path
 
+from clear.data.records import Question
+from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
-from clear.records import Question
-from clear.rejects import Reject
 from clear.sources.fields import Unusable, id_of, json_lines, options_of, picture_of, tables, text_of
 from clear.sources.rows import Row, question
 

@@ -2,7 +2,7 @@
 
 A set is a folder with tables (`*.jsonl`, `*.parquet`) and the files that they name. A row names the degraded picture
 (`image`), where there is one its clean partner (`clean`), and the question with its answer; a row may also hold the
-pictures themselves, and Parquet files may be shards of `clear.records`. A row or a picture that cannot be used is
+pictures themselves, and Parquet files may be shards of `clear.data.records`. A row or a picture that cannot be used is
 passed on as its reject; a set of which a table or a folder cannot be opened is refused, because nobody knows what it
 holds. `clear.sources.intake` makes samples of the rows.
 """
@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clear.data.images import decode_image, pixel_sha256
+from clear.data.records import INCOMING, Question, file_sha256, open_shard, sha256
+from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
-from clear.images import decode_image, pixel_sha256
-from clear.records import INCOMING, Question, file_sha256, open_shard, sha256
-from clear.rejects import Reject
 from clear.sources.fields import (
     Found,
     Unusable,
@@ -32,7 +32,7 @@ from clear.sources.fields import (
     text_of,
     unlinked,
 )
-from clear.sources.words import LABELS, normalise
+from clear.sources.scenes.words import LABELS, normalise
 
 FOLDER = Path("data/incoming")
 TASK = "question"
@@ -196,7 +196,7 @@ def _row(folder: Path, table: Path, where: str, record: Any, named: set[Path]) -
             raise Unusable("line", f"the row is {what}, expected an object with image, question and answer")
         picture = record.get("image") or record.get("file_name")
         image, clean = picture, record.get("clean")
-        if record.get("degraded"):  # the layout of clear.records
+        if record.get("degraded"):  # the layout of clear.data.records
             image, clean = record["degraded"], picture
         pictures = [_picture(folder, table, one, key, named) for one, key in ((image, "image"), (clean, "clean"))]
         return Row(folder.name, where, pictures[0] or b"", pictures[1], questions_of(record))

@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
-from clear.records import INCOMING, Question, Sample, open_shard, sha256
-from clear.rejects import Reject
+from clear.data.records import INCOMING, Question, Sample, open_shard, sha256
+from clear.data.rejects import Reject
 from clear.sources.incoming import FOLDER, IncomingSet, Row, Seen, look, present, rejected, rows_of
-from clear.sources.words import LABELS, lists_options, normalise
+from clear.sources.scenes.words import LABELS, lists_options, normalise
 
 SLICES = ("sft", "rl", "bench")
 
@@ -148,7 +148,7 @@ def _foreign_word(row: Seen, vocabulary: frozenset[str] | None) -> str:
             if word not in vocabulary:
                 return (
                     f"{word!r} is not in the closed vocabulary of a model trained from scratch; "
-                    "name a checkpoint (model.checkpoint), or use the words of clear/sources/words.py"
+                    "name a checkpoint (model.checkpoint), or use the words of clear/sources/scenes/words.py"
                 )
         if question.options and not lists_options(question.text, question.options):
             listed = " ".join(f"{label} {option}" for label, option in zip(LABELS, question.options, strict=False))

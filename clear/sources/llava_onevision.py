@@ -11,9 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from clear.data.records import Question
+from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
-from clear.records import Question
-from clear.rejects import Reject
 from clear.sources.fields import Unusable, batch_rows, picture_of, tables, text_of
 from clear.sources.rows import Row, options_in, question
 

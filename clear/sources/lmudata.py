@@ -3,8 +3,8 @@
 Columns: `index`; `image`, base64 (also wrapped, also as a data: URI) or, in 64 characters and less, the index of the
 row that holds it, before or after, directly or by way of other rows; `question` or `prompt` (CV-Bench); options `A`,
 `B`, …; `answer`; `category`, `l2-category`, `split`, `hint`, and any other. Instead of `image` there may be
-`image_path`, relative to the folder. All cells are text (clear/tables.py). A file is read twice, first to learn where
-the images are, so that memory stays flat. In MMVP two rows are the halves of a pair (`pairs`).
+`image_path`, relative to the folder. All cells are text (clear/data/tables.py). A file is read twice, first to learn
+where the images are, so that memory stays flat. In MMVP two rows are the halves of a pair (`pairs`).
 """
 
 import base64
@@ -14,11 +14,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
 
-from clear import tables
+from clear.data import tables
+from clear.data.rejects import Reject
 from clear.errors import ClearError, shown
-from clear.rejects import Reject
 from clear.sources.rows import Row, question
-from clear.sources.words import LABELS as OPTIONS
+from clear.sources.scenes.words import LABELS as OPTIONS
 
 REFERENCE = 64
 """An image field of at most so many characters names another row, as in VLMEvalKit."""

@@ -17,11 +17,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clear.config import Source
+from clear.data.records import Question, Sample, decode_image, encode_image, sha256
+from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted
-from clear.records import Question, Sample, decode_image, encode_image, sha256
-from clear.rejects import Reject
 from clear.sources.fields import unprintable
-from clear.sources.words import LABELS
+from clear.sources.scenes.words import LABELS
 
 SPLITS = ("pretrain", "sft", "rl", "validation", "bench", "development")
 """In the order of `source.shares`. Recipes are compared on `development`, so that `bench` stays unseen."""

@@ -5,9 +5,9 @@ from pathlib import Path
 import torch
 
 from clear.config import Config
+from clear.data.records import read_samples, write_json
 from clear.errors import ClearError
-from clear.records import read_samples, write_json
-from clear.runtime import apply_runtime
+from clear.model.runtime import apply_runtime
 
 OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
 
@@ -23,16 +23,16 @@ def run(config: Config) -> None:
             f"params: source.kind = {config.source.kind} needs a pretrained model (model.checkpoint = its folder); "
             "training from scratch knows the words and labels of scenes only."
         )
+    from clear.data.workspace import checkpoint_dir
     from clear.model.bagel import Bagel
     from clear.model.checkpoint import save_bagel
     from clear.model.images import ImageBank
+    from clear.model.tokenizer import word_tokenizer
     from clear.model.vae import AutoEncoder
-    from clear.reasoning.tokenizer import word_tokenizer
-    from clear.sources.scenes import FACTORS, factors
-    from clear.stages.paths import checkpoint_dir
+    from clear.sources.scenes.render import FACTORS, factors
     from clear.training import pretrain
     from clear.training.build import bagel_config, scene_words
-    from clear.training.trainer import StageRun, optimise
+    from clear.training.loop.trainer import StageRun, optimise
 
     samples = list(read_samples("data/samples/pretrain"))
     pairs = list(read_samples("data/degraded/sft", ["id", "degraded", "corruption", "severity"]))

@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config
-from clear.records import CLEAN, write_json
-from clear.runtime import apply_runtime
+from clear.data.records import CLEAN, write_json
+from clear.model.runtime import apply_runtime
 
 OWN_LATENTS = 4096
 """About how many of the model's own denoised latents are made for the distillation and the answers."""
@@ -16,15 +16,15 @@ def run(config: Config) -> None:
     apply_runtime(config)
     import torch
 
+    from clear.data.workspace import checkpoint_dir, model_folder
     from clear.model import lora
     from clear.model.bridge import LatentBridge
     from clear.reasoning.answering import guidance
     from clear.reasoning.engine import Options
-    from clear.stages.paths import checkpoint_dir, model_folder
     from clear.training import bridge, sft
     from clear.training.load import at_work, incoming, save, trace_data, trainable
-    from clear.training.parallel import made_once, one_machine, rank
-    from clear.training.trainer import StageRun, optimise
+    from clear.training.loop.parallel import made_once, one_machine, rank
+    from clear.training.loop.trainer import StageRun, optimise
 
     start = incoming(model_folder("sft", config), config, whole=not one_machine())
     model = start.model

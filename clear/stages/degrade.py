@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clear.config import Config
+from clear.data.records import Sample, ShardWriter, read_samples, write_json
+from clear.data.rejects import write_rejects
 from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned
 from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, TRAINING_WEIGHTS, draw
 from clear.degradation.registry import chosen, extras
-from clear.records import Sample, ShardWriter, read_samples, write_json
-from clear.rejects import write_rejects
 
 SAMPLES, DEGRADED, METRICS = Path("data/samples"), Path("data/degraded"), Path("data/metrics/degrade.json")
 REJECTS = Path("data/rejects/incoming.parquet")

@@ -13,8 +13,8 @@ from tqdm import tqdm
 from clear.bench import predictions
 from clear.bench.answers import UnderTest, answer
 from clear.config import Config
+from clear.data.records import Sample, read_samples, write_json
 from clear.errors import ClearError
-from clear.records import Sample, read_samples, write_json
 
 BENCH, DEVELOPMENT = Path("data/bench"), Path("data/development")
 MODELS = {
@@ -33,7 +33,7 @@ def under_test(model: str, config: Config) -> UnderTest:
     """How a model of MODELS answers under `config`; its folder is one of the working directory."""
     if model not in MODELS:
         raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
-    from clear.stages.paths import model_folder
+    from clear.data.workspace import model_folder
 
     folder, restore, feedback = MODELS[model]
     if model == "sft" and config.bridge.kind == "direct":
@@ -62,7 +62,7 @@ def run_development(config: Config, model: str) -> Path:
 
     Both are run records in the private folder of the project: nothing that DVC or git tracks changes.
     """
-    from clear.stages.paths import home
+    from clear.data.workspace import home
 
     tested = under_test(model, config)
     rows = _answered(tested, model, [DEVELOPMENT / "clean", DEVELOPMENT / "degraded"])
@@ -81,7 +81,7 @@ def _figures(out: Path, config: Config) -> dict:
 
 def _answered(tested: UnderTest, model: str, parts: list[Path], figure: str = "") -> list[dict]:
     """Rows for every question of the folders `parts`; the time goes to the run record as `figure`, if it is named."""
-    from clear.stages.paths import record_run
+    from clear.data.workspace import record_run
 
     samples: list[Sample] = [sample for part in parts for sample in read_samples(part)]
     total = sum(len(sample.questions) for sample in samples)

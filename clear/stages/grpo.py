@@ -7,16 +7,16 @@ from typing import TYPE_CHECKING
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.records import drawn, read_samples, write_json
-from clear.runtime import apply_runtime
+from clear.data.records import drawn, read_samples, write_json
+from clear.model.runtime import apply_runtime
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-    from clear.endpoint import Client
+    from clear.llm.endpoint import Client
     from clear.reasoning.engine import Options
     from clear.training.load import Incoming
-    from clear.training.policy import Task
+    from clear.training.rl.policy import Task
 
 INPUTS = ("data/models/bridge", "data/degraded/rl", "data/degraded/validation")
 
@@ -41,14 +41,14 @@ def rollout_options(config: Config) -> "Options":
 
 def prepare(config: Config) -> "tuple[Incoming, Task]":
     """Load the bridge model, choose what is trained, and gather the rl split's prompts and what judges the policy."""
+    from clear.data.workspace import model_folder
     from clear.model import lora
     from clear.reasoning.answering import Answerer
     from clear.reasoning.prompts import make_prompt, question_text
-    from clear.stages.paths import model_folder
     from clear.training import sft
-    from clear.training.latent_quality import LatentQuality
     from clear.training.load import incoming, trainable
-    from clear.training.policy import Task
+    from clear.training.rl.latent_quality import LatentQuality
+    from clear.training.rl.policy import Task
 
     g = config.grpo
     start = incoming(model_folder("bridge", config), config, whole=False)
@@ -85,8 +85,8 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
 
 def _judge(config: Config) -> "AbstractContextManager[Client | None]":
     """The judge that `grpo.accuracy` asks for, its replies kept beside the project; nothing for exact match."""
-    from clear.endpoint import connect
-    from clear.stages.paths import replies_file
+    from clear.data.workspace import replies_file
+    from clear.llm.endpoint import connect
 
     if config.grpo.accuracy == "exact":
         return nullcontext()
@@ -96,12 +96,12 @@ def _judge(config: Config) -> "AbstractContextManager[Client | None]":
 def run(config: Config) -> None:
     """Train and write data/models/grpo, its curves and the first and last figures."""
     apply_runtime(config)
-    from clear.stages.paths import checkpoint_dir, record_run
-    from clear.training import sharded
-    from clear.training.grpo import train
+    from clear.data.workspace import checkpoint_dir, record_run
     from clear.training.load import save
-    from clear.training.parallel import rank
-    from clear.training.trainer import StageRun
+    from clear.training.loop import sharded
+    from clear.training.loop.parallel import rank
+    from clear.training.loop.trainer import StageRun
+    from clear.training.rl.grpo import train
 
     start, task = prepare(config)
     run = StageRun("grpo", config, INPUTS, checkpoint_dir("grpo"))

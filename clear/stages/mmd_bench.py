@@ -17,12 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config
+from clear.data.records import Sample, ShardWriter, read_samples, write_json
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.incoming import planned
 from clear.degradation.protocol import PROTOCOL_VERSION, SEVERITIES, order_of
 from clear.degradation.registry import chosen, extras
-from clear.records import Sample, ShardWriter, read_samples, write_json
 
 SAMPLES, BENCH, METRICS = Path("data/samples/bench"), Path("data/bench"), Path("data/metrics/mmd_bench.json")
 DEVELOPMENT_SAMPLES, DEVELOPMENT = Path("data/samples/development"), Path("data/development")

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from clear.bench import predictions
 from clear.config import Config
+from clear.data.records import write_json
 from clear.errors import ClearError
-from clear.records import write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,10 +30,10 @@ def run(config: Config, data: Path = Path("data")) -> None:
 
     Absent inputs do not stop it: a model without predictions is named in the first lines, its claims are not measured.
     """
+    from clear.data.workspace import report_dir, run_records
     from clear.report import calling, gallery, render
     from clear.report.claims import Bootstrap, evaluate, to_json
     from clear.report.verdict import remarks, verdict
-    from clear.stages.paths import report_dir, run_records
 
     bootstrap = Bootstrap(config.evaluate.confidence, config.evaluate.bootstrap, config.seed)
     frames = read_frames(data)

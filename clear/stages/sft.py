@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config, Phase
-from clear.records import write_json
-from clear.runtime import apply_runtime
+from clear.data.records import write_json
+from clear.model.runtime import apply_runtime
 
 
 def run(config: Config, direct: bool = False) -> None:
@@ -14,11 +14,11 @@ def run(config: Config, direct: bool = False) -> None:
     With `sft.both_paths` both models learn replies from the first step, and so under the same learning rates.
     """
     apply_runtime(config)
-    from clear.stages.paths import checkpoint_dir, model_folder
+    from clear.data.workspace import checkpoint_dir, model_folder
     from clear.training import sft
     from clear.training.load import incoming, save, trace_data, trainable
-    from clear.training.parallel import rank
-    from clear.training.trainer import StageRun, optimise
+    from clear.training.loop.parallel import rank
+    from clear.training.loop.trainer import StageRun, optimise
 
     name = "sft_direct" if direct else "sft"
     start = incoming(model_folder("base", config), config, whole=False)

@@ -17,13 +17,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clear.config import Config, Source
+from clear.data.pool import pool
+from clear.data.records import Sample, ShardWriter, read_samples, write_json, write_samples
+from clear.data.rejects import Reject, RejectWriter
 from clear.errors import ClearError
-from clear.records import Sample, ShardWriter, read_samples, write_json, write_samples
-from clear.rejects import Reject, RejectWriter
-from clear.sources.questions import blind_baseline
 from clear.sources.rows import SPLITS, Examined, assigned, examined
-from clear.sources.scenes import check_request, couple
-from clear.workers import pool
+from clear.sources.scenes.questions import blind_baseline
+from clear.sources.scenes.render import check_request, couple
 
 SAMPLES = Path("data/samples")
 HELD_OUT = ("validation", "bench", "development")
@@ -115,7 +115,7 @@ def _found(kind: str, path: str, rules: Source, workers: int, key: str) -> Itera
             f"{link} is a link to a folder, into which DVC does not look; remove it and link the files instead: "
             f"`cp -rs {link.resolve()} $PWD/{link}`."
         )
-    from clear.bench.names import is_degraded
+    from clear.bench.vlmeval.names import is_degraded
     from clear.sources import folder, llava_onevision, lmudata
 
     for file in lmudata.files(place) if kind == "lmudata" else ():

@@ -2,7 +2,7 @@
 
 With `traces.kind: oracle` their words come from the evidence of the source, with `teacher` from a model behind an
 endpoint (clear/traces/teacher.py): what it cannot write goes to data/rejects/traces.parquet, its cost to the run
-record. The written table is then checked by named expectations (clear/validation/traces.py); a violated one stops the
+record. The written table is then checked by named expectations (clear/traces/checks.py); a violated one stops the
 stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its rows can be
 looked up.
 
@@ -21,14 +21,14 @@ from tqdm import tqdm
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
+from clear.data.records import Question, Sample, drawn, read_samples, write_json
+from clear.data.rejects import Reject, RejectWriter
 from clear.errors import ClearError
-from clear.records import Question, Sample, drawn, read_samples, write_json
-from clear.rejects import Reject, RejectWriter
-from clear.runtime import apply_runtime
+from clear.model.runtime import apply_runtime
+from clear.traces.checks import TRACE_CHECKS, trace_frame
 from clear.traces.oracle import restores, trace_row
-from clear.traces.records import TraceRow, read_traces, write_traces
+from clear.traces.table import TraceRow, read_traces, write_traces
 from clear.validation.expectations import Failure, as_json, listed, run_checks
-from clear.validation.traces import TRACE_CHECKS, trace_frame
 
 if TYPE_CHECKING:
     from clear.reasoning.answering import Answerer
@@ -44,8 +44,8 @@ def run(config: Config) -> None:
     if config.traces.kind == "teacher":
         _check_endpoints(config)  # before anything that takes long
     apply_runtime(config)
+    from clear.data.workspace import model_folder
     from clear.reasoning.answering import Answerer
-    from clear.stages.paths import model_folder
 
     total = _checked(config)
     answerer = Answerer.load(model_folder("base", config), config)
@@ -107,7 +107,7 @@ def run(config: Config) -> None:
 def _failures(config: Config, rejects: RejectWriter) -> list[Failure]:
     """The expectations that the table on disk violates; all of their rows go to the rejects, Data Docs to the report's
     folder."""
-    from clear.stages.paths import report_dir
+    from clear.data.workspace import report_dir
 
     frame = trace_frame(read_traces(OUT), read_samples("data/degraded/sft"), config.traces.judge)
     for check in TRACE_CHECKS:
@@ -162,8 +162,8 @@ def _right(
 
 
 def _check_endpoints(config: Config) -> None:
-    from clear.endpoint import connect
-    from clear.stages.paths import replies_file
+    from clear.data.workspace import replies_file
+    from clear.llm.endpoint import connect
 
     for name in ("teacher", *(("judge",) if config.traces.judge else ())):
         connect(getattr(config, name), name, replies_file(name)).close()
@@ -171,8 +171,8 @@ def _check_endpoints(config: Config) -> None:
 
 def _taught(config: Config, tasks: Iterator[tuple]) -> Iterator[TraceRow | Reject]:
     """The teacher's trace of each task; what it cost goes to the run record, also when it stops half-way."""
-    from clear.endpoint import connect
-    from clear.stages.paths import record_run, replies_file
+    from clear.data.workspace import record_run, replies_file
+    from clear.llm.endpoint import connect
     from clear.traces.teacher import Task, write
 
     judge = connect(config.judge, "judge", replies_file("judge")) if config.traces.judge else nullcontext()
@@ -190,7 +190,7 @@ def _taught(config: Config, tasks: Iterator[tuple]) -> Iterator[TraceRow | Rejec
 
 
 def _teaching(config: Config, rejected: Counter) -> dict:
-    from clear.endpoint import setting
+    from clear.llm.endpoint import setting
     from clear.traces.teacher import prompt_hash
 
     model = setting(config.teacher.model, "teacher.model")
@@ -200,9 +200,9 @@ def _teaching(config: Config, rejected: Counter) -> dict:
 def _agreeing(config: Config, answers: dict[int, tuple[Question, str]]) -> dict[int, bool]:
     """The judge's verdict on the base's free answers that do not match exactly; an outage stops the stage."""
     from clear.bench.judge import agreements
-    from clear.endpoint import Outage, connect
+    from clear.data.workspace import replies_file
+    from clear.llm.endpoint import Outage, connect
     from clear.reasoning.prompts import question_text
-    from clear.stages.paths import replies_file
 
     open_ = {n: (q, a) for n, (q, a) in answers.items() if not q.options and a and not is_correct(a, q)}
     if not config.traces.judge or not open_:

@@ -14,17 +14,17 @@ from pathlib import Path
 import pandas as pd
 
 from clear.config import Config
+from clear.data.pool import parallel
+from clear.data.records import INCOMING, read_samples, write_json
+from clear.data.rejects import Reject, write_rejects
 from clear.degradation.build import count_rows
 from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
 from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
-from clear.records import INCOMING, read_samples, write_json
-from clear.rejects import Reject, write_rejects
 from clear.validation import frames as columns
 from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
 from clear.validation.metrics import measure
 from clear.validation.suites import MONOTONE, clean_checks, degraded_checks, incoming_checks
-from clear.workers import parallel
 
 DATASETS = {
     "degraded_sft": Path("data/degraded/sft"),
@@ -45,7 +45,7 @@ METRICS, REJECTS = Path("data/metrics/validate.json"), Path("data/rejects/valida
 
 def run(config: Config) -> None:
     """Check all datasets. Raises ClearError naming dataset, expectation and samples if any expectation fails."""
-    from clear.stages.paths import report_dir
+    from clear.data.workspace import report_dir
 
     frames = measured_frames(config.degrade.workers)
     checks = prepare(frames, config)

@@ -6,10 +6,10 @@ clean image: a question that the base cannot answer at all says nothing about th
 restore hard questions instead of bad pictures (docs/LOG.md).
 """
 
+from clear.data.records import CLEAN, Question, Sample
 from clear.reasoning import grammar
 from clear.reasoning.prompts import question_text
-from clear.records import CLEAN, Question, Sample
-from clear.traces.records import TraceRow
+from clear.traces.table import TraceRow
 
 
 def demonstrations(question: Question) -> tuple[grammar.Trace, grammar.Trace]:

@@ -21,12 +21,12 @@ from dataclasses import dataclass
 
 from clear.bench.judge import agreements
 from clear.bench.scoring import is_correct, spelled_out
-from clear.endpoint import Client, Malformed, Outage, Refused, Request, messages
+from clear.data.records import CLEAN, Question, Sample
+from clear.data.rejects import Reject
+from clear.llm.endpoint import Client, Malformed, Outage, Refused, Request, messages
 from clear.reasoning import grammar
 from clear.reasoning.prompts import question_text
-from clear.records import CLEAN, Question, Sample
-from clear.rejects import Reject
-from clear.traces.records import TraceRow
+from clear.traces.table import TraceRow
 
 ATTEMPTS = 3
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, denoise, dropped_contexts, prefill, text_reply
+from clear.training.loop.trainer import Loss
 from clear.training.sft import TraceData
-from clear.training.trainer import Loss
 
 
 @torch.no_grad()

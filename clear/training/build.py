@@ -11,7 +11,7 @@ from clear.model.vit import VitConfig
 def scene_words() -> list[str]:
     """The closed vocabulary of models trained on scenes: grammar, questions and edit instructions."""
     from clear.reasoning.grammar import WORDS
-    from clear.sources.words import VOCABULARY
+    from clear.sources.scenes.words import VOCABULARY
     from clear.training.pretrain import DESCRIBE, EDITS
 
     return [*WORDS, *VOCABULARY, *EDITS, DESCRIBE[0].split()[0]]

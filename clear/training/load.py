@@ -1,7 +1,7 @@
 """Loading what the training stages share, and writing what they leave: model folders, degraded pairs, traces.
 
 Which model a stage starts from is decided here and nowhere else: the folder of the stage before it, which for `base`
-is `model.checkpoint` where params name one (clear/stages/paths.py); as weights or as an adapter on weights.
+is `model.checkpoint` where params name one (clear/data/workspace.py); as weights or as an adapter on weights.
 """
 
 import json
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from clear.config import Config
+from clear.data.records import read_samples
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
@@ -23,10 +24,9 @@ from clear.model.checkpoint import fingerprint, save_bagel
 from clear.model.images import ImageBank, check_geometry
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
-from clear.records import read_samples
-from clear.traces.records import read_traces
-from clear.training import sharded
-from clear.training.parallel import rank
+from clear.traces.table import read_traces
+from clear.training.loop import sharded
+from clear.training.loop.parallel import rank
 from clear.training.sft import FROZEN, TraceData, set_trainable
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

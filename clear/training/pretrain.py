@@ -12,16 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear.config import Base
+from clear.data.records import Sample
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.images import ImageBank
 from clear.model.sequence import LATENT, VIT, Gap, Image, Segment, Text, layout
+from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
-from clear.reasoning.tokenizer import encode
-from clear.records import Sample
-from clear.sources.scenes import captions
-from clear.training.trainer import Loss
+from clear.sources.scenes.render import captions
+from clear.training.loop.trainer import Loss
 
 EDITS = ("copy", "paint")
 """Words of the identity/edit task: "copy", or "paint" and what is true of the minimal-pair partner."""

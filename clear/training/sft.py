@@ -18,19 +18,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear.config import Config
+from clear.data.records import CLEAN, Sample
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
 from clear.model.bridge import distilled_layers, layer_weights, token_distillation
 from clear.model.images import ImageBank
 from clear.model.mot import Hidden
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Layout, Segment, Text
+from clear.model.tokenizer import encode
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
-from clear.reasoning.tokenizer import encode
-from clear.records import CLEAN, Sample
-from clear.traces.records import TraceRow
-from clear.training.parallel import share_batch
-from clear.training.trainer import Loss
+from clear.traces.table import TraceRow
+from clear.training.loop.parallel import share_batch
+from clear.training.loop.trainer import Loss
 
 GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 """Name parts of the parameters that only serve image generation."""

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
+from clear.data.pool import parallel
+from clear.data.records import EXTRA, Sample, encode_image, sha256
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.presets import PRESETS
 from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, SEVERITIES
 from clear.degradation.registry import Chosen
-from clear.records import EXTRA, Sample, encode_image, sha256
 from clear.validation.frames import BANDS, PRESET_BANDS
 from clear.validation.metrics import measure
-from clear.workers import parallel
 
 SIZE, SCALE, SCENES, SEED = 256, 0.4, 96, 7
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
@@ -83,7 +83,7 @@ def photographs() -> list[Sample]:
 
 def main() -> None:
     """Measure and write `bands.json` and `presets.json` beside this file."""
-    from clear.sources.scenes import scenes
+    from clear.sources.scenes.render import scenes
 
     kinds = {"scenes": list(scenes("sft", SCENES, SEED, SIZE, 4)), "photographs": photographs()}
     labels = [EXTRA + name for name in PRESETS]

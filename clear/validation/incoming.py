@@ -11,16 +11,16 @@ from pathlib import Path
 import pandas as pd
 
 from clear.config import Config
+from clear.data.pool import parallel
+from clear.data.records import write_json
+from clear.data.rejects import write_rejects
 from clear.degradation.incoming import planned
-from clear.records import write_json
-from clear.rejects import write_rejects
 from clear.sources.incoming import FOLDER
 from clear.sources.intake import SLICES
 from clear.validation import frames as columns
 from clear.validation.expectations import Failure, run_checks
 from clear.validation.metrics import measure
 from clear.validation.suites import incoming_checks
-from clear.workers import parallel
 
 SHOWN = 20
 """Rejected rows in a verdict; rejects.parquet has all."""
@@ -54,7 +54,7 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
     It succeeds if at least one sample was accepted and no expectation fails; rejected rows alone are no failure. Other
     sets are not looked at. Raises ClearError for a set that is not here or cannot be read.
     """
-    from clear.stages.paths import report_dir
+    from clear.data.workspace import report_dir
 
     came = planned(config, name, folder)
     (one,) = came.sets

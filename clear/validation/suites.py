@@ -1,8 +1,8 @@
 """The suites of named checks for datasets of samples: clean, degraded, and pictures that came degraded."""
 
+from clear.data.records import CLEAN, INCOMING
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES
-from clear.records import CLEAN, INCOMING
 from clear.validation.expectations import Check
 
 ANSWER_SHARE = 0.7

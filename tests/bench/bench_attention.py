@@ -1,7 +1,7 @@
 """How fast the attention of the language model is on CPU, against torch's fused kernel with the same additive mask.
 
 Forward and backward in bfloat16 autocast, at the size of one training step of the default profile. The allocator is
-set as in every stage (`clear.runtime`): freed activations are reused instead of paged in anew.
+set as in every stage (`clear.model.runtime`): freed activations are reused instead of paged in anew.
 """
 
 import statistics
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear import runtime
 from clear.errors import ClearError
+from clear.model import runtime
 from clear.model.mot import as_bias, attend
 
 ROWS, HEADS, LENGTH, CHANNELS = 32, 4, 225, 32

@@ -12,13 +12,13 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clear.data.pool import one_thread
+from clear.data.records import decode_image
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import CELLS, SEVERITIES
 from clear.errors import ClearError
-from clear.records import decode_image
-from clear.sources.scenes import couple
-from clear.workers import one_thread
+from clear.sources.scenes.render import couple
 from tests.bench.transcription import FORMULAS
 
 SIZE, REPEATS, SLOW_REPEATS = 512, 7, 3

@@ -13,8 +13,8 @@ import tempfile
 import time
 from pathlib import Path
 
+from clear.data.ports import HOST
 from clear.errors import ClearError
-from clear.ports import HOST
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 REPEATS = 3
@@ -59,8 +59,8 @@ def _seconds(command: list[str], folder: Path, environment: dict[str, str]) -> f
 
 def bench_flow_overhead() -> dict[str, dict]:
     """Seconds of the flow and of `dvc repro`, medians of three in turn."""
-    from flows import children  # here, for other benchmarks do without Prefect
-    from flows.local import start_server
+    from flows.service import children  # here, for other benchmarks do without Prefect
+    from flows.service.local import start_server
     from tests.test_flow import free_port
 
     flow, plain = [sys.executable, "-m", "flows.pipeline"], [sys.executable, "-m", "dvc", "repro"]

@@ -10,12 +10,11 @@ import time
 
 import torch
 
-from clear import runtime
 from clear.config import compose, from_dict
 from clear.errors import ClearError
-from clear.model import flow
+from clear.model import flow, runtime
 from clear.reasoning.engine import Options, generate
-from clear.training import scoring
+from clear.training.rl import scoring
 from tests.bench.bench_rollouts import GROUP, PROMPTS, random_model, random_prompts
 
 STEPS = (0, 2, 4, 6)  # K = 4

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from clear.bench.scoring import SEVERITIES, is_correct
 from clear.bench.statistics import paired_difference
 from clear.config import load
+from clear.data.records import Question, read_samples
 from clear.errors import ClearError
+from clear.model.runtime import apply_runtime
+from clear.project.scratch import write_params
 from clear.reasoning.answering import Answerer
-from clear.records import Question, read_samples
-from clear.runtime import apply_runtime
-from clear.scratch import write_params
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = Path(".clear/bridge_ablation")

@@ -31,13 +31,13 @@ from clear.model import flex, flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
+from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, Reply, Restoration, Trajectory, denoise, generate, prefill
 from clear.reasoning.prompts import Prompt
-from clear.reasoning.tokenizer import word_tokenizer
-from clear.training import scoring
+from clear.training.rl import scoring
 
 FORMULA = (
     "model FLOPs utilisation = (2 * products + 3 * attention + 6 * tokens * layers * adapter weights per layer + "

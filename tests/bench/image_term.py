@@ -4,7 +4,7 @@ Each setting trains data/models/bridge further with the image term alone (the ge
 frozen), on the questions about hard-degraded images of the rl split that the forced restoration leaves undecided.
 Measured is what that can change: answers that were made to restore, on the questions about hard-degraded development
 images (data/development; the benchmark is not for choosing), each paired with itself before training, with a
-bootstrap interval by image. Beside exact match: the probability reward of clear.training.rewards, in which small
+bootstrap interval by image. Beside exact match: the probability reward of clear.training.rl.rewards, in which small
 changes show. Runs are appended to --out, one JSON line each.
 
 The settings named `latent quality…` reward how close the restored latent is to the clean picture's, which brings clean
@@ -32,23 +32,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from clear.bench.scoring import is_correct
 from clear.bench.statistics import paired_difference
 from clear.config import Config, compose, from_dict
+from clear.data.records import read_samples
 from clear.model import flow
 from clear.model.bagel import Contents
+from clear.model.runtime import apply_runtime
 from clear.model.sequence import BRIDGE, LATENT, Image, Text, layout
+from clear.model.tokenizer import encode
 from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import denoise, generate, prefill, text_reply
 from clear.reasoning.prompts import make_prompt, question_text
-from clear.reasoning.tokenizer import encode
-from clear.records import read_samples
-from clear.runtime import apply_runtime
 from clear.training import sft
-from clear.training.grpo import train
-from clear.training.latent_quality import LatentQuality
 from clear.training.load import incoming, trainable
-from clear.training.policy import Task
-from clear.training.rewards import LIMIT, answer_rewards
-from clear.training.trainer import StageRun
+from clear.training.loop.trainer import StageRun
+from clear.training.rl.grpo import train
+from clear.training.rl.latent_quality import LatentQuality
+from clear.training.rl.policy import Task
+from clear.training.rl.rewards import LIMIT, answer_rewards
 
 OUT = Path(".clear/image_term.jsonl")
 DEVELOPMENT = "data/development/degraded"

@@ -15,8 +15,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
+from clear.data.records import write_json  # noqa: E402
 from clear.errors import ClearError  # noqa: E402
-from clear.records import write_json  # noqa: E402
 
 OUTPUT = Path("data/metrics/bench.json")
 KEYS = {"value", "unit", "baseline", "ratio"}

@@ -1,0 +1,107 @@
+"""Names of benchmark files and of the questions in them: which benchmark, corruption and level, and which MMVP pair.
+
+Degraded files are called `<bench>_LOW_LEVEL_{LOW,MID,HIGH}` (one corruption per picture, the authors' names),
+`<bench>_<corruption>_{LOW,MID,HIGH}` (ours, protocol `full`) or `<bench>_<their corruption>` (the authors' 96 files of
+one corruption each, all at level high; METHOD §6). Predictions have the model's name in front. A name that ends in
+anything else (a result of VLMEvalKit, a level that does not exist) is refused, never taken for a clean benchmark.
+"""
+
+import re
+
+from clear.data.records import CLEAN
+from clear.degradation.corruptions import CORRUPTIONS
+from clear.errors import ClearError
+from clear.sources.lmudata import MMVP, number, pairs
+
+__all__ = ["number", "pairs"]  # of the source, under the names of the rest
+
+LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}
+"""How the levels are written in file names."""
+
+AUTHORS = {name: name for name in CORRUPTIONS} | {
+    "jpeg": "jpeg_compression",
+    "dark": "dark_illumination",
+    "turbulence": "atmospheric_turbulence",
+    "sharpness": "sharpness_change",
+}
+"""The authors' name of each corruption, as in the names of their files and functions."""
+
+AUTHORS_LEVEL = "high"
+"""The one level of their files of one corruption each."""
+
+MIXED = "mixed"
+"""The corruption of a file in which every picture has its own."""
+
+FAMILIES = {"mmbench": "MMBench", "mmvet": "MM-?Vet", "mmvp": MMVP, "cvbench": "CV-?Bench"}
+"""Benchmarks with a rule of their own, by a pattern for their names; every other one is plain accuracy."""
+
+_KNOWN = (
+    r"(?:MMBench(?:_(?:DEV|TEST|CN|EN|V11))*|MM-?Vet(?:_Hard)?|MMVP|CV-?Bench(?:-[23]D)?|MMStar|RealWorldQA"
+    r"|R-?Bench(?:-(?:Dis|Ref))?|MME|MathVista)(?:_MINI|_[A-Z]{2})?"
+)
+"""Names in VLMEvalKit, also the small and the translated sets."""
+
+_DEGRADED = re.compile(
+    rf"(?P<bench>.+?)_(?:(?:(?P<mixed>LOW_LEVEL)|(?P<ours>{'|'.join(CORRUPTIONS)}))_(?P<level>{'|'.join(LEVELS.values())})"
+    rf"|(?P<theirs>{'|'.join(AUTHORS.values())}))"
+)
+_PLAIN_LEVEL = re.compile(rf"(?P<bench>.+?)_(?P<level>{'|'.join(LEVELS.values())})")
+_BENCH = re.compile(rf"(?:.*_)?{_KNOWN}", re.IGNORECASE)
+_BENCH_AND_MORE = re.compile(rf"(?:.*_)?{_KNOWN}(?P<more>_.*)", re.IGNORECASE)
+_MORE = re.compile(
+    rf"_(?P<more>(?:low_?level|low|mid|high|hard|{'|'.join([*CORRUPTIONS, *AUTHORS.values()])}"
+    r"|(?:openai_)?(?:results?|acc|scores?|ratings?|judged?|eval|checkpoint|supp|prev)"
+    r"|(?:exact_matching|chatgpt|gpt|claude|deepseek|qwen|gemini|llama)[^_]*))$",
+    re.IGNORECASE,
+)
+"""What no benchmark's name ends in: parts of our names in another order or case, the names of VLMEvalKit's results."""
+
+
+def family(bench: str) -> str:
+    """mmbench, mmvet, mmvp, cvbench or plain."""
+    return next((name for name, found in FAMILIES.items() if re.search(found, bench, re.IGNORECASE)), "plain")
+
+
+def target_name(bench: str, corruption: str, severity: str, authors: bool = False) -> str:
+    """The name of a degraded file without its ending; `corruption` "" or MIXED: every picture has its own.
+
+    With `authors`, their name of a file of one corruption. Raises ClearError for a level that their files do not have.
+    """
+    if corruption in ("", MIXED):
+        return f"{bench}_LOW_LEVEL_{LEVELS[severity]}"
+    if not authors:
+        return f"{bench}_{corruption}_{LEVELS[severity]}"
+    if severity != AUTHORS_LEVEL:
+        raise ClearError(f"the authors' files of one corruption each are at level {AUTHORS_LEVEL}, not {severity}.")
+    return f"{bench}_{AUTHORS[corruption]}"
+
+
+def parsed(name: str) -> tuple[str, str, str]:
+    """(benchmark with the model's name, corruption, severity) by a file's name without its ending.
+
+    Raises ClearError for a name that ends in something that is neither a benchmark's name nor a level.
+    """
+    levels = {written: level for level, written in LEVELS.items()}
+    bench, corruption, severity = name, CLEAN, CLEAN
+    if match := _DEGRADED.fullmatch(name):
+        ours = next((own for own, theirs in AUTHORS.items() if theirs == match["theirs"]), match["ours"] or MIXED)
+        bench, corruption, severity = match["bench"], ours, levels.get(match["level"], AUTHORS_LEVEL)
+    elif match := _PLAIN_LEVEL.fullmatch(name):
+        bench, corruption, severity = match["bench"], MIXED, levels[match["level"]]
+    more = None if _BENCH.fullmatch(bench) else _BENCH_AND_MORE.fullmatch(bench) or _MORE.search(bench)
+    if more:
+        raise ClearError(
+            f"{name}: '{more['more'].strip('_')}' is no level or corruption of MMD-Bench and belongs to no benchmark's "
+            "name (a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
+        )
+    return bench, corruption, severity
+
+
+def is_degraded(name: str) -> bool:
+    """Whether a benchmark's file of this name, without its ending, has degraded pictures, as ours or the authors'."""
+    try:
+        *of, severity = parsed(name)
+    except ClearError:  # no name of predictions; that of a benchmark may be anything
+        return False
+    own = {target_name(*of, severity)} if severity != CLEAN else set()
+    return name in own or (severity == AUTHORS_LEVEL and name == target_name(*of, severity, authors=True))

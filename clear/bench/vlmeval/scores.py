@@ -1,0 +1,277 @@
+"""Scores of prediction files on the public benchmarks, clean and degraded: what `clear score` prints (METHOD §7).
+
+A file holds the predictions of one benchmark at one level: VLMEvalKit's table in any format of clear.data.tables, with
+the columns `index`, `question` (or `prompt`), options `A`, `B`, …, `answer`, `prediction`. Benchmark, corruption and
+level come from the file's name (clear.bench.vlmeval.names) or from columns `bench`, `corruption`, `severity`.
+
+Rules: multiple choice by clear.bench.vlmeval.options; MMBench circular as in VLMEvalKit (every rotation must be right,
+a group without its first row is left out), plain where the files have no rotations; MMVP by single question as
+published and by pair; CV-Bench by single question as published, and as in VLMEvalKit by the mean over its sources;
+MM-Vet by a judge, mean of grades; free answers elsewhere by exact match. An answer that no rule decides is wrong and
+counted, or put to the judge if there is one; a row whose judge fails is rejected: it is in no figure, and the count
+says so. Every figure is computed from rows; nothing is typed in or averaged over what is missing.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clear.bench.scoring import HARD, SEVERITIES, present, robustness
+from clear.bench.vlmeval import names
+from clear.bench.vlmeval.options import answer_in, chosen
+from clear.data import tables
+from clear.errors import ClearError
+from clear.sources.lmudata import options_of
+from clear.sources.scenes.words import LABELS, normalise
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from clear.llm.endpoint import Client
+
+CIRCULAR = 1_000_000
+"""Rotations of one MMBench question have indices that differ by multiples of this; those below it come first."""
+
+WHERE = ("bench", "corruption", "severity")
+
+
+def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
+    """The rows of all files, all cells as text, with the columns bench, corruption, severity and gold.
+
+    `gold` is the letter of the right option, "" for a free answer. Raises ClearError naming the file, and the row where
+    there is one, for a missing column, answer or level, a repeated index, an answer that names no option, a name that
+    is no benchmark's, and two files of the same rows.
+    """
+    import pandas as pd
+
+    frame = pd.concat([_file(Path(file)) for file in files], ignore_index=True).fillna("")
+    again = frame[frame.duplicated([*WHERE, "index"])]
+    if len(again):
+        which = "/".join(again.iloc[0][[*WHERE, "index"]])
+        raise ClearError(f"{which} is in two of the files; name files of different data sets and one model.")
+    return frame
+
+
+def _file(path: Path) -> "pd.DataFrame":
+    import pandas as pd
+
+    header, rows = tables.read(path, skip=("", "image", "image_path"))
+    for column in ("index", "question", "answer", "prediction"):
+        if column not in header and not (column == "question" and "prompt" in header):
+            raise ClearError(f"{path}: no column '{column}' among {', '.join(header)}; is it a prediction file?")
+    frame = pd.DataFrame([row.cells for row in rows], columns=header, dtype=str)
+    frame = frame.rename(columns={} if "question" in frame else {"prompt": "question"})
+    if frame.empty:
+        raise ClearError(f"{path}: no row in this file.")
+    twice = frame["index"][frame["index"].duplicated()]
+    if len(twice):
+        raise ClearError(f"{path}: index {twice.iloc[0]} occurs twice; number the rows.")
+    if not set(WHERE) <= set(frame):
+        try:
+            named = names.parsed(path.stem)
+        except ClearError as error:
+            raise ClearError(f"{path}: the name {error}") from error
+        for column, value in zip(WHERE, named, strict=True):
+            frame[column] = frame.get(column, value)
+    for column in WHERE:
+        known = SEVERITIES if column == "severity" else None
+        odd = frame[~frame[column].isin(known) if known else frame[column].str.strip() == ""]
+        if len(odd):
+            what = f"is not one of {', '.join(known)}" if known else "is empty"
+            raise ClearError(f"{path}: index {odd['index'].iloc[0]}: {column} {odd[column].iloc[0]!r} {what}.")
+    return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
+
+
+def _gold(path: Path, row: dict) -> str:
+    """The letter of the right option: a capital letter, an option's text, or a small letter; "" for a free answer."""
+    given, options = row["answer"].strip(), options_of(row)
+    if not given:
+        raise ClearError(f"{path}: index {row['index']} has no answer to compare with; score a split that has answers.")
+    if not options:
+        return ""
+    letter, texts = given.rstrip(".").strip("()"), [option.strip().lower() for option in options]
+    if letter in LABELS[: len(options)] and len(letter) == 1:
+        return letter
+    if texts.count(given.lower()) == 1:
+        return LABELS[texts.index(given.lower())]
+    if len(letter) == 1 and letter.upper() in LABELS[: len(options)]:
+        return letter.upper()
+    raise ClearError(
+        f"{path}: index {row['index']}: the answer {row['answer']!r} names none of {options}; correct the file."
+    )
+
+
+def score(frame: "pd.DataFrame", judge: "Client | None" = None, progress: Callable[[int], None] | None = None):
+    """`frame` with the columns `extracted`, `score` (0 to 1, NaN where rejected), `how` and `reject` (a reason or "").
+
+    `how` is letter-or-text rule ("rule"), "exact", "judge" or "unmatched". Raises ClearError for MM-Vet without a
+    judge.
+    """
+    import numpy as np
+
+    frame = frame.reset_index(drop=True).copy()
+    said = [answer_in(text) for text in frame["prediction"]]
+    options = [options_of(row) for row in frame.to_dict("records")]
+    kinds = [names.family(bench) for bench in frame["bench"]]
+    values, how, reject, extracted = np.zeros(len(frame)), ["unmatched"] * len(frame), [""] * len(frame), list(said)
+    for n, (answer, gold) in enumerate(zip(frame["answer"], frame["gold"], strict=True)):
+        if kinds[n] == "mmvet":
+            continue
+        if options[n]:
+            extracted[n] = chosen(said[n], options[n])
+            how[n], values[n] = "rule" if extracted[n] else "unmatched", float(extracted[n] == gold)
+        else:
+            values[n], how[n] = float(normalise(said[n]) == normalise(answer)), "exact"
+    graded = [n for n in range(len(frame)) if kinds[n] == "mmvet"]
+    open_ = [n for n in range(len(frame)) if kinds[n] != "mmvet" and how[n] == "unmatched" and said[n].strip()]
+    if graded and judge is None:
+        raise ClearError(f"{frame['bench'][graded[0]]} is graded by a judge; set judge.url in params and add --judge.")
+    if judge is not None:
+        from clear.bench import judge as by_judge
+
+        asked = [(frame["question"][n], frame["answer"][n], said[n]) for n in graded]
+        for n, verdict in zip(graded, by_judge.scores(judge, asked, progress), strict=True):
+            how[n] = "judge"
+            values[n], reject[n] = (np.nan, verdict) if isinstance(verdict, str) else (verdict, "")
+        meant = by_judge.options_meant(judge, [(frame["question"][n], options[n], said[n]) for n in open_], progress)
+        for n, verdict in zip(open_, meant, strict=True):
+            how[n] = "judge"
+            if isinstance(verdict, str):
+                values[n], reject[n] = np.nan, verdict
+            else:
+                extracted[n] = verdict[0]
+                values[n] = float(verdict[0] == frame["gold"][n])
+    return frame.assign(extracted=extracted, score=values, how=how, reject=reject)
+
+
+def summary(frame: "pd.DataFrame") -> dict:
+    """Figures of a scored frame: per benchmark and level, robustness, and the mean over benchmarks.
+
+    A benchmark's figure is its published one: circular for MMBench (if every file of it has rotations), mean grade for
+    MM-Vet, share of single questions for all others. With several corruptions at a level (protocol `full`) the figure
+    is the mean over corruptions. All are shares in [0, 1]. `incomplete` counts the MMVP pairs of which one half is
+    missing and the MMBench groups without their first row; they are in no figure of pairs or groups.
+    """
+    benches: dict[str, dict] = {}
+    for bench, rows in frame.groupby("bench", sort=True):
+        groups = _grouping(bench, rows)
+        levels = {level: _level(rows[rows.severity == level], groups) for level in present(rows.severity)}
+        by_severity = {level: found["score"] for level, found in levels.items() if found["score"] is not None}
+        benches[bench] = {"levels": levels, "robustness": robustness(by_severity)}
+        if names.family(bench) == "mmbench":
+            benches[bench]["circular"] = groups is not None
+    average = {}
+    for level in present(frame.severity):
+        values = [found["levels"].get(level, {}).get("score") for found in benches.values()]
+        if all(
+            value is not None for value in values
+        ):  # a mean over the benchmarks that happen to be there says nothing
+            average[level] = sum(values) / len(values)
+    rejected = int((frame.reject != "").sum())
+    whole = {"levels": average, "robustness": robustness(average)}
+    return {"benchmarks": benches, "average": whole, "rows": len(frame), "rejected": rejected}
+
+
+def _grouping(bench: str, rows: "pd.DataFrame") -> "tuple[str, dict[str, int]] | None":
+    """(name of the figure, group of every index) of the benchmarks that are scored by groups of rows."""
+    indices = dict.fromkeys(rows["index"])
+    if names.family(bench) == "mmvp":
+        return "pair", names.pairs(zip(rows["index"], rows["question"], strict=True))
+    if names.family(bench) == "mmbench":
+        numbers = {index: names.number(index) for index in indices}
+        files = rows.groupby(["corruption", "severity"])["index"]
+        if all(any(numbers[index] >= CIRCULAR for index in part) for _, part in files):
+            return "circular", {index: number % CIRCULAR for index, number in numbers.items()}
+    return None
+
+
+def _level(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> dict:
+    parts = {name: _cell(part, groups) for name, part in rows.groupby("corruption", sort=True)}
+    found = {
+        "questions": len(rows),
+        "rejected": int((rows.reject != "").sum()),
+        "unmatched": int((rows.how == "unmatched").sum()),
+        "by_judge": int((rows.how == "judge").sum()),
+        "incomplete": sum(cell.pop("incomplete") for cell in parts.values()),
+    }
+    keys = dict.fromkeys(key for cell in parts.values() for key in cell)
+    found |= {key: _over([cell.get(key) for cell in parts.values()]) for key in keys}
+    if len(parts) > 1:
+        found["corruptions"] = {name: cell["score"] for name, cell in parts.items()}
+    return found
+
+
+def _over(values: list) -> float | dict | None:
+    """The mean over corruptions; None where one has no figure. Figures by source or category are taken one by one."""
+    if any(value is None for value in values):
+        return None
+    if isinstance(values[0], dict):
+        return {key: _over([value.get(key) for value in values]) for key in values[0]}
+    return sum(values) / len(values)
+
+
+def _cell(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> dict:
+    """Figures of one benchmark under one corruption at one level; None where every row is rejected."""
+    found: dict = {"single": _mean(rows.score), "incomplete": 0}
+    if groups:
+        name, of = groups
+        found[name], found["incomplete"] = _groups(rows, of, name == "pair")
+    if names.family(rows.bench.iloc[0]) == "cvbench":
+        for key, column in (("by_source", "source"), ("by_category", "category")):
+            if column in rows and (rows[column] != "").all():
+                found[key] = {name: _mean(part.score) for name, part in rows.groupby(column, sort=True)}
+        if "by_source" in found:
+            found["sources"] = _over(list(found["by_source"].values()))
+    return found | {"score": found.get("circular", found["single"])}
+
+
+def _mean(values: "pd.Series") -> float | None:
+    return float(values.mean()) if values.notna().any() else None
+
+
+def _groups(rows: "pd.DataFrame", of: dict[str, int], pairs: bool) -> tuple[float | None, int]:
+    """Share of groups in which every row is right, and the groups left out as incomplete.
+
+    A pair needs both halves, a circular group its first row, which VLMEvalKit asks for. A group with a rejected row is
+    left out, too.
+    """
+    keyed = rows.assign(key=[of[index] for index in rows["index"]])
+    if pairs:
+        whole = keyed.groupby("key").score.size() == 2
+    else:
+        whole = keyed.groupby("key")["index"].agg(lambda part: any(names.number(index) < CIRCULAR for index in part))
+    scores = keyed.groupby("key").score
+    right = scores.apply(lambda s: bool((s == 1).all()))[whole & scores.apply(lambda s: s.notna().all())]
+    return float(right.mean()) if len(right) else None, int((~whole).sum())
+
+
+def table(found: dict) -> str:
+    """The summary as lines of text: per cent, one row per benchmark."""
+    levels = [level for level in SEVERITIES if any(level in b["levels"] for b in found["benchmarks"].values())]
+    rows = [("benchmark", *levels, "hard / clean", "questions", "unmatched", "rejected")]
+
+    def percent(value: float | None) -> str:
+        return "–" if value is None else f"{100 * value:.2f}"
+
+    def line(name: str, values: dict, relative: float | None, *counts: int | str) -> None:
+        rows.append((name, *(percent(values.get(level)) for level in levels), percent(relative), *map(str, counts)))
+
+    for bench, part in found["benchmarks"].items():
+        cells = part["levels"].values()
+        counts = [sum(cell[name] for cell in cells) for name in ("questions", "unmatched", "rejected")]
+        plain = " (no rotations)" if part.get("circular") is False else ""
+        line(bench + plain, {k: v["score"] for k, v in part["levels"].items()}, part["robustness"]["relative"], *counts)
+        for extra, label in {"pair": "pair", "sources": "mean over sources", "single": "single"}.items():
+            values = {k: v[extra] for k, v in part["levels"].items() if v.get(extra) is not None}
+            if values and (extra != "single" or part.get("circular")):
+                line(f"  {label}", values, robustness(values)["relative"] if values.get(HARD) else None, "", "", "")
+    if len(found["benchmarks"]) > 1:
+        line("average", found["average"]["levels"], found["average"]["robustness"]["relative"], "", "", "")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [" ".join((f"{r[0]:<{widths[0]}}", *map(str.rjust, r[1:], widths[1:]))).rstrip() for r in rows]
+    notes = []
+    for bench, part in found["benchmarks"].items():
+        if count := sum(cell["incomplete"] for cell in part["levels"].values()):
+            what = "pairs of which one half" if names.family(bench) == "mmvp" else "questions of which the first row"
+            notes.append(f"{bench}: {count} {what} is missing; they are in no figure of pairs or rotations")
+    return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])

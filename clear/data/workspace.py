@@ -1,0 +1,136 @@
+"""Where a run keeps what DVC does not track: checkpoints, timings and rendered reports.
+
+One rule. `CLEAR_HOME` (default `.clear` in the working directory) is the private folder of the project; the rendered
+report goes beside it, to `data/report/<profile>`. `make` exports CLEAR_HOME as an absolute path, so a stage that
+DVC runs in a copy of the workspace (`clear scratch`, `dvc exp run --temp`) still keeps its checkpoints and shows
+its report in the user's own folder. Nothing here may enter a tracked output.
+
+    $CLEAR_HOME/checkpoints/<profile>/<stage>/    resumable training state, deleted on success
+    $CLEAR_HOME/runs/<profile>/<stage>.json       seconds, memory and whatever the stage adds with `record_run`
+    $CLEAR_HOME/scratch/<profile>/                copies of the workspace for other profiles
+    $CLEAR_HOME/../data/report/<profile>/         the report
+    $CLEAR_HOME/../data/replies/<name>.sqlite     paid replies of a teacher or judge, kept by `make clean`
+"""
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from clear.config import PARAMS, Config
+from clear.data.records import write_json
+from clear.errors import ClearError
+
+
+def home() -> Path:
+    """The private folder of this project, absolute; not created here."""
+    return Path(os.environ.get("CLEAR_HOME") or ".clear").absolute()
+
+
+def profile(workspace: Path | str = "") -> str:
+    """The profile named by `params.yaml` in a workspace (default: the working directory).
+
+    Raises ClearError if there is no such file or it names no profile.
+    """
+    import yaml
+
+    file = Path(workspace) / PARAMS
+    if not file.exists():
+        raise ClearError(f"{file} is not here; run this from the project's folder, or `make params` to compose it.")
+    try:
+        name = yaml.safe_load(file.read_text())["profile"]
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ClearError(f"{file}: no readable key 'profile'; compose the file with `make params`.") from error
+    if not isinstance(name, str) or not name.isidentifier():
+        raise ClearError(f"{file}: profile = {name!r} is not a profile's name; compose the file with `make params`.")
+    return name
+
+
+def report_dir(name: str | None = None, create: bool = True) -> Path:
+    """Folder of the rendered report of a profile (default: the current one), created if need be."""
+    folder = home().parent / "data" / "report" / (name or profile())
+    return _made(folder) if create else folder
+
+
+def replies_file(name: str) -> Path:
+    """Where the replies of an endpoint (`teacher`, `judge`) are kept; every profile and scratch copy shares them."""
+    return _made(home().parent / "data" / "replies") / f"{name}.sqlite"
+
+
+def checkpoint_dir(stage: str) -> Path:
+    """Folder for the resumable state of a stage under the current profile, created if need be."""
+    return _made(home() / "checkpoints" / profile() / stage)
+
+
+def model_folder(stage: str, config: Config) -> Path:
+    """Where the model of a stage lies: data/models/<stage>, or for `base` the checkpoint folder that params name.
+
+    The folder holds weights, or an adapter that names the folder with its weights (clear/model/lora.py).
+    """
+    given = stage == "base" and config.model.checkpoint
+    return Path(config.model.checkpoint if given else f"data/models/{stage}")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _runs() -> Path:
+    return home() / "runs" / profile()
+
+
+def run_records() -> dict[str, dict]:
+    """What the last run of every stage recorded under the current profile, by stage; empty before the first run."""
+    return {file.stem: _read(file) for file in sorted(_runs().glob("*.json"))}
+
+
+def record_run(stage: str, **values: Any) -> None:
+    """Add figures (JSON values) about this run of a stage, such as tokens per second, to its run record."""
+    file = _runs() / f"{stage}.json"
+    write_json(file, (_read(file) if file.exists() else {}) | values)
+
+
+def _read(file: Path) -> dict:
+    try:
+        return json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise ClearError(f"{file}: not valid JSON ({error}); delete it, it only holds timings.") from error
+
+
+@contextmanager
+def stage_run(stage: str) -> Iterator[None]:
+    """Start the run record of a stage anew; when the block succeeds, add what it cost.
+
+    `seconds` is wall time, `cpu_seconds` includes children, `peak_mb` is the largest resident set of this process
+    and `children_peak_mb` that of its largest child (MiB). The last one and the children's CPU time count only
+    children that have ended. A run resumed from a checkpoint records its own part.
+    """
+    if int(os.environ.get("RANK", 0)):  # one record per run, by the first of several processes
+        yield
+        return
+    (_runs() / f"{stage}.json").unlink(missing_ok=True)
+    start, cpu_start = time.perf_counter(), _cpu_seconds()
+    yield
+    record_run(
+        stage,
+        seconds=time.perf_counter() - start,
+        cpu_seconds=_cpu_seconds() - cpu_start,
+        peak_mb=_peak_mb(resource.RUSAGE_SELF),
+        children_peak_mb=_peak_mb(resource.RUSAGE_CHILDREN),
+    )
+
+
+def _cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def _peak_mb(who: int) -> float:
+    unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
+    return resource.getrusage(who).ru_maxrss / unit

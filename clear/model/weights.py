@@ -1,0 +1,210 @@
+"""Weights in S3: `model.checkpoint: s3://bucket/prefix` is fetched once to a folder that the stages then read.
+
+    $CLEAR_HOME/weights/<bucket>/<prefix>/     the files directly under the prefix
+    $CLEAR_HOME/weights/<bucket>/<prefix>.s3.json    their sizes and ETags, as far as they are here and verified
+
+`s3://bucket/prefix/model.safetensors` names one of several weight files there, as a path does (model/checkpoint.py).
+
+Credentials, region and endpoint are boto3's business (environment, profiles, AWS_ENDPOINT_URL). Each run lists the
+prefix: what has the recorded ETag is kept, what has another is fetched again, and a broken download goes on where it
+stopped. A file counts once its size is right and its ETag is that of its content (MD5, or for uploads in parts the MD5
+of the parts' MD5s, for the part sizes in use); encrypted objects have other ETags, and of them only the size is known.
+"""
+
+import fcntl
+import hashlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from clear.config import Config
+from clear.data.records import write_json
+from clear.data.workspace import home
+from clear.errors import ClearError
+
+READERS = ("base", "traces", "sft", "sft_direct", "bridge", "grpo", "evaluate", "ask")
+"""Stages (and the command) that read the weights of `model.checkpoint`, if there are any."""
+PART = ".part"
+_MIB = 2**20
+_PART_SIZES = tuple(size * _MIB for size in (5, 8, 10, 16, 25, 32, 50, 64, 100, 128, 256, 512))
+_CHUNK = 4 * _MIB
+
+
+@dataclass(frozen=True)
+class Remote:
+    """One object: its key, size in bytes and ETag without quotes."""
+
+    key: str
+    size: int
+    etag: str
+
+
+def with_local_weights(config: Config, stage: str) -> Config:
+    """The configuration with `model.checkpoint` as a local path, which is fetched first if it lies in S3."""
+    url = config.model.checkpoint
+    if stage not in READERS or not url.startswith("s3://"):
+        return config
+    from clear.model.checkpoint import named_file
+
+    _, file = named_file(url)
+    folder = fetch(url if file is None else url.removesuffix(file.name))
+    return replace(config, model=replace(config.model, checkpoint=str(folder / file.name if file else folder)))
+
+
+def fetch(url: str) -> Path:
+    """Bring the files of `s3://bucket/prefix` to their folder, those that are not there yet, and return it.
+
+    One process at a time fetches; others wait. Raises ClearError for no credentials, no bucket, an empty prefix, an
+    interrupted or a corrupt download, each with what to do.
+    """
+    found = re.fullmatch(r"s3://([^/]+)/+(.*?)/*", url)
+    if not found or not found[2]:
+        raise ClearError(f"params: model.checkpoint = {url!r} is no S3 folder; write s3://bucket/prefix.")
+    bucket, prefix = found.groups()
+    folder = home() / "weights" / bucket / prefix
+    if ".." in folder.parts:
+        raise ClearError(f"params: model.checkpoint = {url!r} leaves its folder; write s3://bucket/prefix.")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _explained(url), _locked(folder):
+        client = _client()
+        objects = _list(client, bucket, prefix + "/")
+        if not objects:
+            raise ClearError(f"{url} holds no files; check the prefix: it must be the folder with ema.safetensors.")
+        _bring(client, bucket, objects, folder)
+    return folder
+
+
+def _client() -> Any:
+    import boto3
+
+    return boto3.Session().client("s3")  # the default session would keep the first credentials it saw
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """boto3's errors as ClearErrors that say what to do."""
+    from botocore import exceptions
+
+    go_on = "repeat the command, it goes on where it stopped."
+    try:
+        yield
+    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
+        raise ClearError(
+            f"{url}: no complete AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
+            "AWS_PROFILE."
+        ) from error
+    except exceptions.ClientError as error:
+        code = error.response.get("Error", {}).get("Code", "?")
+        remedies = {
+            "NoSuchBucket": "there is no such bucket; check its name and AWS_ENDPOINT_URL.",
+            "AccessDenied": "these credentials may not read it; ask for s3:ListBucket and s3:GetObject.",
+            "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL.",
+            "SignatureDoesNotMatch": "the secret key is not the access key's; check AWS_SECRET_ACCESS_KEY.",
+            "PreconditionFailed": f"a file changed while it was fetched; {go_on}",
+        }
+        raise ClearError(f"{url}: {code}: {remedies.get(code, f'{error}; {go_on}')}") from error
+    except (exceptions.BotoCoreError, OSError) as error:
+        raise ClearError(f"{url}: interrupted ({error}); check AWS_ENDPOINT_URL and the disk, then {go_on}") from error
+
+
+def _list(client, bucket: str, prefix: str) -> dict[str, Remote]:
+    """The objects directly under a prefix, by file name."""
+    found = {}
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+        for item in page.get("Contents", []):
+            name = item["Key"].removeprefix(prefix)
+            if name and "/" not in name:
+                found[name] = Remote(item["Key"], item["Size"], item["ETag"].strip('"'))
+    return found
+
+
+def _bring(client, bucket: str, objects: dict[str, Remote], folder: Path) -> None:
+    record = folder.with_name(f"{folder.name}.s3.json")
+    try:
+        known = json.loads(record.read_text()) if record.exists() else {}
+    except json.JSONDecodeError:  # a kill inside a write: nothing is known, everything is verified again
+        known = {}
+    for name in known.keys() - objects.keys():
+        (folder / name).unlink(missing_ok=True)
+    known = {name: value for name, value in known.items() if name in objects}
+    missing = {n: o for n, o in objects.items() if not _here(folder / n, o, known.get(n))}
+    with tqdm(total=sum(o.size for o in missing.values()), desc="weights", unit="B", unit_scale=True) as bar:
+        for name, remote in missing.items():
+            _download(client, bucket, remote, folder / name, bar)
+            known[name] = {"bytes": remote.size, "etag": remote.etag}
+            write_json(record, known)
+
+
+def _here(path: Path, remote: Remote, known: dict | None) -> bool:
+    same = known is not None and known["etag"] == remote.etag and known["bytes"] == remote.size
+    return same and path.is_file() and path.stat().st_size == remote.size
+
+
+def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> None:
+    """Fetch one object under a name that says which version it is of, verify it, and give it its own name."""
+    part = path.with_name(f"{path.name}.{remote.etag}{PART}")
+    for other in path.parent.glob(f"{path.name}.*{PART}"):
+        if other != part:
+            other.unlink()
+    have = part.stat().st_size if part.exists() else 0
+    have = have if have <= remote.size else 0
+    bar.update(have)
+    plain = True
+    with part.open("r+b" if have else "wb") as file:
+        file.seek(have)
+        if have < remote.size or not remote.size:
+            span = {"Range": f"bytes={have}-"} if have else {}
+            answer = client.get_object(Bucket=bucket, Key=remote.key, IfMatch=remote.etag, **span)
+            plain = answer.get("ServerSideEncryption") in (None, "AES256") and "SSECustomerAlgorithm" not in answer
+            for chunk in answer["Body"].iter_chunks(_CHUNK):
+                file.write(chunk)
+                bar.update(len(chunk))
+    size = part.stat().st_size
+    if size != remote.size:
+        raise ClearError(
+            f"{path}: {size} of {remote.size} bytes came; repeat the command, it goes on where it stopped."
+        )
+    if plain and not etag_matches(part, remote.etag):
+        part.unlink()
+        raise ClearError(
+            f"{path}: its content does not match the ETag {remote.etag}; repeat the command to fetch it anew."
+        )
+    part.replace(path)
+
+
+def etag_matches(path: Path, etag: str) -> bool:
+    """Whether a file may be the object of this ETag: False only where one of the known ways to make it says so.
+
+    An ETag of N parts is compared for every usual part size that gives N parts; of another size nothing is known.
+    """
+    size = path.stat().st_size
+    whole, _, count = etag.partition("-")
+    if not re.fullmatch(r"[0-9a-f]{32}", whole):
+        return True
+    if not count:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest() == whole
+    sizes = [part for part in _PART_SIZES if math.ceil(size / part) == int(count)]
+    return not sizes or any(_of_parts(path, part) == whole for part in sizes)
+
+
+def _of_parts(path: Path, size: int) -> str:
+    digests = []
+    with path.open("rb") as file:
+        while chunk := file.read(size):
+            digests.append(hashlib.md5(chunk).digest())
+    return hashlib.md5(b"".join(digests)).hexdigest()

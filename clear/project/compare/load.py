@@ -1,0 +1,288 @@
+"""What the two sides of a comparison are: two git revisions of this project, or folders that hold a `data/` tree.
+
+Of two revisions the base is their merge base, so that a branch is never blamed for what happened on the other one
+meanwhile. A revision is read from git's objects, without a checkout; predictions that a revision keeps under DVC
+instead are read through DVC's API. Everything is in memory afterwards: nothing here is written to the project.
+"""
+
+import hashlib
+import json
+import subprocess
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from clear.bench import predictions
+from clear.bench.predictions import MODELS
+from clear.data import workspace as paths
+from clear.errors import ClearError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+LOCK, PARAMS, PINS = "dvc.lock", "params.yaml", "infra/constraints.txt"
+WANTED = ("data/metrics", "data/predictions", LOCK, PARAMS, PINS)
+BENCH = ("data/bench/clean", "data/bench/degraded")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side. `name` is what the user wrote, `origin` says what was read, `commit` is empty for a folder.
+
+    `lock` holds the stages of dvc.lock, `lock_sha` the SHA-256 of that file. `frames` are predictions by model,
+    `missing` says why a model has none. `records` are the run records of this machine that belong to this side.
+    `bench` is the folder with the pictures of this side's benchmark, if it is here. `pins` are the locked packages.
+    """
+
+    name: str
+    origin: str
+    commit: str
+    profile: str
+    params: dict
+    lock: dict[str, dict]
+    lock_sha: str
+    metrics: dict[str, dict]
+    frames: dict[str, "pd.DataFrame"]
+    missing: dict[str, str] = field(default_factory=dict)
+    records: dict[str, dict] = field(default_factory=dict)
+    bench: Path | None = None
+    pins: dict[str, str] = field(default_factory=dict)
+
+    def hash_of(self, path: str) -> str:
+        """Hash that dvc.lock gives an output, empty if it has none."""
+        return outputs(self.lock).get(path, "")
+
+
+def outputs(lock: dict[str, dict]) -> dict[str, str]:
+    """Output → hash over all stages of a lock."""
+    return {out["path"]: _hash(out) for stage in lock.values() for out in stage.get("outs", [])}
+
+
+def _hash(entry: dict) -> str:
+    return str(entry.get(entry.get("hash", "md5")) or entry.get("md5", ""))
+
+
+def read_sides(workspace: Path, base: str, head: str) -> tuple[Side, Side]:
+    """Both sides, read. `workspace` is the project's folder, in which git revisions are looked up.
+
+    Raises ClearError for a name that is neither a revision nor a folder with `data/`, revisions without a common
+    ancestor, and files that are there but cannot be read.
+    """
+    folders = [_folder(workspace, name) for name in (base, head)]
+    if all(folders):
+        return _read_folder(folders[0], base), _read_folder(folders[1], head)
+    commits = ["" if folder else resolve(workspace, name) for folder, name in zip(folders, (base, head), strict=True)]
+    if any(folders):  # a folder has no history, so the revision is taken as it is named
+        base_side, head_side = (
+            _read_folder(folder, name) if folder else _read_revision(workspace, name, commit, f"commit {commit[:10]}")
+            for folder, name, commit in zip(folders, (base, head), commits, strict=True)
+        )
+        return base_side, head_side
+    common = merge_base(workspace, *commits)
+    origin = f"commit {common[:10]}, the merge base of {base} and {head}"
+    if common != commits[0]:
+        origin += f" ({base} itself is at {commits[0][:10]})"
+    return (
+        _read_revision(workspace, base, common, origin),
+        _read_revision(workspace, head, commits[1], f"commit {commits[1][:10]}"),
+    )
+
+
+def _folder(workspace: Path, name: str) -> Path | None:
+    folder = workspace / name
+    return folder if name and (folder / "data").is_dir() else None
+
+
+def resolve(workspace: Path, name: str) -> str:
+    """Full id of the commit that a revision names. Raises ClearError if it names none."""
+    if name and not name.startswith("-"):
+        done = _run(workspace, ["rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"])
+        if done.returncode == 0:
+            return done.stdout.decode().strip()
+    if _shallow(workspace):
+        remedy = (
+            "this clone is shallow: complete it with `git fetch --unshallow` (`fetch-depth: 0` in a workflow), and "
+            "fetch a branch it lacks with `git fetch origin BRANCH:BRANCH`"
+        )
+    else:
+        remedy = "name a branch, a tag, a commit (`git fetch` those of a remote first), or a folder"
+    raise ClearError(f"{name!r} is neither a git revision here nor a folder with data/ in it; {remedy}.")
+
+
+def merge_base(workspace: Path, base: str, head: str) -> str:
+    """The commit from which `head` and `base` parted. Raises ClearError if there is none in this clone."""
+    done = _run(workspace, ["merge-base", base, head])
+    if done.returncode == 0:
+        return done.stdout.decode().split()[0]
+    remedy = (
+        "this clone is shallow: `git fetch --unshallow`, or `fetch-depth: 0` in a workflow"
+        if _shallow(workspace)
+        else "they share no history; compare folders instead"
+    )
+    raise ClearError(f"{base[:10]} and {head[:10]} have no common ancestor here: {remedy}.")
+
+
+def _shallow(workspace: Path) -> bool:
+    return _run(workspace, ["rev-parse", "--is-shallow-repository"]).stdout.strip() == b"true"
+
+
+def _run(workspace: Path, arguments: list[str], given: bytes = b"") -> subprocess.CompletedProcess:
+    try:
+        return subprocess.run(["git", *arguments], cwd=workspace, input=given, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise ClearError("git is not installed; install it, or compare two folders.") from error
+
+
+def _git(workspace: Path, arguments: list[str], given: bytes = b"") -> bytes:
+    done = _run(workspace, arguments, given)
+    if done.returncode:
+        raise ClearError(f"git {arguments[0]}: {done.stderr.decode(errors='replace').strip()}; is this clone complete?")
+    return done.stdout
+
+
+def _read_folder(folder: Path, name: str) -> Side:
+    side = _read_tree(folder, name, f"folder {name}", "", {})
+    records = _json_files(folder / ".clear" / "runs" / side.profile) if side.profile else {}
+    return _with(side, records, folder / "data" / "bench")
+
+
+def _read_revision(workspace: Path, name: str, commit: str, origin: str) -> Side:
+    with tempfile.TemporaryDirectory(prefix="clear-compare-") as made:
+        folder = Path(made)
+        kept = _extract(workspace, commit, folder)
+        missing = {}
+        for model in MODELS:
+            path = f"data/predictions/{model}.parquet"
+            if path not in kept:
+                missing[model] = _from_dvc(workspace, commit, path, folder)
+        side = _read_tree(folder, name, origin, commit, missing)
+    here = _lock(workspace / LOCK)
+    # A record of this machine is this revision's if the stage was locked alike: same command, inputs and outputs.
+    own = {stage for stage, entry in side.lock.items() if here.get(stage) == entry}
+    records = _json_files(paths.home() / "runs" / side.profile) if side.profile else {}
+    found = {stage: record for stage, record in records.items() if _stage_name(stage) in own}
+    bench = workspace / "data" / "bench"
+    same = side.hash_of(BENCH[1]) and outputs(here).get(BENCH[1]) == side.hash_of(BENCH[1])
+    return _with(side, found, bench if same else None)
+
+
+def _stage_name(record: str) -> str:
+    return record.replace("evaluate_", "evaluate@", 1)
+
+
+def _with(side: Side, records: dict[str, dict], bench: Path | None) -> Side:
+    return replace(side, records=records, bench=bench if bench and (bench / "degraded").is_dir() else None)
+
+
+def _extract(workspace: Path, commit: str, folder: Path) -> set[str]:
+    """Write the wanted files of a commit below `folder` and return their paths. Links are left out."""
+    listed = _git(workspace, ["ls-tree", "-r", "-z", commit, "--", *WANTED]).decode()
+    found = {}
+    for line in filter(None, listed.split("\0")):
+        (mode, kind, blob), path = line.partition("\t")[0].split(), line.partition("\t")[2]
+        if kind == "blob" and mode != "120000":
+            found[path] = blob
+    content = _git(workspace, ["cat-file", "--batch"], "".join(f"{blob}\n" for blob in found.values()).encode())
+    start = 0
+    for path, blob in found.items():
+        end = content.index(b"\n", start)
+        words = content[start:end].split()
+        if words[-1] == b"missing":
+            raise ClearError(f"{commit[:10]}:{path} is not in this clone ({blob[:10]}); `git fetch` it.")
+        start, size = end + 1, int(words[-1])
+        target = folder / path
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(content[start : start + size])
+        start += size + 1
+    return set(found)
+
+
+def _from_dvc(workspace: Path, commit: str, path: str, folder: Path) -> str:
+    """Fetch a file that a revision keeps under DVC into `folder`; the reason if that cannot be done, else ''."""
+    if path not in outputs(_lock(folder / LOCK)):
+        return "neither in git nor in dvc.lock"
+    import dvc.api
+    from dvc.exceptions import DvcException
+
+    try:
+        content = dvc.api.read(path, repo=str(workspace.resolve()), rev=commit, mode="rb")
+    except (DvcException, OSError) as error:
+        return f"kept under DVC and not to be had here ({' '.join(str(error).split())}); `dvc pull` fetches it"
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(content)
+    return ""
+
+
+def _read_tree(folder: Path, name: str, origin: str, commit: str, missing: dict[str, str]) -> Side:
+    """The side whose files lie in `folder`; errors name them after `name`."""
+    where = commit[:10] or name
+    params = _yaml(folder / PARAMS, where)
+    frames, absent = {}, {}
+    for model in MODELS:
+        file = folder / "data" / "predictions" / f"{model}.parquet"
+        if not file.is_file():
+            absent[model] = missing.get(model) or "no such file"
+            continue
+        try:
+            frames[model] = predictions.read(file)
+        except ClearError as error:  # the file may lie in a temporary folder, which says nothing to the reader
+            raise ClearError(str(error).replace(str(folder), where)) from error
+    profile = params.get("profile", "")
+    if profile and not (isinstance(profile, str) and profile.isidentifier()):
+        raise ClearError(f"{where}/{PARAMS}: profile = {profile!r} is not a profile's name; `make params` composes it.")
+    lock = folder / LOCK
+    return Side(
+        name=name,
+        origin=origin,
+        commit=commit,
+        profile=profile,
+        params=params,
+        lock=_lock(lock, where),
+        lock_sha=hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "",
+        metrics=_json_files(folder / "data" / "metrics", where),
+        frames=frames,
+        missing=absent,
+        pins=_pins(folder / PINS),
+    )
+
+
+def _yaml(file: Path, where: str) -> dict:
+    if not file.is_file():
+        return {}
+    try:
+        found = yaml.safe_load(file.read_text())
+    except yaml.YAMLError as error:
+        raise ClearError(f"{where}/{file.name}: not valid YAML ({' '.join(str(error).split())}).") from error
+    if not isinstance(found, dict):
+        raise ClearError(f"{where}/{file.name}: not a mapping of names to values; restore it from git.")
+    return found
+
+
+def _lock(file: Path, where: str = "") -> dict[str, dict]:
+    stages = _yaml(file, where or str(file.parent)).get("stages") or {}
+    if not all(isinstance(stage, dict) for stage in stages.values()):
+        raise ClearError(f"{where or file.parent}/{LOCK}: not a lock file of DVC; restore it from git.")
+    return stages
+
+
+def _json_files(folder: Path, where: str = "") -> dict[str, dict]:
+    """{stem: content} of the JSON files of a folder; empty if there is none."""
+    found: dict[str, Any] = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            found[file.stem] = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            name = f"{where}/data/metrics/{file.name}" if where else str(file)
+            raise ClearError(f"{name}: not valid JSON ({error}); make it again with its stage.") from error
+    return found
+
+
+def _pins(file: Path) -> dict[str, str]:
+    if not file.is_file():
+        return {}
+    lines = (line.partition("==") for line in file.read_text().splitlines() if not line.startswith("#"))
+    return {name: version for name, _, version in lines if version}

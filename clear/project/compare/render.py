@@ -1,0 +1,172 @@
+"""Writes a comparison: Markdown for a forge's comment, one self-contained page, JSON with every number.
+
+The Markdown holds no pictures (a comment cannot carry them) and stays below LIMIT: parts that do not fit are named in
+its last lines and are on the page. Its first line is the verdict, its last the marker by which the comment is found
+again and replaced.
+"""
+
+import html as escaping
+import math
+import re
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+
+from clear.bench.predictions import MODELS
+from clear.data.records import write_json, write_text
+from clear.project.compare import changes, sections
+from clear.project.compare import verdict as verdicts
+from clear.project.compare.comment import LIMIT, MARKER
+from clear.project.compare.differences import Comparison, Difference, changed_answers
+from clear.project.compare.load import Side
+from clear.project.compare.sections import Block, Part
+from clear.project.compare.verdict import Verdict
+from clear.report.render import Figure, Folded, Quote, page
+from clear.report.tables import Table
+
+TEMPLATE = Path(__file__).parent / "template.html"
+FORMATS = ("md", "html", "json")
+FILES = {"md": "compare.md", "html": "compare.html", "json": "compare.json"}
+
+
+def write(found: Comparison, verdict: Verdict, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+    """Write the report in the given formats into `folder` and return the files."""
+    written = []
+    for name in formats:
+        file = folder / FILES[name]
+        if name == "json":
+            write_json(file, to_json(found, verdict))
+        else:
+            write_text(file, markdown(found, verdict) if name == "md" else html(found, verdict))
+        written.append(file)
+    return written
+
+
+def markdown(found: Comparison, verdict: Verdict, limit: int = LIMIT) -> str:
+    """The report as a comment of at most `limit` bytes in UTF-8."""
+    first, *rest = (_escaped(line) for line in sections.lines(found, verdict))
+    kind = verdict.kind
+    text = "\n\n".join([f"**{kind}**{first.removeprefix(kind)}", *rest])
+    parts = [part for part in sections.build(found, verdict) if not part.page]
+    text, left_out = _fitted(text, [(part.title, _part(part)) for part in parts], limit - _END)
+    end = "Plots, pictures and the other models in detail are on the page (`clear compare … --format html`)."
+    if left_out:
+        end += f" Left out here for length: {', '.join(left_out)}."
+    return f"{text}\n\n{end}\n\n{MARKER}\n"
+
+
+_END = 1_500
+"""Bytes kept free for the last lines."""
+
+
+def _fitted(text: str, parts: list[tuple[str, str]], room: int) -> tuple[str, list[str]]:
+    """`text` with as many parts as fit into `room` bytes, in order, and the titles of the others."""
+    left_out, size = [], len(text.encode())
+    for title, part in parts:
+        added = len(part.encode()) + 2
+        if size + added > room:
+            left_out.append(title)
+        else:
+            text, size = f"{text}\n\n{part}", size + added
+    return text, left_out
+
+
+def _part(part: Part) -> str:
+    body = "\n\n".join(filter(None, (_block(block) for block in part.blocks)))
+    if part.open:
+        return f"### {part.title}\n\n{body}"
+    return f"<details><summary>{part.title}</summary>\n\n{body}\n\n</details>"
+
+
+def _block(block: Block) -> str:
+    if isinstance(block, Table):
+        rows = [[_escaped(cell) for cell in row] for row in block.rows]
+        # An empty table is said in words by its caption.
+        return Table(block.header, rows, _escaped(block.caption)).markdown() if rows else _escaped(block.caption)
+    if isinstance(block, Quote):
+        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
+        return f"{_escaped(block.title)}:\n\n{fence}text\n{block.text}\n{fence}"
+    if isinstance(block, Folded):
+        return f"<details><summary>{_escaped(block.title)}</summary>\n\n{_block(block.table)}\n\n</details>"
+    return "" if isinstance(block, Figure) else _escaped(block)
+
+
+def _escaped(text: str) -> str:
+    return escaping.escape(text, quote=False)
+
+
+def html(found: Comparison, verdict: Verdict) -> str:
+    """The report as one page with its pictures inlined; nothing is loaded from elsewhere."""
+    with tempfile.TemporaryDirectory(prefix="clear-compare-") as made:
+        folder = Path(made)
+        parts = sections.build(found, verdict, folder)
+        first, *rest = sections.lines(found, verdict)
+        first = first.removeprefix(verdict.kind)
+        return page(TEMPLATE, folder, _mark, kind=verdict.kind, first=first, lines=rest, sections=parts)
+
+
+def _mark(cell: str) -> tuple[str, str]:
+    if cell.endswith("▲") or cell.startswith("✓"):
+        return "good", cell
+    return "bad" if cell.endswith("▼") or cell.startswith("✗") else "", cell
+
+
+def to_json(found: Comparison, verdict: Verdict) -> dict:
+    """Every number of the comparison as plain values; None where something was not measured."""
+    return _finite(
+        verdicts.to_json(verdict)
+        | {
+            "obstacles": found.obstacles,
+            "notes": [*found.notes, *verdict.notes],
+            "settings": asdict(found.settings),
+            "base": _side(found.base),
+            "head": _side(found.head),
+            "shared": {
+                name: {
+                    "questions": len(one.rows),
+                    "base": one.base_rows,
+                    "head": one.head_rows,
+                    "changed_answers": len(changed_answers(one)),
+                }
+                for name, one in found.joined.items()
+            },
+            "accuracy": [_difference(one) for one in found.levels],
+            "tasks": [_difference(one) for one in found.tasks],
+            "corruptions": [_difference(one) for one in found.corruptions],
+            "call_rate": [_difference(one) for one in found.calls],
+            "robustness": {
+                name: found.robustness(name)
+                | {"relative_difference": vars(found.relative[name]) if name in found.relative else None}
+                for name in found.joined
+            },
+            "params": _triples(found.base.params, found.head.params),
+            "metrics": {
+                name: _triples(found.base.metrics.get(name, {}), found.head.metrics.get(name, {}))
+                for name in sorted(found.base.metrics.keys() | found.head.metrics.keys())
+            },
+            "versions": _triples(found.base.pins, found.head.pins),
+        }
+    )
+
+
+def _difference(one: Difference) -> dict:
+    return asdict(one) | {"certain": one.sign}
+
+
+def _triples(base: dict, head: dict) -> dict[str, list]:
+    return {key: [old, new] for key, old, new in changes.differing(base, head)}
+
+
+def _side(side: Side) -> dict:
+    names = ("name", "origin", "commit", "profile", "lock_sha", "missing", "records")
+    own = {name: getattr(side, name) for name in names}
+    return own | {"models": [name for name in MODELS if name in side.frames]}
+
+
+def _finite(value):
+    """The same values with None for every number that JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,214 @@
+"""What a comparison means: the verdict in one sentence, and the gate, which is the policy of `params.yaml` (`gate`).
+
+The verdict is about one model (`gate.model`). Its accuracy at hard is the one comparison fixed in advance, so its
+interval alone decides there; at the other levels a difference must be certain, that is pass the interval and the
+exact test by image, corrected over all models and levels shown. `worse` outweighs `better`: a gain does not pay for a
+loss.
+A change is judged by the policy of its base, so that no change can loosen the rule it is judged by.
+"""
+
+from dataclasses import asdict, dataclass, fields
+from typing import Literal
+
+from clear.bench.scoring import HARD, SEVERITIES
+from clear.config import Gate, check, compose
+from clear.data.records import CLEAN
+from clear.errors import UNDECIDED, ClearError
+from clear.project.compare.differences import TITLES, Comparison, Difference, compare, identical
+from clear.project.compare.load import Side
+from clear.report.claims import LEVELS, Bootstrap, points
+
+Kind = Literal["better", "worse", "not distinguishable", "not comparable"]
+
+PASSED, FAILED, NOT_COMPARABLE = 0, 1, UNDECIDED
+"""Exit statuses of `clear gate`."""
+
+SEED = 0
+"""Seed of every bootstrap here: equal predictions give equal intervals."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One rule of the gate. `kept` is None where it could not be decided; `reason` says what decided it."""
+
+    name: str
+    kept: bool | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The verdict, its sentence, the rules behind the gate, its exit status, and further lines a reader must see."""
+
+    kind: Kind
+    sentence: str
+    rules: list[Rule]
+    status: int
+    policy: Gate
+    notes: list[str]
+
+
+def policy_of(base: Side, head: Side) -> tuple[Gate, list[str]]:
+    """The gate that the base's params.yaml states, else the head's, else the default; and notes about its origin."""
+    given = {label: side.params.get("gate") for label, side in (("base", base), ("head", head))}
+    notes = []
+    if given["base"] is None and given["head"] is None:
+        notes.append("Neither side states a gate in params.yaml, so the default of clear/conf applies.")
+        raw, origin = compose()["gate"], "clear/conf"
+    elif given["base"] is None:
+        notes.append("The base states no gate in params.yaml, so the head's own applies.")
+        raw, origin = given["head"], f"params.yaml of head ({head.origin})"
+    else:
+        raw, origin = given["base"], f"params.yaml of base ({base.origin})"
+        if given["head"] != raw:
+            notes.append(
+                "This change alters the gate itself (params.yaml: gate); it is judged by the gate of the base."
+            )
+    return _parse(raw, origin), notes
+
+
+def _parse(raw: object, origin: str) -> Gate:
+    """A gate of another version: a key it does not know yet has the default, one that is gone is of no account."""
+    if not isinstance(raw, dict):
+        raise ClearError(f"{origin}: gate = {raw!r} is no section of parameters; `make params` composes it.")
+    known = [item.name for item in fields(Gate)]
+    values = {name: raw[name] for name in known if name in raw}
+    if len(values) < len(known):
+        values = compose()["gate"] | values
+    for item in fields(Gate):
+        wanted = (int, float) if item.type is float else item.type
+        if not isinstance(values[item.name], wanted) or isinstance(values[item.name], bool):
+            raise ClearError(f"{origin}: gate.{item.name} = {values[item.name]!r} is not of type {item.type.__name__}.")
+    gate = Gate(**values)
+    check(gate, "gate")
+    return gate
+
+
+def settings_of(policy: Gate) -> Bootstrap:
+    """The bootstrap that a policy asks for."""
+    return Bootstrap(policy.confidence, policy.bootstrap, SEED)
+
+
+def decide(base: Side, head: Side, detail: bool = True) -> tuple[Comparison, Verdict]:
+    """Compare two sides under the policy that applies to them. Without `detail` only what the gate needs."""
+    policy, notes = policy_of(base, head)
+    found = compare(base, head, policy.model, settings_of(policy), detail)
+    return found, judge(found, policy, notes)
+
+
+def judge(found: Comparison, policy: Gate, notes: list[str]) -> Verdict:
+    """The verdict and the gate on a comparison."""
+    rules = _rules(found, policy)
+    if found.obstacles:
+        sentence = f"{'; '.join(found.obstacles)}."
+        return Verdict("not comparable", sentence, rules, NOT_COMPARABLE, policy, notes)
+    status = PASSED if all(rule.kept for rule in rules) else FAILED
+    levels = [d for severity in SEVERITIES if (d := found.level(policy.model, severity)) is not None]
+    worse = [d for d in levels if _direction(d) < 0]
+    clean, hard = (found.level(policy.model, severity) for severity in (CLEAN, HARD))
+    for guarded, margin in ((clean, policy.clean_margin), (hard, policy.hard_margin)):
+        if guarded.high < -margin and guarded not in worse:
+            worse.append(guarded)
+    better = [d for d in levels if _direction(d) > 0]
+    kind: Kind = "worse" if worse else "better" if better else "not distinguishable"
+    return Verdict(kind, _sentence(found, policy, kind, worse, better), rules, status, policy, notes)
+
+
+def _direction(one: Difference) -> int:
+    """+1 or −1 where head is above or below base by the rule of this module's first lines."""
+    if one.severity == HARD:
+        return int(one.low > 0) - int(one.high < 0)
+    return one.sign
+
+
+def _sentence(found: Comparison, policy: Gate, kind: Kind, worse: list[Difference], better: list[Difference]) -> str:
+    clean, hard = (found.level(policy.model, severity) for severity in (CLEAN, HARD))
+    name = TITLES[policy.model]
+    if kind == "not distinguishable":
+        parts = [f"{name} at hard: {change(hard)}", f"on clean images: {change(clean)}"]
+        if identical(found.joined[policy.model]):
+            parts.append("both sides gave every question the same output")
+        elif hard.detectable:
+            parts.append(f"a true difference below {points(hard.detectable)} points at hard would have stayed hidden")
+    else:
+        # Hard first: it is the comparison fixed in advance.
+        shown = sorted(worse or better, key=lambda d: -SEVERITIES.index(d.severity))
+        parts = [f"{name} at {LEVELS[d.severity]}: {change(d)}" for d in shown]
+        parts += [f"on clean images: {change(clean)}"] if clean not in shown else []
+        if worse and better:
+            parts.append("better at " + ", ".join(f"{LEVELS[d.severity]} ({change(d)})" for d in better))
+    size = f"{100 * policy.confidence:g} % intervals; {hard.n:,} questions about {hard.clusters:,} image groups at hard"
+    return f"{'; '.join(parts)} ({size})."
+
+
+def change(one: Difference) -> str:
+    """`77.5 → 78.1 %, +0.6 points [−0.9, +2.1]`."""
+    return f"{points(one.base)} → {points(one.head)} %, {gap(one)}"
+
+
+def gap(one: Difference, unit: str = " points") -> str:
+    """`+0.6 points [−0.9, +2.1]`, or `no change` if no question changed sides; no interval where there is none."""
+    if one.only_base == one.only_head == 0:
+        return "no change"
+    interval = "" if one.low is None else f" [{points(one.low, True)}, {points(one.high, True)}]"
+    return f"{points(one.estimate, True)}{unit}{interval}"
+
+
+def _rules(found: Comparison, policy: Gate) -> list[Rule]:
+    base, head, name = found.base, found.head, TITLES[policy.model]
+    same = bool(base.profile) and base.profile == head.profile
+    profile = f"both are {base.profile}" if same else f"base: {base.profile or 'none'}, head: {head.profile or 'none'}"
+    missing = [text for text in found.obstacles if "no predictions" in text]
+    lost = f"{'; '.join(missing)}" or "every model that one side has, the other has too"
+    if not same:
+        lost = "not looked at, since the profiles differ"
+    return [
+        Rule("same profile", same, profile),
+        Rule("predictions present", not missing if same else None, lost),
+        _validation(head),
+        _accuracy(found, policy, CLEAN, f"clean accuracy of {name}", policy.clean_margin),
+        _accuracy(found, policy, HARD, f"hard accuracy of {name}", policy.hard_margin),
+    ]
+
+
+def _validation(head: Side) -> Rule:
+    checks = head.metrics.get("validate")
+    if checks is None:
+        return Rule("validation passed", False, "head has no data/metrics/validate.json: its data is unchecked")
+    if checks.get("success") is True:
+        return Rule("validation passed", True, f"every check passed; rejected rows: {checks.get('rejected', '?')}")
+    failed = [
+        f"{dataset}: {item.get('expectation')}"
+        for dataset, one in checks.get("datasets", {}).items()
+        for item in one.get("failed", [])
+    ]
+    return Rule("validation passed", False, "; ".join(failed) or "validate.json does not say that it succeeded")
+
+
+def _accuracy(found: Comparison, policy: Gate, severity: str, name: str, margin: float) -> Rule:
+    one = None if found.obstacles else found.level(policy.model, severity)
+    allowed = f"may fall by {points(margin)} points" if margin else "may not fall"
+    if one is None:
+        return Rule(name, None, f"{allowed}; not comparable")
+    # A fall counts only when the whole interval lies below the margin: noise alone does not stop a change.
+    kept = one.high >= -margin
+    outcome = "kept" if one.low >= -margin else "not shown to be broken" if kept else "broken with confidence"
+    return Rule(name, kept, f"{allowed}; {change(one)}: {outcome}")
+
+
+def report_lines(verdict: Verdict) -> list[str]:
+    """What `clear gate` prints: one line per rule, then the outcome."""
+    words = {True: "pass", False: "FAIL", None: "skip"}
+    lines = [f"{words[rule.kept]}  {rule.name}: {rule.reason}" for rule in verdict.rules]
+    outcome = {PASSED: "gate passed", FAILED: "gate FAILED", NOT_COMPARABLE: "gate cannot decide"}[verdict.status]
+    return [*lines, f"{outcome}: {verdict.kind} – {verdict.sentence}", *verdict.notes]
+
+
+def to_json(verdict: Verdict) -> dict:
+    """The verdict as plain values."""
+    return {
+        "verdict": verdict.kind,
+        "sentence": verdict.sentence,
+        "gate": {"status": verdict.status, "rules": [asdict(rule) for rule in verdict.rules]},
+        "policy": asdict(verdict.policy),
+    }

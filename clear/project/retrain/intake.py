@@ -1,0 +1,194 @@
+"""Where new degradation data comes from and where refused data goes: a folder of the workspace, or a prefix in S3.
+
+Every folder below the prefix is a set. It is mirrored to the private folder, objects that have not changed (ETag) are
+not fetched again; the mirror is a cache and may be deleted. Refused data is moved, in S3 beside the prefix:
+`…/incoming/x` becomes `…/quarantine/x`. Its report lies beside it, in `x.report`. Nothing is lost at any moment: the
+report is there before the data moves, and in S3 an object is deleted only after its copy is there.
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from clear.data.lock import writer
+from clear.data.records import write_json
+from clear.data.workspace import profile
+from clear.errors import ClearError
+from clear.sources.incoming import IncomingSet, sets
+
+FOLDER = "data/incoming"
+QUARANTINE = "quarantine"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where sets are looked for. `bucket` and `prefix` are "" for a folder; `mirror` holds what came from S3."""
+
+    workspace: Path
+    folder: Path
+    mirror: Path
+    bucket: str = ""
+    prefix: str = ""
+
+    @staticmethod
+    def of(workspace: Path, incoming: str, mirror: Path) -> "Source":
+        """The source that `incoming` names. Raises ClearError for a URL without a prefix and a folder elsewhere."""
+        if not incoming.startswith("s3://"):
+            folder = (workspace / incoming).resolve()
+            if not folder.is_dir():
+                raise ClearError(f"incoming = {incoming}: no folder of {workspace}, and no s3://bucket/prefix.")
+            return Source(workspace, folder, mirror)
+        bucket, _, prefix = incoming.removeprefix("s3://").strip("/").partition("/")
+        if not bucket or not prefix:
+            raise ClearError(f"incoming = {incoming}: name a prefix too, such as s3://bucket/incoming.")
+        return Source(workspace, mirror, mirror, bucket, prefix)
+
+    def fetch(self, dvc: Callable[[list[str], Path], object], say: Callable[[str], None]) -> Path:
+        """Bring what is missing of every set and return the folder with the sets."""
+        if self.bucket:
+            self._download(say)
+            return self.mirror
+        absent = [one.name for one in sets(self.folder) if not one.present]
+        if absent and default_remote(self.workspace):
+            with writer(self.workspace, say=say):
+                dvc(["pull", "--allow-missing", *(f"{self.folder / name}.dvc" for name in absent)], self.workspace)
+        elif absent:
+            say(f"{', '.join(absent)}: only the .dvc file is here and no default DVC remote is set; not looked at.")
+        return self.folder
+
+    def quarantine(self, one: IncomingSet, copy: Path, problem: str) -> str:
+        """Move a refused set, with the report of its check in the clone `copy`; returns the new place."""
+        report = report_of(one.name, copy)
+        write_json(report / "refused.json", {"name": one.name, "fingerprint": one.fingerprint, "problem": problem})
+        if self.bucket:
+            return self._move(one.name, report)
+        place = self.folder.parent / QUARANTINE
+        target = place / one.name
+        if target.exists():  # an earlier version of it
+            target = place / f"{one.name}-{one.fingerprint[:8]}"
+        place.mkdir(exist_ok=True)
+        shutil.rmtree(place / f"{target.name}.report", ignore_errors=True)
+        shutil.copytree(report, place / f"{target.name}.report")
+        with writer(self.workspace):
+            shutil.rmtree(target, ignore_errors=True)
+            (self.folder / one.name).rename(target)
+            (self.folder / f"{one.name}.dvc").unlink(missing_ok=True)
+        return str(target.relative_to(self.workspace))
+
+    def _objects(self, client: Any) -> dict[str, dict]:
+        """Path below the prefix → ETag and size. Raises ClearError where the store refuses."""
+        found = {}
+        with asked(f"s3://{self.bucket}/{self.prefix}"):
+            for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
+                for item in page.get("Contents", []):
+                    path = PurePosixPath(item["Key"].removeprefix(f"{self.prefix}/"))
+                    if len(path.parts) > 1 and ".." not in path.parts and not item["Key"].endswith("/"):
+                        found[str(path)] = {"etag": item["ETag"], "size": item["Size"]}
+        return found
+
+    def _download(self, say: Callable[[str], None]) -> None:
+        client = store(self.workspace)
+        there = self._objects(client)
+        file = self.mirror.with_name(f"{self.mirror.name}.json")
+        had = json.loads(file.read_text()) if file.exists() else {}
+        self.mirror.mkdir(parents=True, exist_ok=True)
+        for old in sorted(self.mirror.rglob("*"), reverse=True):
+            if old.is_dir() and not any(old.iterdir()):
+                old.rmdir()
+            elif old.is_file() and str(old.relative_to(self.mirror)) not in there:
+                old.unlink()
+        wanted = [name for name, item in there.items() if had.get(name) != item or not (self.mirror / name).exists()]
+        if wanted:
+            say(f"{len(wanted)} of {len(there)} files to fetch from s3://{self.bucket}/{self.prefix}")
+        for name in wanted:
+            target = self.mirror / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            part = target.with_name(f".{target.name}.partial")
+            with asked(f"s3://{self.bucket}/{self.prefix}/{name}"):
+                client.download_file(self.bucket, f"{self.prefix}/{name}", str(part))
+            part.replace(target)
+        write_json(file, there)
+
+    def _move(self, name: str, report: Path) -> str:
+        client = store(self.workspace)
+        place = str(PurePosixPath(self.prefix).parent / QUARANTINE)
+        with asked(f"s3://{self.bucket}/{place}"):
+            for file in sorted(path for path in report.rglob("*") if path.is_file()):
+                client.upload_file(str(file), self.bucket, f"{place}/{name}.report/{file.relative_to(report)}")
+            mine = [path for path in self._objects(client) if path.startswith(f"{name}/")]
+            for path in mine:
+                old = {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}"}
+                client.copy(old, self.bucket, f"{place}/{path}")
+            for path in mine:
+                client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")
+        shutil.rmtree(self.mirror / name)
+        return f"s3://{self.bucket}/{place}/{name}"
+
+
+def report_of(name: str, copy: Path) -> Path:
+    """Where `clear incoming check` in the clone writes its report."""
+    return copy / "data" / "report" / profile(copy) / "incoming" / name
+
+
+def problem_of(name: str, copy: Path, run: Callable[[list[str], Path], tuple[int, list[str]]]) -> str:
+    """Check a set with the clone's own code: "" if it is good, else what is wrong in a line.
+
+    Raises ClearError where the check itself breaks.
+    """
+    status, lines = run([sys.executable, "-m", "clear", "incoming", "check", name], copy)
+    verdict = report_of(name, copy) / "verdict.json"
+    if status == 0:
+        return ""
+    if status == 1 and lines and lines[-1].startswith("error: "):  # it cannot be read at all
+        return lines[-1].removeprefix("error: ")
+    if status == 1 and verdict.exists():
+        found = json.loads(verdict.read_text())
+        said = [f"'{one['expectation']}' fails for {one['count']} samples" for one in found["failed"]]
+        said += [f"{found['rejected']} rows rejected"] if found["rejected"] else []
+        return ", ".join(said) or "no row of it can be used"
+    raise ClearError(f"`clear incoming check {name}` ended with status {status}: {' | '.join(lines[-3:])}")
+
+
+def default_remote(workspace: Path) -> str | None:
+    """Name of the default DVC remote, or None."""
+    return _settings(workspace)[0]
+
+
+def _settings(workspace: Path) -> tuple[str | None, dict]:
+    from dvc.repo import Repo
+
+    with Repo(str(workspace)) as repo:
+        name = repo.config["core"].get("remote")
+        return name, dict(repo.config["remote"].get(name, {})) if name else {}
+
+
+def store(workspace: Path) -> Any:
+    """An S3 client with endpoint and profile of the default DVC remote; keys come from the AWS environment."""
+    import boto3
+    from botocore.exceptions import BotoCoreError
+
+    _, remote = _settings(workspace)
+    try:
+        session = boto3.session.Session(profile_name=os.environ.get("AWS_PROFILE") or remote.get("profile"))
+        return session.client("s3", endpoint_url=remote.get("endpointurl"))
+    except (BotoCoreError, ValueError) as error:
+        raise ClearError(f"S3 cannot be used ({error}); correct the AWS environment or `make remote`.") from error
+
+
+@contextmanager
+def asked(place: str) -> Iterator[None]:
+    """Turn what S3 refuses inside the block into one line about `place`."""
+    from boto3.exceptions import Boto3Error
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    try:
+        yield
+    except (BotoCoreError, ClientError, Boto3Error) as error:
+        said = " ".join(str(error).split())
+        raise ClearError(f"{place}: {said}; check the AWS keys, their rights, and the endpoint.") from error

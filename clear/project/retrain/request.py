@@ -1,0 +1,158 @@
+"""The pull request of a retraining: its text, and opening it where a forge's token is configured.
+
+The text is the new sets' figures, paired like everything in `clear compare`, then its report on the two commits: the
+model so far and the new one, on the same benchmark. The forge is GitHub's REST interface: GITHUB_TOKEN, and where they
+cannot be read from the remote `origin`, GITHUB_REPOSITORY (owner/name) and GITHUB_API_URL.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from clear.errors import ClearError
+from clear.report.tables import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from clear.report.claims import Bootstrap
+
+ROOM = 56_000
+"""Bytes for the report of `clear compare`; a forge takes 65,536 characters in all."""
+STATES = {0: "the gate passes", 1: "the gate FAILS", 2: "the gate cannot decide"}
+
+
+def gate_model(workspace: Path) -> str:
+    """The model that `gate.model` in params.yaml names."""
+    import yaml
+
+    try:
+        return str(yaml.safe_load((workspace / "params.yaml").read_text())["gate"]["model"])
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise ClearError(f"{workspace}/params.yaml names no gate.model; `make params` composes it.") from error
+
+
+def body(workspace: Path, branch: str, names: list[str], incumbent: str, retrained: str) -> tuple[str, str]:
+    """(title, Markdown) for two commits that the workspace's git has."""
+    from clear.project.compare import render
+    from clear.project.compare.comment import MARKER
+    from clear.project.compare.load import read_sides
+    from clear.project.compare.verdict import decide, settings_of
+
+    found, verdict = decide(*read_sides(workspace, incumbent, retrained))
+    model = verdict.policy.model
+    frames = [incoming_rows(workspace, commit, model) for commit in (incumbent, retrained)]
+    table = figures(*frames, model, settings_of(verdict.policy))
+    title = f"Retrained on {', '.join(names)}: {STATES[verdict.status]}"
+    said = [
+        f"New degradation data: {', '.join(names)}. The model so far was measured on it first (commit "
+        f"{incumbent[:10]}), then everything was trained again (commit {retrained[:10]}). Data and models are in the "
+        f"DVC remote: `git switch {branch} && dvc pull`.",
+        f"### The new degradations\n\n{table.markdown()}" if table.rows else table.caption,
+        render.markdown(found, verdict, ROOM).replace(MARKER, "").strip(),
+    ]
+    return title, "\n\n".join(said) + "\n"
+
+
+def incoming_rows(workspace: Path, commit: str, model: str) -> "pd.DataFrame":
+    """The predictions of a commit on pictures that came degraded; an empty frame if it has none."""
+    import pandas as pd
+
+    from clear.bench import predictions
+
+    path = f"data/predictions/{model}.parquet"
+    done = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=workspace, capture_output=True, check=False)
+    if done.returncode:
+        return pd.DataFrame(columns=predictions.SCHEMA.names)
+    with tempfile.TemporaryDirectory(prefix="clear-retrain-") as made:
+        file = Path(made) / f"{model}.parquet"
+        file.write_bytes(done.stdout)
+        return predictions.read_incoming(file)
+
+
+def figures(base: "pd.DataFrame", head: "pd.DataFrame", model: str, settings: "Bootstrap") -> Table:
+    """Accuracy of both models per set, on the questions that both were asked."""
+    from clear.bench import statistics
+    from clear.bench.predictions import KEY
+    from clear.data.records import INCOMING
+    from clear.project.compare.differences import TITLES, difference, holm
+    from clear.project.compare.verdict import change
+
+    rows = base.merge(head, on=KEY, suffixes=("_base", "_head"), validate="one_to_one")
+    rows = rows[(rows.text_base == rows.text_head) & (rows.answer_base == rows.answer_head)].reset_index(drop=True)
+    if rows.empty:
+        return Table([], [], "No question about the new degradations was answered by both models.")
+    rows["pair"] = rows.pair_base
+    rows["cluster"] = statistics.clusters(rows)
+    groups = rows.groupby("corruption", sort=True)
+    found = holm(
+        [difference(part, "correct", settings, model, INCOMING, corruption=str(name)) for name, part in groups]
+    )
+    lines = [
+        [one.corruption, f"{one.n:,} about {one.clusters:,} images", change(one), {1: "▲", -1: "▼", 0: ""}[one.sign]]
+        for one in found
+    ]
+    return Table(
+        ["set", "questions", f"{TITLES[model]}, so far → retrained", ""],
+        lines,
+        "Right answers on the sets' own benchmark slice, which no model was trained on, with the paired difference in "
+        "points and its interval. ▲ ▼: certain, as in the tables below. The gate does not look at these.",
+    )
+
+
+def repository(workspace: Path) -> tuple[str, str]:
+    """(address of the forge's interface, owner/name), from the environment or else from `origin`."""
+    api, name = os.environ.get("GITHUB_API_URL", ""), os.environ.get("GITHUB_REPOSITORY", "")
+    command = ["git", "remote", "get-url", "origin"]
+    origin = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False).stdout.strip()
+    # https://host/owner/name.git, ssh://git@host/owner/name or git@host:owner/name.git
+    found = re.fullmatch(r"(?:\w+://)?(?:[^@/]+@)?([\w.-]+)(?::\d+)?[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?", origin)
+    if found and not api:
+        host = found[1]
+        api = "https://api.github.com" if host == "github.com" else f"https://{host}/api/v3"
+    name = name or (found[2] if found else "")
+    if not (api and name):
+        raise ClearError(
+            f"origin = {origin or 'not set'}: no repository of a forge can be read from it; set GITHUB_REPOSITORY to "
+            "owner/name and GITHUB_API_URL, or unset GITHUB_TOKEN to get the text alone."
+        )
+    return api.rstrip("/"), name
+
+
+def propose(workspace: Path, branch: str, target: str, title: str, text: str) -> str:
+    """Open the pull request unless the branch has had one; returns its address, or "" where no token is configured.
+
+    It is a draft unless the gate passes. Raises ClearError with what the forge says where it refuses.
+    """
+    token = os.environ.get("GITHUB_TOKEN", "")
+    if not token:
+        return ""
+    api, name = repository(workspace)
+    asked = f"{api}/repos/{name}/pulls"
+    owner = name.partition("/")[0]
+    there = _call("GET", asked, token, params={"head": f"{owner}:{branch}", "state": "all"})
+    if there:
+        return there[0]["html_url"]
+    content = {"title": title, "head": branch, "base": target, "body": text, "draft": STATES[0] not in title}
+    return _call("POST", asked, token, json=content)["html_url"]
+
+
+def _call(method: str, url: str, token: str, **content):
+    import httpx
+
+    headers = {"Authorization": f"Bearer {token}", "Accept": "application/vnd.github+json"}
+    try:
+        answer = httpx.request(method, url, headers=headers, timeout=30, **content)
+    except httpx.HTTPError as error:
+        raise ClearError(f"{method} {url}: {error}; the branch is pushed, run again to open the request.") from error
+    if answer.is_success:
+        return answer.json()
+    remedy = {401: "check GITHUB_TOKEN", 403: "the token needs the right to write pull requests"}
+    said = " ".join(answer.text.split())[:300]
+    raise ClearError(
+        f"{method} {url}: the forge answers {answer.status_code} ({said}); "
+        f"{remedy.get(answer.status_code, 'correct that')} and run again: the branch is pushed already."
+    )

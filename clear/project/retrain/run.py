@@ -1,0 +1,351 @@
+"""Retraining on new degradation data: from a set under data/incoming to a branch that is ready for review.
+
+A set (clear/sources/incoming.py) is news if the revision's data/metrics/degrade.json does not name its fingerprint and
+no branch `retrain/…` does. News is validated by the revision's own code in a clone under `.clear/scratch/retrain`;
+invalid sets go to quarantine with their report (clear/project/retrain/intake.py). For the valid ones a new branch gets
+three commits:
+
+    data         the sets, added by DVC
+    incumbent    the revision's own model, measured on the benchmark that the new sets have extended
+    retrained    the whole pipeline
+
+so `clear gate` of the last two compares both models on one benchmark. Data is pushed before the branch, the branch
+before the pull request. Each commit says in trailers which step it is and which sets it is about: git is the only
+memory. A killed run continues after its last step, inside a step DVC and the stages' checkpoints know what is done, and
+a step that is done is not done again, whichever machine looks next.
+"""
+
+import hashlib
+import json
+import shutil
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clear.errors import ClearError
+from clear.project.retrain import intake, request
+from clear.project.scratch import clone, link
+from clear.sources.incoming import IncomingSet, sets
+
+BRANCHES = "retrain"
+STEPS = ("data", "incumbent", "retrained")
+STEP, SET = "Retrain-Step: ", "Retrain-Set: "
+DEGRADE = "data/metrics/degrade.json"
+MODELS = "data/models/"
+
+
+@dataclass(frozen=True)
+class Tools:
+    """How commands are run; a flow puts its own in, which end with it and are retried.
+
+    `dvc` runs a DVC command in a folder and raises where it fails. `reproduce` reproduces the named stages of a folder
+    (None: all), each alone and in order. `run` runs any command and returns (exit status, last lines).
+    """
+
+    dvc: Callable[[list[str], Path], object]
+    reproduce: Callable[[Path, list[str] | None], object]
+    run: Callable[[list[str], Path], tuple[int, list[str]]]
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a check: `message` says it in a line; `branch` is "" where nothing was trained."""
+
+    message: str
+    branch: str = ""
+    body: str = ""
+    url: str = ""
+    quarantined: dict[str, str] = field(default_factory=dict)
+
+
+def retrain(
+    workspace: Path, tools: Tools, incoming: str = intake.FOLDER, revision: str = "HEAD", target: str = ""
+) -> Outcome:
+    """Look for news and do all that it asks for; the same news twice does nothing.
+
+    `incoming` is a folder of the workspace or `s3://bucket/prefix`, `target` the branch that a pull request is for
+    (default: the one checked out). The caller makes sure that no other retraining of this workspace runs. Raises
+    ClearError where there is news but no default DVC remote, no model to compare with, or a command fails.
+    """
+    home = workspace / ".clear" / "scratch" / "retrain"
+    commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+    source = intake.Source.of(workspace, incoming, home / "incoming")
+    folder = source.fetch(tools.dvc, tools.say)
+    trained = known(workspace, commit)
+    news = [one for one in sets(folder) if one.present and trained.get(one.name) != one.fingerprint]
+    if not news:
+        return Outcome(f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}.")
+    fetch_branches(workspace)
+    waiting = branches(workspace, commit)
+    for branch, names in waiting.items():
+        if {(one.name, one.fingerprint) for one in news} & names:
+            tools.say(f"{branch} has been trained and waits for review.")
+            finished = finish(workspace, branch, commit, target, tools)
+            news = [one for one in news if (one.name, one.fingerprint) not in names]
+            if not news:
+                return finished
+    if intake.default_remote(workspace) is None:
+        raise ClearError(
+            f"{', '.join(one.name for one in news)}: new, but there is no default DVC remote to share data and models "
+            "through; set it with `make remote BUCKET=bucket/prefix`."
+        )
+    copy = home / "copy"
+    refused = {}
+    if not resumable(copy, commit, branch_name(news)):
+        clone(workspace, commit, copy)
+        bring_raw(workspace, copy)
+        tools.dvc(["pull", "--allow-missing"], copy)
+        if "source" in stage_names(copy):  # a picture that a split already holds has to stay there
+            tools.reproduce(copy, ["source"])
+        for one in news:
+            bring(folder / one.name, copy)
+            if problem := intake.problem_of(one.name, copy, tools.run):
+                refused[one.name] = problem
+                place = source.quarantine(one, copy, problem)
+                restore(copy, one.name, trained.get(one.name, ""))
+                tools.say(f"{one.name} is not good: {problem}. It is now in {place}, with its report beside it.")
+        news = [one for one in news if one.name not in refused]
+        if not news:
+            shutil.rmtree(copy)
+            return Outcome(f"nothing trained: {_quarantined(refused)}.", quarantined=refused)
+    branch = branch_name(news)
+    train(workspace, copy, branch, commit, news, tools)
+    outcome = finish(workspace, branch, commit, target, tools, refused)
+    shutil.rmtree(copy)
+    return outcome
+
+
+def train(workspace: Path, copy: Path, branch: str, commit: str, news: Sequence[IncomingSet], tools: Tools) -> None:
+    """Take the steps that the branch in the clone lacks, then push the data and hand the branch to the workspace."""
+    done = steps(copy, commit)
+    model = request.gate_model(copy)
+    if "data" not in done:
+        git(copy, "checkout", "--quiet", "-B", branch)
+        for one in news:
+            if not git(copy, "ls-files", f"data/incoming/{one.name}"):
+                tools.dvc(["add", "--quiet", f"data/incoming/{one.name}"], copy)
+        save(copy, "data", f"New degradation data: {', '.join(one.name for one in news)}", news)
+    if "incumbent" not in done:
+        folder = incumbent_of(copy, model)
+        if not folder.exists():
+            raise ClearError(
+                f"{folder.relative_to(copy)} of {commit[:10]} is neither in the cache nor in the remote, so there is "
+                "nothing to compare a new model with; `dvc push` it where it was trained."
+            )
+        tools.reproduce(copy, measuring(copy, f"evaluate@{model}"))
+        save(copy, "incumbent", f"The model so far ({model}) on the benchmark with the new data", news)
+    if "retrained" not in done:
+        tools.reproduce(copy, None)
+        save(copy, "retrained", f"Retrained on {', '.join(one.name for one in news)}", news)
+    tools.dvc(["push"], copy)
+    git(copy, "push", "--quiet", "--no-verify", str(workspace), f"{branch}:{branch}")
+
+
+def finish(
+    workspace: Path, branch: str, commit: str, target: str, tools: Tools, refused: dict[str, str] | None = None
+) -> Outcome:
+    """Publish a trained branch: push it, write the body of the pull request, open the pull request where it can be.
+
+    Every part is looked up first, so that repeating it changes nothing.
+    """
+    ref = _ref(workspace, branch)
+    if "origin" in git(workspace, "remote").split() and ref.startswith("refs/heads/"):
+        git(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
+    found = {step: sha for sha, step, _ in _history(workspace, f"{commit}..{ref}") if step}
+    names = sorted({one for _, _, about in _history(workspace, f"{commit}..{ref}") for one, _ in about})
+    title, body = request.body(workspace, branch, names, found["incumbent"], found["retrained"])
+    file = workspace / "data" / "report" / branch / "pull_request.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"# {title}\n\n{body}")
+    tools.say(f"the pull request's text: {file}")
+    into = target or git(workspace, "branch", "--show-current") or "main"
+    url = request.propose(workspace, branch, into, title, body)
+    tools.say(f"pull request: {url}" if url else "no GITHUB_TOKEN is set: no pull request is opened.")
+    said = f"{title} ({branch})" + (f"; {_quarantined(refused)}" if refused else "")
+    return Outcome(said, branch, body, url, refused or {})
+
+
+def _quarantined(refused: dict[str, str]) -> str:
+    return "; ".join(f"{name} is in quarantine: {problem}" for name, problem in refused.items())
+
+
+# What git remembers
+
+
+def known(workspace: Path, commit: str) -> dict[str, str]:
+    """Set → fingerprint of what a commit was trained with."""
+    done = _git(workspace, "show", f"{commit}:{DEGRADE}")
+    if done.returncode:  # not trained yet
+        return {}
+    try:
+        content = json.loads(done.stdout)
+        found = content.get("incoming", {}).get("sets", {}) if isinstance(content, dict) else {}
+        return {name: one["fingerprint"] for name, one in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ClearError(f"{commit[:10]}:{DEGRADE} is damaged ({error!r}); `dvc repro degrade`, commit it.") from error
+
+
+def fetch_branches(workspace: Path) -> None:
+    """Learn of branches that another clone has pushed. Raises ClearError where the git remote does not answer."""
+    if "origin" in git(workspace, "remote").split():
+        git(workspace, "fetch", "--quiet", "origin", f"+refs/heads/{BRANCHES}/*:refs/remotes/origin/{BRANCHES}/*")
+
+
+def branches(workspace: Path, commit: str) -> dict[str, set[tuple[str, str]]]:
+    """Branch → (set, fingerprint) it was trained on, for every finished one that the commit does not contain."""
+    patterns = (f"refs/heads/{BRANCHES}/*", f"refs/remotes/*/{BRANCHES}/*")
+    listed = git(workspace, "for-each-ref", "--format=%(refname)", *patterns)
+    found = {}
+    for ref in listed.split():
+        history = _history(workspace, f"{commit}..{ref}")
+        if "retrained" in {step for _, step, _ in history}:
+            found[ref[ref.index(f"{BRANCHES}/") :]] = {pair for _, _, about in history for pair in about}
+    return found
+
+
+def _ref(workspace: Path, branch: str) -> str:
+    """Full name of a branch, the workspace's own before a remote's."""
+    patterns = (f"refs/heads/{branch}", f"refs/remotes/*/{branch}")
+    return git(workspace, "for-each-ref", "--format=%(refname)", *patterns).split()[0]
+
+
+def _history(folder: Path, span: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
+    """(commit, step or "", [(set, fingerprint)]) of a range, newest first."""
+    found = []
+    for text in filter(None, git(folder, "log", "--format=%H%n%B%x00", span).split("\0")):
+        sha, *lines = text.strip().splitlines() or [""]
+        step = next((line.removeprefix(STEP) for line in lines if line.startswith(STEP)), "")
+        pairs = [tuple(line.removeprefix(SET).split(" ", 1)) for line in lines if line.startswith(SET)]
+        if sha:
+            found.append((sha, step, pairs))
+    return found
+
+
+def branch_name(news: Sequence[IncomingSet]) -> str:
+    """`retrain/<names>-<id>`; the id follows from names and content."""
+    about = "\n".join(f"{one.name} {one.fingerprint}" for one in news)
+    names = "-".join(one.name for one in news)
+    return f"{BRANCHES}/{names[:40].strip('-')}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
+
+
+def steps(copy: Path, commit: str) -> set[str]:
+    """The steps that a clone has committed on top of `commit`."""
+    return {step for _, step, _ in _history(copy, f"{commit}..HEAD") if step}
+
+
+def resumable(copy: Path, commit: str, branch: str) -> bool:
+    """Whether the clone holds a run for this branch on this commit that has at least its data; else it starts anew."""
+    if not (copy / ".git").exists() or _git(copy, "rev-parse", "--verify", f"{commit}^{{commit}}").returncode:
+        return False
+    history = _history(copy, f"{commit}..HEAD")
+    return bool(history) and all(step for _, step, _ in history) and git(copy, "branch", "--show-current") == branch
+
+
+def save(copy: Path, step: str, subject: str, news: Sequence[IncomingSet]) -> None:
+    """Commit everything that git does not ignore, with the trailers of the step."""
+    about = "\n".join(f"{SET}{one.name} {one.fingerprint}" for one in news)
+    (copy / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed run; nobody else works here
+    git(copy, "add", "--all")
+    identity = []
+    if _git(copy, "config", "user.email").returncode:
+        identity = ["-c", "user.name=retrain", "-c", "user.email=retrain@localhost"]
+    message = f"{subject}\n\n{STEP}{step}\n{about}\n"
+    git(copy, *identity, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--allow-empty", "--message", message)
+
+
+def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Output of a git command. Raises ClearError with what git says."""
+    done = _git(folder, *arguments)
+    if done.returncode:
+        said = " | ".join(done.stderr.strip().splitlines()[-2:])
+        raise ClearError(f"{folder}: `git {arguments[0]}` failed: {said}; repair that and run again.")
+    return done.stdout.strip()
+
+
+# The clone
+
+
+def bring_raw(workspace: Path, copy: Path) -> None:
+    """Give the clone the user's own data in data/raw that neither git nor DVC has, as hard links where that works."""
+    for given in sorted((workspace / "data" / "raw").glob("*")):
+        target = copy / "data" / "raw" / given.name
+        if target.exists() or target.with_name(f"{given.name}.dvc").exists():
+            continue
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if given.is_dir():
+            shutil.copytree(given, target, copy_function=link)
+        else:
+            link(str(given), str(target))
+
+
+def bring(folder: Path, copy: Path) -> None:
+    """Copy a set into the clone, in place of what is there under its name."""
+    target = copy / "data" / "incoming" / folder.name
+    shutil.rmtree(target, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder, target)
+
+
+def restore(copy: Path, name: str, fingerprint: str) -> None:
+    """Take a refused set out of the clone; the version that the revision was trained with, if any, comes back."""
+    from dvc.repo import Repo
+
+    target = copy / "data" / "incoming" / name
+    shutil.rmtree(target)
+    if fingerprint and _git(copy, "checkout", "HEAD", "--", f"data/incoming/{name}").returncode:
+        with Repo(str(copy)) as repo:
+            repo.checkout(targets=[str(target)], force=True, allow_missing=True)
+    here = {one.name: one.fingerprint for one in sets(target.parent)}
+    if here.get(name) != (fingerprint or None):
+        shutil.rmtree(target, ignore_errors=True)
+        target.with_name(f"{name}.dvc").unlink(missing_ok=True)
+
+
+def stage_names(copy: Path) -> list[str]:
+    """The stages of dvc.yaml, dependencies first."""
+    return [stage.name for stage in _ordered(copy)]
+
+
+def measuring(copy: Path, stage: str) -> list[str]:
+    """The stages to run so that `stage` measures the model that is there: its data, but nothing that trains."""
+    ordered = _ordered(copy)
+    makers = {out.fs_path: one.name for one in ordered for out in one.outs}
+    deps = {one.name: [dep.fs_path for dep in one.deps] for one in ordered}
+    wanted, found = [stage], set()
+    while wanted:
+        found.add(name := wanted.pop())
+        read = [path for path in deps[name] if path in makers and not _is_model(path, copy)]
+        wanted += [makers[path] for path in read if makers[path] not in found]
+    return [one.name for one in ordered if one.name in found]
+
+
+def incumbent_of(copy: Path, model: str) -> Path:
+    """The model folder that a model's evaluation reads. Raises ClearError if there is no such evaluation."""
+    for one in _ordered(copy):
+        if one.name == f"evaluate@{model}":
+            for dep in one.deps:
+                if _is_model(dep.fs_path, copy):
+                    return Path(dep.fs_path)
+    raise ClearError(f"{copy}/dvc.yaml: no stage evaluate@{model} that reads {MODELS}…; see gate.model in params.yaml.")
+
+
+def _is_model(path: str, copy: Path) -> bool:
+    return path.startswith(f"{copy}/{MODELS}")
+
+
+def _ordered(copy: Path) -> list:
+    import networkx
+    from dvc.repo import Repo
+    from dvc.stage import PipelineStage
+
+    with Repo(str(copy)) as repo:
+        graph = networkx.reverse_view(repo.index.graph)
+        # Data added with `dvc add` is a stage to DVC, without a name.
+        ordered = networkx.lexicographical_topological_sort(graph, key=lambda stage: getattr(stage, "name", "") or "")
+        return [stage for stage in ordered if isinstance(stage, PipelineStage)]

@@ -1,0 +1,158 @@
+"""Another profile of the pipeline, run in a copy of the workspace: `make repro PROFILE=smoke`.
+
+The copy lies in `$CLEAR_HOME/scratch/<profile>`: every file that git tracks or would track, as it is now, with
+params.yaml composed for the profile. It is a DVC workspace of its own that shares the cache. Nothing in the user's
+folder changes but the rendered report, `data/report/<profile>`. The copy stays, so that a second run does only what is
+out of date and an interrupted one resumes; there is one copy per profile and `make clean` removes them.
+`dvc exp run --temp` does the same from the last commit, but stashes and resets the user's folder meanwhile, forgets
+untracked files and refuses a clone without commits of its own. `clone` makes a copy of a commit instead, for flows.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from clear.config import PARAMS, PROFILES, compose
+from clear.data.records import write_text
+from clear.data.workspace import home
+from clear.errors import ClearError
+
+_OWN = {".dvc", "data", "dvc.lock"}
+"""What belongs to the copy itself and outlives a refresh."""
+
+
+def write_params(file: Path, overrides: Sequence[str] = ()) -> None:
+    """Compose clear/conf into `file`, byte for byte as `dvc exp run` does."""
+    from omegaconf import OmegaConf
+
+    write_text(file, OmegaConf.to_yaml(OmegaConf.create(compose(list(overrides)))))
+
+
+def run(workspace: Path, profile: str, overrides: Sequence[str] = ()) -> Path:
+    """Reproduce the pipeline of `workspace` under `profile` in its scratch copy and return the copy's folder.
+
+    Raises ClearError if the profile is unknown, the workspace is no git and DVC project, or a stage fails.
+    """
+    if profile not in PROFILES:
+        raise ClearError(f"profile {profile!r} is not one of {', '.join(PROFILES)}.")
+    folder = home() / "scratch" / profile
+    refresh(workspace.resolve(), folder)
+    write_params(folder / PARAMS, [f"profile={profile}", *overrides])
+    environment = os.environ | {
+        "CLEAR_HOME": str(home()),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+    # Sets under data/incoming that DVC tracks are no files of git: they come from the shared cache.
+    sets = sorted(file.relative_to(folder).as_posix() for file in folder.glob("data/incoming/*.dvc"))
+    if sets and _call([sys.executable, "-m", "dvc", "checkout", "-q", *sets], folder, environment):
+        raise ClearError(f"{', '.join(sets)}: not all of this is in the cache; `dvc pull` or `dvc add` it first.")
+    if _call([sys.executable, "-m", "dvc", "repro"], folder, environment):
+        raise ClearError(f"the run in {folder} stopped (see above); the same command continues where it stopped.")
+    return folder
+
+
+def _call(command: list[str], folder: Path, environment: dict[str, str]) -> int:
+    """Run a command in a process group of its own; an interruption reaches all of it and is waited for."""
+    process = subprocess.Popen(command, cwd=folder, env=environment, process_group=0)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        # DVC itself ignores SIGINT while a stage runs; the stage ends, and DVC with it.
+        os.killpg(process.pid, signal.SIGINT)
+        process.wait()
+        raise
+
+
+def refresh(workspace: Path, folder: Path) -> None:
+    """Make `folder` a DVC workspace with the current code of `workspace`, keeping the data it already has."""
+    files = _listed(workspace)
+    (folder / "data").mkdir(parents=True, exist_ok=True)
+    for old in folder.iterdir():
+        if old.name not in _OWN:
+            shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
+    shutil.rmtree(folder / "data" / "incoming", ignore_errors=True)  # put there by people, so the workspace decides
+    for name in files:
+        if Path(name).parts[0] not in _OWN or name.startswith("data/incoming/"):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(workspace / name, target, follow_symlinks=False)
+    raw = folder / "data" / "raw"
+    if (workspace / "data" / "raw").is_dir() and not raw.exists():  # the user's own data: read, never written
+        raw.symlink_to(workspace / "data" / "raw")
+    settings = folder / ".dvc"
+    settings.mkdir(exist_ok=True)
+    shutil.copy2(workspace / ".dvc" / "config", settings / "config")
+    (settings / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {_cache(workspace)}\n")
+
+
+def _listed(workspace: Path) -> list[str]:
+    """The files git tracks or would track, as they are in the folder now."""
+    if not (workspace / ".dvc" / "config").exists():
+        raise ClearError(f"{workspace}: no DVC project here; run this from the project's folder.")
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        listed = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
+    except FileNotFoundError as error:
+        raise ClearError("git is not installed; install it and repeat.") from error
+    if listed.returncode:
+        raise ClearError(f"{workspace}: {listed.stderr.strip()}; run this in a git clone of the project.")
+    names = dict.fromkeys(filter(None, listed.stdout.split("\0")))  # a file in a merge conflict is listed thrice
+    return [name for name in names if (workspace / name).is_file()]
+
+
+def _cache(workspace: Path) -> str:
+    from dvc.repo import Repo
+
+    with Repo(str(workspace)) as repo:
+        return repo.cache.local_cache_dir
+
+
+def clone(source: Path, revision: str, copy: Path) -> str:
+    """Make `copy` a fresh clone of `source` at `revision` with its DVC cache, remote and replies; returns the commit.
+
+    Raises ClearError where the source is no git clone with DVC or does not know the revision.
+    """
+    from dvc.repo import Repo
+
+    if not (source / ".dvc" / "config").exists():
+        raise ClearError(f"{source}: no DVC project here; name the project's folder as `workspace`.")
+    commit = _git(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
+    shutil.rmtree(copy, ignore_errors=True)
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    _git(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
+    _git(copy, "checkout", "--quiet", "--detach", commit)
+    with Repo(str(source)) as repo:
+        settings, cache = repo.config.read(), repo.cache.local_cache_dir
+    with Repo(str(copy)) as repo, repo.config.edit("local") as own:
+        own["cache"] = dict(settings.get("cache", {})) | {"dir": cache}
+        own["remote"] = settings.get("remote", {})
+        if default := settings.get("core", {}).get("remote"):
+            own["core"]["remote"] = default
+    # Paid replies outlive the copy. A link is no folder to .gitignore, so the copy is told apart.
+    replies = source / "data" / "replies"
+    replies.mkdir(parents=True, exist_ok=True)
+    (copy / "data").mkdir(exist_ok=True)
+    (copy / "data" / "replies").symlink_to(replies)
+    (copy / ".git" / "info").mkdir(exist_ok=True)
+    with (copy / ".git" / "info" / "exclude").open("a") as file:
+        file.write("/data/replies\n")
+    return commit
+
+
+def link(source: str, target: str) -> None:
+    """Hard link, or copy onto another file system; for what is only read."""
+    try:
+        os.link(Path(source).resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    return done.stdout

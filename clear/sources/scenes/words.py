@@ -1,0 +1,116 @@
+"""The closed vocabulary of the rendered scenes, and the form in which answers are compared.
+
+Every question, answer and piece of evidence of `clear.sources.scenes.questions` is a sequence of these words separated
+by single spaces, so that a word-level tokenizer of about seventy entries covers the source. Letters on signs are
+lower-case words; capital A to D are the labels of multiple-choice options and nothing else.
+"""
+
+import re
+import unicodedata
+from collections.abc import Sequence
+
+SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
+COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
+LETTERS = ("a", "c", "h", "k", "l", "t", "x", "z")
+OPTION_LETTERS = ("A", "B", "C", "D")
+RELATIONS = {"above": (-1, 0), "below": (1, 0), "left": (0, -1), "right": (0, 1)}
+"""Relation word to the (row, column) step from the anchor to the cell it names."""
+SIGN = "sign"
+CELLS = tuple(f"{column}{row}" for row in "123" for column in "abc")
+"""Names of the nine cells in raster order, as on a chess board: one word says both coordinates."""
+
+Cell = tuple[str, str] | None
+"""What a cell holds: None, (SIGN, letter) or (shape, colour)."""
+Cells = tuple[Cell, ...]
+"""Nine cells of a 3x3 grid in raster order."""
+
+VOCABULARY: tuple[str, ...] = (
+    *("?", ":", "0", "1", "2", "3"),
+    *OPTION_LETTERS,
+    *LETTERS,
+    *SHAPES,
+    *COLOURS,
+    *RELATIONS,
+    *("yes", "no", "none"),
+    *("which", "how", "many", "is", "there", "an", "the", "on", "of", "or", "says"),
+    *("colour", "letter", "sign", "shape", "shapes", "at"),
+    *CELLS,
+)
+"""Every word that can occur in a question, an answer or evidence, each once; the order is part of a trained model."""
+
+_PLACEHOLDERS = (
+    dict.fromkeys(SHAPES, "<shape>")
+    | dict.fromkeys(COLOURS, "<colour>")
+    | dict.fromkeys(RELATIONS, "<relation>")
+    | {"an": "a"}
+)
+
+
+_VARIANTS = str.maketrans({"−": "-", "﹣": "-", "－": "-", "–": "-", "⁄": "/", "＜": "<", "＞": ">", "＝": "="})
+_COMPARISONS = {"<=": "≤", ">=": "≥", "!=": "≠"}
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?!\d|,\d)")
+_KEPT = re.compile(
+    r"""(?<=\d)[-+./:^*×](?=[-+]?\.?\d)       # inside a number: 3.5, 2/3, 10:30, 3-4
+    | (?<![^\W_])[-+](?=\.?\d)               # its sign: -5; not x-5
+    | (?<!\w)\.(?=\d)                        # .5
+    | (?:(?<=[^\W_])|(?<=[^\W_][+\#]))[+\#](?![^\W_])  # A+, 18+, C++, C#
+    | (?<=(?<!\w)[^\W\d_])-(?=[\W_]*$)       # the grade A-
+    """,
+    re.VERBOSE,
+)
+"""Characters, beside letters, digits and combining marks, that are part of what an answer says."""
+
+
+def normalise(text: str) -> str:
+    """`text` as it is compared: lower-case words and numbers with single spaces between, without punctuation.
+
+    Signs, decimal points, fractions, other marks between two digits, and < > = ≤ ≥ ≠ ≈ count ("-5" is not "5", "2/3"
+    not "2 3", "1.0" not "1"); thousands separators do not ("1,000" is "1000"), nor do units that are one character
+    ("5%" is "5"). A text of nothing but punctuation stays as it is. A, B, C or D alone stays capital: an option label
+    and the letter on a sign are different, "A." gives "A", "(k)" and "K" give "k".
+    """
+    made = unicodedata.normalize("NFC", text).translate(_VARIANTS)
+    made = re.sub("[<>!]=", lambda found: _COMPARISONS[found[0]], made)
+    made = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), made)
+    made = re.sub(r"(?<=[-+])[$€£¥](?=\.?\d)", "", made)  # -$5
+    made = re.sub(r"(?<=\d)\s*/\s*(?=\d)", "/", made)
+    made = " ".join(re.sub(r"[^\w\s]|_", _counted, made).split())
+    if made in OPTION_LETTERS:
+        return made
+    return unicodedata.normalize("NFC", (made or " ".join(text.split())).casefold())
+
+
+def _counted(found: re.Match) -> str:
+    """What stands for one character that is neither letter nor digit."""
+    if found[0] in "<>=≤≥≠≈":
+        return f" {found[0]} "
+    if unicodedata.category(found[0])[0] == "M" or _KEPT.match(found.string, found.start()):
+        return found[0]
+    return " "
+
+
+LABELS = "ABCDEFGHIJ"
+"""The letters that name the options of a multiple-choice question, in order; no question has more options."""
+
+
+def lists_options(text: str, options: Sequence[str]) -> bool:
+    """Whether `text` itself lists all `options` in order, each behind its letter, with nothing but separators between.
+
+    Usual labels: "A. red", "(A) red", "A) red", "A: red", and "A red" as in the scenes. That an option's words occur
+    somewhere in the text ("no" in "not") is not enough; a list that is doubted is listed again, which harms nothing.
+    An option without text has a letter and is not listed.
+    """
+    named = [(label, option) for label, option in zip(LABELS, options, strict=False) if option.strip()]
+    if not named or len(options) > len(LABELS):
+        return False
+    labelled = (
+        rf"(?<!\w)(?:\({label}\)\s*|{label}[.):]\s*|{label}\s+)" + r"\s+".join(map(re.escape, option.split()))
+        for label, option in named
+    )
+    separated = r"(?!\S*\w)[\s.,;|/]*(?:(?:and|or)\s+)?".join(labelled)
+    return re.search(separated + r"(?!\S*\w)[^\S\n]*(?:$|[\n.,;!?)\]])", text) is not None
+
+
+def template(text: str) -> str:
+    """A question's text with every shape, colour and relation replaced by a placeholder."""
+    return " ".join(_PLACEHOLDERS.get(word, word) for word in text.split())

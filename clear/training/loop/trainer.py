@@ -1,0 +1,481 @@
+"""Supervised optimisation of a stage, one or more phases, on transformers' Trainer.
+
+This module adds to the Trainer only what it lacks: an `Objective` that computes its own loss from sample numbers, a
+folder keyed by the stage's inputs so that the same command resumes and another one never picks up foreign
+checkpoints, checkpoints that count only once they are complete, and phases whose finished weights are kept until
+the stage succeeds. All randomness of a loss comes from torch's global generator, whose state the Trainer stores, so
+a resumed run continues with the same numbers.
+
+Several processes (accelerate launch). Every process is given the whole batch and draws for all of it, so that the
+numbers are those of one process; `parallel.share_batch` then leaves it its own rows, and `Share.weight` makes means
+over the batch's tokens of the processes' own means. A loss that does not share computes the whole batch everywhere,
+which is right and saves nothing. The random state of the first process is everybody's after each step and in
+checkpoints, so a run may resume on another number of processes. Only the first process writes. Checkpoints hold what
+is trained; under FSDP they are sharded.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from tqdm import tqdm
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from clear.config import Config, Grpo, Optimiser, Phase
+from clear.data.records import file_sha256
+from clear.errors import ClearError
+from clear.model.mot import LanguageModel
+from clear.training.loop.parallel import (
+    Pass,
+    barrier,
+    copy_whole,
+    gathered,
+    one_pass,
+    one_random_state,
+    rank,
+    whole,
+    world,
+)
+from clear.training.loop.preemption import saved_on_sigterm
+
+Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
+_COMPLETE = "complete"
+_WEIGHTS, _EMA = "model.safetensors", "ema.safetensors"
+
+
+class StageRun:
+    """The private working folder of one stage run and the training curves collected so far."""
+
+    def __init__(self, stage: str, config: Config, inputs: Sequence[Path | str], home: Path) -> None:
+        """`inputs` are the files or folders whose content, with the parameters, identifies this run."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
+        self.config = config
+        digest = hashlib.sha256(json.dumps([stage, _relevant(config)], sort_keys=True).encode())
+        for path in inputs:
+            for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
+                if file.is_file():
+                    digest.update(bytes.fromhex(file_sha256(file)))
+        self.folder = home / digest.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.curve: list[dict[str, Any]] = []
+
+    def finish(self, curve: Path | str) -> None:
+        """Write the training curves as CSV and delete the working folder: the stage has succeeded."""
+        barrier()
+        if rank() == 0:
+            write_curve(curve, self.curve)
+            shutil.rmtree(self.folder)
+
+
+def _relevant(config: Config) -> dict:
+    plain = asdict(config)
+    for section in ("report", "evaluate", "gate", "compute"):
+        plain.pop(section)
+    for name in ("checkpoint_every", "log_every"):
+        plain["runtime"].pop(name)
+    return plain
+
+
+def write_curve(path: Path | str, rows: list[dict[str, Any]]) -> None:
+    """Rows of {phase, step, metric: value} as CSV with the union of the metrics; absent values stay empty."""
+    names = ["phase", "step", *sorted({key for row in rows for key in row} - {"phase", "step"})]
+    lines = [",".join(names)]
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+class Objective(nn.Module):
+    """A module and its loss as one model for the Trainer: forward takes sample numbers and returns the loss."""
+
+    def __init__(self, module: nn.Module, loss: Loss, precision: str) -> None:
+        super().__init__()
+        self.module = module
+        self._loss = loss
+        self._bf16 = precision == "bfloat16"
+        self.anchored = False
+        self.logged: dict[str, list[float]] = {}
+
+    def forward(self, index: Tensor) -> dict[str, Tensor]:
+        """index (B,) long → {"loss": scalar}; side figures are averaged into the log."""
+        with torch.autocast(index.device.type, torch.bfloat16, enabled=self._bf16):
+            loss, figures = self._loss(index.tolist())
+        for name, value in figures.items():
+            self.logged.setdefault(name, []).append(value)
+        if world() > 1:
+            one_random_state(index.device)
+        if self.anchored:
+            # Sharded gradients are exchanged for a group of parameters at once, so each must have one everywhere.
+            loss = loss + 0.0 * sum(
+                p.float().sum() for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)
+            )
+        return {"loss": loss}
+
+
+class TrainedOnly:
+    """For a Trainer: checkpoints hold only what is trained, and one random state for all processes."""
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            save_file(trained_state(self.accelerator.unwrap_model(self.model)), Path(output_dir) / _WEIGHTS)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not self.is_fsdp_enabled:  # there the optimiser's checkpoint brings the sharded weights along
+            self._save(output_dir)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            adopt_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        if self.args.should_save:
+            super()._save_rng_state(output_dir)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        found = [Path(checkpoint) / name for name in ("rng_state.pth", "rng_state_0.pth")]
+        file = next((path for path in found if path.exists()), None)
+        if file is None:
+            raise ClearError(f"{checkpoint} has no random state; delete it, and the phase starts from the one before.")
+        if self.args.world_size == 1 and file.name == "rng_state.pth":
+            super()._load_rng_state(checkpoint)
+            return
+        numpy_parts = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
+        with torch.serialization.safe_globals(numpy_parts):
+            state = torch.load(file, weights_only=True)
+        random.setstate(state["python"])
+        np.random.set_state(state["numpy"])
+        torch.set_rng_state(state["cpu"])
+        if torch.cuda.is_available() and "cuda" in state:
+            first = state["cuda"][0] if isinstance(state["cuda"], list) else state["cuda"]
+            torch.cuda.set_rng_state(first)
+
+
+def trained_state(module: nn.Module) -> dict[str, Tensor]:
+    """What training changes of a module: its state without the frozen parameters, whole, on the CPU."""
+    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    return {k: whole(v).contiguous() for k, v in module.state_dict().items() if k not in frozen}
+
+
+def adopt_trained(module: nn.Module, file: Path) -> None:
+    """Load a `trained_state`. Raises ClearError if the file is of another set of parameters."""
+    state = load_file(file)
+    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    found = module.load_state_dict(state, strict=False)
+    if set(found.missing_keys) - frozen or found.unexpected_keys:
+        raise ClearError(f"{file} belongs to another set of trained parameters; delete it and repeat the command.")
+
+
+class _Trainer(TrainedOnly, Trainer):
+    """The Trainer, with the objective's side figures in every log line and the whole batch in every process."""
+
+    rows_per_pass = token_budget = 0
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        objective = self.accelerator.unwrap_model(self.model)
+        if "loss" in logs:
+            for name, values in gathered(objective.logged).items():
+                logs[name] = sum(values) / len(values)
+            objective.logged = {}
+        super().log(logs, start_time)
+
+    def _open_log(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"log_{rank()}.json"
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        super()._save_rng_state(output_dir)
+        if self.state.global_step > self._globalstep_last_logged:  # saved on request, between two log lines
+            logged = self.accelerator.unwrap_model(self.model).logged
+            content = [self._globalstep_last_logged, self._tr_loss.item(), logged]
+            self._open_log(output_dir).write_text(json.dumps(content))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        super()._load_rng_state(checkpoint)
+        if checkpoint is not None and self._open_log(checkpoint).exists():
+            self._globalstep_last_logged, loss, logged = json.loads(self._open_log(checkpoint).read_text())
+            self._tr_loss.fill_(loss)
+            self.accelerator.unwrap_model(self.model).logged = logged
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> Tensor:
+        """One step, in as many passes as `rows_per_pass` and `token_budget` ask for."""
+        if not (self.rows_per_pass or self.token_budget):
+            return super().training_step(model, inputs, num_items_in_batch)
+        now, state, total = Pass(self.rows_per_pass, self.token_budget), self._random_state(), 0.0
+        while now.number < now.passes:
+            if now.number:
+                # Each pass draws for the whole batch again, as one pass would; only its rows are computed.
+                self._set_random_state(state)
+            with one_pass(now):
+                total = total + super().training_step(model, inputs, num_items_in_batch)
+            now.number += 1
+        if self.token_budget and now.tokens:
+            logged = self.accelerator.unwrap_model(self.model).logged
+            logged.setdefault("real_tokens", []).append(now.real / now.tokens)
+            logged.setdefault("passes", []).append(now.passes)
+        return total
+
+    @staticmethod
+    def _random_state() -> tuple[Tensor, list[Tensor]]:
+        return torch.get_rng_state(), torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+
+    @staticmethod
+    def _set_random_state(state: tuple[Tensor, list[Tensor]]) -> None:
+        torch.set_rng_state(state[0])
+        if state[1]:
+            torch.cuda.set_rng_state_all(state[1])
+
+    def get_train_dataloader(self):
+        loader = super().get_train_dataloader()
+        if world() > 1:  # accelerate has made this a sampler of every n-th batch; here all processes take every one
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
+
+
+class Ema(TrainerCallback):
+    """Exponential moving average of the trained parameters, float32, saved with the checkpoints."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self._module, self._decay = module, decay
+        self._mean: dict[str, Tensor] = {}
+
+    def _trained(self) -> dict[str, Tensor]:
+        return {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        self._mean = {name: p.float().clone() for name, p in self._trained().items()}
+        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA
+        if state.global_step and file.exists():
+            for name, value in load_file(file).items():
+                copy_whole(self._mean[name], value)
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, **_) -> None:
+        for name, value in self._trained().items():
+            self._mean[name].lerp_(value.float(), 1 - self._decay)
+
+    def on_save(self, args, state, control, **_) -> None:
+        found = {}
+        for name, value in self._mean.items():
+            full = whole(value)  # all processes take part, one keeps it
+            found |= {name: full} if rank() == 0 else {}
+        if rank() == 0:
+            save_file(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Put the average into the module."""
+        for name, value in self._trained().items():
+            value.copy_(self._mean[name])
+
+
+class Progress(TrainerCallback):
+    """A progress bar on a terminal; elsewhere (DVC's log, CI) one line per tenth of the steps."""
+
+    def __init__(self, name: str) -> None:
+        self._bar = None
+        self._name = name
+        self._figures: dict[str, float] = {}
+
+    def on_train_begin(self, args, state, control, **_) -> None:
+        hidden = None if rank() == 0 else True  # None: shown on a terminal
+        total, first = state.max_steps, state.global_step
+        self._bar = tqdm(total=total, initial=first, desc=self._name, disable=hidden, mininterval=1)
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        self._bar.update(1)
+        if rank() == 0 and self._bar.disable and state.global_step % max(1, state.max_steps // 10) == 0:
+            shown = " ".join(f"{k} {v:.4g}" for k, v in self._figures.items() if isinstance(v, float))
+            print(f"{self._name} {state.global_step}/{state.max_steps} {shown}", file=sys.stderr, flush=True)
+
+    def on_log(self, args, state, control, logs=None, **_) -> None:
+        hidden = ("epoch", "learning_rate", "grad_norm")
+        self._figures = {k: float(v) for k, v in (logs or {}).items() if k not in hidden and isinstance(v, int | float)}
+        self._bar.set_postfix({k: f"{v:.3g}" for k, v in list(self._figures.items())[:4]}, refresh=False)
+
+    def on_train_end(self, args, state, control, **_) -> None:
+        self._bar.close()
+
+
+class MarkComplete(TrainerCallback):
+    """Write the mark of a complete checkpoint last, so that a kill inside a save leaves none.
+
+    There is no checkpoint of the last step: the Trainer would resume it with one step too many.
+    """
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        control.should_save = control.should_save and state.global_step < state.max_steps
+
+    def on_save(self, args, state, control, **_) -> None:
+        barrier()
+        if rank() == 0:
+            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+
+
+def last_complete(folder: Path) -> Path | None:
+    """The newest complete checkpoint of a phase; incomplete ones are removed."""
+    barrier()
+    found = []
+    for path in folder.glob("checkpoint-*"):
+        if (path / _COMPLETE).exists():
+            found.append(path)
+        elif rank() == 0:
+            shutil.rmtree(path)
+    barrier()
+    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+
+
+def training_arguments(
+    kind: type, run: StageRun, folder: Path, batch: int, phase: Phase | Grpo, optimiser: Optimiser, **more
+):
+    """The arguments every optimisation here shares, as `kind` (TrainingArguments or a subclass).
+
+    `batch` samples are computed at a time; `phase` has the steps, the learning rate and the warm-up.
+    """
+    runtime = run.config.runtime
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        more["accelerator_config"] = {"even_batches": False}
+        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+            # Else the gradients of all weights stay whole in every process until the last part of a step.
+            more["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
+    args = kind(
+        output_dir=str(folder),
+        max_steps=phase.steps,
+        per_device_train_batch_size=batch,
+        learning_rate=phase.lr,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr_rate": optimiser.lr_floor},
+        warmup_steps=min(phase.warmup, phase.steps),
+        weight_decay=optimiser.weight_decay,
+        adam_beta1=optimiser.beta1,
+        adam_beta2=optimiser.beta2,
+        adam_epsilon=optimiser.eps,
+        max_grad_norm=optimiser.clip,
+        logging_steps=min(runtime.log_every, phase.steps),
+        logging_nan_inf_filter=False,
+        save_steps=runtime.checkpoint_every,
+        save_total_limit=2,
+        seed=run.config.seed,
+        data_seed=run.config.seed,
+        use_cpu=runtime.device == "cpu" or not torch.cuda.is_available(),
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+        report_to=[],
+        disable_tqdm=True,
+        log_level="error",
+        **more,
+    )
+    args._n_gpu = min(1, args.n_gpu)  # one process uses one GPU; several are accelerate's business
+    return args
+
+
+def optimise(
+    run: StageRun, name: str, module: nn.Module, loss: Loss, samples: int, phase: Phase, ema: float = 0.0
+) -> None:
+    """Train `module` in place for one phase: `loss(sample numbers) -> (scalar, figures)` over `samples` samples.
+
+    `phase.batch` is the batch of all processes together. Resumes from the last complete checkpoint of the same run;
+    a finished phase is loaded, not repeated. With `ema` the module ends with averaged weights. Raises ClearError if
+    nothing is trainable, or for a second phase in one process under FSDP.
+    """
+    if phase.steps == 0:
+        return
+    finished, curve = run.folder / f"{name}.safetensors", run.folder / f"{name}.json"
+    if finished.exists():
+        adopt_trained(module, finished)
+        run.curve += json.loads(curve.read_text())
+        return
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ClearError(f"phase {name} has nothing to train; lora.experts or lora.targets leave nothing for it.")
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+    if sharded and any(hasattr(part, "unshard") for part in module.modules()):
+        raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command, it goes on here.")
+    folder = run.folder / (f"{name}_sharded" if sharded else name)
+    args = training_arguments(TrainingArguments, run, folder, phase.batch, phase, run.config.optimiser, label_names=[])
+    objective = Objective(module, loss, run.config.runtime.precision)
+    average = [Ema(objective, ema)] if ema else []
+    trainer = _Trainer(
+        model=objective,
+        args=args,
+        train_dataset=list(range(samples)),
+        data_collator=lambda batch: {"index": torch.tensor(batch)},
+        callbacks=[*average, MarkComplete(), Progress(name)],
+    )
+    trainer.rows_per_pass = run.config.runtime.rows_per_pass
+    trainer.token_budget = run.config.runtime.token_budget
+    trainer.remove_callback(PrinterCallback)
+    module.train()
+    _always_both_experts(objective, sharded)
+    checkpoint = last_complete(folder)
+    with saved_on_sigterm(trainer) as leave:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    for one in average:
+        one.apply()
+    _unshard(module)
+    module.eval()
+    rows = curve_rows(name, trainer.state.log_history)
+    run.curve += rows
+    if rank() == 0:
+        curve.write_text(json.dumps(rows))
+        partial = finished.with_suffix(".partial")
+        save_file(trained_state(module), partial)
+        partial.rename(finished)
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+    if leave():
+        raise KeyboardInterrupt
+
+
+def _always_both_experts(objective: Objective, sharded: bool) -> None:
+    """Under FSDP every parameter takes part in every step, if need be with no token.
+
+    So weights that no row of a batch uses get a zero gradient there, and AdamW goes on with their momentum; elsewhere
+    they get none and stay as they are.
+    """
+    objective.anchored = sharded
+    for part in objective.modules():
+        if isinstance(part, LanguageModel):
+            for layer in part.model.layers:
+                layer.always_both = sharded
+
+
+def _unshard(module: nn.Module) -> None:
+    """Replace sharded parameters by whole ones on the first process's CPU, which can then save the module.
+
+    The others keep none: a host has no room for as many whole models as it has GPUs.
+    """
+    for part in module.modules():
+        for name, value in list(part._parameters.items()):
+            if isinstance(value, DTensor):
+                full = value.detach().full_tensor()
+                full = full.to("cpu" if rank() == 0 else "meta")
+                part._parameters[name] = nn.Parameter(full, requires_grad=value.requires_grad)
+
+
+def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:
+    """The Trainer's log lines without clocks."""
+    hidden = {"step", "epoch", "learning_rate", "total_flos"}
+    rows = []
+    for line in history:
+        figures = {k: v for k, v in line.items() if k not in hidden and not k.startswith("train_")}
+        if "loss" in figures:
+            rows.append({"phase": phase, "step": line["step"], **figures})
+    return rows

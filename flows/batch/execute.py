@@ -1,0 +1,344 @@
+"""Where a stage runs: here, or as a job on AWS Batch (section `compute` of params.yaml; docs/CLOUD.md).
+
+A stage placed on AWS Batch is submitted under a name that stands for its inputs. Asking again, after a crash or from
+another run, finds the job that is queued or running, or the result that is there. While it runs, the flow shows its
+log, renews its lease (flows/sweep.py) and watches what it costs; when the flow is cancelled or fails, the job is ended.
+From spot it moves on demand where spot has no machine in time or takes it away too often. What comes back is taken over
+only if its entry of dvc.lock names exactly the inputs asked for and every file has the hash in it.
+"""
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect import get_run_logger
+from prefect.runtime import flow_run
+from prefect.states import Completed, State
+
+from clear.config import PARAMS, load
+from clear.data.records import write_json
+from clear.data.workspace import profile
+from clear.errors import ClearError
+from clear.placement import BatchJob, Compute
+from flows.batch import cost
+from flows.batch import job as batch
+from flows.batch.request import CACHED, LOCK, Inputs, describe, environment_tag, send
+from flows.batch.store import Store, Unreachable
+from flows.pipeline import Temporary, dvc, environment, missing_outputs, remote_of
+
+LOCAL, AWS_BATCH = "local", "aws_batch"
+PATIENCE_SECONDS = 900.0
+"""How long AWS may be out of reach while a job runs before the flow's task fails and is tried again."""
+
+
+def elsewhere(stage: str, workspace: Path, force: bool = False) -> State | None:
+    """Reproduce a stage that is placed elsewhere; None if it runs here, and then its inputs are here.
+
+    Raises ClearError if it failed or came back wrong, Temporary if AWS was out of reach.
+    """
+    places = placement(workspace)
+    if AWS_BATCH not in places.values():
+        return None
+    say = get_run_logger().info
+    if places.get(stage.partition("@")[0], LOCAL) == LOCAL:
+        bring_inputs(stage, workspace, say)
+        return None
+    found = state(stage, workspace)
+    if found == "same" and not force:
+        return Completed(name="Cached", message=f"{stage}: up to date")
+    if found == "cached" and not force:
+        return None  # DVC has the outputs of an earlier run of these inputs here
+    compute = load(workspace / PARAMS).compute
+    try:
+        said = reproduce(stage, workspace, compute, say, f"{flow_run.id}" if force else "")
+    except Unreachable as error:
+        raise Temporary(f"stage {stage}: {error}") from error
+    return Completed(name="Ran", message=f"{stage}: {said}")
+
+
+def placement(workspace: Path) -> dict[str, str]:
+    """Stage → place, as params.yaml says; empty where it does not (an older revision, another project)."""
+    if not (workspace / PARAMS).exists():
+        return {}
+    try:
+        found = yaml.safe_load((workspace / PARAMS).read_text())
+    except yaml.YAMLError as error:
+        raise ClearError(f"{workspace / PARAMS} is not valid YAML: {' '.join(str(error).split())}") from error
+    section = found.get("compute") if isinstance(found, dict) else None
+    places = section.get("place") if isinstance(section, dict) else None
+    return places if isinstance(places, dict) else {}
+
+
+def state(stage: str, workspace: Path) -> str:
+    """What `dvc repro` would do with a stage, missing data aside: "same", "cached" (it has the outputs) or "run"."""
+    quiet: list[str] = []
+    lines = dvc(["repro", "--single-item", "--dry", "--allow-missing", stage], workspace, quiet.append)
+    if any(line.startswith(f"Stage '{stage}' didn't change, skipping") for line in lines):
+        return "same"
+    return "cached" if any(line.startswith(f"Stage '{stage}' is cached - skipping") for line in lines) else "run"
+
+
+def bring_inputs(stage: str, workspace: Path, say: Callable[[str], None]) -> None:
+    """Pull what a stage reads and what was left in the DVC remote because it is large."""
+    if remote_of(workspace) is not None and (missing := missing_outputs(workspace, [stage])):
+        say(f"fetching what stage {stage} needs here: {', '.join(missing)}")
+        dvc(["pull", "--allow-missing", *missing], workspace, say)
+
+
+def reproduce(
+    stage: str, workspace: Path, compute: Compute, say: Callable[[str], None] = print, nonce: str = ""
+) -> str:
+    """Make a stage's outputs on AWS Batch, or find them made, and take them over; returns what it took, in words.
+
+    `nonce` asks for a run of its own even if the same inputs have been run before.
+    """
+    inputs = describe(stage, workspace)
+    key = inputs.key(nonce)
+    account = batch.account(compute)
+    store = Store(account.s3, account.outputs["Bucket"])
+    result = store.read(f"results/{key}.json")
+    if result is not None:
+        try:
+            adopt(result, inputs, store, workspace, compute, say)
+            return f"taken from job {result['job']}, which had run it"
+        except (Unreachable, Temporary):
+            raise
+        except ClearError as error:
+            say(f"the result of an earlier job is not used: {error}")
+            store.delete(f"results/{key}.json")
+    job = compute.jobs.get(stage.partition("@")[0]) or compute.jobs["default"]
+    work = _Work(account, store, compute, job, inputs, key, workspace, say, bool(nonce))
+    spent = work.run()
+    result = store.read(f"results/{key}.json")
+    if result is None:
+        raise ClearError(f"stage {stage}: job {work.job_id} ended well and left no result in {store.url('results')}.")
+    adopt(result, inputs, store, workspace, compute, say)
+    _record(stage, workspace, result, {"aws_batch": {"job": work.job_id, "hours": work.hours, "usd_at_most": spent}})
+    return f"ran as job {work.job_id}: {work.hours:.2f} h, {spent:.2f} USD at most"
+
+
+@dataclass
+class _Work:
+    """One stage on its way through AWS Batch."""
+
+    account: batch.Account
+    store: Store
+    compute: Compute
+    job: BatchJob
+    inputs: Inputs
+    key: str
+    workspace: Path
+    say: Callable[[str], None]
+    force: bool
+    job_id: str = ""
+    hours: float = 0.0
+    before: float = 0.0
+    """US dollars of the jobs before this one: those that spot took away."""
+
+    def run(self) -> float:
+        """Submit or find the job and wait for it; returns US dollars. The job is ended if this call ends early."""
+        name = batch.job_name(self.compute.stack, self.inputs.stage, self.key)
+        found = [(spot, batch.find(self.account.batch, self.account.queue(spot), name)) for spot in (True, False)]
+        spot, self.job_id = next(((spot, one) for spot, one in found if one), (self.job.spot, ""))
+        estimate = cost.estimate(self.compute, self.job)
+        try:
+            if self.job_id:
+                self.say(f"stage {self.inputs.stage} is already job {self.job_id}: waiting for it")
+            else:
+                self.say(f"stage {self.inputs.stage} on AWS Batch, {estimate}")
+                cost.settle(self.store, self.account.batch)
+                cost.refuse_beyond_budget(self.store, self.compute, estimate, self.inputs.stage)
+                self._submit(name, spot, estimate.allowed)
+            while (ended := self._follow(spot, estimate.allowed)) == "on demand":
+                spot = False
+                self._submit(name, spot, estimate.allowed - self.before)
+        except Unreachable:
+            raise  # the job goes on; the next attempt finds it
+        except BaseException as error:
+            if self.job_id:
+                with suppress(ClearError):  # then the sweeper ends it
+                    batch.terminate(self.account.batch, self.job_id, f"its flow ended: {type(error).__name__}")
+            raise
+        return ended
+
+    def _submit(self, name: str, spot: bool, allowed: float) -> None:
+        if here := [path for path in self._cached() if (self.workspace / path).exists()]:
+            dvc(["push", *here], self.workspace, self.say)
+        request = send(
+            self.store,
+            self.inputs,
+            self.key,
+            self.workspace,
+            force=self.force,
+            weights=self.compute.weights,
+            checkpoint_seconds=self.compute.checkpoint_seconds,
+        )
+        image = self.compute.image or f"{self.account.outputs['Repository']}:{environment_tag(self.workspace)}"
+        tags = {"stage": self.inputs.stage, "key": self.key}
+        url = self.store.url(request)
+        self.job_id = batch.submit(self.account, self.compute, self.job, image, name, spot, url, tags)
+        hourly = cost.hourly(self.compute, self.job, spot)
+        cost.enter(self.store, self.job_id, self.inputs.stage, allowed, hourly=hourly)
+        self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")
+
+    def _cached(self) -> list[str]:
+        return [path for path, kind in self.inputs.kinds.items() if kind == CACHED]
+
+    def _follow(self, spot: bool, allowed: float) -> float | str:
+        """Wait until the job has ended; US dollars, or "on demand" if spot does not do; ClearError if it failed."""
+        shown: dict[str, int] = {}
+        answered, last = time.monotonic(), ""
+        price = cost.hourly(self.compute, self.job, spot)
+        while True:
+            try:
+                job = batch.describe(self.account.batch, self.job_id)
+                lease(self.store, self.job_id)
+                self._show_log(shown)
+                answered = time.monotonic()
+            except Unreachable as error:
+                if time.monotonic() - answered > PATIENCE_SECONDS:
+                    raise
+                self.say(f"AWS is out of reach, trying again: {error}")
+                time.sleep(self.compute.poll_seconds)
+                continue
+            if job is None:
+                raise ClearError(f"stage {self.inputs.stage}: AWS Batch does not know job {self.job_id} any more.")
+            if job["status"] != last:
+                last = job["status"]
+                self.say(f"job {self.job_id}: {last}")
+            self.hours = batch.hours(job)
+            spent = self.before + self.hours * price
+            if last in batch.ENDED:
+                cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
+                self._show_log(shown)
+                if last == "SUCCEEDED":
+                    return spent
+                return self._failed(job, spot, spent)
+            if spot and last == "RUNNABLE" and batch.waiting(job) > self.compute.spot_wait_minutes * 60:
+                self.say(f"no spot machine within {self.compute.spot_wait_minutes:g} min: asking on demand")
+                batch.terminate(self.account.batch, self.job_id, "no spot machine in time")
+                cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
+                self.before = spent
+                return "on demand"
+            if spent > allowed:
+                raise ClearError(
+                    f"stage {self.inputs.stage}: job {self.job_id} has cost {spent:.2f} USD, more than the "
+                    f"{allowed:.2f} it was allowed; its checkpoint is kept; raise compute.jobs.*.timeout_hours."
+                )
+            time.sleep(self.compute.poll_seconds)
+
+    def _failed(self, job: dict[str, Any], spot: bool, spent: float) -> str:
+        if batch.reclaimed(job) and spot:
+            self.say("spot has taken the machine away too often: asking on demand")
+            self.before = spent
+            return "on demand"
+        reason = job.get("statusReason") or job.get("container", {}).get("reason") or "no reason given"
+        kept = [line for line in self._log_end() if line.startswith("error: ")]
+        raise ClearError(f"stage {self.inputs.stage}: job {self.job_id} failed: {(kept or [reason])[-1]}")
+
+    def _logs(self) -> list[str]:
+        return sorted(self.store.names(f"logs/{self.key}/{self.job_id}-"))
+
+    def _show_log(self, shown: dict[str, int]) -> None:
+        for name in self._logs():
+            found = self.store.read_bytes(name, shown.get(name, 0)) or b""
+            whole = found[: found.rfind(b"\n") + 1]
+            shown[name] = shown.get(name, 0) + len(whole)
+            for line in whole.decode(errors="replace").splitlines():
+                self.say(f"│ {line}")
+
+    def _log_end(self) -> list[str]:
+        names = self._logs()
+        return (self.store.read_bytes(names[-1]) or b"").decode(errors="replace").splitlines() if names else []
+
+
+def lease(store: Store, job_id: str) -> None:
+    """Say that somebody waits for a job."""
+    run = flow_run.id
+    store.write(f"leases/{job_id}.json", {"flow_run": run})
+
+
+def adopt(
+    result: dict, inputs: Inputs, store: Store, workspace: Path, compute: Compute, say: Callable[[str], None]
+) -> None:
+    """Take over what a job has made: small outputs, the entry of dvc.lock, the data up to `fetch_mib`.
+
+    Nothing changes here before the entry is known to belong to these inputs and every small file to the entry. Raises
+    ClearError where it does not.
+    """
+    entry = result["lock"]
+    refuse_other_inputs(entry, inputs)
+    arrived = workspace / ".clear" / "arrived"
+    shutil.rmtree(arrived, ignore_errors=True)
+    outs = {out["path"]: out for out in entry.get("outs", [])}
+    for name, digest in result["files"].items():
+        if not any(name == out or name.startswith(f"{out}/") for out, kept in inputs.outs.items() if not kept):
+            raise ClearError(f"stage {inputs.stage}: the job sent {name}, which is none of its outputs in git.")
+        store.fetch(f"objects/{digest}", arrived / name, digest)
+        wanted = outs.get(name, {}).get("md5")
+        if wanted and _md5(arrived / name) != wanted:
+            raise ClearError(f"stage {inputs.stage}: {name} is not the file that the job's entry of {LOCK} names.")
+    for name in result["files"]:
+        (workspace / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.move(arrived / name, workspace / name)
+    shutil.rmtree(arrived, ignore_errors=True)
+    cached = [name for name, kept in inputs.outs.items() if kept]
+    large = [name for name in cached if outs[name].get("size", 0) > compute.fetch_mib * 2**20]
+    for name in large:  # an older version must not be taken for this one
+        path = workspace / name
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    merge_lock(workspace / LOCK, inputs.stage, entry)
+    if fetched := [name for name in cached if name not in large]:
+        dvc(["pull", "--force", *fetched], workspace, say)
+    if large:
+        say(f"left in the DVC remote until a stage here reads it: {', '.join(large)}")
+    if state(inputs.stage, workspace) != "same":
+        raise ClearError(f"stage {inputs.stage} came back and is still out of date; see `dvc status {inputs.stage}`.")
+
+
+def _md5(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "md5").hexdigest()
+
+
+def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:
+    """Raise ClearError unless an entry of dvc.lock is of exactly these inputs."""
+    params = {name: value for values in entry.get("params", {}).values() for name, value in values.items()}
+    found = {
+        "cmd": entry.get("cmd"),
+        "deps": {dep["path"]: dep.get(dep.get("hash", "md5")) for dep in entry.get("deps", [])},
+        "params": params,
+        "outs": sorted(out["path"] for out in entry.get("outs", [])),
+    }
+    wanted = {"cmd": inputs.cmd, "deps": inputs.deps, "params": inputs.params, "outs": sorted(inputs.outs)}
+    for name, value in wanted.items():
+        if found[name] != value:
+            raise ClearError(
+                f"stage {inputs.stage}: the job's entry of {LOCK} has other {name} ({found[name]!r}) than it was asked "
+                f"for ({value!r}); nothing is taken over."
+            )
+
+
+def merge_lock(file: Path, stage: str, entry: dict) -> None:
+    """Put a stage's entry into dvc.lock, as DVC writes it."""
+    from dvc.utils.serialize import modify_yaml
+
+    with modify_yaml(str(file)) as content:
+        if not content:
+            content["schema"] = "2.0"
+        content["stages"] = content.get("stages", {})
+        content["stages"][stage] = entry
+
+
+def _record(stage: str, workspace: Path, result: dict, more: dict[str, Any]) -> None:
+    """The job's run records, with what it cost, among this machine's."""
+    folder = Path(environment(workspace)["CLEAR_HOME"]) / "runs" / profile(workspace)
+    for name, text in ({stage.replace("@", "_"): "{}"} | result["runs"]).items():
+        write_json(folder / f"{name}.json", json.loads(text) | more)

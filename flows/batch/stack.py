@@ -1,0 +1,139 @@
+"""The cloud account's side: `make stack` creates or updates the CloudFormation stack, `make image` pushes the image.
+
+Both read section `compute` of params.yaml. Neither has been run against real hardware yet (docs/CLOUD.md).
+"""
+
+import base64
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from clear.config import PARAMS, load
+from clear.errors import ClearError
+from clear.placement import Compute
+from flows.batch.job import OUTPUTS, account
+from flows.batch.request import environment_tag
+from flows.batch.store import client, said_plainly, split
+
+TEMPLATE = Path("infra/stack.yaml")
+PLATFORM = "linux/amd64"
+
+
+def parameters(compute: Compute, root: Path, mail: str = "") -> dict[str, str]:
+    """The template's parameters for a configuration: instance types of all jobs, disk, limits, image, weights."""
+    types = sorted({one for job in compute.jobs.values() for one in job.instance_types})
+    return {
+        "InstanceTypes": ",".join(types),
+        "RootVolumeGiB": str(compute.root_volume_gib),
+        "MaxVcpus": str(compute.max_vcpus),
+        "ImageTag": environment_tag(root),
+        "WeightsBucket": split(compute.weights)[0] if compute.weights else "",
+        "AlarmUsd": f"{compute.alarm_usd:g}",
+        "AlarmMail": mail,
+    }
+
+
+def apply(compute: Compute, root: Path, mail: str = "") -> dict[str, str]:
+    """Create the stack or bring it up to date; returns its outputs. Raises ClearError with CloudFormation's reason."""
+    from botocore.exceptions import WaiterError
+
+    formation = client("cloudformation", compute.region)
+    given: dict[str, Any] = {
+        "StackName": compute.stack,
+        "TemplateBody": (root / TEMPLATE).read_text(),
+        "Parameters": [
+            {"ParameterKey": name, "ParameterValue": value} for name, value in parameters(compute, root, mail).items()
+        ],
+        "Capabilities": ["CAPABILITY_IAM"],
+        "Tags": [{"Key": "clear", "Value": compute.stack}],
+    }
+    try:
+        with said_plainly(f"stack {compute.stack}"):
+            if _exists(formation, compute.stack):
+                formation.update_stack(**given)
+                formation.get_waiter("stack_update_complete").wait(StackName=compute.stack)
+            else:
+                formation.create_stack(**given, OnFailure="DELETE")
+                formation.get_waiter("stack_create_complete").wait(StackName=compute.stack)
+    except WaiterError as error:
+        raise ClearError(f"stack {compute.stack}: {_reason(formation, compute.stack) or error}") from error
+    except ClearError as error:
+        if "No updates are to be performed" not in str(error):
+            raise
+    return account(compute).outputs
+
+
+def _exists(formation: Any, stack: str) -> bool:
+    from botocore.exceptions import ClientError
+
+    try:
+        formation.describe_stacks(StackName=stack)
+    except ClientError as error:
+        if "does not exist" in str(error):
+            return False
+        raise
+    return True
+
+
+def _reason(formation: Any, stack: str) -> str:
+    events = formation.describe_stack_events(StackName=stack)["StackEvents"]
+    failed = [one for one in events if one["ResourceStatus"].endswith("FAILED")]
+    first = failed[-1] if failed else {}
+    return f"{first['LogicalResourceId']}: {first.get('ResourceStatusReason')}" if first else ""
+
+
+def push_image(compute: Compute, root: Path) -> str:
+    """Build infra/Dockerfile and push it under the tag of this environment; returns its name.
+
+    An image that is there is not built again. Raises ClearError where Docker is missing or refuses.
+    """
+    repository = account(compute).outputs["Repository"]
+    name, tag = repository, environment_tag(root)
+    registry = client("ecr", compute.region)
+    with said_plainly(f"repository {name}"):
+        found = registry.list_images(repositoryName=name.partition("/")[2])["imageIds"]
+        if any(one.get("imageTag") == tag for one in found):
+            return f"{name}:{tag}"
+        token = registry.get_authorization_token()["authorizationData"][0]
+    user, _, password = base64.b64decode(token["authorizationToken"]).decode().partition(":")
+    address = token["proxyEndpoint"]
+    _docker(["build", "--platform", PLATFORM, "-f", "infra/Dockerfile", "-t", f"{name}:{tag}", "."], root)
+    _docker(["login", "--username", user, "--password-stdin", address], root, password)
+    _docker(["push", f"{name}:{tag}"], root)
+    return f"{name}:{tag}"
+
+
+def _docker(arguments: list[str], root: Path, given: str | None = None) -> None:
+    environment = os.environ | {"DOCKER_BUILDKIT": "1"}
+    try:
+        done = subprocess.run(["docker", *arguments], cwd=root, input=given, text=True, env=environment, check=False)
+    except FileNotFoundError as error:
+        raise ClearError("docker is not installed; install it and repeat.") from error
+    if done.returncode:
+        raise ClearError(f"`docker {arguments[0]}` ended with status {done.returncode}; its reason is above.")
+
+
+def main(arguments: list[str]) -> int:
+    """`stack [mail]` or `image`, in the project's folder; 0 done, 1 refused with one line."""
+    root = Path.cwd()
+    try:
+        compute = load(root / PARAMS).compute
+        if arguments[:1] == ["image"]:
+            print(f"image: {push_image(compute, root)}")
+        elif arguments[:1] == ["stack"]:
+            outputs = apply(compute, root, "".join(arguments[1:2]))
+            for name in (*OUTPUTS, "FlowPolicy"):
+                print(f"{name:15} {outputs.get(name, '')}")
+            print(f"next: make image; make remote BUCKET={outputs['Bucket']}/dvc")
+        else:
+            raise ClearError("say `stack` or `image`: make stack [MAIL=address], make image.")
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,175 @@
+"""What flow and job tell each other, in S3: small files by content, JSON notes, and who is told what went wrong.
+
+    objects/<sha256>                  dvc.lock, params.yaml, results: files by their content
+    bundles/<commit>-<random>         git bundles
+    requests/<key>/<id>.json          what a job is to do (flows/batch/request.py)
+    results/<key>.json                what came out of it; written last
+    logs/<key>/<job>-<attempt>.log    what the job printed
+    checkpoints/<key>/<job>/…         flows/batch/checkpoints.py
+    leases/<job>.json                 the flow run that waits for a job; flows/sweep.py ends jobs without one
+    ledger/<month>/<job>.json         what a job was allowed to cost, and did
+
+`key` stands for a stage and the content of everything it reads. Downloads are checked against their hash. Clients are
+plain boto3: credentials, region and endpoints come from where AWS tools look for them.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from clear.errors import ClearError
+
+PREFIX = "compute"
+
+
+class Unreachable(ClearError):
+    """AWS did not answer; that may pass."""
+
+
+class Damaged(ClearError):
+    """What came from S3 is not what was put there."""
+
+
+def client(service: str, region: str = "") -> Any:
+    """A boto3 client with patience for slow answers."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
+    patient = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
+    try:
+        return boto3.session.Session().client(service, region_name=region or None, config=patient)
+    except (BotoCoreError, ValueError) as error:
+        raise ClearError(f"AWS {service} cannot be used: {error}; set compute.region or AWS_DEFAULT_REGION.") from error
+
+
+@contextmanager
+def said_plainly(what: str) -> Iterator[None]:
+    """Turn what boto3 raises inside into one line: Unreachable for the network, ClearError for a refusal."""
+    from boto3.exceptions import Boto3Error, RetriesExceededError
+    from botocore import exceptions as aws
+
+    try:
+        yield
+    except aws.ClientError as error:
+        raise _refusal(what, error) from error
+    except aws.NoCredentialsError as error:
+        raise ClearError(f"{what}: no AWS credentials; set AWS_PROFILE, or a key and its secret.") from error
+    except (aws.HTTPClientError, aws.ConnectionError, RetriesExceededError) as error:
+        raise Unreachable(f"{what}: {error}") from error
+    except Boto3Error as error:  # a failed upload, which does not say why but in what it was raised from
+        if isinstance(error.__context__, aws.ClientError):
+            raise _refusal(what, error.__context__) from error
+        raise Unreachable(f"{what}: {error}") from error
+    except aws.BotoCoreError as error:
+        raise ClearError(f"{what}: {error}") from error
+
+
+def _refusal(what: str, error: Any) -> ClearError:
+    answer = error.response.get("Error", {})
+    kind = Unreachable if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500 else ClearError
+    return kind(f"{what}: AWS answers {answer.get('Code')}: {answer.get('Message')}")
+
+
+def sha256(file: Path) -> str:
+    """Hash of a file's content."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Store:
+    """A place in a bucket. `client` is a boto3 S3 client."""
+
+    client: Any
+    bucket: str
+    prefix: str = PREFIX
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{name}"
+
+    def url(self, name: str) -> str:
+        """s3://bucket/prefix/name."""
+        return f"s3://{self.bucket}/{self._key(name)}"
+
+    def put(self, file: Path, name: str) -> None:
+        """Upload a file."""
+        with said_plainly(self.url(name)):
+            self.client.upload_file(str(file), self.bucket, self._key(name))
+
+    def keep(self, file: Path, under: str = "objects") -> str:
+        """Upload a file under its hash and return the hash."""
+        digest = sha256(file)
+        self.put(file, f"{under}/{digest}")
+        return digest
+
+    def fetch(self, name: str, target: Path, digest: str) -> None:
+        """Download to `target`. Raises Damaged if the content has another hash; nothing is left behind then."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(target.name + ".partial")
+        with said_plainly(self.url(name)):
+            self.client.download_file(self.bucket, self._key(name), str(partial))
+        found = sha256(partial)
+        if found != digest:
+            partial.unlink()
+            raise Damaged(f"{self.url(name)} has hash {found[:12]}…, expected {digest[:12]}…; it is not used.")
+        partial.replace(target)
+
+    def write(self, name: str, content: Any) -> None:
+        """Put a JSON note."""
+        with said_plainly(self.url(name)):
+            body = json.dumps(content, indent=1).encode()
+            self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=body)
+
+    def read(self, name: str) -> Any:
+        """A JSON note, or None if there is none. Raises Damaged if it is not JSON."""
+        found = self.read_bytes(name)
+        try:
+            return None if found is None else json.loads(found)
+        except ValueError as error:
+            raise Damaged(f"{self.url(name)}: not valid JSON ({error}); delete it.") from error
+
+    def read_bytes(self, name: str, start: int = 0) -> bytes | None:
+        """Content from byte `start` on, empty if there is no more; None if there is no such object."""
+        from botocore.exceptions import ClientError
+
+        try:
+            with said_plainly(self.url(name)):
+                wanted = {"Range": f"bytes={start}-"} if start else {}
+                return self.client.get_object(Bucket=self.bucket, Key=self._key(name), **wanted)["Body"].read()
+        except ClearError as error:
+            code = error.__cause__.response["Error"]["Code"] if isinstance(error.__cause__, ClientError) else ""
+            if code in ("NoSuchKey", "404"):
+                return None
+            if code in ("InvalidRange", "416"):
+                return b""
+            raise
+
+    def names(self, under: str) -> dict[str, datetime]:
+        """Names below a folder with the time of their last change."""
+        found = {}
+        with said_plainly(self.url(under)):
+            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(under))
+            for page in pages:
+                for one in page.get("Contents", []):
+                    found[one["Key"].removeprefix(f"{self.prefix}/")] = one["LastModified"]
+        return found
+
+    def delete(self, *names: str) -> None:
+        """Delete objects; those that are not there are no error."""
+        with said_plainly(self.url("")):
+            for name in names:
+                self.client.delete_object(Bucket=self.bucket, Key=self._key(name))
+
+
+def split(url: str) -> tuple[str, str]:
+    """(bucket, key) of an s3:// address. Raises ClearError for another one."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not url.startswith("s3://") or not bucket:
+        raise ClearError(f"{url!r} is no address in S3; write it as s3://bucket/prefix.")
+    return bucket, key

@@ -1,0 +1,329 @@
+"""The job: reproduce one stage on another machine. `python -m flows.batch.worker`, started by AWS Batch.
+
+CLEAR_REQUEST names what is asked for in S3 (flows/batch/request.py). In order: make a workspace of the request and
+refuse if one input is not the one asked for; fetch weights; fetch the newest checkpoint; `dvc repro` the one stage,
+keeping checkpoints and the log in S3 meanwhile; push the outputs to the DVC remote; put the stage's entry of dvc.lock,
+its small outputs and run records into S3, last a note that says so.
+
+SIGTERM is the notice that the machine goes: the stage is asked to save, its checkpoint is kept, and the exit status is
+75, which lets Batch start the job again. A kill follows after 30 s, so everything is over in less.
+
+A job on several machines makes the workspace on each of them and starts the stage's processes there; only the first
+one writes. Exit status: 0 done, 1 refused or failed with one line, 75 preempted.
+"""
+
+import argparse
+import contextlib
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clear.data.ports import spare_loopback
+from clear.errors import ClearError
+from flows.batch.checkpoints import Keeper, forget, restore
+from flows.batch.job import PREEMPTED
+from flows.batch.request import LOCK, Inputs, expand, receive
+from flows.batch.store import Store, Unreachable, client, sha256, split
+from flows.service import children
+
+SAVE_SECONDS = 18.0
+"""What a stage has for saving after SIGTERM; the rest of the 30 s is for the upload."""
+LOG_SECONDS = 5.0
+LOG_BYTES = 16 * 2**20
+"""Of a longer log, S3 holds the beginning; CloudWatch has all of it."""
+
+
+class Notice:
+    """Whether this process was told to leave, and what it was doing."""
+
+    def __init__(self) -> None:
+        self.at: float | None = None
+        self.ends_at_once = True
+
+    def __call__(self, number: int, frame: object) -> None:
+        """As a signal handler."""
+        self.at = self.at or time.monotonic()
+        if self.ends_at_once:
+            raise SystemExit(PREEMPTED)
+
+
+class Log:
+    """Lines to standard output and a file, which is kept in S3."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._store: Store | None = None
+        self._lock = threading.Lock()
+
+    def keep_in(self, store: Store, name: str) -> None:
+        """Upload every LOG_SECONDS from now on."""
+        self._store, self._name, self._sent = store, name, 0
+        threading.Thread(target=self._work, daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            self.send()
+            time.sleep(LOG_SECONDS)
+
+    def send(self) -> None:
+        """Upload what is new; failing costs nothing, the next time everything is sent."""
+        with self._lock, contextlib.suppress(ClearError):
+            size = self.file.stat().st_size if self.file.exists() else 0
+            if self._store is not None and self._sent < size <= LOG_BYTES:
+                self._store.put(self.file, self._name)
+                self._sent = size
+
+    def say(self, line: str) -> None:
+        """One line."""
+        print(line, flush=True)
+        with self.file.open("a") as opened:
+            opened.write(line + "\n")
+
+
+def run(request: str, work: Path, notice: Notice) -> int:
+    """Do what a request (s3://…) asks for, in the empty folder `work`; returns the exit status."""
+    bucket, name = split(request)
+    prefix, _, name = name.partition("/requests/")
+    store = Store(client("s3"), bucket, prefix)
+    content = store.read(f"requests/{name}")
+    if content is None:
+        raise ClearError(f"{request}: no such request; it is kept for some days only.")
+    job = os.environ.get("AWS_BATCH_JOB_ID", "job").replace(":", "-").replace("#", "-")
+    node = int(os.environ.get("AWS_BATCH_JOB_NODE_INDEX", 0))
+    attempt = os.environ.get("AWS_BATCH_JOB_ATTEMPT", "1")
+    key, log = content["key"], Log(work / "log.txt")
+    if node == 0:
+        log.keep_in(store, f"logs/{key}/{job}-{attempt}.log")
+    try:
+        return _run(store, content, key, job, node, work, log, notice)
+    except Unreachable as error:  # nothing is wrong with the stage, and what it has done so far is kept
+        log.say(f"error: {error}")
+        return PREEMPTED
+    except ClearError as error:
+        log.say(f"error: {error}")
+        return 1
+    finally:
+        log.send()
+
+
+def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path, log: Log, notice: Notice) -> int:
+    folder, home = work / "clone", work / "home" / ".clear"
+    environment = os.environ | {
+        "CLEAR_HOME": str(home),
+        "PATH": f"{shims(work)}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "PYTHONUNBUFFERED": "1",
+    }
+
+    def dvc(*arguments: str) -> None:
+        status, lines = children.run([sys.executable, "-m", "dvc", *arguments], folder, environment, log.say)
+        if status:
+            raise ClearError(f"`dvc {' '.join(arguments)}` ended with status {status}: {' | '.join(lines[-3:])}")
+
+    begun = time.monotonic()
+    inputs = receive(store, content, folder, lambda _, paths: dvc("pull", *paths))
+    same_environment(folder)
+    fetch_weights(folder, content.get("weights", ""), log.say)
+    log.say(f"stage {inputs.stage} of {content['commit'][:12]}: inputs are those asked for")
+    checkpoints = home / "checkpoints"
+    restore(store, key, checkpoints, log.say)
+    if node:
+        return _obey(["sh", "-c", inputs.cmd], folder, environment, log, notice)
+    whole = int(os.environ.get("CLEAR_NODES", 1)) == 1
+    keeper = Keeper(store, key, job, checkpoints, content["checkpoint_seconds"], log.say, whole)
+    keeper.start()
+    force = ["--force"] if content.get("force") else []
+    command = [sys.executable, "-m", "dvc", "repro", "--single-item", *force, inputs.stage]
+    status = 1
+    try:
+        status = _obey(command, folder, environment, log, notice)
+    finally:
+        keeper.stop()
+        if status:
+            _last_checkpoint(keeper, log)
+    if status:
+        return status
+    dvc("push", inputs.stage)
+    _hand_over(store, inputs, key, job, folder, home, time.monotonic() - begun)
+    forget(store, key)
+    return 0
+
+
+def _last_checkpoint(keeper: Keeper, log: Log) -> None:
+    """Keep what there is; if that fails the last one kept counts, and why the stage ended is not covered up."""
+    try:
+        keeper.keep()
+    except ClearError as error:
+        log.say(f"checkpoint not kept in S3: {error}")
+
+
+def _obey(command: list[str], folder: Path, environment: dict[str, str], log: Log, notice: Notice) -> int:
+    """Run the stage; 0, PREEMPTED if this machine goes, or raises ClearError with its last lines."""
+    last: list[str] = []
+
+    def read() -> None:
+        for line in children.lines(process.stdout):
+            last.append(line)
+            del last[:-3]
+            log.say(line)
+
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        process_group=0,
+    )
+    notice.ends_at_once = False  # from here on the signal is for the stage
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    asked = None
+    # DVC dies of SIGTERM before the stage has saved, so the whole group is waited for.
+    while process.poll() is None or (asked and _signal(process, 0)):
+        if notice.at and asked is None:
+            asked = time.monotonic()
+            log.say("this machine is to go: the stage is asked to save")
+            _signal(process, signal.SIGTERM)
+        if asked and time.monotonic() - asked > SAVE_SECONDS:
+            break
+        time.sleep(0.1)
+    _signal(process, signal.SIGKILL)  # what it has left behind
+    process.wait()
+    reader.join(2)
+    if asked and process.returncode:
+        return PREEMPTED
+    if process.returncode:
+        raise ClearError(f"the stage ended with status {process.returncode}: {' | '.join(last)}")
+    return 0
+
+
+def _signal(process: subprocess.Popen, number: int) -> bool:
+    """Send a signal to the command's group; False if nothing of it is left."""
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+def _hand_over(store: Store, inputs: Inputs, key: str, job: str, folder: Path, home: Path, seconds: float) -> None:
+    import yaml
+
+    entry = yaml.safe_load((folder / LOCK).read_text())["stages"][inputs.stage]
+    small = expand(folder, [name for name, cached in inputs.outs.items() if not cached])
+    runs = {file.stem: file.read_text() for file in sorted(home.glob("runs/*/*.json"))}
+    result: dict[str, Any] = {
+        "stage": inputs.stage,
+        "job": job,
+        "lock": entry,
+        "files": {name: store.keep(folder / name) for name in small},
+        "runs": runs,
+        "seconds": seconds,
+    }
+    store.write(f"results/{key}.json", result)
+
+
+def same_environment(folder: Path) -> None:
+    """Raise ClearError if the commit asks for other versions than those this image was built with."""
+    mine, asked = (root / "infra" / "constraints.txt" for root in (Path(__file__).resolve().parents[2], folder))
+    if mine.exists() and asked.exists() and mine.read_bytes() != asked.read_bytes():
+        raise ClearError(
+            "infra/constraints.txt of the commit is not the one this image was built with; build one with `make image`."
+        )
+
+
+def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> None:
+    """Bring the files of `model.checkpoint` from S3; those that the base's manifest lists must have its hashes.
+
+    Does nothing for a model trained from scratch, and where `model.checkpoint` is itself in S3: the stage fetches that.
+    Raises ClearError without an address, or for a wrong file.
+    """
+    import json
+
+    import yaml
+
+    from clear.model.checkpoint import named_file
+
+    model = (yaml.safe_load((folder / "params.yaml").read_text()) or {}).get("model") or {}
+    if not model.get("checkpoint") or str(model["checkpoint"]).startswith("s3://"):
+        return
+    if not address:
+        raise ClearError("params: model.checkpoint is set and compute.weights is not; name the weights' s3:// prefix.")
+    bucket, prefix = split(address.rstrip("/") + "/")
+    store = Store(client("s3"), bucket, prefix.rstrip("/"))
+    target, _ = named_file(folder / model["checkpoint"])
+    manifest = folder / "data/models/base/manifest.json"
+    known = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
+    names = store.names("")
+    if not names or (lacking := sorted(set(known) - set(names))):
+        raise ClearError(f"{address}: {', '.join(lacking) if names else 'nothing'} there of the base's weights.")
+    for name in names:
+        file = target / name
+        if not file.resolve().is_relative_to(target.resolve()):
+            raise ClearError(f"{address}/{name} would be written outside {target}; rename it.")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        store.client.download_file(bucket, f"{store.prefix}/{name}", str(file))
+        if name in known and sha256(file) != known[name]["sha256"]:
+            raise ClearError(f"{address}/{name} is not the file that the base was registered with; upload that one.")
+    say(f"weights: {len(names)} files from {address}")
+
+
+def shims(work: Path) -> Path:
+    """A folder for the front of PATH in which `python -m clear …` starts one process per GPU of the job.
+
+    The stage's command in dvc.lock stays what it is. Empty for a job of one process.
+    """
+    folder = work / "bin"
+    folder.mkdir(exist_ok=True)
+    kind = os.environ.get("CLEAR_LAUNCH", "single")
+    if kind == "single":
+        return folder
+    launch = shlex.join(launcher(kind, os.environ))
+    python = shlex.quote(sys.executable)
+    text = f'#!/bin/sh\nif [ "$1 $2" = "-m clear" ]; then exec {launch} "$@"; fi\nexec {python} "$@"\n'
+    (folder / "python").write_text(text)
+    (folder / "python").chmod(0o755)
+    return folder
+
+
+def launcher(kind: str, environment: Any) -> list[str]:
+    """The accelerate command in front of `-m clear <stage>` for this node of a job."""
+    gpus, nodes = (int(environment.get(name, 1)) for name in ("CLEAR_GPUS", "CLEAR_NODES"))
+    options = ["--config_file", "infra/fsdp.yaml"] if kind == "fsdp" else ["--multi_gpu", "--mixed_precision", "no"]
+    options += ["--num_processes", str(gpus * nodes), "--num_machines", str(nodes)]
+    if nodes > 1:
+        main = environment.get("AWS_BATCH_JOB_MAIN_NODE_PRIVATE_IPV4_ADDRESS", "127.0.0.1")
+        rank = environment.get("AWS_BATCH_JOB_NODE_INDEX", "0")
+        options += ["--machine_rank", rank, "--main_process_ip", main, "--main_process_port", "29500"]
+    return [sys.executable, "-m", "accelerate.commands.launch", *options]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job that CLEAR_REQUEST names; 0 done, 1 refused or failed, 75 preempted."""
+    parser = argparse.ArgumentParser(prog="python -m flows.batch.worker", description="The job of one stage.")
+    parser.add_argument("request", nargs="?", default=os.environ.get("CLEAR_REQUEST"), help="s3://…; or CLEAR_REQUEST")
+    given = parser.parse_args(arguments)
+    if not given.request:
+        parser.error("no request is named; set CLEAR_REQUEST")
+    notice = Notice()
+    signal.signal(signal.SIGTERM, notice)
+    spare_loopback()
+    try:
+        with tempfile.TemporaryDirectory(prefix="clear-") as work:
+            return run(given.request, Path(work), notice)
+    except ClearError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
