@@ -11,8 +11,10 @@ from omegaconf import OmegaConf
 
 from clear import config as configuration
 from clear.data.records import EXTRA, decode_image, read_samples, write_samples
+from clear.degradation import registry
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.plugin import degradation
 from clear.degradation.presets import FIELDS, PRESETS, select
 from clear.degradation.protocol import SEVERITIES, draw, seed_of
 from clear.degradation.registry import Chosen, apply, chosen, extras
@@ -22,7 +24,7 @@ from clear.stages import degrade, mmd_bench, validate
 from clear.validation.bands import PRESET_CELLS, SCALE, photographs, quality_by_cell
 from clear.validation.frames import PRESET_BANDS, load_bands
 
-HEAD = "import numpy as np\nfrom clear.degradation.registry import degradation\nL = dict(low=0.2, mid=0.5, high=0.9)\n"
+HEAD = "import numpy as np\nfrom clear.degradation.plugin import degradation\nL = dict(low=0.2, mid=0.5, high=0.9)\n"
 GOOD = """
 @degradation("drizzle", severities=L)
 def drizzle(image, intensity, rng, scale=1.0):
@@ -132,6 +134,10 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(plugin):
         (label, entry.severities[level]) for label, entry in extras(names).items() for level in SEVERITIES
     }
     assert all(s.seed == seed_of(s.id, s.corruption, s.severity) for s in alone)
+
+
+def test_the_decorator_is_found_where_plugin_files_may_import_it():
+    assert registry.degradation is degradation
 
 
 def test_presets_are_apart_and_named_by_field():

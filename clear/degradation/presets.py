@@ -13,7 +13,7 @@ from dataclasses import replace
 import cv2
 import numpy as np
 
-from clear.degradation.registry import Degradation, degradation, marked
+from clear.degradation.plugin import Degradation, degradation, marked
 from clear.errors import ClearError
 
 LEVELS = {"low": 0.25, "mid": 0.5, "high": 0.9}

@@ -1,55 +1,28 @@
 """Degradations beyond the sixteen of MMD-Bench: the user's own (`degrade.plugins`) and presets (`degrade.presets`).
 
-A degradation is a pure function of the form of `clear.degradation.corruptions`, with an intensity for each severity:
-
-    @degradation("drizzle", severities={"low": 0.2, "mid": 0.5, "high": 0.9})
-    def drizzle(image, intensity, rng, scale=1.0): ...
-
-In the data its corruption is "+drizzle": the mark keeps it apart from the sixteen in every table, and no headline
-figure counts it. Plugin files lie below `plugins/`, a dependency of the stages, so that an edit of a file reruns them.
+A degradation is a function marked with the decorator of `clear.degradation.plugin`, which plugin files may import from
+here too. In the data the corruption of one named drizzle is "+drizzle": the mark keeps it apart from the sixteen in
+every table, and no headline figure counts it. Plugin files lie below `plugins/`, a dependency of the stages, so that an
+edit of a file reruns them.
 What a plugin returns is checked on every sample: type, shape, and the same bytes for the same seed.
 """
 
 import functools
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 
-from clear.data.records import EXTRA
-from clear.degradation.corruptions import CORRUPTIONS
+from clear.degradation.plugin import Degradation, degradation, marked
+from clear.degradation.presets import select
 from clear.errors import ClearError
 
+__all__ = ["Chosen", "apply", "chosen", "degradation", "extras"]
+
 FOLDER = Path("plugins")
-LEVELS = ("low", "mid", "high")
-Function = TypeVar("Function", bound=Callable)
-_MARK = "_clear_degradation"
-
-
-@dataclass(frozen=True)
-class Degradation:
-    """One degradation. `severities`: level to intensity in (0, 1], rising. `weight` is its relative frequency in
-    training, where the sixteen together have 400. `psnr` may state a band in dB per level. `monotone` says that PSNR
-    and SSIM fall from level to level, which is then checked. `trusted` code is not run twice. `origin` is for messages.
-    """
-
-    name: str
-    function: Callable
-    severities: Mapping[str, float]
-    weight: float = 25.0
-    psnr: Mapping[str, tuple[float, float]] = field(default_factory=dict)
-    monotone: bool = True
-    origin: str = ""
-    trusted: bool = False
-
-    @property
-    def label(self) -> str:
-        """Its name in `Sample.corruption`."""
-        return EXTRA + self.name
 
 
 @dataclass(frozen=True)
@@ -58,45 +31,6 @@ class Chosen:
 
     plugins: tuple[str, ...] = ()
     presets: tuple[str, ...] = ()
-
-
-def degradation(
-    name: str,
-    severities: Mapping[str, float],
-    weight: float = 25.0,
-    psnr: Mapping[str, tuple[float, float]] | None = None,
-    monotone: bool = True,
-) -> Callable[[Function], Function]:
-    """Mark a function as a degradation (see `Degradation`). Raises ClearError for a name or levels it cannot have."""
-    where = f"@degradation({name!r})"
-    if not isinstance(name, str) or not name.isidentifier() or not name.islower():
-        raise ClearError(f"{where}: the name must be a lower-case identifier.")
-    if name in CORRUPTIONS:
-        raise ClearError(f"{where}: one of the sixteen corruptions has this name; choose another.")
-    values = [severities.get(level) for level in LEVELS] if isinstance(severities, Mapping) else []
-    numbers = all(isinstance(v, int | float) and 0 < v <= 1 for v in values) and len(values) == len(severities)
-    if not values or not numbers or sorted(set(values)) != values:
-        raise ClearError(
-            f"{where}: severities = {severities!r} must map low, mid and high to rising numbers in (0, 1]."
-        )
-    if not isinstance(weight, int | float) or not 0 < weight < 1e6:
-        raise ClearError(f"{where}: weight = {weight!r} must be a positive number (the sixteen together have 400).")
-    for level, band in (psnr or {}).items():
-        if level not in LEVELS or len(band) != 2 or not band[0] < band[1]:
-            raise ClearError(f"{where}: psnr[{level!r}] = {band!r} must be (low, high) in dB for low, mid or high.")
-
-    def mark(function: Function) -> Function:
-        entry = Degradation(name, function, dict(severities), float(weight), dict(psnr or {}), monotone)
-        setattr(function, _MARK, entry)
-        return function
-
-    return mark
-
-
-def marked(namespace: Mapping[str, object]) -> list[Degradation]:
-    """The degradations among the values of a module, in the order of their definition."""
-    found = [getattr(value, _MARK) for value in namespace.values() if callable(value) and hasattr(value, _MARK)]
-    return list({id(entry): entry for entry in found}.values())
 
 
 def chosen(plugins: Sequence[str], presets: Sequence[str]) -> Chosen:
@@ -113,8 +47,6 @@ def extras(names: Chosen) -> Mapping[str, Degradation]:
     Raises ClearError for an unknown preset, a file that is missing, lies outside plugins/, fails or defines no
     degradation, and for a name that two of them share.
     """
-    from clear.degradation.presets import select
-
     found: dict[str, Degradation] = {}
     for entry in [*select(names.presets), *(entry for file in names.plugins for entry in _load(file))]:
         other = found.setdefault(entry.label, entry)
@@ -150,14 +82,7 @@ def _load(name: str) -> list[Degradation]:
     entries = marked(vars(module))
     if not entries:
         raise ClearError(f"{name}: defines no degradation; mark a function with @degradation(…).")
-    origins = (f"{name}:{entry.function.__name__}" for entry in entries)
-    return [_with_origin(entry, origin) for entry, origin in zip(entries, origins, strict=True)]
-
-
-def _with_origin(entry: Degradation, origin: str) -> Degradation:
-    from dataclasses import replace
-
-    return replace(entry, origin=origin)
+    return [replace(entry, origin=f"{name}:{entry.function.__name__}") for entry in entries]
 
 
 def apply(entry: Degradation, image: np.ndarray, severity: str, seed: int, scale: float, sample: str) -> np.ndarray:

@@ -16,8 +16,8 @@ from types import MappingProxyType
 import numpy as np
 import pandas as pd
 
+from clear.degradation.plugin import Degradation
 from clear.degradation.protocol import SEVERITIES, seed_of
-from clear.degradation.registry import Degradation
 from clear.validation.metrics import Measured
 
 BANDS = Path(__file__).with_name("bands.json")
