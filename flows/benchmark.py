@@ -25,8 +25,8 @@ from clear.config import PARAMS
 from clear.data.lock import Busy, writer
 from clear.errors import ClearError
 from clear.project.scratch import clone, link
-from flows.batch.request import address
-from flows.pipeline import command_lock, dvc, here_and_now, remote_of, reproduce
+from flows.dvc_commands import address, command_lock, dvc, remote_of
+from flows.pipeline import here_and_now, reproduce
 from flows.service import children
 from flows.service.artifacts import metrics_table, read_json
 

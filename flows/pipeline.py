@@ -9,8 +9,6 @@ the flow ends, however it ends (flows/service/children.py).
 """
 
 import argparse
-import json
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -31,28 +29,11 @@ from clear.data.lock import Busy, writer
 from clear.data.ports import spare_loopback
 from clear.data.workspace import profile
 from clear.errors import ClearError
-from flows.batch.request import address
-from flows.explain import explain
-from flows.service import children
+from flows.batch import execute
+from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of, stages_in_order, unchanged
 from flows.service.artifacts import metrics_table, picture
 
 STARTUP_SECONDS = 180
-LOCKED = ("Unable to acquire lock", "is busy, it is being blocked by")
-NETWORK = (
-    "Could not connect to the endpoint",
-    "Connect timeout on endpoint",
-    "Read timeout on endpoint",
-    "Connection was closed before we received a valid response",
-    "Connection reset by peer",
-    "Connection refused",
-    "Network is unreachable",
-    "Temporary failure in name resolution",
-    "Name or service not known",
-)
-
-
-class Temporary(ClearError):
-    """A command failed for a reason that may pass: another DVC process, or the network."""
 
 
 def _may_pass(task_, run, state) -> bool:
@@ -67,94 +48,6 @@ retrying = {
     "retry_delay_seconds": [20, 60, 180],
     "retry_condition_fn": _may_pass,
 }
-
-
-def stages_in_order(workspace: Path) -> list[str]:
-    """All stage names of dvc.yaml, dependencies first; ties in alphabetical order."""
-    import networkx
-    from dvc.repo import Repo
-
-    with Repo(str(workspace)) as repo:
-        graph = networkx.reverse_view(repo.index.graph)
-        ordered = networkx.lexicographical_topological_sort(graph, key=lambda stage: address(stage, workspace))
-        return [address(stage, workspace) for stage in ordered]
-
-
-def remote_of(workspace: Path) -> str | None:
-    """Name of the default DVC remote of a workspace, or None."""
-    from dvc.repo import Repo
-
-    with Repo(str(workspace)) as repo:
-        return repo.config["core"].get("remote")
-
-
-def missing_outputs(workspace: Path, stages: list[str] | None = None) -> list[str]:
-    """Cached outputs that dvc.lock knows and the workspace lacks; with `stages`, only their outputs and inputs."""
-    from dvc.repo import Repo
-
-    with Repo(str(workspace)) as repo:
-        chosen = [stage for stage in repo.index.stages if stages is None or address(stage, workspace) in stages]
-        near = {item.fs_path for stage in chosen for item in (*stage.outs, *stage.deps)}
-        lacking = [
-            out.fs_path
-            for out in repo.index.outs
-            if out.use_cache and out.hash_info and out.fs_path in near and not Path(out.fs_path).exists()
-        ]
-    return sorted(os.path.relpath(path, workspace) for path in lacking)
-
-
-def unchanged(workspace: Path) -> set[str]:
-    """The stages of dvc.yaml that neither changed nor depend on one that did; one question instead of one per stage.
-
-    None is known while another DVC process is in the way: then each stage asks for itself, and waits.
-    """
-    import networkx
-    from dvc.repo import Repo
-
-    try:
-        lines = dvc(["status", "--json"], workspace, lambda line: None)
-    except Temporary:
-        return set()
-    changed = set(json.loads(next((line for line in reversed(lines) if line.startswith("{")), "{}")))
-    with Repo(str(workspace)) as repo:
-        graph = repo.index.graph
-        # DVC's edges lead from a stage to what it depends on, so its ancestors are what depends on it.
-        behind = {
-            one for stage in graph if address(stage, workspace) in changed for one in networkx.ancestors(graph, stage)
-        }
-        return {address(stage, workspace) for stage in graph if stage not in behind} - changed
-
-
-def environment(workspace: Path) -> dict[str, str]:
-    """Environment of the commands: this interpreter first on PATH, output unbuffered, the workspace's CLEAR_HOME."""
-    home = os.environ.get("CLEAR_HOME") if workspace == Path.cwd() else None
-    found = os.environ | {
-        "CLEAR_HOME": home or str(workspace / ".clear"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "PYTHONUNBUFFERED": "1",
-    }
-    spare_loopback(found)
-    return found
-
-
-def command_lock(workspace: Path) -> Path:
-    """Held while a command of a flow runs in the workspace, also by one that a killed flow has left behind."""
-    return workspace / ".clear" / "command.lock"
-
-
-def dvc(arguments: list[str], workspace: Path, say: Callable[[str], None]) -> list[str]:
-    """Run a DVC command in the workspace and return its last lines of output.
-
-    Raises Temporary where another DVC process or the network was in the way, else ClearError with the last lines.
-    """
-    lock = command_lock(workspace)
-    lock.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "dvc", *arguments]
-    status, lines = children.run(command, workspace, environment(workspace), say, lock)
-    if status:
-        kind = Temporary if any(sign in line for line in lines[-30:] for sign in LOCKED + NETWORK) else ClearError
-        raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {explain(lines)}")
-    return lines
 
 
 @task(task_run_name="pull", **retrying)
@@ -185,8 +78,6 @@ def reproduce(stage: str, workspace: Path, force: bool = False) -> State:
 
     The state's name says whether the stage ran or was up to date. A stage may be placed on another machine.
     """
-    from flows.batch import execute  # builds on this module
-
     try:
         if (elsewhere := execute.elsewhere(stage, workspace, force)) is not None:
             return elsewhere

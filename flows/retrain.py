@@ -19,7 +19,8 @@ from clear.data.lock import Busy, writer
 from clear.project.retrain.intake import FOLDER
 from clear.project.retrain.run import Tools
 from clear.project.retrain.run import retrain as run_retrain
-from flows.pipeline import command_lock, dvc, environment, here_and_now, pipeline, retrying
+from flows.dvc_commands import command_lock, dvc, environment
+from flows.pipeline import here_and_now, pipeline, retrying
 from flows.service import children
 
 

@@ -25,7 +25,7 @@ from prefect.states import Cancelling
 
 from clear.data.lock import holder, lock_file
 from clear.project.scratch import refresh, write_params
-from flows import pipeline
+from flows import dvc_commands, pipeline
 from flows.service.deploy import POOL, deploy
 from tests.conftest import ROOT
 from tests.test_flow import GONE_WITHIN, alive, free_port, run_dvc, wait_until
@@ -434,7 +434,7 @@ def test_the_smoke_pipeline_completes_as_a_run_and_again_has_nothing_to_do(serve
     folder = tmp_path / "smoke"
     refresh(ROOT, folder)
     write_params(folder / "params.yaml", ["profile=smoke"])
-    names = pipeline.stages_in_order(folder)
+    names = dvc_commands.stages_in_order(folder)
     for expected in ("Ran", "Cached"):
         run = server.start("pipeline/weekly", workspace=str(folder))
         assert server.ended(run, 1800).is_completed(), server.state(run)

@@ -2,6 +2,7 @@
 
 import base64
 import contextlib
+import importlib.machinery
 import inspect
 import io
 import json
@@ -23,8 +24,8 @@ from prefect.exceptions import CancelledRun
 from clear.data.lock import Busy, holder, lock_file, writer
 from clear.data.workspace import profile
 from clear.errors import ClearError
-from flows import benchmark, pipeline, retrain, sweep
-from flows.explain import explain
+from flows import benchmark, dvc_commands, pipeline, retrain, sweep
+from flows.dvc_commands import explain
 from flows.service import children
 from flows.service.artifacts import metrics_table, picture
 from flows.service.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
@@ -172,7 +173,7 @@ time.sleep(90)
 RUN = """
 import os, signal, sys
 from pathlib import Path
-from flows import children
+from flows.service import children
 def leave(*_): raise SystemExit(1)
 signal.signal(signal.SIGTERM, leave)
 say = lambda line: print(line, flush=True)
@@ -224,46 +225,46 @@ def test_a_signal_ends_a_command_with_the_shells_status(tmp_path):
 
 
 def test_stages_come_after_what_they_depend_on_wherever_one_asks_from(project, tmp_path, monkeypatch):
-    assert pipeline.stages_in_order(project) == ["source", "evaluate"]
+    assert dvc_commands.stages_in_order(project) == ["source", "evaluate"]
     monkeypatch.chdir(tmp_path)
-    assert pipeline.stages_in_order(project) == ["source", "evaluate"]
+    assert dvc_commands.stages_in_order(project) == ["source", "evaluate"]
 
 
 def test_a_stage_is_unchanged_only_if_everything_before_it_is(project):
-    assert pipeline.unchanged(project) == {"source", "evaluate"}
+    assert dvc_commands.unchanged(project) == {"source", "evaluate"}
     (project / "code/lib/a.txt").write_text("new")
-    assert pipeline.unchanged(project) == {"source"}
+    assert dvc_commands.unchanged(project) == {"source"}
     (project / "code/source.txt").write_text("new")
     git(project, "checkout", "-q", "code/lib/a.txt")
-    assert pipeline.unchanged(project) == set()
+    assert dvc_commands.unchanged(project) == set()
 
 
 def test_only_what_is_known_and_not_there_is_missing(project):
-    assert pipeline.missing_outputs(project) == []
+    assert dvc_commands.missing_outputs(project) == []
     (project / "data/samples").unlink()
     (project / "data/metrics/evaluate_base.json").unlink()  # git's, not the remote's
-    assert pipeline.missing_outputs(project) == ["data/samples"]
-    assert pipeline.missing_outputs(project, ["evaluate"]) == ["data/samples"]
-    assert pipeline.remote_of(project) is None
+    assert dvc_commands.missing_outputs(project) == ["data/samples"]
+    assert dvc_commands.missing_outputs(project, ["evaluate"]) == ["data/samples"]
+    assert dvc_commands.remote_of(project) is None
 
 
 def test_commands_see_the_workspaces_own_home_and_this_interpreter(project, monkeypatch, tmp_path):
-    assert pipeline.environment(project)["CLEAR_HOME"] == str(project / ".clear")
+    assert dvc_commands.environment(project)["CLEAR_HOME"] == str(project / ".clear")
     monkeypatch.setenv("CLEAR_HOME", "/elsewhere")
-    assert pipeline.environment(project)["CLEAR_HOME"] == "/elsewhere", "set for this folder, as make does"
-    assert pipeline.environment(tmp_path)["CLEAR_HOME"] == str(tmp_path / ".clear")
-    assert pipeline.environment(project)["PATH"].startswith(f"{Path(sys.executable).parent}:")
+    assert dvc_commands.environment(project)["CLEAR_HOME"] == "/elsewhere", "set for this folder, as make does"
+    assert dvc_commands.environment(tmp_path)["CLEAR_HOME"] == str(tmp_path / ".clear")
+    assert dvc_commands.environment(project)["PATH"].startswith(f"{Path(sys.executable).parent}:")
 
 
 @pytest.mark.slow
 def test_a_busy_dvc_is_temporary_and_a_missing_stage_is_not(project, monkeypatch):
     from dvc.repo import Repo
 
-    with Repo(str(project)) as repo, repo.lock, pytest.raises(pipeline.Temporary, match="Unable to acquire lock"):
-        pipeline.dvc(["repro", "source"], project, lambda line: None)
+    with Repo(str(project)) as repo, repo.lock, pytest.raises(dvc_commands.Temporary, match="Unable to acquire lock"):
+        dvc_commands.dvc(["repro", "source"], project, lambda line: None)
     with pytest.raises(ClearError, match="ended with status") as refused:
-        pipeline.dvc(["repro", "nothing"], project, lambda line: None)
-    assert not isinstance(refused.value, pipeline.Temporary)
+        dvc_commands.dvc(["repro", "nothing"], project, lambda line: None)
+    assert not isinstance(refused.value, dvc_commands.Temporary)
 
 
 def test_a_failure_is_explained_in_one_line_with_what_to_do():
@@ -362,6 +363,14 @@ def test_deployments_name_flows_with_the_parameters_they_have():
         assert set(one["parameters"]) <= set(inspect.signature(flow.fn).parameters)
         assert one["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
         assert one["work_pool"]["name"] == POOL and one["schedules"][0]["cron"] and one["tags"] == ["clear"]
+
+
+def test_no_file_beside_a_deployed_flow_hides_a_package():
+    """Prefect puts the folder of a flow's file in front of the import path and leaves it there."""
+    folders = [entry for entry in sys.path if entry and Path(entry).resolve() != ROOT / "flows"]
+    for file in (ROOT / "flows").iterdir():
+        if file.stem.isidentifier() and not file.stem.startswith("__"):
+            assert importlib.machinery.PathFinder.find_spec(file.stem, folders) is None, file
 
 
 def test_the_automation_waits_longer_than_two_heartbeats_and_watches_only_our_runs():

@@ -15,7 +15,7 @@ import requests
 from botocore.utils import get_environ_proxies
 
 from clear.data.ports import spare_loopback
-from flows import pipeline
+from flows import dvc_commands, pipeline
 from tests.conftest import ROOT
 
 DEAD = "http://127.0.0.1:9"
@@ -121,7 +121,7 @@ def test_every_program_spares_it_for_itself_and_its_children(bare, tmp_path, mod
 
 def test_flows_spare_it(bare, tmp_path):
     bare.setenv("HTTP_PROXY", DEAD)
-    assert pipeline.environment(tmp_path)["no_proxy"] == "localhost,127.0.0.1,::1"
+    assert dvc_commands.environment(tmp_path)["no_proxy"] == "localhost,127.0.0.1,::1"
     handler = signal.getsignal(signal.SIGTERM)
     try:
         with pipeline.on_the_command_line():

@@ -13,7 +13,7 @@ import pytest
 from clear.errors import ClearError
 from clear.project.retrain.intake import Source
 from clear.sources.incoming import sets
-from flows import pipeline
+from flows import dvc_commands
 from tests.conftest import ROOT, git
 from tests.test_flow import free_port, run_dvc, wait_until
 
@@ -97,7 +97,7 @@ def remote(folder: Path, bucket: str, endpoint: str = "") -> subprocess.Complete
 
 def flow_dvc(folder: Path, *arguments: str) -> list[str]:
     """A DVC command as the flows run it."""
-    return pipeline.dvc(list(arguments), folder, lambda line: None)
+    return dvc_commands.dvc(list(arguments), folder, lambda line: None)
 
 
 def objects_are_whole(client) -> None:
@@ -112,7 +112,7 @@ def test_what_one_clone_pushes_another_pulls_and_need_not_reproduce(store, proje
     done = remote(project, "data/team", store.url)
     assert (done.returncode, done.stderr) == (0, ""), done.stderr
     assert "default DVC remote: s3://data/team" in done.stdout
-    assert pipeline.remote_of(project) == "storage"
+    assert dvc_commands.remote_of(project) == "storage"
     assert "secret" not in (project / ".dvc/config.local").read_text()
     assert git(project, "status", "--porcelain") == ""
     run_dvc(project, "push")
@@ -167,7 +167,7 @@ def test_a_server_that_dies_in_the_middle_of_a_push_leaves_nothing_half(project)
         server.kill()
         push.communicate()
         assert push.returncode
-        with pytest.raises(pipeline.Temporary, match="connect"):
+        with pytest.raises(dvc_commands.Temporary, match="connect"):
             flow_dvc(project, "push")
         server.start()
         flow_dvc(project, "push")
@@ -254,7 +254,7 @@ def test_wrong_keys_and_a_missing_bucket_are_one_clear_line(store, project, comm
         _refused(remote(project, "data/team", store.url), "refuses access to bucket 'data'", "check the credentials")
     finally:
         store.check_keys(False)
-    assert "\n" not in str(refused.value) and not isinstance(refused.value, pipeline.Temporary)
+    assert "\n" not in str(refused.value) and not isinstance(refused.value, dvc_commands.Temporary)
     if command == "pull":  # DVC takes a bucket that is not there for an empty one, and says what it could not check out
         return
     run_dvc(project, "remote", "modify", "--local", "-q", "storage", "url", "s3://nothing/team")
@@ -305,4 +305,4 @@ def test_a_wrong_bucket_endpoint_or_folder_is_one_line_and_nothing_is_written(st
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
     _refused(remote(project, "data", store.url), "no credentials", "AWS_PROFILE")
-    assert not (project / ".dvc/config.local").exists() or pipeline.remote_of(project) is None
+    assert not (project / ".dvc/config.local").exists() or dvc_commands.remote_of(project) is None

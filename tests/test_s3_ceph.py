@@ -8,7 +8,7 @@ import boto3
 import pytest
 
 from clear.errors import ClearError
-from flows import pipeline
+from flows import dvc_commands
 from tests import radosgw
 from tests.conftest import git
 from tests.test_flow import run_dvc, wait_until
@@ -62,7 +62,7 @@ def test_clones_share_data_a_killed_gateway_loses_none_and_wrong_keys_are_one_li
     git(project, "commit", "-q", "-m", "many")
     flow_dvc(project, "push", "data/samples")
     gateway.kill_gateway()
-    with pytest.raises(pipeline.Temporary):
+    with pytest.raises(dvc_commands.Temporary):
         flow_dvc(project, "push")
     gateway.start_gateway()
     wait_until(lambda: flow_push(project), 120, "a push that completes")
@@ -87,6 +87,6 @@ def test_clones_share_data_a_killed_gateway_loses_none_and_wrong_keys_are_one_li
 def flow_push(project: Path) -> bool:
     try:
         flow_dvc(project, "push")
-    except pipeline.Temporary:
+    except dvc_commands.Temporary:
         return False
     return True

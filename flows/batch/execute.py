@@ -31,7 +31,7 @@ from flows.batch import cost
 from flows.batch import job as batch
 from flows.batch.request import CACHED, LOCK, Inputs, describe, environment_tag, send
 from flows.batch.store import Store, Unreachable
-from flows.pipeline import Temporary, dvc, environment, missing_outputs, remote_of
+from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of
 
 LOCAL, AWS_BATCH = "local", "aws_batch"
 PATIENCE_SECONDS = 900.0

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from clear.config import PARAMS
 from clear.errors import ClearError
 from flows.batch.store import Store, sha256
+from flows.dvc_commands import address
 
 if TYPE_CHECKING:
     from dvc.repo import Repo
@@ -49,12 +50,6 @@ class Inputs:
         """32 hex digits that stand for these inputs; a `nonce` asks for a run of its own."""
         content = [self.stage, self.cmd, self.deps, self.params, self.outs, nonce]
         return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
-
-
-def address(stage: "PipelineStage", workspace: Path) -> str:
-    """How DVC calls a stage inside the workspace; its own `addressing` depends on the working directory."""
-    file, name = os.path.relpath(stage.path, workspace), getattr(stage, "name", None)
-    return file if name is None else name if file == "dvc.yaml" else f"{file}:{name}"
 
 
 def find_stage(repo: "Repo", name: str) -> "PipelineStage":
