@@ -49,7 +49,7 @@ format: $(READY)  ## rewrite the code in the house format
 	@ruff check --fix .
 	@ruff format .
 
-bench: $(READY)  ## measure the hot paths and write data/metrics/bench.json
+bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 	@python tests/bench/run.py
 
 plots: $(READY)  ## draw DVC's plots of two revisions (BASE=main HEAD=my-branch; default HEAD against the workspace) on a page

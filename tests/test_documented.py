@@ -230,4 +230,4 @@ def test_the_way_with_bagel_runs_as_the_readme_shows_it(tmp_path):
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
     assert server.bodies, "the teacher wrote the traces"
     assert json.loads((here / "data/metrics/traces.json").read_text())["teacher"]["model"] == "gpt-4.1"
-    assert (here / "data/metrics/report.json").is_file() and (here / "merged/ema.safetensors").is_file()
+    assert (here / "data/results/report.json").is_file() and (here / "merged/ema.safetensors").is_file()

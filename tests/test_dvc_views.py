@@ -16,7 +16,7 @@ from tests.conftest import ROOT, git
 
 SHOWN = (
     *("dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore"),
-    *("clear/conf", "data/metrics", "data/plots"),
+    *("clear/conf", "data/dvc.yaml", "data/metrics", "data/plots", "data/results"),
 )
 
 
@@ -32,9 +32,9 @@ def repository(tmp_path_factory) -> Path:
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "run")
     git(folder, "checkout", "-q", "-b", "change")
-    summary = json.loads((folder / "data/metrics/summary.json").read_text())
+    summary = json.loads((folder / "data/results/summary.json").read_text())
     summary["grpo"]["hard"] -= 0.1
-    (folder / "data/metrics/summary.json").write_text(json.dumps(summary))
+    (folder / "data/results/summary.json").write_text(json.dumps(summary))
     params = (folder / "params.yaml").read_text()
     (folder / "params.yaml").write_text(re.sub(r"group_size: \d+", "group_size: 64", params))
     git(folder, "commit", "-q", "-a", "-m", "change")
@@ -56,28 +56,28 @@ def leaves(tree, path=()):
 
 def test_metrics_are_few_and_a_change_is_one_line(repository):
     shown = dvc(repository, "metrics", "show", "--json")[""]["data"]
-    assert list(shown) == ["data/metrics/summary.json"]
-    figures = leaves(shown["data/metrics/summary.json"]["data"])
+    assert list(shown) == ["data/results/summary.json"]
+    figures = leaves(shown["data/results/summary.json"]["data"])
     assert len(figures) <= 32
     models, names = {path[0] for path, _ in figures}, {path[1] for path, _ in figures}
     assert models == {"base", "sft_direct", "sft", "reencode", "bridge", "grpo"}
     assert names == {"clean", "low", "mid", "hard", "restores_hard"}
     assert all(0 <= value <= 1 for _, value in figures)
     changed = dvc(repository, "metrics", "diff", "main", "change", "--json")
-    assert list(changed["data/metrics/summary.json"]) == ["grpo.hard"]
-    assert changed["data/metrics/summary.json"]["grpo.hard"]["diff"] == pytest.approx(-0.1)
+    assert list(changed["data/results/summary.json"]) == ["grpo.hard"]
+    assert changed["data/results/summary.json"]["grpo.hard"]["diff"] == pytest.approx(-0.1)
 
 
 def test_the_summary_is_that_of_the_evaluations(repository):
     git(repository, "checkout", "-q", "main")
-    summary = json.loads((repository / "data/metrics/summary.json").read_text())
+    summary = json.loads((repository / "data/results/summary.json").read_text())
     for model, figures in summary.items():
         full = json.loads((repository / f"data/metrics/evaluate_{model}.json").read_text())
         assert [figures[name] for name in ("clean", "low", "mid", "hard")] == [
             full["accuracy"][level] for level in ("clean", "low", "mid", "high")
         ]
         assert figures.get("restores_hard", 0) == full["call_rate"]["high"]
-    with (repository / "data/plots/accuracy.csv").open() as file:
+    with (repository / "data/results/accuracy.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(row["model"], row["level"]): float(row["accuracy"]) for row in rows} == {
         (model, level): value
@@ -99,7 +99,7 @@ def test_experiments_are_listed_with_the_few_metrics(repository):
     found = {row["rev"] if row["rev"] == "workspace" else row["name"]: row["data"]["metrics"] for row in table}
     assert {"workspace", "main", "change"} <= set(found)
     for metrics in found.values():
-        assert list(metrics) == ["data/metrics/summary.json"]
+        assert list(metrics) == ["data/results/summary.json"]
 
 
 def test_the_page_of_plots_draws_every_plot_without_a_network(repository, tmp_path):

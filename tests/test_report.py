@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.bench import predictions
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.data.records import Question, Sample, encode_image, read_samples, sha256, write_json, write_samples
 from clear.errors import ClearError
 from clear.report import calling, render, tables
@@ -82,7 +82,7 @@ def rows_of(model: str, images: int, right=RIGHT, calls=CALLS, tied=0.3) -> list
             corruption = "clean" if severity == "clean" else CORRUPTIONS[(image // 2) % len(CORRUPTIONS)]
             for number in range(3 if severity == "clean" else 1):
                 difficulty, own, call = draw(level, image, number)
-                noise = draw(level, image, number, MODELS.index(model))[0]
+                noise = draw(level, image, number, list(MODELS).index(model))[0]
                 score = difficulty if own < 0.7 else noise
                 base = difficulty if own < 0.7 else draw(level, image, number, 0)[0]
                 rate = calls[model][level] * (1 + tied if base >= right["base"][level] else 1 - tied / 2)
@@ -213,7 +213,7 @@ def make(data, out, records=None) -> tuple[str, str, dict]:
         patch.setattr(paths, "report_dir", lambda: out)
         patch.setattr(paths, "run_records", lambda: dict(records or {}))
         report.run(from_dict(compose(["evaluate.bootstrap=400", "report.pictures=4"])), data)
-    tracked = json.loads((data / "metrics/report.json").read_text())
+    tracked = json.loads((data / "results/report.json").read_text())
     return (out / "report.md").read_text(), (out / "index.html").read_text(), tracked
 
 

@@ -1,9 +1,9 @@
 """Stage `report`: predictions, metrics, curves and run records → the report and the tracked table of claims.
 
 Reads data/predictions/<model>.parquet, data/metrics, data/plots and data/bench/degraded; writes the rendered report to
-the report's folder (a run record, not tracked), and without clock or machine data/metrics/report.json (verdict, claims,
-when CLEAR restores),
-data/metrics/summary.json (the few figures that `dvc metrics diff` compares) and data/plots/accuracy.csv (DVC's plot).
+the report's folder (a run record, not tracked), and without clock or machine, in data/results, report.json (verdict,
+claims, when CLEAR restores), summary.json (the few figures that `dvc metrics diff` compares) and accuracy.csv (DVC's
+plot).
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.bench import predictions
+from clear.bench.models import MODELS
 from clear.config import Config
 from clear.data.records import write_json
 from clear.errors import ClearError
@@ -54,13 +55,13 @@ def run(config: Config, data: Path = Path("data")) -> None:
     render.write(inputs, report_dir())
     said = [verdict(claims, frames, bootstrap), *remarks(claims, called)]
     write_json(
-        data / "metrics" / "report.json", to_json(claims, frames, bootstrap) | {"calling": called, "verdict": said}
+        data / "results" / "report.json", to_json(claims, frames, bootstrap) | {"calling": called, "verdict": said}
     )
     write_summary(data, frames, bootstrap)
 
 
 def write_summary(data: Path, frames: dict[str, "pd.DataFrame"], bootstrap: "Bootstrap") -> None:
-    """metrics/summary.json {model: {level: accuracy, restores_hard: share}} and plots/accuracy.csv, a row per level."""
+    """results/summary.json {model: {level: accuracy, restores_hard: share}} and results/accuracy.csv, a row per level."""
     import pandas as pd
 
     from clear.report.claims import LEVELS
@@ -72,16 +73,15 @@ def write_summary(data: Path, frames: dict[str, "pd.DataFrame"], bootstrap: "Boo
         if frame.restored.any():
             figures[model]["restores_hard"] = found["call_rate"].get("high")
         rows += [(model, LEVELS[level], value, *found["interval"][level]) for level, value in found["accuracy"].items()]
-    write_json(data / "metrics" / "summary.json", figures)
-    file = data / "plots" / "accuracy.csv"
-    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(data / "results" / "summary.json", figures)
+    file = data / "results" / "accuracy.csv"
     table = pd.DataFrame(rows, columns=["model", "level", "accuracy", "low", "high"])
     table.to_csv(file, index=False, float_format="%.6f", lineterminator="\n")
 
 
 def read_frames(data: Path) -> dict[str, "pd.DataFrame"]:
     """The predictions that are there, by model in the order of the report."""
-    files = {model: data / "predictions" / f"{model}.parquet" for model in predictions.MODELS}
+    files = {model: data / "predictions" / f"{model}.parquet" for model in MODELS}
     return {model: predictions.read(file) for model, file in files.items() if file.exists()}
 
 

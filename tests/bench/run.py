@@ -2,7 +2,7 @@
 
 Every function `bench_*` in tests/bench/bench_*.py returns `{row: {"value", "unit", "baseline", "ratio"}}`: what was
 measured, in which unit, the same quantity for the plain way of doing it (measured in the same process, on the same
-input), and value / baseline. The rows are printed; a run of all is written to data/metrics/bench.json.
+input), and value / baseline. The rows are printed; a run of all is written to data/results/bench.json.
 """
 
 import importlib.util
@@ -18,7 +18,7 @@ sys.path.insert(0, str(HERE.parent.parent))
 from clear.data.records import write_json  # noqa: E402
 from clear.errors import ClearError  # noqa: E402
 
-OUTPUT = Path("data/metrics/bench.json")
+OUTPUT = Path("data/results/bench.json")
 KEYS = {"value", "unit", "baseline", "ratio"}
 
 
