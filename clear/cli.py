@@ -16,6 +16,7 @@ from typing import Annotated, Any, NoReturn
 
 import typer
 
+from clear.bench.models import MODELS
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError, judging, naming, refusal
 
@@ -340,7 +341,7 @@ def merge(
     typer.echo(f"{out} written.")
 
 
-_incoming = typer.Typer(help="Pictures that came degraded: the sets of data/incoming.", no_args_is_help=True)
+_incoming = typer.Typer(help="Naturally degraded images: the sets of data/incoming.", no_args_is_help=True)
 app.add_typer(_incoming, name="incoming", rich_help_panel=TOOLS)
 
 
@@ -398,14 +399,12 @@ for _name, _summary in STAGES.items():
 
 @app.command(rich_help_panel=PIPELINE)
 def evaluate(
-    model: Annotated[str, typer.Argument(help="base, sft_direct, sft, reencode, bridge or grpo.")],
+    model: Annotated[str, typer.Argument(help=f"{', '.join([*MODELS][:-1])} or {[*MODELS][-1]}.")],
     development: Annotated[
         bool, typer.Option("--development", help="Answer data/development, where recipes are compared, instead.")
     ] = False,
 ) -> None:
     """Run MMD-Bench for one model."""
-    from clear.bench.predictions import MODELS
-
     if model not in MODELS:
         raise ClearError(f"evaluate {model}: choose one of {', '.join(MODELS)}.")
     if development:

@@ -21,6 +21,7 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
+from clear.bench.models import MODELS
 from clear.config import PARAMS
 from clear.data.lock import Busy, writer
 from clear.errors import ClearError
@@ -29,8 +30,6 @@ from flows.dvc_commands import address, command_lock, dvc, remote_of
 from flows.pipeline import here_and_now, reproduce
 from flows.service import children
 from flows.service.artifacts import metrics_table, read_json
-
-ALL = ["base", "sft_direct", "sft", "reencode", "bridge", "grpo"]
 
 
 @flow(name="benchmark")
@@ -50,7 +49,7 @@ def benchmark(
     address of a Dask scheduler, "" this machine, and None what the revision's parameters say.
     """
     source = Path(workspace).resolve()
-    chosen = models or ALL
+    chosen = models or list(MODELS)
     if folder is not None and len(chosen) != 1:
         raise ClearError(f"folder = {folder}: name the one model it is evaluated as, such as models = ['grpo'].")
     given = None if folder is None else Path(folder).resolve()
@@ -141,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the flow here and now and print the figures; the exit status of `here_and_now`."""
     parser = argparse.ArgumentParser(prog="python -m flows.benchmark", description="MMD-Bench, aside.")
     parser.add_argument("revision", nargs="?", default="HEAD", help="git revision")
-    parser.add_argument("--model", action="append", dest="models", help=f"{', '.join(ALL)}; default: all")
+    parser.add_argument("--model", action="append", dest="models", help=f"{', '.join(MODELS)}; default: all")
     parser.add_argument("--folder", help="evaluate this model folder in place of the model's own")
     parser.add_argument("--force", action="store_true", help="measure even what is recorded as up to date")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")

@@ -6,7 +6,7 @@ import numpy as np
 import yaml
 
 from clear.bench import predictions
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.data.records import encode_image, write_json
 from tests.conftest import git
 

@@ -10,7 +10,8 @@ from dataclasses import replace
 
 import pytest
 
-from clear.bench.answers import UnderTest, answer, answer_shard
+from clear.bench.answers import answer, answer_shard
+from clear.bench.models import UnderTest
 from clear.config import compose, from_dict
 from clear.data.pool import code_digest, parallel
 from clear.degradation.build import degraded_samples

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.bench import predictions
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.data.records import Question, Sample, encode_image, sha256, write_json, write_samples
 from clear.errors import ClearError
 from clear.project.compare import changes, render

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clear.bench.models import UnderTest
 from clear.bench.scoring import is_correct
-from clear.config import Config
 from clear.data.pool import parallel
 from clear.data.records import Question, Sample, encode_image
 from clear.errors import ClearError
@@ -27,18 +27,6 @@ if TYPE_CHECKING:
 
 DECODED = 128
 """Restored pictures that the autoencoder decodes at once."""
-
-
-@dataclass(frozen=True)
-class UnderTest:
-    """A model under test: its folder, how it restores and reads what it restored (Options of the engine)."""
-
-    folder: Path
-    restore: str
-    feedback: str
-    config: Config
-    digest: str = ""
-    """What the files of the folder must be (`digest_of`); empty where the folder is this machine's own."""
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,6 @@ from clear.errors import ClearError
 if TYPE_CHECKING:
     import pandas as pd
 
-MODELS = ("base", "sft_direct", "sft", "reencode", "bridge", "grpo")
-"""The compared models, in the order of the report."""
-
 SCHEMA = pa.schema(
     [
         ("sample", pa.string()),
@@ -78,7 +75,7 @@ def write(path: Path | str, rows: Iterable[dict]) -> int:
 def read(path: Path | str) -> "pd.DataFrame":
     """The rows of one model on MMD-Bench: the columns of SCHEMA (null floats become NaN, null pictures None).
 
-    Pictures that came degraded and further degradations are no part of it: see `read_incoming` and `read_extra`.
+    Naturally degraded images and further degradations are not included: see `read_incoming` and `read_extra`.
 
     Raises ClearError, naming the file and where possible the row, if the file is missing or unreadable, has no row,
     lacks a column, holds a column of another type, an unknown severity, the same key twice, or a null where one is
@@ -88,7 +85,7 @@ def read(path: Path | str) -> "pd.DataFrame":
 
 
 def read_incoming(path: Path | str) -> "pd.DataFrame":
-    """The rows of one model on pictures that came degraded, in the form and with the errors of `read`; may be empty."""
+    """The rows of one model on naturally degraded images, in the form and with the errors of `read`; may be empty."""
     return _read(Path(path), INCOMING)
 
 

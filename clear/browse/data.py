@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clear.bench import predictions
-from clear.bench.answers import UnderTest
-from clear.bench.predictions import KEY, MODELS
+from clear.bench.models import MODELS, UnderTest, under_test
+from clear.bench.predictions import KEY
 from clear.data.records import Question, Sample
 from clear.errors import ClearError
 from clear.report.gallery import find
-from clear.stages.evaluate import under_test
 
 if TYPE_CHECKING:
     import pandas as pd

@@ -9,10 +9,10 @@ import json
 import subprocess
 from pathlib import Path
 
+from clear.bench.models import MODELS
 from clear.data.workspace import profile, report_dir
 from clear.errors import ClearError
 
-MODELS = ("base", "sft_direct", "sft", "reencode", "bridge", "grpo")
 LEVELS = ("clean", "low", "mid", "high")
 HEADER = ("model", *LEVELS, "average", "restores clean", "restores high")
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clear.bench import statistics
-from clear.bench.predictions import KEY, MODELS
+from clear.bench.models import MODELS
+from clear.bench.predictions import KEY
 from clear.bench.scoring import HARD, SEVERITIES, present
 from clear.data.records import CLEAN
 from clear.errors import ClearError

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.data.records import CLEAN
 from clear.report.claims import LEVELS, NAMES

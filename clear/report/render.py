@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.bench.predictions import MODELS, metrics
+from clear.bench.models import MODELS
+from clear.bench.predictions import metrics
 from clear.bench.scoring import HARD
 from clear.report import gallery, plots, tables
 from clear.report.claims import LEVELS, Bootstrap, Claim

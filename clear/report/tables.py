@@ -7,7 +7,8 @@ computed here, never typed in. Shares are shown in percent, differences in point
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from clear.bench.predictions import MODELS, metrics
+from clear.bench.models import MODELS
+from clear.bench.predictions import metrics
 from clear.bench.scoring import CLEAN, HARD, SEVERITIES
 from clear.report.claims import LEVELS, NAMES, STRATIFIED, Claim, points
 
@@ -57,7 +58,7 @@ def _cell(text: str) -> str:
 
 
 def beyond(found: dict[str, dict[str, dict]]) -> Table:
-    """Accuracy per model, one row per set that came degraded and per further degradation and level."""
+    """Accuracy per model, one row per set of naturally degraded images and per further degradation and level."""
     models = [name for name in MODELS if name in found]
     rows = list(dict.fromkeys(row for name in models for row in found[name]))
     cells = []
@@ -66,7 +67,7 @@ def beyond(found: dict[str, dict[str, dict]]) -> Table:
         questions = next(f["questions"] for f in figures if f)
         cells.append([row, str(questions), *("" if f is None else f"{100 * f['accuracy']:.1f}" for f in figures)])
     caption = (
-        "Accuracy in percent on pictures that came degraded (data/incoming) and on degradations beyond the sixteen. No "
+        "Accuracy in percent on naturally degraded images (data/incoming) and on degradations beyond the sixteen. No "
         "figure of MMD-Bench counts them."
     )
     return Table(["set or degradation", "questions", *(NAMES[name] for name in models)], cells, caption)

@@ -1,7 +1,7 @@
 """Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary.
 
-What came degraded (data/bench/incoming) and copies by further degradations (data/bench/extra) are answered apart, after
-MMD-Bench, so that no figure of MMD-Bench depends on them. With `evaluate.cluster` a Dask cluster answers
+Naturally degraded images (data/bench/incoming) and copies by further degradations (data/bench/extra) are answered
+separately, after MMD-Bench, so that no figure of MMD-Bench depends on them. With `evaluate.cluster` a Dask cluster answers
 (clear/bench/answers.py); the predictions are the same. `clear evaluate --development` answers data/development instead,
 where recipes are compared, and leaves everything tracked alone.
 """
@@ -11,34 +11,13 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clear.bench import predictions
-from clear.bench.answers import UnderTest, answer
+from clear.bench.answers import answer
+from clear.bench.models import UnderTest, under_test
 from clear.config import Config
 from clear.data.records import Sample, read_samples, write_json
 from clear.errors import ClearError
 
 BENCH, DEVELOPMENT = Path("data/bench"), Path("data/development")
-MODELS = {
-    "base": ("base", "plain", "bridge"),
-    "sft_direct": ("sft_direct", "plain", "bridge"),
-    "sft": ("sft", "auto", "reencode"),
-    "reencode": ("bridge", "auto", "reencode"),
-    "bridge": ("bridge", "auto", "bridge"),
-    "grpo": ("grpo", "auto", "bridge"),
-}
-"""Model name → (folder under data/models, restoration mode, feedback). `sft` reads its pictures by decode-reencode
-until the mlp bridge is trained; with the parameter-free `direct` bridge it answers through the bridge path."""
-
-
-def under_test(model: str, config: Config) -> UnderTest:
-    """How a model of MODELS answers under `config`; its folder is one of the working directory."""
-    if model not in MODELS:
-        raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
-    from clear.data.workspace import model_folder
-
-    folder, restore, feedback = MODELS[model]
-    if model == "sft" and config.bridge.kind == "direct":
-        feedback = "bridge"
-    return UnderTest(model_folder(folder, config), restore, feedback, config)
 
 
 def run(config: Config, model: str) -> None:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.project.compare.differences import TITLES
 from clear.project.compare.load import BENCH, LOCK, Side, outputs

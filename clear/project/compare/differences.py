@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clear.bench import scoring, statistics
-from clear.bench.predictions import KEY, MODELS
+from clear.bench.models import MODELS
+from clear.bench.predictions import KEY
 from clear.bench.scoring import HARD, SEVERITIES
 from clear.bench.statistics import Interval
 from clear.data.records import CLEAN

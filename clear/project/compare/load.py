@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from clear.bench import predictions
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.data import workspace as paths
 from clear.errors import ClearError
 
@@ -210,7 +210,7 @@ def _from_dvc(workspace: Path, commit: str, path: str, folder: Path) -> str:
     try:
         content = dvc.api.read(path, repo=str(workspace.resolve()), rev=commit, mode="rb")
     except (DvcException, OSError) as error:
-        return f"kept under DVC and not to be had here ({' '.join(str(error).split())}); `dvc pull` fetches it"
+        return f"kept under DVC and not available locally ({' '.join(str(error).split())}); `dvc pull` fetches it"
     target = folder / path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)

@@ -12,7 +12,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
-from clear.bench.predictions import MODELS
+from clear.bench.models import MODELS
 from clear.data.records import write_json, write_text
 from clear.project.compare import changes, sections
 from clear.project.compare import verdict as verdicts
