@@ -75,7 +75,7 @@ class Degrade:
 
 @dataclass
 class Incoming:
-    """Pictures that came degraded (data/incoming): the slices that a hash of their pixels sends them to."""
+    """Naturally degraded images (data/incoming): the slices to which a hash of their pixels assigns them."""
 
     bench_share: float = between(0, 1)  # of all pictures, to the benchmark
     rl_share: float = between(0, 1)  # of the others, to reinforcement learning; the rest to fine-tuning

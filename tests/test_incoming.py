@@ -1,4 +1,4 @@
-"""Pictures that came degraded: bad rows are named, slices never share a picture, the benchmark's figures stay apart."""
+"""Naturally degraded images: bad rows are named, slices never share an image, MMD-Bench's figures do not change."""
 
 import hashlib
 import json

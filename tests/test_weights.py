@@ -121,7 +121,7 @@ def test_a_broken_download_goes_on_where_it_stopped(bucket, gets, monkeypatch):
 
     with monkeypatch.context() as broken:
         broken.setattr(weights, "tqdm", Cable)
-        with pytest.raises(ClearError, match=r"interrupted \(the line is dead\).*goes on where it stopped"):
+        with pytest.raises(ClearError, match=r"interrupted \(the line is dead\).*the download resumes"):
             fetch(f"s3://{name}/bagel/7b")
     folder = weights.home() / "weights" / name / "bagel" / "7b"
     assert not (folder / "ema.safetensors").exists()

@@ -98,7 +98,7 @@ def one_question(found: dict, model: str, key: tuple, stamp: tuple) -> None:
     left, middle, right = st.columns(3)
     missing = "data/bench is not on this machine (`dvc pull data/bench`)."
     clean = decode_image(sample.image) if sample and sample.paired else None
-    picture(left, "clean", clean, missing if sample is None else "this picture came degraded.")
+    picture(left, "clean", clean, missing if sample is None else "this picture is naturally degraded.")
     seen = decode_image(sample.degraded) if sample and sample.degraded else None
     if corruption != CLEAN:
         picture(middle, with_psnr(f"{corruption}, {level(severity)}", row.psnr_degraded), seen, missing)

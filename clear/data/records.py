@@ -26,10 +26,10 @@ CLEAN = "clean"
 """Value of `Sample.corruption` and `Sample.severity` for an image that was not degraded."""
 
 INCOMING = "incoming"
-"""Value of `Sample.severity` for an image that came degraded (data/incoming); its corruption is the name of its set."""
+"""Value of `Sample.severity` for a naturally degraded image (data/incoming); its corruption is the name of its set."""
 
 EXTRA = "+"
-"""First character of `Sample.corruption` for a degradation that is none of MMD-Bench's sixteen."""
+"""First character of `Sample.corruption` for a degradation other than MMD-Bench's sixteen."""
 
 
 @functools.cache
@@ -103,7 +103,7 @@ class Sample:
 
     @property
     def paired(self) -> bool:
-        """Whether there is a clean image to restore; what came degraded without one is kept in both fields."""
+        """Whether there is a clean image to restore; a naturally degraded image without one is in both fields."""
         return self.degraded is None or self.degraded != self.image
 
     @property

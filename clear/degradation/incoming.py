@@ -1,4 +1,4 @@
-"""What came degraded (data/incoming), under the settings of a run; the stages degrade and mmd_bench read it alike."""
+"""Naturally degraded images (data/incoming), read in the same way by the stages degrade and mmd_bench."""
 
 from functools import partial
 from pathlib import Path

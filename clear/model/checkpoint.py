@@ -84,7 +84,7 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     """Write a model folder. The bytes depend on weights, configuration and tokenizer only.
 
     A tokenizer of `load_tokenizer` brings the files it came from. The weights may be mapped from the very files that
-    are overwritten. Until the last file is in place, the folder holds a mark with which `load_bagel` refuses it.
+    are overwritten. Until the last file is in place, the folder contains a marker that makes `load_bagel` reject it.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     bridge = {k.removeprefix("bridge."): state.pop(k) for k in list(state) if k.startswith("bridge.")}
@@ -110,7 +110,7 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
 def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], object]], stale: Collection[str] = ()) -> None:
     """Write the files of a model folder, each by its function, all or none; then remove the `stale` ones.
 
-    Until the last file is in place, the folder holds a mark with which `check_whole` refuses it.
+    Until the last file is in place, the folder contains a marker that makes `check_whole` reject it.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

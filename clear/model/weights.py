@@ -6,9 +6,9 @@
 `s3://bucket/prefix/model.safetensors` names one of several weight files there, as a path does (model/checkpoint.py).
 
 Credentials, region and endpoint are boto3's business (environment, profiles, AWS_ENDPOINT_URL). Each run lists the
-prefix: what has the recorded ETag is kept, what has another is fetched again, and a broken download goes on where it
-stopped. A file counts once its size is right and its ETag is that of its content (MD5, or for uploads in parts the MD5
-of the parts' MD5s, for the part sizes in use); encrypted objects have other ETags, and of them only the size is known.
+prefix: a file with the recorded ETag is kept, one with another ETag is fetched again, and an interrupted download
+resumes. A file is accepted once its size is right and its ETag matches its content (MD5, or for multipart uploads the
+MD5 of the parts' MD5s, for the part sizes in use); encrypted objects have other ETags, so only their size is checked.
 """
 
 import fcntl
@@ -99,7 +99,7 @@ def _explained(url: str) -> Iterator[None]:
     """boto3's errors as ClearErrors that say what to do."""
     from botocore import exceptions
 
-    go_on = "repeat the command, it goes on where it stopped."
+    go_on = "repeat the command, the download resumes."
     try:
         yield
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
@@ -176,7 +176,7 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
     size = part.stat().st_size
     if size != remote.size:
         raise ClearError(
-            f"{path}: {size} of {remote.size} bytes came; repeat the command, it goes on where it stopped."
+            f"{path}: {size} of {remote.size} bytes arrived; repeat the command, the download resumes."
         )
     if plain and not etag_matches(part, remote.etag):
         part.unlink()

@@ -8,7 +8,7 @@ Guidance (METHOD §1 "CFG") denoises in up to three contexts at once: the condit
 asked for the restoration, and one without any image. Each has its own cache and rope position; inside the guided
 interval they are one batch, outside it and without guidance only the conditional one runs.
 
-Sampling is over the tokenizer's ids: a model's vocabulary may be padded beyond them, and a padding id is no token.
+Sampling is over the tokenizer's ids: a model's vocabulary may be padded beyond them, and padding ids are never sampled.
 
 Departures from the published loop: batch 1 there, batched here; the picture is decoded to pixels only on request; on
 a second restoration the image-free context is still free of images (the reference's is then a copy of the whole one).
@@ -324,7 +324,7 @@ class Context:
 
 
 def dropped_contexts(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], guidance: flow.Guidance) -> list[Context]:
-    """The contexts that `guidance` needs beside the rows' own: none, without the last reply, and without images.
+    """The contexts `guidance` needs in addition to the rows' own: none, without the last reply, and without images.
 
     `prompts` are the rows' own, one each. The last reply of every row must be in its cache as a whole (bos … eos).
     """

@@ -1,4 +1,4 @@
-"""A folder of images of one's own, described by JSON lines.
+"""A folder of your own images, described by JSON Lines files.
 
 `path` is a folder with one or more `*.jsonl` files (or one such file). A line is an object with `image` (a file name,
 relative to the table; or the picture in base64 or as a data: URI) and either `question` and `answer`, or `questions`: a

@@ -1,4 +1,4 @@
-"""Pictures that came degraded: sets under data/incoming/<name> and their rows (docs/DEGRADATIONS.md).
+"""Naturally degraded images: sets under data/incoming/<name> and their rows (docs/DEGRADATIONS.md).
 
 A set is a folder with tables (`*.jsonl`, `*.parquet`) and the files that they name. A row names the degraded picture
 (`image`), where there is one its clean partner (`clean`), and the question with its answer; a row may also hold the

@@ -2,8 +2,8 @@
 
 Reads data/samples/{sft,rl,validation}, writes data/degraded/<split>/ and data/metrics/degrade.json. Training images
 draw their corruption and severity from the published weights; validation images go through all 48 cells in turn.
-Pictures that came degraded (data/incoming) follow behind those of their slice, sft or rl; rows of theirs that cannot be
-used are listed in data/rejects/incoming.parquet.
+Naturally degraded images (data/incoming) are appended to their slice, sft or rl; rows of theirs that cannot be used are
+listed in data/rejects/incoming.parquet.
 """
 
 from collections.abc import Iterator

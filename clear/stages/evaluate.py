@@ -1,9 +1,9 @@
 """Stage `evaluate@<model>`: answer the whole benchmark and write per-question predictions and their summary.
 
 Naturally degraded images (data/bench/incoming) and copies by further degradations (data/bench/extra) are answered
-separately, after MMD-Bench, so that no figure of MMD-Bench depends on them. With `evaluate.cluster` a Dask cluster answers
-(clear/bench/answers.py); the predictions are the same. `clear evaluate --development` answers data/development instead,
-where recipes are compared, and leaves everything tracked alone.
+separately, after MMD-Bench, so that no figure of MMD-Bench depends on them. With `evaluate.cluster` a Dask cluster
+answers (clear/bench/answers.py); the predictions are the same. `clear evaluate --development` answers data/development
+instead, where recipes are compared, and changes no tracked file.
 """
 
 from pathlib import Path

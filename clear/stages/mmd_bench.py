@@ -3,8 +3,8 @@
 Reads data/samples/bench, writes data/bench/{clean,degraded} and data/metrics/mmd_bench.json. Protocol `row`: one
 corruption per image at three levels, as the published generator; `full`: all 48 variants, as the paper says.
 data/development/{clean,degraded} has the same form over the images of data/samples/development: recipes are chosen
-there, so that a figure on the benchmark is not the best of several that were tried on it. The
-benchmark slice of what came degraded (data/incoming) lies apart, in data/bench/incoming, and counts for no figure of
+there, so that a figure on the benchmark is not the best of several that were tried on it. The benchmark slice of
+naturally degraded images (data/incoming) is kept separately, in data/bench/incoming, and counts for no figure of
 MMD-Bench; neither do copies by degradations beyond the sixteen (plugins, presets), in data/bench/extra.
 
 Departure (METHOD §8 item 15): `row` deals the corruptions out evenly instead of drawing them, and every row records
@@ -131,7 +131,7 @@ def corruption_plan(samples: Iterable[Sample], names: Iterable[str] = tuple(CORR
 
     Images joined by minimal pairs are dealt out together, larger groups first, each to the corruption that has the
     fewest images so far: counts differ by at most one if there are enough single images to fill up, else by less than
-    the largest group. The order of the deal is a fixed shuffle of the ids, so the order of the input is of no account.
+    the largest group. The order of the deal is a fixed shuffle of the ids, so the order of the input does not matter.
     """
     groups = sorted(_pair_groups(samples), key=lambda ids: (-len(ids), order_of(ids[0])))
     load = dict.fromkeys(names, 0)

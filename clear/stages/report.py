@@ -86,8 +86,8 @@ def read_frames(data: Path) -> dict[str, "pd.DataFrame"]:
 
 
 def read_beyond(data: Path, models: Iterable[str]) -> dict[str, dict[str, dict]]:
-    """{model: {row: figures}} outside MMD-Bench: one row per set that came degraded, and per further degradation and
-    level. Empty where there is neither."""
+    """{model: {row: figures}} outside MMD-Bench: a row per set of naturally degraded images, and per further degradation
+    and level. Empty if there is neither."""
     from clear.report.claims import LEVELS
 
     found = {}

@@ -3,8 +3,8 @@
 Reads data/degraded/{sft,rl,validation}, data/bench/{clean,degraded,incoming} and data/development/{clean,degraded};
 writes data/metrics/validate.json, data/rejects/validate.parquet and, outside DVC, Data Docs and the metrics of every
 sample (samples/<dataset>.parquet) in the report folder. All of it is written before a failed expectation stops the
-stage, so that what failed can be looked up; nothing downstream runs. Pictures that came degraded are judged as sets of
-their own (`incoming_<name>`), over all their slices.
+stage, so that what failed can be looked up; nothing downstream runs. Naturally degraded images are checked per set
+(`incoming_<name>`), over all its slices.
 """
 
 from collections.abc import Iterator
@@ -72,7 +72,7 @@ def measured_frames(workers: int) -> dict[str, pd.DataFrame]:
 
 
 def by_set(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
-    """The frames without pictures that came degraded, followed by one frame `incoming_<name>` per set of those."""
+    """The frames without naturally degraded images, followed by one frame `incoming_<name>` per set of those."""
     came, kept = [], {}
     for name, frame in frames.items():
         mine = frame["severity"].eq(INCOMING) | (name == "bench_incoming")

@@ -15,7 +15,7 @@ from clear.traces.table import TraceRow
 def demonstrations(question: Question) -> tuple[grammar.Trace, grammar.Trace]:
     """The direct and the restoring demonstration of a question.
 
-    Where it brings no evidence, as most pictures that came degraded, all that is noted is the answer.
+    Without evidence, as for most naturally degraded images, only the answer is noted.
     """
     evidence = question.evidence or question.answer
     direct = grammar.direct_trace(evidence, question.answer)

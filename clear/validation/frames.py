@@ -169,7 +169,7 @@ def add_shared_images(frame: pd.DataFrame, training: Iterable[pd.DataFrame]) -> 
 
 
 def add_shared_pictures(frame: pd.DataFrame, taught: Sequence[pd.DataFrame], asked: Sequence[pd.DataFrame]) -> None:
-    """Columns `shared_images` and `looks_shared`, as `add_shared_images`, for pictures that came degraded.
+    """Columns `shared_images` and `looks_shared`, as `add_shared_images`, for naturally degraded images.
 
     A row of the benchmark slice is compared with the frames `taught`, any other row with the frames `asked`; the
     picture that is shown counts, and so does its clean partner.

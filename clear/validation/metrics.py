@@ -49,7 +49,7 @@ class Measured:
     difference: float | None = None  # grey levels, see `difference`
     psnr: float | None = None  # dB
     ssim: float | None = None
-    likeness: float | None = None  # of a picture that came degraded to its clean partner, see `likeness`
+    likeness: float | None = None  # of a naturally degraded image to its clean version, see `likeness`
 
 
 def measure(sample: Sample) -> Measured:

@@ -1,4 +1,4 @@
-"""The suites of named checks for datasets of samples: clean, degraded, and pictures that came degraded."""
+"""The suites of named checks for datasets of samples: clean, degraded, and naturally degraded images."""
 
 from clear.data.records import CLEAN, INCOMING
 from clear.degradation.corruptions import CORRUPTIONS
@@ -48,7 +48,7 @@ MONOTONE = Check("monotone", "monotone", "mean PSNR and SSIM of the type fall fr
 
 
 def incoming_checks(duplicate_limit: int) -> list[Check]:
-    """Rules for a set of pictures that came degraded, over all its slices."""
+    """Rules for a set of naturally degraded images, over all its slices."""
     return [
         *_common(duplicate_limit),
         Check("labelled_incoming", "severity", "the severity is incoming", allowed=(INCOMING,)),

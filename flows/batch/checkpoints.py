@@ -1,4 +1,4 @@
-"""Checkpoints of a stage in S3, so that the next machine goes on where the last one was taken away.
+"""Checkpoints of a stage in S3, so that the next machine resumes after the last one was reclaimed.
 
 A snapshot is what lies in the stage's checkpoint folder: complete checkpoints, finished phases. Its files go to S3 by
 content, a manifest with their hashes last, so that a snapshot is whole or not there. Each job writes under its own id;

@@ -1,9 +1,9 @@
 """What a job may and did cost: estimates before, a monthly budget that refuses, actual time after.
 
-Prices are the estimates of `compute.prices`, at the dearest of the job's instance types, so the figures are upper
-ones; storage and traffic are not in them. A job is allowed one whole attempt on demand (`timeout_hours`); the flow ends
-it when it has cost that, whatever machine it ran on. The month's ledger in S3 holds what each job was allowed, and,
-once it has ended, what it cost; its sum may not exceed `compute.budget_usd`.
+Prices are the estimates of `compute.prices`, at the most expensive of the job's instance types, so the figures
+are upper bounds; storage and traffic are not included. A job is allowed the cost of one whole attempt on demand
+(`timeout_hours`); the flow ends it when that is spent, whatever machine it ran on. The month's ledger in S3 holds what
+each job was allowed and, once it has ended, what it cost; the sum may not exceed `compute.budget_usd`.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Estimate:
 
 
 def hourly(compute: Compute, job: BatchJob, spot: bool) -> float:
-    """US dollars per hour of all machines of a job, at its dearest instance type."""
+    """US dollars per hour of all machines of a job, at its most expensive instance type."""
     prices = [compute.prices[name] for name in job.instance_types]
     return job.nodes * max(price.spot if spot else price.on_demand for price in prices)
 

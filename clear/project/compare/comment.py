@@ -1,7 +1,7 @@
 """The one comment of a pull request that holds the comparison: made at the first run, replaced at every later one.
 
 Run as `python -m clear.project.compare.comment` by the workflow that may write comments, on a bare interpreter: nothing
-but the standard library is imported, so that nothing has to be installed where a token is at hand. It never runs what
+but the standard library is imported, so that nothing has to be installed where a token is available. It never runs what
 it posts. If there is no report (the comparison stopped), the comment says so, since a stale verdict would be worse.
 """
 

@@ -58,7 +58,7 @@ def body(workspace: Path, branch: str, names: list[str], incumbent: str, retrain
 
 
 def incoming_rows(workspace: Path, commit: str, model: str) -> "pd.DataFrame":
-    """The predictions of a commit on pictures that came degraded; an empty frame if it has none."""
+    """The predictions of a commit on naturally degraded images; an empty frame if it has none."""
     import pandas as pd
 
     from clear.bench import predictions

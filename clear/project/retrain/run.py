@@ -1,7 +1,7 @@
 """Retraining on new degradation data: from a set under data/incoming to a branch that is ready for review.
 
-A set (clear/sources/incoming.py) is news if the revision's data/metrics/degrade.json does not name its fingerprint and
-no branch `retrain/…` does. News is validated by the revision's own code in a clone under `.clear/scratch/retrain`;
+A set (clear/sources/incoming.py) is new if neither the revision's data/metrics/degrade.json nor a branch `retrain/…`
+names its fingerprint. New sets are validated by the revision's own code in a clone under `.clear/scratch/retrain`;
 invalid sets go to quarantine with their report (clear/project/retrain/intake.py). For the valid ones a new branch gets
 three commits:
 
@@ -10,9 +10,9 @@ three commits:
     retrained    the whole pipeline
 
 so `clear gate` of the last two compares both models on one benchmark. Data is pushed before the branch, the branch
-before the pull request. Each commit says in trailers which step it is and which sets it is about: git is the only
-memory. A killed run continues after its last step, inside a step DVC and the stages' checkpoints know what is done, and
-a step that is done is not done again, whichever machine looks next.
+before the pull request. The trailers of each commit name its step and its sets: git is the only state. A killed run
+continues after its last step, and within a step from what DVC and the stages' checkpoints have recorded. A finished
+step is never repeated, on whichever machine the next run takes place.
 """
 
 import hashlib
@@ -63,11 +63,11 @@ class Outcome:
 def retrain(
     workspace: Path, tools: Tools, incoming: str = intake.FOLDER, revision: str = "HEAD", target: str = ""
 ) -> Outcome:
-    """Look for news and do all that it asks for; the same news twice does nothing.
+    """Look for new sets and do all their steps; running it again on the same sets does nothing.
 
     `incoming` is a folder of the workspace or `s3://bucket/prefix`, `target` the branch that a pull request is for
     (default: the one checked out). The caller makes sure that no other retraining of this workspace runs. Raises
-    ClearError where there is news but no default DVC remote, no model to compare with, or a command fails.
+    ClearError if there are new sets but no default DVC remote or no model to compare with, or if a command fails.
     """
     home = workspace / ".clear" / "scratch" / "retrain"
     commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")

@@ -6,8 +6,8 @@ Images come in couples (samples 2k and 2k + 1): where the couple's questions inc
 differ in the colour of one object only; otherwise they are independent. A couple depends on nothing but
 (seed, split, k), hence neither order nor worker count can change a byte.
 
-This source is not in the publication, which samples LLaVA-OneVision (METHOD §6); it stands in for it where no data
-and no GPU are at hand.
+This source is not in the publication, which samples LLaVA-OneVision (METHOD §6); it stands in for it where neither
+data nor a GPU is available.
 """
 
 import colorsys

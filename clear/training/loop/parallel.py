@@ -98,9 +98,9 @@ class Pass:
 
 
 def balanced(lengths: Sequence[int], parts: int) -> list[list[int]]:
-    """Which samples each of `parts` processes gets, about as many tokens each: the longest first, to who has fewest.
+    """Which samples each of `parts` processes gets, about as many tokens each: longest first, to the emptiest.
 
-    The numbers of a process ascend. Nobody is without a sample unless there are fewer samples than processes.
+    The numbers of a process ascend. Every process gets a sample unless there are fewer samples than processes.
     """
     shares: list[list[int]] = [[] for _ in range(parts)]
     tokens = [0] * parts

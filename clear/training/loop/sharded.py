@@ -1,4 +1,4 @@
-"""Sharded weights (FSDP2): how a process was launched, and what GRPO needs beside: a whole copy and a reference.
+"""Sharded weights (FSDP2): how a process was launched, and what GRPO needs in addition: a whole copy and a reference.
 
 Sharded layers are gathered when they compute, by all processes together, which holds for scoring and for no rollout:
 each takes as many forwards as its own longest reply has tokens. `Policies.whole` therefore gathers every weight once

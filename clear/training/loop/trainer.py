@@ -316,9 +316,9 @@ class Progress(TrainerCallback):
 
 
 class MarkComplete(TrainerCallback):
-    """Write the mark of a complete checkpoint last, so that a kill inside a save leaves none.
+    """Write the marker of a complete checkpoint last, so that a save that is killed leaves none.
 
-    There is no checkpoint of the last step: the Trainer would resume it with one step too many.
+    No checkpoint is saved at the last step: the Trainer would resume from it and run one extra step.
     """
 
     def on_step_end(self, args, state, control, **_) -> None:

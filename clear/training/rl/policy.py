@@ -43,7 +43,7 @@ class PolicyConfig(PretrainedConfig):
 
 
 class Policy(PreTrainedModel):
-    """Bagel in the dress trl expects; all work goes through `bagel`."""
+    """Bagel with the interface TRL expects; all work is done by `bagel`."""
 
     config_class = PolicyConfig
     base_model_prefix = "bagel"
