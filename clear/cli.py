@@ -202,7 +202,7 @@ def ask(
 ) -> None:
     """Ask a trained model about one image."""
     from clear.config import load
-    from clear.data.records import encode_image
+    from clear.data.images import encode_image
     from clear.model.weights import with_local_weights
 
     if restore not in ("auto", "always", "never"):

@@ -7,7 +7,8 @@ import yaml
 
 from clear.bench import predictions
 from clear.bench.models import MODELS
-from clear.data.records import encode_image, write_json
+from clear.data.images import encode_image
+from clear.data.records import write_json
 from tests.conftest import git
 
 LEVELS = ("clean", "low", "mid", "high")

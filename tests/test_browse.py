@@ -18,7 +18,8 @@ from clear.bench import predictions
 from clear.browse import data
 from clear.browse.data import ALL, EVERY, FILTERS, GAINED, LOST, RESTORED, RIGHT, WRONG
 from clear.config import compose, from_dict
-from clear.data.records import Question, Sample, encode_image, sha256, write_samples
+from clear.data.images import encode_image
+from clear.data.records import Question, Sample, sha256, write_samples
 from clear.degradation.protocol import SEVERITIES, degrade
 from clear.errors import ClearError
 from clear.project.scratch import write_params

@@ -228,7 +228,7 @@ def test_check_exits_with_one_on_drift(project, clear):
 
 
 def test_ask_prints_the_trace_and_saves_the_picture(project, clear, monkeypatch):
-    from clear.data.records import decode_image
+    from clear.data.images import decode_image
 
     picture = np.full((4, 5, 3), 7, np.uint8)
     asked = []

@@ -11,7 +11,7 @@ from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
 from clear.config import compose, from_dict
-from clear.data.records import decode_image, encode_image
+from clear.data.images import decode_image, encode_image
 from clear.errors import ClearError
 from clear.reasoning.ask import ask
 

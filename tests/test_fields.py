@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from clear.config import compose, from_dict
-from clear.data.records import encode_image
+from clear.data.images import encode_image
 from clear.data.rejects import Reject, read_rejects, write_rejects
 from clear.errors import ClearError, quoted
 from clear.sources import folder, incoming, intake, llava_onevision

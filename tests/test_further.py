@@ -10,7 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from clear import config as configuration
-from clear.data.records import EXTRA, decode_image, read_samples, write_samples
+from clear.data.images import decode_image
+from clear.data.records import EXTRA, read_samples, write_samples
 from clear.degradation import registry
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS

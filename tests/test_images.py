@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
-from clear.data.records import encode_image
+from clear.data.images import encode_image
 from clear.errors import ClearError
 from clear.model import images
 from clear.model.images import (

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from clear import config as configuration
 from clear.bench import predictions
 from clear.cli import app
-from clear.data.records import INCOMING, decode_image, encode_image, read_samples, write_samples
+from clear.data.images import decode_image, encode_image
+from clear.data.records import INCOMING, read_samples, write_samples
 from clear.data.rejects import read_rejects
 from clear.degradation.corruptions import corrupt
 from clear.errors import ClearError

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from clear.config import compose, from_dict
-from clear.data.records import Sample, encode_image
+from clear.data.images import encode_image
+from clear.data.records import Sample
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from clear.config import Phase, compose, from_dict
-from clear.data.records import Question, Sample, encode_image, sha256
+from clear.data.images import encode_image
+from clear.data.records import Question, Sample, sha256
 from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.images import ImageBank

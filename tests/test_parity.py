@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clear.data.records import encode_image
+from clear.data.images import encode_image
 from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.bridge import distilled_layers, token_distillation

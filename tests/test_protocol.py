@@ -13,8 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clear.data.images import decode_image, encode_image
 from clear.data.pool import parallel
-from clear.data.records import Question, Sample, decode_image, encode_image, sha256, write_samples
+from clear.data.records import Question, Sample, sha256, write_samples
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import (

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clear.data.records import Question, Sample, decode_image, read_samples
+from clear.data.images import decode_image
+from clear.data.records import Question, Sample, read_samples
 from clear.errors import ClearError
 from clear.sources.scenes.questions import TASKS, blind_baseline, chance, compose, draw_targets
 from clear.sources.scenes.render import (

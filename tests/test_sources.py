@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from clear.config import compose, from_dict
-from clear.data.records import encode_image, read_samples
+from clear.data.images import encode_image
+from clear.data.records import read_samples
 from clear.data.rejects import Reject
 from clear.errors import ClearError
 from clear.sources import folder, llava_onevision, lmudata

@@ -15,7 +15,8 @@ import pandas as pd
 import pytest
 
 from clear.config import compose, from_dict
-from clear.data.records import Question, Sample, encode_image, read_samples
+from clear.data.images import encode_image
+from clear.data.records import Question, Sample, read_samples
 from clear.data.rejects import Reject
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError

@@ -20,7 +20,8 @@ from PIL.ExifTags import Base
 
 from clear.bench.vlmeval.names import LEVELS, is_degraded
 from clear.bench.vlmeval.tsv import Target, targets, write_benchmarks
-from clear.data.records import decode_image, encode_image, sha256
+from clear.data.images import decode_image, encode_image
+from clear.data.records import sha256
 from clear.data.rejects import read_rejects
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of

@@ -11,7 +11,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from clear import config as configuration
-from clear.data.records import decode_image, encode_image, read_samples, write_samples
+from clear.data.images import decode_image, encode_image
+from clear.data.records import read_samples, write_samples
 from clear.data.rejects import read_rejects
 from clear.data.workspace import report_dir
 from clear.degradation.corruptions import CORRUPTIONS

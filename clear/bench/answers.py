@@ -18,8 +18,9 @@ import numpy as np
 
 from clear.bench.models import UnderTest
 from clear.bench.scoring import is_correct
+from clear.data.images import encode_image
 from clear.data.pool import parallel
-from clear.data.records import Question, Sample, encode_image
+from clear.data.records import Question, Sample
 from clear.errors import ClearError
 
 if TYPE_CHECKING:

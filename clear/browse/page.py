@@ -11,7 +11,8 @@ import streamlit as st
 
 from clear.browse import data
 from clear.browse.data import ALL, FILTERS, GAINED, LOST, Models
-from clear.data.records import CLEAN, Question, decode_image, encode_image
+from clear.data.images import decode_image, encode_image
+from clear.data.records import CLEAN, Question
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
 from clear.report.claims import LEVELS, NAMES

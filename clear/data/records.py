@@ -15,7 +15,6 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.data.images import decode_image, encode_image, pixel_sha256  # noqa: F401, who reads records decodes them
 from clear.errors import ClearError, naming
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow

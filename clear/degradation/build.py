@@ -8,8 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from clear.data.images import decode_image, encode_image
 from clear.data.pool import parallel
-from clear.data.records import EXTRA, Sample, decode_image, encode_image, open_shard, shards
+from clear.data.records import EXTRA, Sample, open_shard, shards
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.degradation.registry import Chosen, apply, extras
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from clear.config import ModelSize
-from clear.data.records import decode_image
+from clear.data.images import decode_image
 from clear.errors import ClearError
 from clear.model.bagel import BagelConfig
 from clear.model.vae import AutoEncoder, patchify

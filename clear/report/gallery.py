@@ -8,7 +8,8 @@ import numpy as np
 
 from clear.bench.predictions import KEY
 from clear.bench.scoring import SEVERITIES
-from clear.data.records import CLEAN, Sample, decode_image, read_samples
+from clear.data.images import decode_image
+from clear.data.records import CLEAN, Sample, read_samples
 from clear.errors import ClearError
 from clear.report.claims import LEVELS, NAMES
 

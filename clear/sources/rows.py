@@ -17,7 +17,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from clear.config import Source
-from clear.data.records import Question, Sample, decode_image, encode_image, sha256
+from clear.data.images import decode_image, encode_image
+from clear.data.records import Question, Sample, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted
 from clear.sources.fields import unprintable

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
+from clear.data.images import encode_image
 from clear.data.pool import parallel
-from clear.data.records import EXTRA, Sample, encode_image, sha256
+from clear.data.records import EXTRA, Sample, sha256
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.presets import PRESETS

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
-from clear.data.records import CLEAN, INCOMING, Sample, decode_image, encode_image, pixel_sha256, sha256
+from clear.data.images import decode_image, encode_image, pixel_sha256
+from clear.data.records import CLEAN, INCOMING, Sample, sha256
 from clear.errors import ClearError
 
 IDENTICAL_PSNR = 99.0

@@ -12,8 +12,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from clear.data.images import decode_image
 from clear.data.pool import one_thread
-from clear.data.records import decode_image
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import CELLS, SEVERITIES

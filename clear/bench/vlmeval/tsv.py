@@ -29,9 +29,10 @@ from itertools import groupby
 from pathlib import Path
 
 from clear.bench.vlmeval import names
+from clear.data.images import decode_image, encode_image
 from clear.data.lock import writer
 from clear.data.pool import CHUNK, parallel
-from clear.data.records import decode_image, encode_image, file_sha256, sha256
+from clear.data.records import file_sha256, sha256
 from clear.data.rejects import Reject, write_rejects
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import BENCHMARK_WEIGHTS, PROTOCOL_VERSION, SEVERITIES, degrade, draw, seed_of

@@ -11,7 +11,8 @@ import numpy as np
 
 from clear.bench.predictions import KEY
 from clear.bench.scoring import SEVERITIES
-from clear.data.records import CLEAN, Sample, decode_image
+from clear.data.images import decode_image
+from clear.data.records import CLEAN, Sample
 from clear.project.compare.differences import TITLES, Comparison, changed_answers
 from clear.report import plots as drawing
 from clear.report.claims import LEVELS

@@ -19,7 +19,8 @@ from random import Random
 
 import numpy as np
 
-from clear.data.records import Question, Sample, encode_image, sha256
+from clear.data.images import encode_image
+from clear.data.records import Question, Sample, sha256
 from clear.errors import ClearError
 from clear.sources.scenes.questions import TASKS, Draft, compose, draw_targets, objects
 from clear.sources.scenes.words import CELLS, COLOURS, LETTERS, SHAPES, SIGN, Cells
