@@ -1,5 +1,6 @@
-"""The options of the GRPO objective: loss types against trl's formulas, windows, rewards, the judge, the stop rule."""
+"""The GRPO loss by hand, and its options: types of loss against trl's formulas, windows, rewards, judge, stop rule."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -15,12 +16,13 @@ from clear.reasoning import engine, grammar
 from clear.reasoning.engine import Options, Reply, Trajectory, generate
 from clear.training.rl import scoring
 from clear.training.rl.judging import judged, score_of
-from clear.training.rl.objective import advantages, aggregate, clipped, log_weights, policy_terms
+from clear.training.rl.objective import Counts, advantages, aggregate, clipped, grpo_loss, log_weights, policy_terms
 from clear.training.rl.rewards import answer_rewards, rewards, weighted
 from clear.training.rl.stopping import falls_while_reward_rises, measured
 from tests.chat_server import completion, serving, settings, user_text
 from tests.tiny import tiny_model, tiny_prompts
 
+LN2 = math.log(2)
 SDE = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=4, restore="always")
 
 
@@ -42,6 +44,60 @@ def reference_loss(kind, level, new, old, advantage, mask, longest, low=0.2, hig
     if kind == "dr_grpo":
         return terms.sum() / (len(new) * longest)
     return terms.sum(1).mean() if kind == "luspo" else terms.sum() / mask.sum()
+
+
+def _slice(images: int = 2):
+    """Two rows of two and one tokens whose weights are 2, 1 and ½, and `images` steps of weights 1 and 1.5."""
+    old = torch.tensor([-2.0, -1.0, -1.0])
+    text = (old + torch.tensor([LN2, 0.0, -LN2])).requires_grad_()
+    image = (torch.tensor([0.0, math.log(1.5)])[:images]).requires_grad_()
+    velocity = torch.zeros(images, 2, requires_grad=True)
+    rows = torch.tensor([0, 0, 1]), torch.tensor([0, 1])[:images]
+    scores = scoring.Scores(text, torch.tensor([1.0, 2.0, 6.0]), rows[0], image, rows[1], velocity)
+    given = (old, torch.zeros(images)), (torch.tensor([0.5, -1.0]), torch.tensor([1.0, 2.0]))
+    return scores, given
+
+
+def _settings(**changed):
+    weights = {"text_weight": 2.0, "image_weight": 0.5, "velocity_weight": 0.0, "beta": 0.0}
+    options = {"clip": 0.2, "clip_high": 0.0, "loss_type": "dapo", "ratio_level": "token"}
+    return replace(from_dict(compose(["profile=smoke"])).grpo, **weights | options | changed)
+
+
+COUNTS = Counts(tokens=4, rows=2, images=2, parts=1, longest=8)
+
+
+def test_the_loss_of_a_slice_by_hand():
+    scores, given = _slice()
+    loss, log = grpo_loss(scores, None, *given, COUNTS, _settings())
+    # Text: −1.2·½ (clipped), −½ and 0.8·1 (clipped), over 4 tokens; images: −1 and −1.2·2 (clipped), over 2 steps.
+    assert loss.item() == pytest.approx(2.0 * (-0.6 - 0.5 + 0.8) / 4 + 0.5 * (-1.0 - 2.4) / 2)
+    assert log == pytest.approx({"image_clipped": 1 / 2, "entropy": 3.0, "clipped": 2 / 3, "ratio_error": 1.0})
+    loss.backward()
+    torch.testing.assert_close(scores.text.grad, torch.tensor([0.0, -2.0 * 0.5 / 4, 0.0]))
+    torch.testing.assert_close(scores.image.grad, torch.tensor([-0.5 / 2, 0.0]))
+
+
+def test_the_reference_adds_the_kl_of_the_text_and_the_distance_of_the_velocity_by_hand():
+    scores, given = _slice()
+    text = scores.text.detach() + torch.tensor([LN2, 0.0, 0.0])
+    reference = replace(scores, text=text, velocity=scores.velocity.detach() + 0.1)
+    plain, _ = grpo_loss(scores, None, *given, COUNTS, _settings())
+    loss, log = grpo_loss(scores, reference, *given, COUNTS, _settings(beta=0.1, velocity_weight=3.0))
+    kl = 2 - LN2 - 1  # of the first token; the others are as likely under the reference
+    assert (loss - plain).item() == pytest.approx(2.0 * 0.1 * kl / 4 + 3.0 * 0.1**2, abs=1e-6)
+    assert log["kl"] == pytest.approx(kl / 3) and log["velocity_distance"] == pytest.approx(0.1**2)
+    loss.backward()
+    assert scores.text.grad[0].item() == pytest.approx(2.0 * 0.1 * -1 / 4), "its policy term is clipped"
+    torch.testing.assert_close(scores.velocity.grad, torch.full((2, 2), 3.0 * 2 * -0.1 / 4))
+    watched, log = grpo_loss(scores, reference, *given, COUNTS, _settings())
+    assert torch.equal(watched, plain) and log["kl"] > 0, "without a weight it is a figure"
+
+
+def test_a_slice_without_restorations_has_the_text_term_alone():
+    scores, given = _slice(images=0)
+    loss, log = grpo_loss(scores, None, *given, COUNTS, _settings())
+    assert loss.item() == pytest.approx(2.0 * -0.3 / 4) and log.keys() == {"entropy", "clipped", "ratio_error"}
 
 
 @pytest.mark.parametrize("kind", ["dapo", "bnpo", "grpo", "dr_grpo", "luspo", "cispo", "sapo"])

@@ -101,14 +101,15 @@ def test_what_was_not_restored_counts_in_no_mean_of_the_image_term(tmp_path, mon
     trainable(model)
     quality = LatentQuality("vae", _bank(4), range(4), None)
     trainer = trainer_of(tmp_path, model, tokenizer, prompts, options, *size, *ALONE, quality=quality)
-    found = trainer._generate_and_score_completions([{"prompt": str(i // 16)} for i in range(64)])
-    has_image = torch.tensor([bool(t.restorations) for t in trainer.rollout])
-    image = found["image_advantages"]
+    trainer._generate_and_score_completions([{"prompt": str(i // 16)} for i in range(64)])
+    rolled = trainer.rollout.trajectories
+    has_image = torch.tensor([bool(t.restorations) for t in rolled])
+    image = trainer.rollout.advantages[:, 1]
     assert has_image.sum() == 32 and not image[~has_image].any() and image[has_image].all()
     for group in range(4):
         assert image[16 * group :][:16].sum().abs() < 1e-5, "centred among the restored ones"
     logged = trainer._metrics["train"]["reward_latent_quality"][-1]
-    scores = quality(model, [t.prompt for t in trainer.rollout], trainer.rollout)
+    scores = quality(model, [t.prompt for t in rolled], rolled)
     assert logged == pytest.approx(np.mean([score for score in scores if score is not None]))
 
 

@@ -2,10 +2,10 @@
 
 What stays trl's: sampler (each prompt repeated for its group), generation buffer and accumulation, optimiser and
 schedule, checkpoints, metric averaging. What is replaced, because trl's machinery carries text completions only:
-`_generate_and_score_completions` (our engine rolls out text and images, our rewards score them) and `_compute_loss`
-(one forward per trajectory scores text tokens and SDE steps together). trl's own reference model is off (it would be
-reloaded by name); the reference here is a frozen copy of the incoming policy (of its adapter, where it has one), so
-the KL is exactly 0 at step 0.
+`_generate_and_score_completions` (our engine rolls out text and images, our rewards score them: a `Rollout`) and
+`_compute_loss` (one forward per trajectory scores text tokens and SDE steps together: `grpo_loss`). trl's own reference
+model is off (it would be reloaded by name); the reference here is a frozen copy of the incoming policy (of its adapter,
+where it has one), so the KL is exactly 0 at step 0.
 
 Several processes share the prompts of a step; each prompt then has a sampling stream of its own, and the loss is
 normalised by the tokens and steps of all, so that their number does not matter. Under FSDP policy and reference are
@@ -54,12 +54,36 @@ from clear.training.loop.trainer import (
     last_complete,
     training_arguments,
 )
-from clear.training.rl import objective, scoring
+from clear.training.rl import scoring
 from clear.training.rl.judging import judged
-from clear.training.rl.objective import advantages
+from clear.training.rl.objective import Counts, advantages, grpo_loss
 from clear.training.rl.policy import Policy, Task, order, processing_class, streams
 from clear.training.rl.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
 from clear.training.rl.stopping import StopRule
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What the rollout of a step leaves for its loss: a row per trajectory of this process.
+
+    steps: the SDE steps that are scored in each of its restorations. advantages (R, 2) float32, of text and image: 0
+    where a row teaches nothing. The log-probabilities of the sampling policy lie in the trajectories.
+    """
+
+    prompts: Sequence[Prompt]
+    trajectories: Sequence[Trajectory]
+    steps: Sequence[Sequence[int]]
+    advantages: Tensor
+    counts: Counts
+
+    def taught(self, rows: Sequence[int], text: bool) -> list[int]:
+        """Those of the rows that teach something; without `text` only what was restored does."""
+        return [n for n in rows if self.advantages[n].any() and (text or self.trajectories[n].restorations)]
+
+    def scored(self, rows: Sequence[int], text: bool) -> tuple[list[Prompt], list[Trajectory], list[Sequence[int]]]:
+        """Prompts, trajectories and steps of these rows, as `scoring.score` takes them; without `text` no token."""
+        chosen = [self.trajectories[n] if text else _without_text(self.trajectories[n]) for n in rows]
+        return [self.prompts[n] for n in rows], chosen, [self.steps[n] for n in rows]
 
 
 class InterleavedGRPO(TrainedOnly, GRPOTrainer):
@@ -81,7 +105,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         self.task, self.grpo, self.options = task, grpo, task.options
         self.measured: Callable[[float], None] | None = None
         self.times = flow.time_grid(self.options.flow_steps, self.options.shift).tolist()
-        self.rollout: list[Trajectory] = []
+        self.rollout: Rollout | None = None
         self.seconds = {"rollout": 0.0, "reward": 0.0, "update": 0.0, "holdout": 0.0}
         super().__init__(
             model=policy,
@@ -111,7 +135,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         super().log(logs, start_time)
 
     def _generate_and_score_completions(self, inputs: list[dict]) -> dict[str, Tensor]:
-        """Roll out all groups of a generation batch; returns numbers into `self.rollout` and their advantages."""
+        """Roll out all groups of a generation batch to `self.rollout`; returns the numbers of its rows."""
         group = self.num_generations
         numbers = [int(row["prompt"]) for row in inputs[::group]]
         bagel = self.sharded.whole() if self.sharded else self.accelerator.unwrap_model(self.model).bagel
@@ -131,26 +155,31 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         begun = time.perf_counter()
         options = self._placed(generator)
         with lora.autocast(bagel):
-            self.rollout = self._roll_out(bagel, prompts, options, generator, seed)
-        self.rollout_prompts = [prompts[t.prompt] for t in self.rollout]
+            trajectories = self._roll_out(bagel, prompts, options, generator, seed)
+        owners, count = [prompts[t.prompt] for t in trajectories], len(trajectories)
         rolled = time.perf_counter()
-        parts = self._rewards(bagel, [numbers[t.prompt] for t in self.rollout])
+        parts = self._rewards(bagel, [numbers[t.prompt] for t in trajectories], owners, trajectories)
         # Advantages and figures are those of the whole step, of which this process keeps its own rows.
-        step = gathered({"parts": parts, "restored": [bool(t.restorations) for t in self.rollout]})
+        step = gathered({"parts": parts, "restored": [bool(t.restorations) for t in trajectories]})
         every = [advantages(v, group, self.grpo.scale_advantages) for v in self._totals(step["parts"])]
         self._log_rollout(step["parts"], step["restored"], *every)
         mine = rank() * len(parts) if world() > 1 else 0
-        text, image = (values[mine : mine + len(parts)] for values in every)
-        of_step = streams(seed, "steps", len(self.rollout)) if self.own_streams else [generator] * len(self.rollout)
-        self.steps = [self._chosen_steps(options, stream) for stream in of_step]
-        counted = [n for n, pair in enumerate(zip(text, image, strict=True)) if any(pair)]
-        self.rows = self._per_process(len(counted))
-        self.tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in self.rollout[n].replies))
-        self.images = self._per_process(sum(len(self.rollout[n].restorations) * len(self.steps[n]) for n in counted))
+        found = torch.tensor([values[mine : mine + len(parts)] for values in every]).T
+        of_step = streams(seed, "steps", count) if self.own_streams else [generator] * count
+        steps = [self._chosen_steps(options, stream) for stream in of_step]
+        self.rollout = Rollout(owners, trajectories, steps, found, self._counts(trajectories, steps, found))
         self.seconds["rollout"] += rolled - begun
         self.seconds["reward"] += time.perf_counter() - rolled
-        found = torch.tensor(text), torch.tensor(image)
-        return {"index": torch.arange(len(text)), "advantages": found[0], "image_advantages": found[1]}
+        return {"index": torch.arange(count)}
+
+    def _counts(self, trajectories: Sequence[Trajectory], steps: Sequence[Sequence[int]], found: Tensor) -> Counts:
+        """The counts of a step with these advantages (R, 2); all processes must ask."""
+        counted = [n for n, teaches in enumerate(found.any(1).tolist()) if teaches]
+        rows = self._per_process(len(counted))
+        tokens = self._per_process(sum(len(r.ids) - r.forced for n in counted for r in trajectories[n].replies))
+        images = self._per_process(sum(len(trajectories[n].restorations) * len(steps[n]) for n in counted))
+        longest = self.options.max_tokens * (1 + self.options.max_restorations)
+        return Counts(tokens, rows, images, self.args.gradient_accumulation_steps, longest)
 
     def _placed(self, generator: torch.Generator) -> Options:
         """The rollout's options, with the window of this rollout drawn within `grpo.sde_range`."""
@@ -161,22 +190,24 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         first = int(torch.randint(low, high + 1, (1,), generator=generator))
         return replace(self.options, window=(first, first + count))
 
-    def _rewards(self, bagel: Bagel, numbers: Sequence[int]) -> list[dict[str, float] | None]:
+    def _rewards(
+        self, bagel: Bagel, numbers: Sequence[int], prompts: Sequence[Prompt], trajectories: Sequence[Trajectory]
+    ) -> list[dict[str, float] | None]:
         """Every reward of every trajectory, whose prompts have these numbers; None where the judge gave no score."""
         questions = [self.task.questions[i] for i in numbers]
-        texts = [t.texts(self.task.tokenizer) for t in self.rollout]
+        texts = [t.texts(self.task.tokenizer) for t in trajectories]
         accuracy: list[float | None] = [None] * len(texts)
         if self.task.judge is not None:
             accuracy = judged(self.task.judge, questions, [extract_answer(t[-1]) for t in texts])
         more: dict[str, Sequence[float | None]] = {}
         with lora.autocast(bagel):
             if self.grpo.reward_answer:
-                rows = bagel, self.task.tokenizer, self.rollout_prompts, self.rollout, questions
+                rows = bagel, self.task.tokenizer, prompts, trajectories, questions
                 more["reward_answer"] = answer_rewards(*rows, self.grpo.answer_scored, self.options.batch)
             if self.task.quality is not None:
-                more["reward_latent_quality"] = self.task.quality(bagel, numbers, self.rollout)
+                more["reward_latent_quality"] = self.task.quality(bagel, numbers, trajectories)
         found: list[dict[str, float] | None] = []
-        for n, (trajectory, question) in enumerate(zip(self.rollout, questions, strict=True)):
+        for n, (trajectory, question) in enumerate(zip(trajectories, questions, strict=True)):
             if self.task.judge is not None and accuracy[n] is None:
                 found.append(None)
                 continue
@@ -256,72 +287,30 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         return loss
 
     def _compute_loss(self, model, inputs: dict[str, Tensor]) -> Tensor:
-        """Clipped text and image terms, KL to the reference and the velocity anchor, of one slice of the rollout."""
-        grpo, bagel = self.grpo, self.accelerator.unwrap_model(model).bagel
-        rows = zip(*(inputs[name].tolist() for name in ("index", "advantages", "image_advantages")), strict=True)
-        text_too = grpo.text_weight > 0  # else nothing of the text is scored: a term times 0 costs, and may be NaN
-        kept = [row for row in rows if any(row[1:]) and (text_too or self.rollout[row[0]].restorations)]
+        """The loss of one slice of the rollout; its figures go to the log."""
+        grpo, rollout, bagel = self.grpo, self.rollout, self.accelerator.unwrap_model(model).bagel
+        text = grpo.text_weight > 0  # else nothing of the text is scored: a term times 0 costs, and may be NaN
+        kept = rollout.taught(inputs["index"].tolist(), text)
         idle = self.sharded is not None and not kept
         if idle:  # every process takes part in every gathering of a layer, here with weight 0
-            kept = [(int(inputs["index"][0]), 0.0, 0.0)]
+            kept = [int(inputs["index"][0])]
         if not kept:
             return model(lambda policy: sum(p.sum() for p in policy.parameters() if p.requires_grad) * 0.0)
-        numbers = [n for n, _, _ in kept]
-        chosen = [self.rollout[n] if text_too else _without_text(self.rollout[n]) for n in numbers]
-        steps = [self.steps[n] for n in numbers]
-        request = ([self.rollout_prompts[n] for n in numbers], chosen, steps, self.times, self.options.sigma)
-        request += (grpo.temperature, self.token_budget)
-        new = scoring.Scores(*model(lambda policy: self._scores(policy, request)))
-        old_text, old_image = (recorded.to(new.text.device) for recorded in scoring.recorded(chosen, steps))
-        reference = new
-        if (text_too and grpo.beta) or grpo.velocity_weight:
+        prompts, chosen, steps = rollout.scored(kept, text)
+        request = (prompts, chosen, steps, self.times, self.options.sigma, grpo.temperature, self.token_budget)
+        new, reference = scoring.Scores(*model(lambda policy: self._scores(policy, request))), None
+        if (text and grpo.beta) or grpo.velocity_weight:
             with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
                 reference = incoming(lambda policy: scoring.score(policy, *request))
-        text_advantage, image_advantage = torch.tensor([r[1:] for r in kept], device=new.text.device).T
-        text_advantage, image_advantage = text_advantage[new.text_row], image_advantage[new.image_row]
-        bounds = grpo.clip, grpo.clip_high or grpo.clip
-        weight = objective.log_weights(new.text, old_text, new.text_row, grpo.ratio_level)
-        gap = reference.text - new.text
-        kl = torch.exp(gap) - gap - 1
-        terms = objective.policy_terms(grpo.loss_type, weight, new.text, text_advantage, *bounds)
-        if grpo.beta:
-            terms = terms + grpo.beta * kl
-        parts, longest = (
-            self.args.gradient_accumulation_steps,
-            self.options.max_tokens * (1 + self.options.max_restorations),
-        )
-        share = self.tokens, self.rows, parts, longest
-        text = objective.aggregate(grpo.loss_type, terms, new.text_row, *share)
-        loss = grpo.text_weight * text
         if idle:
-            return loss * 0.0
-        log = self._metrics["train"]
-        ratio, image_error = torch.exp(weight), 0.0
-        if len(new.image):
-            image_weight = new.image - old_image
-            anchor = ((new.velocity - reference.velocity) ** 2).mean() * len(new.image) / self.images
-            if grpo.image_weight:
-                image_terms = objective.policy_terms("clip", image_weight, new.image, image_advantage, *bounds)
-                loss = loss + grpo.image_weight * (image_terms.sum() / self.images)
-            if grpo.velocity_weight:
-                loss = loss + grpo.velocity_weight * anchor
-            image_ratio = torch.exp(image_weight)
-            image_error = (image_ratio - 1).abs().max().item()
-            if reference is not new:
-                log["velocity_distance"].append(anchor.item())
-            clipped = objective.clipped("clip", image_weight, image_advantage, *bounds)
-            log["image_clipped"].append(clipped.float().mean().item())
-        text_error = 0.0
-        if len(new.text):
-            text_error = (ratio - 1).abs().max().item()
-            log["entropy"].append(new.entropy.mean().item())
-            clipped = objective.clipped(grpo.loss_type, weight, text_advantage, *bounds)
-            log["clipped"].append(clipped.float().mean().item())
-            if reference is not new:
-                log["kl"].append(kl.mean().item())
-        log["ratio_error"].append(max(text_error, image_error))
+            return new.text.sum() * 0.0
+        device = new.text.device
+        recorded = tuple(values.to(device) for values in scoring.recorded(chosen, steps))
+        loss, figures = grpo_loss(new, reference, recorded, rollout.advantages[kept].T.to(device), rollout.counts, grpo)
         if self.token_budget:
-            log["real_tokens"].append(new.real)
+            figures["real_tokens"] = new.real
+        for name, value in figures.items():
+            self._metrics["train"][name].append(value)
         return loss
 
     def _scores(self, policy: Bagel, request: tuple) -> tuple:

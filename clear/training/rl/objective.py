@@ -5,12 +5,80 @@ Names and formulas of the text loss are trl's. Departures: rows without an advan
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from clear.config import Grpo
+from clear.training.rl.scoring import Scores
+
 SAPO_TEMPERATURES = 1.0, 1.05
 """trl's defaults for positive and negative advantages."""
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What the loss of a step is divided by, so that its slices add up to one mean.
+
+    tokens, rows, images: scored tokens, rows and image steps with an advantage in the whole step (with several
+    processes their mean over these); parts: slices of the step; longest: most tokens that a row can have.
+    """
+
+    tokens: float
+    rows: float
+    images: float
+    parts: int
+    longest: int
+
+
+def grpo_loss(
+    scores: Scores,
+    reference: Scores | None,
+    recorded: tuple[Tensor, Tensor],
+    advantages: tuple[Tensor, Tensor],
+    counts: Counts,
+    settings: Grpo,
+) -> tuple[Tensor, dict[str, float]]:
+    """Loss (scalar) of one slice of a step, and its figures.
+
+    Clipped text and image terms, the KL to the reference (k3, on the text) and the velocity anchor, each with its
+    weight in `settings`. recorded: log-probabilities of the rollout, of text (T,) and image steps (M,). advantages: of
+    text and image by row, (R,) each. reference may be None where neither `beta` nor `velocity_weight` asks for it.
+    """
+    log: dict[str, float] = {}
+    bounds = settings.clip, settings.clip_high or settings.clip
+    text_advantage, image_advantage = advantages[0][scores.text_row], advantages[1][scores.image_row]
+    weight = log_weights(scores.text, recorded[0], scores.text_row, settings.ratio_level)
+    terms = policy_terms(settings.loss_type, weight, scores.text, text_advantage, *bounds)
+    if reference is not None:
+        gap = reference.text - scores.text
+        kl = torch.exp(gap) - gap - 1
+        if settings.beta:
+            terms = terms + settings.beta * kl
+    share = counts.tokens, counts.rows, counts.parts, counts.longest
+    loss = settings.text_weight * aggregate(settings.loss_type, terms, scores.text_row, *share)
+    text_error = image_error = 0.0
+    if len(scores.image):
+        image_weight = scores.image - recorded[1]
+        if settings.image_weight:
+            image_terms = policy_terms("clip", image_weight, scores.image, image_advantage, *bounds)
+            loss = loss + settings.image_weight * (image_terms.sum() / counts.images)
+        if reference is not None:
+            anchor = ((scores.velocity - reference.velocity) ** 2).mean() * len(scores.image) / counts.images
+            if settings.velocity_weight:
+                loss = loss + settings.velocity_weight * anchor
+            log["velocity_distance"] = anchor.item()
+        image_error = (torch.exp(image_weight) - 1).abs().max().item()
+        log["image_clipped"] = clipped("clip", image_weight, image_advantage, *bounds).float().mean().item()
+    if len(scores.text):
+        text_error = (torch.exp(weight) - 1).abs().max().item()
+        log["entropy"] = scores.entropy.mean().item()
+        log["clipped"] = clipped(settings.loss_type, weight, text_advantage, *bounds).float().mean().item()
+        if reference is not None:
+            log["kl"] = kl.mean().item()
+    log["ratio_error"] = max(text_error, image_error)
+    return loss, log
 
 
 def log_weights(new: Tensor, old: Tensor, row: Tensor, level: str) -> Tensor:
