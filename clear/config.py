@@ -1,8 +1,8 @@
 """Typed configuration: one dataclass per section of `params.yaml`.
 
 The dataclasses state types and bounds, the YAML files under `clear/conf` state the values (Hydra groups, composed by
-`clear params` or `dvc exp run -S`). A stage reads the composed `params.yaml`, whoever edited it last, and every
-value passes the same checks: an unknown key, a wrong type or a value out of range is refused by its full name.
+`clear params` or `dvc exp run -S`). A stage reads the composed `params.yaml`, however it was edited, and every value
+passes the same checks: an unknown key, a wrong type or a value out of range is rejected with its full name.
 """
 
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -67,7 +67,7 @@ class Degrade:
     size_scale: float = between(0.05, 8)
     severity_weights: list[float] = field(metadata={"low": 0, "high": 1})  # low, mid, high
     validation_copies: int = between(1, 48)
-    plugins: list[str] = field()  # files below plugins/ with degradations of one's own
+    plugins: list[str] = field()  # files below plugins/ with your own degradations
     presets: list[str] = field()  # fields or presets of clear/degradation/presets.py
     workers: int = between(0, 256)  # 0 = one per core
     cluster: str = field()  # address of a Dask scheduler that computes in place of `workers`; "" = this machine

@@ -1,9 +1,9 @@
 """The one exception a user is meant to read.
 
 Anything wrong with the user's data, configuration or workspace is raised as `ClearError` with a message that
-names the file, the row, the value and the remedy; the command line prints it as one line without a trace. So does an
-operation that the operating system refuses (no permission, no space left, a file where a folder must be), whoever ran
-into it: nobody has to catch it, see `refusal`. Programming errors stay ordinary exceptions.
+names the file, the row, the value and the remedy; the command line prints it as one line without a traceback. An
+operation that the operating system refuses (no permission, no space left, a file where a folder must be) is printed in
+the same way, wherever it occurs: no code has to catch it, see `refusal`. Programming errors stay ordinary exceptions.
 """
 
 import errno

@@ -1,9 +1,10 @@
 """Answer a benchmark with one model, here or on a Dask cluster, into rows of clear.bench.predictions.
 
-The questions are cut into shards of one batch of the engine (`sampling.batch`), in their order, whoever computes them:
-what is computed together is the same everywhere, and so is every prediction. The starting noise of a restoration
-belongs to the question's number in the benchmark (clear/reasoning/engine.py), not to its shard. A process loads the
-model once; on a cluster each worker reads its folder under the same path and refuses it if its files are others.
+The questions are cut, in their order, into shards of one batch of the engine (`sampling.batch`), independently of where
+they are computed: the same questions are batched together everywhere, so every prediction is the same. The starting
+noise of a restoration depends on the question's number in the benchmark (clear/reasoning/engine.py), not on its shard.
+A process loads the model once; on a cluster each worker reads its folder under the same path and rejects it if the
+files differ.
 """
 
 import json

@@ -1,7 +1,7 @@
 """A language model as judge: scores of free answers (MM-Vet), the option that a text means, agreement of two answers.
 
 METHOD §6 (annotation), §7. Every function asks for all items together and returns, for each, its verdict or a text that
-says why there is none: an outage, a refusal or an unusable reply rejects the item and nothing else. Departures: a
+explains its absence: an outage, a refusal or an unusable reply rejects that item only. Departures: a
 failure is never a zero, a half or a random option; the prompts are this project's own, their hash is in the results.
 """
 
@@ -63,7 +63,7 @@ def prompt_hash() -> str:
 
 
 def scores(client: Client, items: Sequence[tuple[str, str, str]], progress=None) -> list[float | str]:
-    """Grades in [0, 1] of (question, reference, answer) triples; a text where there is none."""
+    """Grades in [0, 1] of (question, reference, answer) triples; a text instead where there is no grade."""
     prompts = [SCORE.format(question=q, reference=r, answer=a) for q, r, a in items]
     return _verdicts(client, prompts, _grade, progress=progress)
 

@@ -1,6 +1,6 @@
-"""The models that are compared, and how each one answers: the list that stages, report, page and flows go by.
+"""The models that are compared, and how each one answers: the list used by stages, report, page and flows.
 
-dvc.yaml and `gate.model` of params cannot import it; tests/test_pipeline.py holds them to it.
+dvc.yaml and `gate.model` of params cannot import it; tests/test_pipeline.py checks that they agree with it.
 """
 
 from dataclasses import dataclass

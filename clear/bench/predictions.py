@@ -1,7 +1,7 @@
 """The predictions of one model on MMD-Bench: one Parquet file, one row per (sample, corruption, severity, question).
 
-This is the only contract between the stage that runs a model and everything that counts. A row holds the whole
-output beside the extracted answer, so that every figure of the report can be traced back to a text. `metrics` turns
+This is the only contract between the stage that runs a model and everything that counts. A row holds the full output
+next to the extracted answer, so that every figure of the report can be traced back to a text. `metrics` turns
 the rows of one model into the figures that the stage evaluate tracks. Protocol: METHOD §7; departure: an
 answer that cannot be extracted is an empty string, scored wrong and counted, never replaced by a random option.
 """

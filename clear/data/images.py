@@ -3,12 +3,12 @@
 Decoders fill what is missing with grey and report success, so a file is examined before its pixels are taken:
 
 - JPEG has no checksum. libjpeg-turbo (through simplejpeg, at an eighth of the size) reports every place where the
-  Huffman codes and the markers do not fit; a walk over the scans finds coefficients that none of them brings to full
-  precision, which is how a picture ends that was cut between two scans. What stands behind the end mark (a film, a
-  second picture, padding) is ignored.
-- PNG chunks are compared with their checksums; texts and colour profiles, which no pixel depends on, are dropped.
+  Huffman codes and the markers do not match; a pass over the scans finds coefficients that never reach full precision,
+  the sign of an image that was truncated between two scans. Data after the end marker (a video, a second image,
+  padding) is ignored.
+- PNG chunks are compared with their checksums; texts and colour profiles, on which no pixel depends, are dropped.
 - WebP, GIF, TIFF and the others are decoded twice, by Pillow and by OpenCV. Damage that leaves their structure intact
-  cannot be seen.
+  cannot be detected.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""One writer per workspace: whoever runs the pipeline in a folder holds `.clear/writer.lock` there until it ends.
+"""One writer per workspace: a run of the pipeline in a folder holds `.clear/writer.lock` there until it ends.
 
 The lock is an advisory `flock` on an open file. The kernel frees it when its process ends, however it ends, so a
-crashed run leaves nothing to clean up; a run whose supervisor died, but which is itself alive, still holds it. No child
-inherits it: the descriptor is closed on exec and in a bare fork. The file's content says who holds it and is for people
+crashed run leaves nothing to clean up; a run that is still alive after its supervisor died keeps holding it. No child
+inherits it: the descriptor is closed on exec and in a bare fork. The file's content names the holder for human readers
 only; whether it is held is decided by the lock alone.
 
 `python -m clear.data.lock FOLDER … -- COMMAND …` runs a command as the only writer of the folders, or not at all.

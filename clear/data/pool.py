@@ -1,8 +1,8 @@
 """Apply a function to many jobs: in this process, in a pool of processes, or on a Dask cluster.
 
 Results come back in the order of the jobs and do not depend on who computed them; only a few chunks are in flight, so
-memory stays flat for any number of jobs. A cluster computes with the code that its workers have loaded. It must be the
-caller's, or a worker that was started before an edit, or in another clone, would quietly give other results.
+memory stays flat for any number of jobs. A cluster computes with the code that its workers have loaded. That code must
+equal the caller's: a worker started before an edit, or in another clone, would silently give different results.
 """
 
 import functools

@@ -1,7 +1,7 @@
 """The one data contract: `Sample` records in Parquet shards.
 
-A sample is one image with its questions; a degraded copy carries the clean image beside the degraded one, so a
-pair never separates. Images are stored as `{bytes, path}` structs, the layout of `datasets.Image`, inside few
+A sample is one image with its questions; a degraded copy carries the clean image next to the degraded one, so a
+pair is never separated. Images are stored as `{bytes, path}` structs, the layout of `datasets.Image`, inside few
 large Parquet files (DVC and S3 suffer from many small ones). Nothing written here depends on clock, host or path,
 so equal samples give equal bytes.
 """

@@ -1,14 +1,14 @@
 """Tables that come from outside: TSV, CSV, Parquet, xlsx, JSON and JSONL, read as rows of text.
 
-One rule for all formats: a cell is text and stays what it is ("None", "NA", "007", "1e5", "True"), an absent cell or
-a null is "". Numbers of a typed format are written as a person would: 7, and 7 for the 7.0 that pandas makes of a
-column of integers with gaps. Every row has as many cells as the header, so that nothing is ever shifted: cells beyond
-it are dropped where they are empty (a tab at the end of the line) and refused where they are not.
+One rule for all formats: a cell is text and is kept literally ("None", "NA", "007", "1e5", "True"); a missing cell or
+a null is "". Numbers of a typed format are written in their shortest form: 7, and also 7 for the 7.0 that pandas makes
+of a column of integers with gaps. Every row has as many cells as the header, so that no cell is ever shifted: surplus
+cells are dropped if they are empty (a tab at the end of the line) and rejected if they are not.
 
-Quoting in TSV and CSV. pandas and VLMEvalKit write quoted cells with doubled quotation marks, all of them or only where
-one is needed; files typed by hand quote nothing. So a cell is quoted if it begins with a quotation mark and its closing
-one stands before a delimiter, the end of a line or of the file; otherwise the mark is a character of the text and the
-cell ends at the delimiter. Where both readings give whole rows the file is refused, because one of them loses rows.
+Quoting in TSV and CSV. pandas and VLMEvalKit write quoted cells with doubled quotation marks, either all cells or only
+where necessary; hand-written files quote nothing. So a cell is quoted if it begins with a quotation mark and its end
+mark comes before a delimiter, the end of a line or of the file; otherwise the mark is a character of the text and the
+cell ends at the delimiter. If both readings give complete rows the file is rejected, because one of them loses rows.
 """
 
 import io

@@ -1,6 +1,6 @@
-"""Degrade many samples (METHOD §6), on as many processes or machines as there are (clear/data/pool.py).
+"""Degrade many samples (METHOD §6), on as many processes or machines as available (clear/data/pool.py).
 
-What is stored is a JPEG of quality 95, as published.
+Degraded images are stored as JPEG of quality 95, as published.
 """
 
 from collections import deque

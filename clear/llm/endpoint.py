@@ -3,16 +3,16 @@
 Every reply is kept in a SQLite file under the hash of its request (model, messages, sampling settings, draw), so an
 interrupted run asks nothing twice and a repeated one asks nothing at all. The URL is not part of the hash: a proxy may
 move. Temporary failures (time-out, 429, 5xx, a lost connection, a body that is no completion) are tried again with
-growing pauses, or after the time the server names. Spending is capped: before each attempt its highest possible cost
-is written down, and the attempt is refused if that could pass the budget.
+growing pauses, or after the time the server names. Spending is capped: before each attempt its maximum cost is
+reserved, and an attempt that could exceed the budget is refused.
 
     client = connect(config.judge, "judge", paths.replies_file("judge"))
     reply = client.ask(Request(messages(prompt)))                        # raises an EndpointError
     replies = client.ask_all(requests)                                   # a Reply or an EndpointError for each
 
-Errors are types, because they mean different things to a caller: `Outage` (nothing is known; try later or reject),
-`Malformed` (the server works, this reply is of no use), `Refused` (this request is not accepted), `Denied` and
-`BudgetSpent` (no request will be).
+Errors are types, because they mean different things to a caller: `Outage` (the answer is unknown; try later or reject),
+`Malformed` (the server works, this reply is unusable), `Refused` (this request is not accepted), `Denied` and
+`BudgetSpent` (no request will be accepted).
 """
 
 import base64

@@ -1,8 +1,8 @@
 """Where replies of an endpoint are kept, and what was spent on them: one SQLite file, safe to kill at any time.
 
-A reply and its cost enter in one transaction. An attempt's highest cost is written before it is sent and corrected when
-it is over; if the process dies between, the sum stays set aside, because the server may have billed it. Several
-processes may share a file.
+A reply and its cost are written in one transaction. An attempt's maximum cost is reserved before it is sent and
+corrected afterwards; if the process dies in between, the reservation stays, because the server may have billed it.
+Several processes may share a file.
 """
 
 import sqlite3

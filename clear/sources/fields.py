@@ -1,8 +1,8 @@
-"""The fields of a row that somebody else wrote: texts, options, pictures, and the files that hold the rows.
+"""The fields of a row from outside: texts, options, images, and the files that contain the rows.
 
-One reader of each for every layout (folder, llava_onevision, incoming), for JSON lines and Parquet alike. What is
-certain is read; anything else is refused by name with `Unusable`, so that a row is rejected and no value is silently
-turned into another: not a number that is none (NaN), not the letters of a text taken for a list, not half an emoji.
+One reader of each for every layout (folder, llava_onevision, incoming), for both JSON Lines and Parquet. Only
+unambiguous values are read; anything else raises `Unusable` with its name, so that the row is rejected and no value is
+silently turned into another: not NaN into a number, not a string into a list of its letters, not half an emoji.
 """
 
 import base64

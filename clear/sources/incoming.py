@@ -1,10 +1,10 @@
 """Naturally degraded images: sets under data/incoming/<name> and their rows (docs/DEGRADATIONS.md).
 
 A set is a folder with tables (`*.jsonl`, `*.parquet`) and the files that they name. A row names the degraded picture
-(`image`), where there is one its clean partner (`clean`), and the question with its answer; a row may also hold the
-pictures themselves, and Parquet files may be shards of `clear.data.records`. A row or a picture that cannot be used is
-passed on as its reject; a set of which a table or a folder cannot be opened is refused, because nobody knows what it
-holds. `clear.sources.intake` makes samples of the rows.
+(`image`), its clean version if there is one (`clean`), and the question with its answer; a row may also contain the
+images themselves, and Parquet files may be shards of `clear.data.records`. A row or image that cannot be used is passed
+on as a reject; a set with a table or folder that cannot be opened is rejected as a whole, because its content is
+unknown. `clear.sources.intake` makes samples of the rows.
 """
 
 import hashlib

@@ -1,9 +1,9 @@
-"""What becomes of the pictures under data/incoming: samples of three slices, and rejected rows (docs/DEGRADATIONS.md).
+"""From the images under data/incoming to samples of three slices, and rejected rows (docs/DEGRADATIONS.md).
 
-Each picture goes to fine-tuning (`sft`), reinforcement learning (`rl`) or the benchmark (`bench`) by a hash of its
-pixels: never by order, file name or set, so a picture that comes again comes to the same slice. Rows that share a
-picture, clean or degraded, stay together, and a picture that data/samples already holds stays on that side. Rows about
-one picture become one sample; a row that cannot be used is listed with its reason, and the others are kept.
+Each image is assigned to fine-tuning (`sft`), reinforcement learning (`rl`) or the benchmark (`bench`) by a hash of its
+pixels, never by order, file name or set, so a repeated image goes to the same slice. Rows that share an image, clean or
+degraded, stay together, and an image already in data/samples stays in the same split. Rows about one image become one
+sample; a row that cannot be used is listed with its reason, and the others are kept.
 """
 
 import hashlib

@@ -1,7 +1,7 @@
 """Benchmark files of VLMEvalKit: `<name>.tsv` with images in base64 (METHOD §6 "Benchmark TSV").
 
 Columns: `index`; `image`, base64 (also wrapped, also as a data: URI) or, in 64 characters and less, the index of the
-row that holds it, before or after, directly or by way of other rows; `question` or `prompt` (CV-Bench); options `A`,
+row that contains it, before or after, directly or through other rows; `question` or `prompt` (CV-Bench); options `A`,
 `B`, …; `answer`; `category`, `l2-category`, `split`, `hint`, and any other. Instead of `image` there may be
 `image_path`, relative to the folder. All cells are text (clear/data/tables.py). A file is read twice, first to learn
 where the images are, so that memory stays flat. In MMVP two rows are the halves of a pair (`pairs`).

@@ -3,8 +3,8 @@
 A reader (llava_onevision, lmudata, folder) yields a `Row` for every row it can read and a `Reject` for every other
 one. `examine` decodes the image, applies the rules and makes a `Sample`. Which split a sample belongs to follows from
 the hash of its decoded pixels and the seed: the same picture under another name, in another file or re-encoded without
-loss is always in the same split. Departures from the published sampling: it draws by chance, so duplicates straddle
-its splits, and it skips rows silently; here a row is sampled, left over by its hash, or rejected with a reason.
+loss is always in the same split. Departures from the published sampling: it draws at random, so duplicates end up in
+different splits, and it skips rows silently; here a row is sampled, left out by its hash, or rejected with a reason.
 """
 
 import hashlib

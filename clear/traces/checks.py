@@ -1,7 +1,7 @@
 """The suite of named checks for demonstrations: grammar, answers, pathways, and the questions they belong to.
 
-What is checked is the table as it was written, beside the samples it was made from, so that a fault of any writer
-(oracle, teacher, a later edit) is caught by name. Answers count as right by exact match; with `traces.judge` an answer
+The table is checked as it was written, against the samples it was made from, so that a fault of any writer (oracle,
+teacher, a later edit) is caught and named. Answers count as right by exact match; with `traces.judge` an answer
 that does not match was accepted by the judge when it was written, and is not judged again.
 """
 

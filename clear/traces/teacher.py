@@ -1,16 +1,16 @@
 """Traces written by a teacher: a vision-language model behind an OpenAI-compatible endpoint (METHOD §6 "Annotation").
 
 For each question the teacher sees the image that the student will see. For a direct trace it thinks and answers. For a
-restoring one it says what the degradation hides, is then shown the clean image, thinks again and answers. Who chooses
-the pathway is `traces.restore_when`: a rule on the base's own answers (as the paper says) or the teacher itself
-("teacher", as the published code does). `traces.give_answer` tells the teacher the reference answer (paper) or keeps it
-back (code).
+restoring one it says what the degradation hides, is then shown the clean image, thinks again and answers. The pathway
+is chosen by `traces.restore_when`: by a rule on the base's own answers (as the paper says) or by the teacher itself
+("teacher", as the published code does). `traces.give_answer` tells the teacher the reference answer (paper) or
+withholds it (code).
 
-Filter: a reply must have the form that was asked for, must not be cut off or speak of a given answer, and its answer
-must be right: by exact match, or with `traces.judge` in the eyes of the judge. Up to ATTEMPTS replies are asked for; a
+Filter: a reply must have the requested form, must be complete and not mention that an answer was given, and its answer
+must be correct, by exact match or, with `traces.judge`, by the judge's verdict. Up to ATTEMPTS replies are requested; a
 question without a good one is rejected with the reason of the last. Departures: the trace is composed by this project's
-grammar from the teacher's words, so that every trace is well formed; an outage ends the stage (the same command
-continues, nothing is asked twice) instead of dropping what it hits.
+grammar from the teacher's words, so that every trace is well formed; an outage ends the stage (repeat the command to
+continue, no request is sent twice) instead of dropping the affected questions.
 """
 
 import hashlib

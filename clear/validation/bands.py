@@ -1,6 +1,6 @@
 """Measure the PSNR bands of `bands.json` and `presets.json`: `python -m clear.validation.bands` (80 s on one core).
 
-Both files name the protocol version they were measured with: a new version asks for new bands. Two kinds of pictures at
+Both files name the protocol version they were measured with: a new version needs new bands. Two kinds of images at
 256 px with sizes scaled by 0.4: rendered scenes and the photographs that come with scikit-image. A sample's band spans
 both kinds with a wide margin, a cell's mean has to lie near one of their means or between them. Bands are per cell
 because severity means different things: sharpness ignores it, colour diffusion is not monotone in it, and some

@@ -2,7 +2,7 @@
 
 A `Check` is one rule on one column of a validation frame; clear/validation/suites.py has those for samples,
 clear/traces/checks.py those for demonstrations. Great Expectations gives the verdict and the Data Docs;
-which rows break a rule is read from the frame itself, because its own listing stops at twenty values. One validation
+the rows that break a rule are read from the frame itself, as its own listing stops at twenty values. One validation
 per dataset, SUMMARY results: more detail costs minutes and hangs the Data Docs.
 """
 

@@ -3,7 +3,7 @@
 Degraded files are called `<bench>_LOW_LEVEL_{LOW,MID,HIGH}` (one corruption per picture, the authors' names),
 `<bench>_<corruption>_{LOW,MID,HIGH}` (ours, protocol `full`) or `<bench>_<their corruption>` (the authors' 96 files of
 one corruption each, all at level high; METHOD §6). Predictions have the model's name in front. A name that ends in
-anything else (a result of VLMEvalKit, a level that does not exist) is refused, never taken for a clean benchmark.
+anything else (a result of VLMEvalKit, a level that does not exist) is rejected, never treated as a clean benchmark.
 """
 
 import re

@@ -9,9 +9,9 @@ version, without the position of the letter, the limit on texts and the third ru
 3. Phrase: the first "answer is X", in any case, X perhaps in bold.
 4. Content: exactly one option's text occurs in a text that is at most twice as long as all options together.
 
-Departures. The content of `<answer>` counts alone, also where the tag is never closed. What no rule decides stays
-undecided ("") for a judge or for the count of unmatched answers, and is never drawn by chance. In rule 3 X is any of
-the options' letters, not only A to D; it may follow a colon or stand in brackets, and it is a word of its own and the
+Departures. If there is an `<answer>`, only its content counts, even if the tag is never closed. What no rule decides
+stays undecided ("") for a judge or the count of unmatched answers, and is never chosen at random. In rule 3 X is any
+of the options' letters, not only A to D; it may follow a colon or be in brackets, and must be a separate word and the
 only letter: "the answer is blue" is not B, "the answer is a dog" not A, "the answer is A or B" neither. An option
 whose text is lost (VLMEvalKit reads "None" as an empty cell and drops the option) keeps its letter and is never chosen
 by its text. As in VLMEvalKit, the word "A" counts as the letter in rule 2 even where it is an article.

@@ -12,8 +12,8 @@ or not be degraded at one of the levels, is left out at all of them and listed i
 clean in the file; so is a whole file that cannot be read. The two pictures of an MMVP pair get the same corruption.
 
 A finished file has its final name, so an interrupted run makes only what is missing; what is there is compared with
-the manifest and the source, and refused if it belongs to other data or another protocol version. What this command
-wrote is never its input: a name of a degraded file is passed over. Of two runs into one folder the second waits.
+the manifest and the source, and rejected if it belongs to other data or another protocol version. Output of this
+command is never its input: files named like degraded ones are skipped. Of two runs into one folder the second waits.
 """
 
 import base64

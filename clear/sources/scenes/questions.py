@@ -4,8 +4,8 @@ The families follow the benchmarks of METHOD §6: attribute (MMBench, multiple c
 pair (MMVP, minimal pairs), spatial (CV-Bench: counting and relation), reasoning (MMStar, two steps) and existence
 (RealWorldQA). A guesser who sees only the text must score at chance, so the wanted answer (the target) is drawn
 before the scene: `draw_targets` draws it uniformly, `compose` builds the questions around it, and a scene that
-cannot realise every target is refused and drawn again by the caller. What is left free (shape, colour, position) is
-drawn by rules that treat all shapes, all colours and mirrored positions alike.
+cannot realise every target is rejected and drawn again by the caller. What is left free (shape, colour, position) is
+drawn by rules that treat all shapes, all colours and mirrored positions equally.
 """
 
 from collections import Counter, defaultdict
