@@ -139,7 +139,7 @@ def test_commands_stand_in_blocks_that_are_checked():
 @pytest.mark.parametrize(("block", "overrides"), [("bagel_7b_lora", "exp"), ("bagel_7b", "params")])
 def test_the_way_with_bagel_has_whoever_writes_the_traces_of_photographs(block, overrides):
     """`traces` refuses an oracle for questions without evidence, as those of photographs are."""
-    (readme,) = [text for place, text in blocks("sh") if place.startswith("README.md") and f"profile={block} " in text]
+    (readme,) = [text for place, text in blocks("sh") if place.startswith("docs/BAGEL.md") and f"profile={block} " in text]
     (words,) = [words for words in commands(readme) if overrides in words]
     values = dict(word.split("=", 1) for word in words if "=" in word)
     assert values["source.kind"] == "llava_onevision"
@@ -213,7 +213,7 @@ def test_the_way_with_bagel_runs_as_the_readme_shows_it(tmp_path):
         for q in sample.questions[:1]
     ]
     pd.DataFrame(rows).to_parquet(photographs / "train-00000-of-00001.parquet")
-    (block,) = [text for place, text in blocks("sh") if place.startswith("README.md") and "clear merge" in text]
+    (block,) = [text for place, text in blocks("sh") if place.startswith("docs/BAGEL.md") and "clear merge" in text]
     lines = [line for line in block.splitlines() if not line.startswith("make venv")]  # tests/test_make.py installs
     with serving(_teacher) as server:
         script = "\n".join(lines).replace("/data/llava-onevision", str(photographs)).replace("KEY=…", "KEY=secret")
