@@ -252,7 +252,7 @@ def score(
 
     from clear.bench.vlmeval import scores
     from clear.config import load
-    from clear.data.records import write_json
+    from clear.data.io import write_json
     from clear.data.workspace import replies_file
     from clear.llm.endpoint import connect
 
@@ -426,7 +426,7 @@ def main() -> None:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         sys.unraisablehook = _again
         spare_loopback()
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: the name of a file may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file name may not be valid text
         app()
     except ClearError as error:
         _refuse(error)

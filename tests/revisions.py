@@ -8,7 +8,7 @@ import yaml
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data.images import encode_image
-from clear.data.records import write_json
+from clear.data.io import write_json
 from tests.conftest import git
 
 LEVELS = ("clean", "low", "mid", "high")

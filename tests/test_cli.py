@@ -18,7 +18,7 @@ import yaml
 
 from clear import cli
 from clear.data import workspace
-from clear.data.records import write_json, write_text
+from clear.data.io import replacing, write_json, write_text
 from clear.errors import ClearError, naming, refusal
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
@@ -182,6 +182,18 @@ def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
     code, _, stderr = clear("params", "--set", "grpo.group_size=1")
     assert code == 1 and "grpo.group_size" in stderr
     assert (tmp_path / "params.yaml").read_text() == before
+
+
+@pytest.mark.parametrize("several", [False, True])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_file_that_is_not_finished_leaves_the_earlier_one_and_nothing_else(tmp_path, several, error):
+    file = tmp_path / "a.json"
+    file.write_text("earlier")
+    with pytest.raises(type(error)) as raised, replacing(file, several) as partial:
+        partial.write_text("half")
+        raise error
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "earlier"
+    assert getattr(raised.value, "filename", str(file)) == str(file)
 
 
 def test_several_that_write_one_file_at_once_leave_it_whole(tmp_path):

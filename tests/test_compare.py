@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data.images import encode_image
-from clear.data.records import Question, Sample, sha256, write_json, write_samples
+from clear.data.io import write_json
+from clear.data.records import Question, Sample, sha256, write_samples
 from clear.errors import ClearError
 from clear.project.compare import changes, render
 from clear.project.compare import verdict as verdicts

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from clear.bench import predictions
 from clear.config import compose, from_dict
-from clear.data.records import write_json
+from clear.data.io import write_json
 from clear.model import lora
 from clear.model.checkpoint import MODEL
 from clear.project.scratch import write_params

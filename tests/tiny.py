@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 
 from clear.config import Config, compose, from_dict
-from clear.data.records import Sample, write_json, write_samples
+from clear.data.io import write_json
+from clear.data.records import Sample, write_samples
 from clear.model.bagel import Bagel, BagelConfig
 from clear.model.checkpoint import save_bagel
 from clear.model.mot import LlmConfig

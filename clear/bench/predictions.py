@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
+from clear.data.io import replacing
 from clear.data.records import CLEAN, EXTRA, INCOMING
 from clear.errors import ClearError
 
@@ -65,10 +66,8 @@ def write(path: Path | str, rows: Iterable[dict]) -> int:
         table = pa.Table.from_pylist(rows, SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ClearError(f"{path}: a row does not fit the schema of clear/bench/predictions.py: {error}.") from error
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial, compression="zstd")
-    partial.rename(path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial, compression="zstd")
     return len(rows)
 
 

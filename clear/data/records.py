@@ -8,14 +8,12 @@ so equal samples give equal bytes.
 
 import functools
 import hashlib
-import json
-import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.errors import ClearError, naming
+from clear.errors import ClearError
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
     import pyarrow as pa
@@ -234,7 +232,7 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
 
 
 def open_shard(file: Path) -> "pq.ParquetFile":
-    """Open one shard. Raises ClearError naming it if it is no Parquet file."""
+    """Open one shard. Raises ClearError naming it if it is not a Parquet file."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -259,32 +257,3 @@ def check_schema(file: Path, found: "pa.Schema") -> None:
             raise ClearError(
                 f"{file}: column '{column.name}' is {kind}, expected {column.type}; write it with clear.data.records."
             )
-
-
-def write_json(path: Path | str, value: dict) -> None:
-    """Write JSON with sorted keys, rounded floats and a final newline, so that equal values give equal bytes."""
-    write_text(path, json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
-
-
-def write_text(path: Path | str, text: str) -> None:
-    """Write a text file (UTF-8), whole or not at all; of several that write it at once the last one counts."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with naming(path):
-            partial.write_text(text, encoding="utf-8")
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _rounded(value):
-    if isinstance(value, float):
-        return round(value, 6)
-    if isinstance(value, dict):
-        return {str(k): _rounded(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
-    return value

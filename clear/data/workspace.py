@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.config import PARAMS, Config
-from clear.data.records import write_json
+from clear.data.io import write_json
 from clear.errors import ClearError
 
 

@@ -3,9 +3,9 @@
     $CLEAR_HOME/weights/<bucket>/<prefix>/     the files directly under the prefix
     $CLEAR_HOME/weights/<bucket>/<prefix>.s3.json    their sizes and ETags, as far as they are here and verified
 
-`s3://bucket/prefix/model.safetensors` names one of several weight files there, as a path does (model/checkpoint.py).
+`s3://bucket/prefix/model.safetensors` names one of several weight files there, as a path does (model/checkpoint).
 
-Credentials, region and endpoint are boto3's business (environment, profiles, AWS_ENDPOINT_URL). Each run lists the
+Credentials, region and endpoint are those of boto3 (environment, profiles, AWS_ENDPOINT_URL). Each run lists the
 prefix: a file with the recorded ETag is kept, one with another ETag is fetched again, and an interrupted download
 resumes. A file is accepted once its size is right and its ETag matches its content (MD5, or for multipart uploads the
 MD5 of the parts' MD5s, for the part sizes in use); encrypted objects have other ETags, so only their size is checked.
@@ -25,7 +25,7 @@ from typing import Any
 from tqdm import tqdm
 
 from clear.config import Config
-from clear.data.records import write_json
+from clear.data.io import write_json
 from clear.data.workspace import home
 from clear.errors import ClearError
 
@@ -66,7 +66,7 @@ def fetch(url: str) -> Path:
     """
     found = re.fullmatch(r"s3://([^/]+)/+(.*?)/*", url)
     if not found or not found[2]:
-        raise ClearError(f"params: model.checkpoint = {url!r} is no S3 folder; write s3://bucket/prefix.")
+        raise ClearError(f"params: model.checkpoint = {url!r} is not an S3 folder; write s3://bucket/prefix.")
     bucket, prefix = found.groups()
     folder = home() / "weights" / bucket / prefix
     if ".." in folder.parts:
@@ -175,9 +175,7 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
                 bar.update(len(chunk))
     size = part.stat().st_size
     if size != remote.size:
-        raise ClearError(
-            f"{path}: {size} of {remote.size} bytes arrived; repeat the command, the download resumes."
-        )
+        raise ClearError(f"{path}: {size} of {remote.size} bytes arrived; repeat the command, the download resumes.")
     if plain and not etag_matches(part, remote.etag):
         part.unlink()
         raise ClearError(

@@ -1,8 +1,8 @@
 """Another profile of the pipeline, run in a copy of the workspace: `make repro PROFILE=smoke`.
 
 The copy lies in `$CLEAR_HOME/scratch/<profile>`: every file that git tracks or would track, as it is now, with
-params.yaml composed for the profile. It is a DVC workspace of its own that shares the cache. Nothing in the user's
-folder changes but the rendered report, `data/report/<profile>`. The copy stays, so that a second run does only what is
+params.yaml composed for the profile. It is a separate DVC workspace that shares the cache. In the user's folder only
+the rendered report changes, `data/report/<profile>`. The copy stays, so that a second run does only what is
 out of date and an interrupted one resumes; there is one copy per profile and `make clean` removes them.
 `dvc exp run --temp` does the same from the last commit, but stashes and resets the user's folder meanwhile, forgets
 untracked files and refuses a clone without commits of its own. `clone` makes a copy of a commit instead, for flows.
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.config import PARAMS, PROFILES, compose
-from clear.data.records import write_text
+from clear.data.io import write_text
 from clear.data.workspace import home
 from clear.errors import ClearError
 
@@ -50,7 +50,7 @@ def _yaml(tree: dict[str, Any], indent: str = "") -> list[str]:
 def run(workspace: Path, profile: str, overrides: Sequence[str] = ()) -> Path:
     """Reproduce the pipeline of `workspace` under `profile` in its scratch copy and return the copy's folder.
 
-    Raises ClearError if the profile is unknown, the workspace is no git and DVC project, or a stage fails.
+    Raises ClearError if the profile is unknown, the workspace is not a git and DVC project, or a stage fails.
     """
     if profile not in PROFILES:
         raise ClearError(f"profile {profile!r} is not one of {', '.join(PROFILES)}.")
@@ -61,7 +61,7 @@ def run(workspace: Path, profile: str, overrides: Sequence[str] = ()) -> Path:
         "CLEAR_HOME": str(home()),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
-    # Sets under data/incoming that DVC tracks are no files of git: they come from the shared cache.
+    # Sets under data/incoming that DVC tracks are not in git: they come from the shared cache.
     sets = sorted(file.relative_to(folder).as_posix() for file in folder.glob("data/incoming/*.dvc"))
     if sets and _call([sys.executable, "-m", "dvc", "checkout", "-q", *sets], folder, environment):
         raise ClearError(f"{', '.join(sets)}: not all of this is in the cache; `dvc pull` or `dvc add` it first.")
@@ -129,7 +129,7 @@ def _cache(workspace: Path) -> str:
 def clone(source: Path, revision: str, copy: Path) -> str:
     """Make `copy` a fresh clone of `source` at `revision` with its DVC cache, remote and replies; returns the commit.
 
-    Raises ClearError where the source is no git clone with DVC or does not know the revision.
+    Raises ClearError if the source is not a git clone with DVC or does not know the revision.
     """
     from dvc.repo import Repo
 
@@ -147,7 +147,7 @@ def clone(source: Path, revision: str, copy: Path) -> str:
         own["remote"] = settings.get("remote", {})
         if default := settings.get("core", {}).get("remote"):
             own["core"]["remote"] = default
-    # Paid replies outlive the copy. A link is no folder to .gitignore, so the copy is told apart.
+    # Paid replies outlive the copy. .gitignore does not treat a link as a folder, so the copy is excluded by name.
     replies = source / "data" / "replies"
     replies.mkdir(parents=True, exist_ok=True)
     (copy / "data").mkdir(exist_ok=True)

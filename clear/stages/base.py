@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from clear.config import Config
-from clear.data.records import read_samples, write_json
+from clear.data.io import write_json
+from clear.data.records import read_samples
 from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
 

@@ -4,7 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config
-from clear.data.records import CLEAN, write_json
+from clear.data.io import write_json
+from clear.data.records import CLEAN
 from clear.model.runtime import apply_runtime
 
 OWN_LATENTS = 4096

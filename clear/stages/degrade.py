@@ -10,7 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from clear.config import Config
-from clear.data.records import Sample, ShardWriter, read_samples, write_json
+from clear.data.io import write_json
+from clear.data.records import Sample, ShardWriter, read_samples
 from clear.data.rejects import write_rejects
 from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned

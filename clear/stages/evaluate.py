@@ -14,7 +14,8 @@ from clear.bench import predictions
 from clear.bench.answers import answer
 from clear.bench.models import UnderTest, under_test
 from clear.config import Config
-from clear.data.records import Sample, read_samples, write_json
+from clear.data.io import write_json
+from clear.data.records import Sample, read_samples
 from clear.errors import ClearError
 
 BENCH, DEVELOPMENT = Path("data/bench"), Path("data/development")

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.data.records import drawn, read_samples, write_json
+from clear.data.io import write_json
+from clear.data.records import drawn, read_samples
 from clear.model.runtime import apply_runtime
 
 if TYPE_CHECKING:

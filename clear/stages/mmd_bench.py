@@ -17,7 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config
-from clear.data.records import Sample, ShardWriter, read_samples, write_json
+from clear.data.io import write_json
+from clear.data.records import Sample, ShardWriter, read_samples
 from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.incoming import planned

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.config import Config
-from clear.data.records import write_json
+from clear.data.io import write_json
 from clear.errors import ClearError
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def read_frames(data: Path) -> dict[str, "pd.DataFrame"]:
 
 
 def read_beyond(data: Path, models: Iterable[str]) -> dict[str, dict[str, dict]]:
-    """{model: {row: figures}} outside MMD-Bench: a row per set of naturally degraded images, and per further degradation
-    and level. Empty if there is neither."""
+    """{model: {row: figures}} outside MMD-Bench: a row per set of naturally degraded images, and per further
+    degradation and level. Empty if there is neither."""
     from clear.report.claims import LEVELS
 
     found = {}

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clear.config import Config, Phase
-from clear.data.records import write_json
+from clear.data.io import write_json
 from clear.model.runtime import apply_runtime
 
 

@@ -17,8 +17,9 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clear.config import Config, Source
+from clear.data.io import write_json
 from clear.data.pool import pool
-from clear.data.records import Sample, ShardWriter, read_samples, write_json, write_samples
+from clear.data.records import Sample, ShardWriter, read_samples, write_samples
 from clear.data.rejects import Reject, RejectWriter
 from clear.errors import ClearError
 from clear.sources.rows import SPLITS, Examined, assigned, examined

@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from clear.bench.scoring import is_correct
 from clear.config import Config
-from clear.data.records import Question, Sample, drawn, read_samples, write_json
+from clear.data.io import write_json
+from clear.data.records import Question, Sample, drawn, read_samples
 from clear.data.rejects import Reject, RejectWriter
 from clear.errors import ClearError
 from clear.model.runtime import apply_runtime

@@ -14,8 +14,9 @@ from pathlib import Path
 import pandas as pd
 
 from clear.config import Config
+from clear.data.io import write_json
 from clear.data.pool import parallel
-from clear.data.records import INCOMING, read_samples, write_json
+from clear.data.records import INCOMING, read_samples
 from clear.data.rejects import Reject, write_rejects
 from clear.degradation.build import count_rows
 from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS

@@ -11,8 +11,8 @@ from pathlib import Path
 import pandas as pd
 
 from clear.config import Config
+from clear.data.io import write_json
 from clear.data.pool import parallel
-from clear.data.records import write_json
 from clear.data.rejects import write_rejects
 from clear.degradation.incoming import planned
 from clear.sources.incoming import FOLDER
@@ -51,8 +51,8 @@ class Verdict:
 def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = None) -> Verdict:
     """Check one set and write the report into `out`, by default data/report/<profile>/incoming/<name>.
 
-    It succeeds if at least one sample was accepted and no expectation fails; rejected rows alone are no failure. Other
-    sets are not looked at. Raises ClearError for a set that is not here or cannot be read.
+    It succeeds if at least one sample was accepted and no expectation fails; rejected rows alone are not a failure.
+    Other sets are not read. Raises ClearError for a set that is not here or cannot be read.
     """
     from clear.data.workspace import report_dir
 

@@ -1,4 +1,4 @@
-"""Where a stage runs: here, or as a job on AWS Batch (section `compute` of params.yaml; docs/CLOUD.md).
+"""Where a stage runs: here, or as a job on AWS Batch (infra/compute.yaml; docs/CLOUD.md).
 
 A stage placed on AWS Batch is submitted under a name that stands for its inputs. Asking again, after a crash or from
 another run, finds the job that is queued or running, or the result that is there. While it runs, the flow shows its
@@ -13,23 +13,22 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from prefect import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
 from clear.config import PARAMS, load
-from clear.data.records import write_json
+from clear.data.io import write_json
 from clear.data.workspace import profile
 from clear.errors import ClearError
-from clear.placement import BatchJob, Compute
-from flows.batch import cost
+from flows.batch import cost, settings
 from flows.batch import job as batch
 from flows.batch.request import CACHED, LOCK, Inputs, describe, environment_tag, send
+from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store, Unreachable
 from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of
 
@@ -46,6 +45,8 @@ def elsewhere(stage: str, workspace: Path, force: bool = False) -> State | None:
     places = placement(workspace)
     if AWS_BATCH not in places.values():
         return None
+    compute = settings.load(workspace)
+    settings.refuse_clusters(compute, load(workspace / PARAMS))
     say = get_run_logger().info
     if places.get(stage.partition("@")[0], LOCAL) == LOCAL:
         bring_inputs(stage, workspace, say)
@@ -55,7 +56,6 @@ def elsewhere(stage: str, workspace: Path, force: bool = False) -> State | None:
         return Completed(name="Cached", message=f"{stage}: up to date")
     if found == "cached" and not force:
         return None  # DVC has the outputs of an earlier run of these inputs here
-    compute = load(workspace / PARAMS).compute
     try:
         said = reproduce(stage, workspace, compute, say, f"{flow_run.id}" if force else "")
     except Unreachable as error:
@@ -64,16 +64,8 @@ def elsewhere(stage: str, workspace: Path, force: bool = False) -> State | None:
 
 
 def placement(workspace: Path) -> dict[str, str]:
-    """Stage → place, as params.yaml says; empty where it does not (an older revision, another project)."""
-    if not (workspace / PARAMS).exists():
-        return {}
-    try:
-        found = yaml.safe_load((workspace / PARAMS).read_text())
-    except yaml.YAMLError as error:
-        raise ClearError(f"{workspace / PARAMS} is not valid YAML: {' '.join(str(error).split())}") from error
-    section = found.get("compute") if isinstance(found, dict) else None
-    places = section.get("place") if isinstance(section, dict) else None
-    return places if isinstance(places, dict) else {}
+    """Stage → place, as infra/compute.yaml says; empty where it is not there (an older revision, another project)."""
+    return asdict(settings.load(workspace).place) if (workspace / settings.COMPUTE).exists() else {}
 
 
 def state(stage: str, workspace: Path) -> str:
@@ -280,7 +272,7 @@ def adopt(
     outs = {out["path"]: out for out in entry.get("outs", [])}
     for name, digest in result["files"].items():
         if not any(name == out or name.startswith(f"{out}/") for out, kept in inputs.outs.items() if not kept):
-            raise ClearError(f"stage {inputs.stage}: the job sent {name}, which is none of its outputs in git.")
+            raise ClearError(f"stage {inputs.stage}: the job sent {name}, which is not one of its outputs in git.")
         store.fetch(f"objects/{digest}", arrived / name, digest)
         wanted = outs.get(name, {}).get("md5")
         if wanted and _md5(arrived / name) != wanted:

@@ -15,7 +15,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 
-from clear.data.records import write_json  # noqa: E402
+from clear.data.io import write_json  # noqa: E402
 from clear.errors import ClearError  # noqa: E402
 
 OUTPUT = Path("data/results/bench.json")

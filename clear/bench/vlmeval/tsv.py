@@ -30,6 +30,7 @@ from pathlib import Path
 
 from clear.bench.vlmeval import names
 from clear.data.images import decode_image, encode_image
+from clear.data.io import replacing
 from clear.data.lock import writer
 from clear.data.pool import CHUNK, parallel
 from clear.data.records import file_sha256, sha256
@@ -235,8 +236,7 @@ def _write(
         for place in places:
             _leave_out(place.partial, header.index("index"), lost)
     for n, place in enumerate(places):
-        place.part.parent.mkdir(exist_ok=True)
-        with _replacing(place.part) as file:
+        with replacing(place.part) as partial, _synced(partial) as file:
             file.write(json.dumps(state | {"tsv_sha256": file_sha256(place.partial)}) + "\n")
             for index, row in rows.made.items():
                 one = replace(rows.made[row][n], index=index) if isinstance(row, str) else row[n]
@@ -313,7 +313,7 @@ def _degrade_rows(
 def _leave_out(path: Path, column: int, indices: set[str]) -> None:
     """Write a TSV of ours again without some rows; `column` holds the index."""
     csv.field_size_limit(sys.maxsize)  # a cell holds a whole picture
-    with path.open(newline="", encoding="utf-8") as lines, _replacing(path) as file:
+    with path.open(newline="", encoding="utf-8") as lines, replacing(path) as partial, _synced(partial) as file:
         for number, cells in enumerate(csv.reader(lines, delimiter="\t")):
             if number == 0 or cells[column] not in indices:
                 _write_row(file, cells)
@@ -350,15 +350,6 @@ def _synced(path: Path) -> Iterator:
         os.fsync(file.fileno())
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator:
-    """A text file that has its name only once it is whole and on disk."""
-    partial = path.with_name(path.name + ".partial")
-    with _synced(partial) as file:
-        yield file
-    partial.rename(path)
-
-
 def _read_part(part: Path) -> tuple[list[dict], list[Reject]]:
     """The rows of the manifest and the rejects of one file."""
     rows = [json.loads(line) for line in part.read_text().splitlines()[1:]]
@@ -371,8 +362,6 @@ def _write_manifest(path: Path, parts: Iterable[Path]) -> None:
 
     kinds = {"float": pa.float64(), "int": pa.uint64(), "str": pa.string()}
     schema = pa.schema([(f.name, kinds[getattr(f.type, "__name__", f.type)]) for f in fields(Made)])
-    partial = path.with_name(path.name + ".partial")
-    with naming(path), pq.ParquetWriter(partial, schema, compression="zstd") as file:
+    with replacing(path) as partial, pq.ParquetWriter(partial, schema, compression="zstd") as file:
         for part in parts:
             file.write_table(pa.Table.from_pylist(_read_part(part)[0], schema))
-    partial.rename(path)

@@ -13,7 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from clear.bench.models import MODELS
-from clear.data.records import write_json, write_text
+from clear.data.io import write_json, write_text
 from clear.project.compare import changes, sections
 from clear.project.compare import verdict as verdicts
 from clear.project.compare.comment import LIMIT, MARKER

@@ -1,9 +1,9 @@
-"""Where new degradation data comes from and where refused data goes: a folder of the workspace, or a prefix in S3.
+"""Where new degradation data comes from and where rejected data goes: a folder of the workspace, or a prefix in S3.
 
-Every folder below the prefix is a set. It is mirrored to the private folder, objects that have not changed (ETag) are
-not fetched again; the mirror is a cache and may be deleted. Refused data is moved, in S3 beside the prefix:
-`…/incoming/x` becomes `…/quarantine/x`. Its report lies beside it, in `x.report`. Nothing is lost at any moment: the
-report is there before the data moves, and in S3 an object is deleted only after its copy is there.
+Every folder below the prefix is a set. It is mirrored to the private folder; unchanged objects (by ETag) are not fetched
+again; the mirror is a cache and may be deleted. Rejected data is moved, in S3 next to the prefix: `…/incoming/x` becomes
+`…/quarantine/x`. Its report is next to it, in `x.report`. Nothing can be lost in between: the report is written before
+the data moves, and in S3 an object is deleted only after it has been copied.
 """
 
 import json
@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from clear.data.io import write_json
 from clear.data.lock import writer
-from clear.data.records import write_json
 from clear.data.workspace import profile
 from clear.errors import ClearError
 from clear.sources.incoming import IncomingSet, sets

@@ -1,7 +1,7 @@
 """Several processes that train one model: who this one is, which rows of a batch are its own, what they exchange.
 
-Every process builds the whole batch alike, with the same random numbers, and computes its own rows; means over the
-batch's tokens come out as in one process (see `Share.weight`). METHOD §8 item 12 is what this avoids: processes that
+Every process builds the same whole batch, with the same random numbers, and computes its own rows; means over the
+batch's tokens come out as in one process (see `Share.weight`). This avoids METHOD §8 item 12: processes that
 normalise by their own tokens, or that exchange only when they happen to hold an image.
 """
 
@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from clear.data.io import replacing
 from clear.model.bagel import Contents
 from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Segment, SpecialTokens, layout, length, pack
 
@@ -48,9 +49,8 @@ def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Te
     """
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.exists():
         found = {name: value.cpu().contiguous() for name, value in make().items()}
-        partial = file.with_suffix(".partial")
-        save_file(found, partial)
-        partial.rename(file)
+        with replacing(file) as partial:
+            save_file(found, partial)
     while not file.exists():
         time.sleep(0.2)
     return load_file(file)
@@ -158,7 +158,7 @@ class Share:
 def share_batch(
     samples: Sequence[Sequence[Segment]], contents: Contents, special: SpecialTokens
 ) -> tuple[Layout, Contents, Share]:
-    """The layout and contents of this process's rows of a batch that all processes have built alike.
+    """The layout and contents of this process's rows of a batch that is the same in all processes.
 
     With one process and one pass it is the whole batch: `layout(samples, special)` and the contents as they are, or
     packed (`Pass.budget`) with the contents in the order of the rows.

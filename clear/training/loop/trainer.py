@@ -1,7 +1,7 @@
 """Supervised optimisation of a stage, one or more phases, on transformers' Trainer.
 
 This module adds to the Trainer only what it lacks: an `Objective` that computes its own loss from sample numbers, a
-folder keyed by the stage's inputs so that the same command resumes and another one never picks up foreign
+folder keyed by the stage's inputs so that the same command resumes and another one never picks up its
 checkpoints, checkpoints that count only once they are complete, and phases whose finished weights are kept until
 the stage succeeds. All randomness of a loss comes from torch's global generator, whose state the Trainer stores, so
 a resumed run continues with the same numbers.
@@ -9,9 +9,9 @@ a resumed run continues with the same numbers.
 Several processes (accelerate launch). Every process is given the whole batch and draws for all of it, so that the
 numbers are those of one process; `parallel.share_batch` then leaves it its own rows, and `Share.weight` makes means
 over the batch's tokens of the processes' own means. A loss that does not share computes the whole batch everywhere,
-which is right and saves nothing. The random state of the first process is everybody's after each step and in
-checkpoints, so a run may resume on another number of processes. Only the first process writes. Checkpoints hold what
-is trained; under FSDP they are sharded.
+which is correct but saves nothing. After each step and in checkpoints, all processes have the random state of the first,
+so a run may resume on another number of processes. Only the first process writes. Checkpoints contain the trained
+weights; under FSDP they are sharded.
 """
 
 import hashlib
@@ -34,6 +34,7 @@ from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from clear.config import Config, Grpo, Optimiser, Phase
+from clear.data.io import replacing
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
@@ -82,7 +83,7 @@ class StageRun:
 
 def _relevant(config: Config) -> dict:
     plain = asdict(config)
-    for section in ("report", "evaluate", "gate", "compute"):
+    for section in ("report", "evaluate", "gate"):
         plain.pop(section)
     for name in ("checkpoint_every", "log_every"):
         plain["runtime"].pop(name)
@@ -407,7 +408,7 @@ def optimise(
         raise ClearError(f"phase {name} has nothing to train; lora.experts or lora.targets leave nothing for it.")
     sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     if sharded and any(hasattr(part, "unshard") for part in module.modules()):
-        raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command, it goes on here.")
+        raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command to continue.")
     folder = run.folder / (f"{name}_sharded" if sharded else name)
     args = training_arguments(TrainingArguments, run, folder, phase.batch, phase, run.config.optimiser, label_names=[])
     objective = Objective(module, loss, run.config.runtime.precision)
@@ -435,9 +436,8 @@ def optimise(
     run.curve += rows
     if rank() == 0:
         curve.write_text(json.dumps(rows))
-        partial = finished.with_suffix(".partial")
-        save_file(trained_state(module), partial)
-        partial.rename(finished)
+        with replacing(finished) as partial:
+            save_file(trained_state(module), partial)
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
     if leave():

@@ -1,4 +1,4 @@
-"""The stop rule of GRPO: true accuracy that falls while the reward rises is reward hacking, whatever the KL says."""
+"""The stop rule of GRPO: if true accuracy falls while the reward rises, that is reward hacking, whatever the KL."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from clear.config import Grpo
+from clear.data.io import replacing
 from clear.training.loop.parallel import rank
 from clear.training.loop.trainer import trained_state
 
@@ -47,9 +48,8 @@ class StopRule(TrainerCallback):
         """Called with the accuracy of the current weights, before they are trained on."""
         known = [a for a, _ in measured(self._trainer.state.log_history)]
         if rank() == 0 and accuracy > max(known, default=-1.0):
-            partial = self._best.with_suffix(".partial")
-            save_file(trained_state(self._trainer.accelerator.unwrap_model(self._trainer.model)), partial)
-            partial.rename(self._best)
+            with replacing(self._best) as partial:
+                save_file(trained_state(self._trainer.accelerator.unwrap_model(self._trainer.model)), partial)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if self.stopped():
