@@ -1,4 +1,4 @@
-"""What the page shows: predictions of every model, the pictures they saw, and answers asked for now."""
+"""The page's data: predictions of every model, the images they saw, and answers requested on the page."""
 
 from dataclasses import replace
 from pathlib import Path

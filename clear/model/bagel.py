@@ -1,7 +1,7 @@
 """BAGEL: ViT and latent inputs, the MoT language model, and velocity and text outputs (METHOD §1).
 
-Module and parameter names are those of the published `ema.safetensors`. The autoencoder is apart (`vae.AutoEncoder`).
-The optional `LatentBridge` is this project's and is stored in a file of its own.
+Module and parameter names are those of the published `ema.safetensors`. The autoencoder is apart: `vae.AutoEncoder`.
+The optional `LatentBridge` is this project's and is stored in its own file.
 """
 
 import math

@@ -3,7 +3,7 @@
 x_t = (1−t)·x0 + t·ε, t ∈ [0, 1], t = 1 is noise; the network predicts the velocity v = ε − x0. Rollout and scoring
 of GRPO share `sde_step`, so that a fresh policy has ratio 1 by construction.
 
-Guidance pushes the velocity away from what contexts with something left out predict. It serves the ODE only: the
+Guidance pushes the velocity away from the prediction of contexts with a part left out. It is used for the ODE only: the
 published log-probabilities are those of the plain velocity.
 """
 

@@ -1,6 +1,6 @@
 """From encoded images to model inputs: resizing, normalisation, patches, latents (METHOD §1 "Image resize").
 
-Two settings where the reference disagrees with itself; training and inference always share one here:
+Two settings where the reference code is inconsistent; training and inference always share one here:
 
 - `model.resize`: "direct" (default) resizes the source straight to the ViT's size, as the reference does in training;
   "reference" goes through the autoencoder's size first, as it does at inference. That resamples twice and, for about
@@ -8,7 +8,7 @@ Two settings where the reference disagrees with itself; training and inference a
 - `model.posterior`: "mean" (default) or "sample" latents, see clear/model/vae.py. A sample's noise comes from a
   generator seeded by the image's own pixels, so a latent depends neither on the batch nor on the order.
 
-Departure: the pixel cap scales the sides by the square root of what is too much (the reference over-shrinks). With
+Departure: the pixel cap scales the sides by the square root of the excess (the reference over-shrinks). With
 the published sizes only images more than about seven times as long as wide reach it.
 """
 

@@ -5,14 +5,14 @@ equals one full forward). METHOD §1 "Splits" and "Mask":
 
 - text segment = [bos] ids [eos], causal, one rope position per token;
 - image segment = [start] N tokens [end], full attention inside, all on ONE rope position, then the position advances;
-- a noise segment sees what came before and itself, nobody else sees it, and it does not advance the position, so
-  the clean copy behind it stands at the same place.
+- a noise segment sees what came before and itself, no other segment sees it, and it does not advance the position, so
+  the clean copy after it is at the same position.
 
 One generalisation: a segment may belong to a *branch*. A branch sees the trunk (branch 0) and itself, and its rope
 starts where the trunk's ended, so several questions about one image share its tokens in one row. Branches must
 follow the trunk; with no branches this is the published layout.
 
-Several samples may share one row, one behind the other, each with its own positions from 0 (`pack`, `layout`).
+Several samples may share one row, one after the other, each with its own positions from 0 (`pack`, `layout`).
 
 allowed(q, k) = same sample ∧ (q ≥ k ∨ same image segment) ∧ (k not noise ∨ same noise segment)
                 ∧ (k on the trunk ∨ same branch).

@@ -1,6 +1,6 @@
 """When does CLEAR restore, and does it pay? Figures per corruption and level, and the odds of restoring where needed.
 
-That calls rise with the damage says little: it can come from a few kinds of damage alone, whatever the question.
+That restorations rise with the damage says little: it can come from a few kinds of damage alone, whatever the question.
 Whether a model restores *when it needs to* is judged within one kind and level of damage, by the odds of a restoration
 where the base model fails against where it does not (Mantel-Haenszel; an addition to the published evaluation).
 """

@@ -1,7 +1,7 @@
 """The claims of the project, each decided from paired predictions: held, does not hold, or not measured.
 
 A claim is a rule on an estimate (METHOD §7 for the quantities); `certain` says whether the whole confidence interval
-keeps the rule, so that a result inside the noise is never told as a finding. Models are compared on exactly the same
+keeps the rule, so that a result within the noise is never told as a finding. Models are compared on exactly the same
 rows; a difference in rows stops the report.
 """
 

@@ -1,7 +1,7 @@
-"""What the report says first: one sentence whose direction is that of the intervals, and what the figures would hide.
+"""The head of the report: one sentence whose direction is that of the intervals, and what the figures would hide.
 
-The strongest comparison speaks first: direct fine-tuning has seen the same data for as many steps. A loss that is
-certain is called one, and where the base model cannot answer the run is called a check of the plumbing.
+The strongest comparison comes first: direct fine-tuning has seen the same data for as many steps. A certain loss is
+called a loss, and if the base model cannot answer, the run is called a check of the plumbing.
 """
 
 from typing import TYPE_CHECKING

@@ -6,8 +6,8 @@ record. The written table is then checked by named expectations (clear/traces/ch
 stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its rows can be
 looked up.
 
-Pictures are read from the shards again for each purpose, so that memory does not grow with their number; what is kept
-of a question is two verdicts and its trace, some hundred bytes.
+Images are read from the shards again for each purpose, so that memory does not grow with their number; a question keeps
+only two verdicts and its trace, some hundred bytes.
 """
 
 from collections import Counter

@@ -6,8 +6,8 @@ training sees what inference will see. The generation expert stays frozen, so th
 
 The `direct` bridge has no parameters: the generation expert that draws the picture is what reads it and what the
 distillation moves (METHOD §2). So the trace loss keeps the velocity loss of SFT on the same rows, as published, where
-both are one stage. Without it nothing holds the picture, and the own latents, made before, are no longer those that
-inference will make. Freezing the drawing weights would freeze the bridge itself, and distilling the incoming velocity
+both are one stage. Without it nothing keeps the drawing as it is, and the own latents, made before, no longer match
+those at inference. Freezing the drawing weights would freeze the bridge itself, and distilling the incoming velocity
 would need a second forward of a second model.
 """
 

@@ -3,8 +3,8 @@
 Sequence of a restoring trace: degraded latent | degraded ViT | question | reply 1 (CE) | clean latent, noisy (MSE) |
 feedback | reply 2 (CE). The feedback is what the bridge will put there: for the `direct` bridge the clean latent at
 t = 0 with, behind it, a ViT copy that only serves as teacher of the distillation (per-layer KL) and is visible to
-nobody else (the reference's next text reads it, and at inference it is not there); its grid is the latent's, so that
-tokens pair; for the `mlp` bridge the clean ViT tokens, which that bridge is later trained to imitate.
+no other segment (the reference's next text reads it, although it is absent at inference); its grid is the latent's, so
+that tokens pair; for the `mlp` bridge the clean ViT tokens, which that bridge is later trained to imitate.
 
 Departures: reply segments are never dropped; the text loss is the mean over the scored tokens of the batch; the
 restoration warm-up on unlabelled pairs is an option whose neutral value (0 steps) is the published recipe.
@@ -315,7 +315,7 @@ def _first_taught(built: Layout) -> Tensor:
 
 
 def taught_pairs(built: Layout) -> list[tuple[int, int, int]]:
-    """(row, latent segment, teacher segment) of every ViT segment that nobody else sees and the latent before it."""
+    """(row, latent segment, teacher segment) of every ViT segment no other segment sees and the latent before it."""
     teacher = (built.kind == VIT) & (built.noise > 0)
     rows = (built.block[row][teacher[row]].unique().tolist() for row in range(len(teacher)))
     return [(row, block - 1, block) for row, blocks in enumerate(rows) for block in blocks]

@@ -2,7 +2,7 @@
 
 The verdict is about one model (`gate.model`). Its accuracy at hard is the one comparison fixed in advance, so its
 interval alone decides there; at the other levels a difference must be certain, that is pass the interval and the
-exact test by image, corrected over all models and levels shown. `worse` outweighs `better`: a gain does not pay for a
+exact test by image, corrected over all models and levels shown. `worse` outweighs `better`: a gain does not offset a
 loss.
 A change is judged by the policy of its base, so that no change can loosen the rule it is judged by.
 """

@@ -1,9 +1,9 @@
 """Where new degradation data comes from and where rejected data goes: a folder of the workspace, or a prefix in S3.
 
-Every folder below the prefix is a set. It is mirrored to the private folder; unchanged objects (by ETag) are not fetched
-again; the mirror is a cache and may be deleted. Rejected data is moved, in S3 next to the prefix: `…/incoming/x` becomes
-`…/quarantine/x`. Its report is next to it, in `x.report`. Nothing can be lost in between: the report is written before
-the data moves, and in S3 an object is deleted only after it has been copied.
+Every folder below the prefix is a set. It is mirrored to the private folder; unchanged objects (by ETag) are not
+fetched again; the mirror is a cache and may be deleted. Rejected data is moved, in S3 next to the prefix:
+`…/incoming/x` becomes `…/quarantine/x`. Its report is next to it, in `x.report`. Nothing can be lost in between: the
+report is written before the data moves, and in S3 an object is deleted only after it has been copied.
 """
 
 import json

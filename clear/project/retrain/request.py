@@ -1,8 +1,8 @@
 """The pull request of a retraining: its text, and opening it where a forge's token is configured.
 
 The text is the new sets' figures, paired like everything in `clear compare`, then its report on the two commits: the
-model so far and the new one, on the same benchmark. The forge is GitHub's REST interface: GITHUB_TOKEN, and where they
-cannot be read from the remote `origin`, GITHUB_REPOSITORY (owner/name) and GITHUB_API_URL.
+model so far and the new one, on the same benchmark. The forge is GitHub, through its REST API: GITHUB_TOKEN and, if
+they cannot be read from the remote `origin`, GITHUB_REPOSITORY (owner/name) and GITHUB_API_URL.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""A training that is asked to leave (SIGTERM) writes a checkpoint first: machines on loan go back at short notice.
+"""On SIGTERM a training writes a checkpoint before it ends: spot machines are reclaimed at short notice.
 
-The step in progress is finished and saved, and then the process ends as if interrupted; whoever sent the signal may
-kill it after a grace period, and then the last regular checkpoint counts. A second signal ends it at once.
+The step in progress is finished and saved, and then the process ends as if interrupted. If it is killed after a grace
+period, the last regular checkpoint counts. A second signal ends it at once.
 """
 
 import signal

@@ -1,9 +1,9 @@
 """Sharded weights (FSDP2): how a process was launched, and what GRPO needs in addition: a whole copy and a reference.
 
-Sharded layers are gathered when they compute, by all processes together, which holds for scoring and for no rollout:
-each takes as many forwards as its own longest reply has tokens. `Policies.whole` therefore gathers every weight once
-into a copy of the model that has no hooks; it lives until the next optimiser step has changed what it copies, and is
-dropped when scoring begins. One device must hold the whole weights beside its shards (`clear memory --gpus`).
+Sharded layers are gathered by all processes together when they compute, which works for scoring but not for rollouts:
+a rollout takes as many forwards as its own longest reply has tokens. `Policies.whole` therefore gathers every weight
+once into a copy of the model without hooks; it is valid until the next optimiser step changes the weights, and is
+freed when scoring begins. Each device must hold the whole weights next to its shards (`clear memory --gpus`).
 
 The reference is taken from the shards of the incoming policy, so that no process ever holds a second whole model.
 """

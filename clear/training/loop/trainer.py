@@ -9,7 +9,7 @@ a resumed run continues with the same numbers.
 Several processes (accelerate launch). Every process is given the whole batch and draws for all of it, so that the
 numbers are those of one process; `parallel.share_batch` then leaves it its own rows, and `Share.weight` makes means
 over the batch's tokens of the processes' own means. A loss that does not share computes the whole batch everywhere,
-which is correct but saves nothing. After each step and in checkpoints, all processes have the random state of the first,
+which is correct but saves nothing. After each step and in checkpoints all processes have the first one's random state,
 so a run may resume on another number of processes. Only the first process writes. Checkpoints contain the trained
 weights; under FSDP they are sharded.
 """

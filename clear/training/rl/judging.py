@@ -1,8 +1,8 @@
 """Accuracy by a judge model over HTTP, for answers that exact match cannot score (METHOD §4 "accuracy").
 
-Departures from the published code: a judge that cannot be reached, or says nothing usable, rejects the sample (there
-its answer counts as wrong or half right), the same pair of answers is asked once (clear/llm/endpoint.py), and of a
-multiple-choice question it reads the options, and the text of the option behind a letter.
+Departures from the published code: if the judge cannot be reached or its reply is unusable, the sample is rejected
+(there its answer counts as wrong or half right); the same pair of answers is judged once (clear/llm/endpoint.py); for a
+multiple-choice question the judge sees the options, and the option's text instead of its letter.
 """
 
 import re
@@ -50,6 +50,6 @@ def judged(client: Client, questions: Sequence[Question], answers: Sequence[str]
     if asked and all(found[n] is None for n in asked):
         raise ClearError(
             f"The judge scored none of {len(asked)} answers ({last or 'no reply was a number in [0, 1]'}). Mend it and "
-            "repeat the command, which goes on from the last checkpoint; or set grpo.accuracy to exact."
+            "repeat the command, which resumes from the last checkpoint; or set grpo.accuracy to exact."
         )
     return found

@@ -1,4 +1,4 @@
-"""How close a restored latent came to the clean picture's (METHOD §4 "latent_quality"): a reward that asks no question.
+"""How close a restored latent is to the clean image's (METHOD §4 "latent_quality"): a reward that needs no answer.
 
 Off by default, as published: with it on, restoration is again supervised by clean pictures.
 """

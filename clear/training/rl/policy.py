@@ -1,4 +1,4 @@
-"""What a policy is trained on, what trl wants to see around it, and in which order prompts and numbers reach it."""
+"""What a policy is trained on, the interface TRL needs, and in which order prompts and random numbers reach it."""
 
 import hashlib
 from collections.abc import Callable, Sequence
@@ -37,7 +37,7 @@ class Task:
 
 
 class PolicyConfig(PretrainedConfig):
-    """What trl wants to see of a configuration."""
+    """The configuration that TRL needs."""
 
     model_type = "clear_policy"
 

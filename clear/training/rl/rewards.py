@@ -1,8 +1,8 @@
-"""Rewards of interleaved GRPO (METHOD §4 "Rewards"), of what a trajectory wrote.
+"""Rewards of interleaved GRPO (METHOD §4 "Rewards") for the text of a trajectory.
 
-Accuracy is exact match, or a judge's score. Each reward is logged apart, and the true metric (held-out accuracy) beside
-them. Addition: the right answer's probability as a reward, which differs within a group where exact match does not. The
-reward of the restored latent itself is in latent_quality.py.
+Accuracy is exact match, or a judge's score. Each reward is logged separately, together with the true metric (held-out
+accuracy). Addition: the right answer's probability as a reward, which differs within a group even if exact match does
+not. The reward of the restored latent itself is in latent_quality.py.
 """
 
 from collections.abc import Mapping, Sequence
