@@ -185,13 +185,13 @@ def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
 
 
 @pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 def test_a_file_that_is_not_finished_leaves_the_earlier_one_and_nothing_else(tmp_path, several, error):
     file = tmp_path / "a.json"
     file.write_text("earlier")
-    with pytest.raises(type(error)) as raised, replacing(file, several) as partial:
+    with pytest.raises(error) as raised, replacing(file, several) as partial:
         partial.write_text("half")
-        raise error
+        raise error(errno.ENOSPC, "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "earlier"
     assert getattr(raised.value, "filename", str(file)) == str(file)
 
