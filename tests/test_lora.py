@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from clear.config import Lora, compose, from_dict
 from clear.errors import ClearError
-from clear.model import checkpoint, flow, lora
+from clear.model import flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
-from clear.model.checkpoint import MODEL, PLAIN, VAE, fingerprint, load_bagel, save_bagel
+from clear.model.checkpoint import MODEL, PLAIN, VAE, fingerprint, load, load_bagel, save_bagel
+from clear.model.checkpoint import format as folder_format
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
 from clear.model.tokenizer import MARKERS, encode
@@ -254,9 +255,9 @@ def test_another_base_is_refused(folders, tmp_path):
 
 def test_another_base_of_the_same_size_is_refused_where_files_are_too_large_to_hash(folders, monkeypatch):
     base, _, model, _ = folders
-    for module in (checkpoint, lora):
+    for module in (folder_format, lora):
         monkeypatch.setattr(module, "HASHED_ON_LOAD", 10_000)
-    monkeypatch.setattr(checkpoint, "_SAMPLE", 64)
+    monkeypatch.setattr(folder_format, "_SAMPLE", 64)
     folder, file = base.parent / "large", base / MODEL
     lora.save_adapter(folder, model, base, fingerprint(base), torch.float32)
     records = json.loads((folder / lora.BASE).read_text())
@@ -519,13 +520,13 @@ def test_a_save_that_breaks_leaves_the_old_adapter(folders, tmp_path, monkeypatc
 @pytest.mark.parametrize("number", [0, 1])
 def test_of_several_sharding_processes_only_the_first_reads_the_weights(folders, config, monkeypatch, number):
     """The others read no byte of the model, but the autoencoder; their parameters have shape, type and an address."""
-    base, read, original = folders[0], [], checkpoint._tensors
+    base, read, original = folders[0], [], load._tensors
 
     def reading(file, *rest):
         read.append(file.name)
         return original(file, *rest)
 
-    monkeypatch.setattr(checkpoint, "_tensors", reading)
+    monkeypatch.setattr(load, "_tensors", reading)
     config.lora.rank = 0
     for name, value in {"ACCELERATE_USE_FSDP": "true", "RANK": str(number)}.items():
         monkeypatch.setenv(name, value)

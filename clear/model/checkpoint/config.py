@@ -1,0 +1,197 @@
+"""What a model folder says of its model: the JSON files and the tokenizer, read, compared with each other, written."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from clear.errors import ClearError
+from clear.model.bagel import BagelConfig
+from clear.model.checkpoint.format import named_file
+from clear.model.mot import LlmConfig
+from clear.model.sequence import SpecialTokens
+from clear.model.tokenizer import (
+    ADDED,
+    MARKERS,
+    MERGES,
+    SETTINGS,
+    TOKENIZER,
+    VOCABULARY,
+    read_text,
+    read_tokenizer,
+)
+from clear.model.vae import VaeConfig
+from clear.model.vit import VitConfig
+
+_SPECIAL = dict(zip(("bos_token_id", "eos_token_id", "start_of_image", "end_of_image"), MARKERS, strict=True))
+SOURCES = (VOCABULARY, MERGES, SETTINGS, ADDED, "special_tokens_map.json")
+"""Tokenizer files beside tokenizer.json; the published code reads them, so they are kept when a model is saved."""
+
+
+def config_files(config: BagelConfig) -> dict[str, dict]:
+    llm, vit, special = config.llm, config.vit, config.special
+    markers = dict(zip(_SPECIAL, (special.bos, special.eos, special.image_start, special.image_end), strict=True))
+    return {
+        "llm_config.json": {
+            "model_type": "qwen2",
+            "vocab_size": llm.vocab,
+            "hidden_size": llm.hidden,
+            "num_hidden_layers": llm.layers,
+            "num_attention_heads": llm.heads,
+            "num_key_value_heads": llm.kv_heads,
+            "intermediate_size": llm.mlp,
+            "rms_norm_eps": llm.rms_eps,
+            "rope_theta": llm.rope_theta,
+        },
+        # One layer more than is used and stored: the published file counts a last layer that is dropped.
+        "vit_config.json": {
+            "model_type": "siglip_vision_model",
+            "hidden_size": vit.hidden,
+            "num_hidden_layers": vit.layers + 1,
+            "num_attention_heads": vit.heads,
+            "intermediate_size": vit.mlp,
+            "patch_size": vit.patch,
+            "image_size": vit.patch * vit.side,
+        },
+        "vae_config.json": asdict(config.vae) | {"ch_mult": list(config.vae.ch_mult)},
+        "config.json": {
+            "model_type": "bagel",
+            "latent_patch_size": config.latent_patch,
+            "max_latent_size": config.max_latent_size,
+            "vit_max_num_patch_per_side": vit.side,
+            "bridge": config.bridge,
+            "special_tokens": markers,
+        },
+    }
+
+
+def read_config(folder: Path | str, tokenizer=None) -> BagelConfig:
+    """The configuration of a model folder (or weight file). Markers come from its tokenizer, else config.json.
+
+    `tokenizer` is the folder's own if it has been loaded already. Raises ClearError where the files disagree.
+    """
+    folder, _ = named_file(folder)
+    tokenizer = tokenizer or load_tokenizer(folder)
+    try:
+        config = _config_of(folder, None if tokenizer is None else special_tokens(tokenizer))
+    except KeyError as error:
+        raise ClearError(f"{folder}: key {error} is missing in the config files; fetch them again.") from error
+    if tokenizer is not None:
+        _check_tokenizer(folder, tokenizer, config)
+    return config
+
+
+def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
+    llm, vit = read_json(folder, "llm_config.json"), read_json(folder, "vit_config.json")
+    own, vae = read_json(folder, "config.json", False), read_json(folder, "vae_config.json", False)
+    vae = own.get("vae_config", {}) | vae
+    known = {k: vae[k] for k in VaeConfig.__dataclass_fields__ if k in vae}
+    if "ch_mult" in known:
+        known["ch_mult"] = tuple(known["ch_mult"])
+    special = special or _stated_markers(folder)
+    if special is None:
+        raise ClearError(f"{folder}: neither a tokenizer nor special_tokens in config.json say which ids mark images.")
+    config = BagelConfig(
+        llm=LlmConfig(
+            vocab=llm["vocab_size"],
+            hidden=llm["hidden_size"],
+            layers=llm["num_hidden_layers"],
+            heads=llm["num_attention_heads"],
+            kv_heads=llm["num_key_value_heads"],
+            mlp=llm["intermediate_size"],
+            rms_eps=llm["rms_norm_eps"],
+            rope_theta=llm["rope_theta"],
+        ),
+        vit=VitConfig(
+            hidden=vit["hidden_size"],
+            layers=vit["num_hidden_layers"] - 1,
+            heads=vit["num_attention_heads"],
+            mlp=vit["intermediate_size"],
+            patch=vit["patch_size"],
+            side=own.get("vit_max_num_patch_per_side", vit["image_size"] // vit["patch_size"]),
+        ),
+        vae=VaeConfig(**known),
+        special=special,
+        latent_patch=own.get("latent_patch_size", 2),
+        max_latent_size=own.get("max_latent_size", 64),
+        bridge=own.get("bridge", "direct"),
+    )
+    if config.llm.hidden % config.llm.heads or config.llm.heads % config.llm.kv_heads:
+        raise ClearError(
+            f"{folder / 'llm_config.json'}: hidden_size {config.llm.hidden} must divide by num_attention_heads "
+            f"{config.llm.heads}, and that by num_key_value_heads {config.llm.kv_heads}; fetch the file again."
+        )
+    return config
+
+
+def _stated_markers(folder: Path) -> SpecialTokens | None:
+    stated = read_json(folder, "config.json", False).get("special_tokens")
+    if stated is None:
+        return None
+    if not isinstance(stated, dict) or stated.keys() < _SPECIAL.keys():
+        raise ClearError(f"{folder / 'config.json'}: special_tokens must name {', '.join(_SPECIAL)}; fetch it again.")
+    return SpecialTokens(*(stated[name] for name in _SPECIAL))
+
+
+def _check_tokenizer(folder: Path, tokenizer, config: BagelConfig) -> None:
+    """The tokenizer belongs to the weights, as far as the configs tell: ids fit the embedding, markers agree."""
+    last, token = max((number, text) for text, number in tokenizer.get_vocab(with_added_tokens=True).items())
+    if last >= config.llm.vocab:
+        raise ClearError(
+            f"{folder}: the tokenizer ({TOKENIZER} or vocab.json) gives token {token} the id {last}, but the "
+            f"embedding has {config.llm.vocab} rows (vocab_size in llm_config.json); take both from one checkpoint."
+        )
+    stated = _stated_markers(folder)
+    if stated not in (None, config.special):
+        raise ClearError(
+            f"{folder}: the tokenizer gives the markers the ids {asdict(config.special)}, config.json says "
+            f"{asdict(stated)}; the tokenizer belongs to another model, copy the one this model was trained with."
+        )
+    # A model whose embedding was grown for appended markers ends with them. One with rows to spare had them elsewhere.
+    if stated is None and tokenizer.undefined and config.llm.vocab > last + 1:
+        raise ClearError(
+            f"{folder}: no file defines {', '.join(tokenizer.undefined)}, and with {config.llm.vocab} rows (vocab_size "
+            f"in llm_config.json) the embedding does not end with them; copy {SETTINGS} or {TOKENIZER} from the model "
+            "the weights came from."
+        )
+
+
+def special_tokens(tokenizer) -> SpecialTokens:
+    """Look the four markers up in a `tokenizers.Tokenizer`. Raises ClearError for one that is missing."""
+    ids = [tokenizer.token_to_id(marker) for marker in MARKERS]
+    if None in ids:
+        raise ClearError(
+            f"{TOKENIZER}: marker {MARKERS[ids.index(None)]} is missing; use the tokenizer of the checkpoint."
+        )
+    return SpecialTokens(*ids)
+
+
+def load_tokenizer(folder: Path | str):
+    """The `tokenizers.Tokenizer` of a model folder, or None (see `clear.model.tokenizer.read_tokenizer`).
+
+    Its attribute `sources` holds the folder's other tokenizer files, for `save_bagel`: the folder may be overwritten.
+    """
+    tokenizer = read_tokenizer(folder)
+    if tokenizer is not None:
+        files = [Path(folder) / name for name in SOURCES]
+        tokenizer.sources = {file.name: file.read_bytes() for file in files if file.is_file()}
+    return tokenizer
+
+
+def read_json(folder: Path, name: str, required: bool = True) -> dict:
+    path = folder / name
+    if not path.exists():
+        if required:
+            raise ClearError(
+                f"{path} is missing; a model folder has the files of BAGEL-7B-MoT (docs/BAGEL.md). "
+                "A training checkpoint holds weights alone: copy the JSON files, ae.safetensors and the tokenizer of "
+                "the model it came from into its folder, or put it into that model's folder and name its file as "
+                "model.checkpoint."
+            )
+        return {}
+    try:
+        content = json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise ClearError(f"{path} is not JSON ({error}); fetch it again.") from error
+    if not isinstance(content, dict):
+        raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again.")
+    return content
