@@ -454,7 +454,7 @@ def _again(lost: Any) -> None:
 
 
 def _interrupted() -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # whoever presses twice need not see the interpreter's own words
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not print the interpreter's traceback
         signal.signal(number, signal.SIG_IGN)
     typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
     sys.exit(INTERRUPTED)

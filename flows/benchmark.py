@@ -1,4 +1,4 @@
-"""MMD-Bench for a git revision or a model folder, aside: `python -m flows.benchmark`, or deployed and scheduled.
+"""MMD-Bench for a git revision or a model folder, in a clone: `python -m flows.benchmark`, or deployed and scheduled.
 
 The run happens in a clone of the revision in `.clear/scratch/benchmark` that shares the workspace's DVC cache and
 remote; the workspace is only read. A model under test is a stage `evaluate@<model>` of that revision, so the code, the
@@ -96,7 +96,7 @@ def _measure(
 def answer_on(cluster: str, copy: Path) -> None:
     """Set `evaluate.cluster` in the copy's params.yaml. Raises ClearError where the revision knows no such parameter.
 
-    It is no parameter for DVC: what is up to date stays so.
+    It is not a DVC parameter: what is up to date stays so.
     """
     found = yaml.safe_load((copy / PARAMS).read_text())
     if "cluster" not in found.get("evaluate", {}):

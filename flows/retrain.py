@@ -1,8 +1,8 @@
 """Retraining on new degradation data as a flow: `python -m flows.retrain`, or deployed and scheduled.
 
 What it does is in clear/project/retrain/run.py; here its commands become tasks, under the supervisor that ends them
-with the flow, and the pipeline becomes a subflow in the clone. The workspace itself is only read, but for data that is
-refused.
+with the flow, and the pipeline becomes a subflow in the clone. The workspace itself is only read, except for data
+that is rejected.
 """
 
 import argparse
@@ -38,7 +38,7 @@ def retrain(
     target: str | None = None,
     when_busy: Literal["wait", "leave"] = "wait",
 ) -> dict[str, Any]:
-    """Train on new data and propose the result; without news it ends at once. Returns what became of it.
+    """Train on new data and propose the result; without new data it ends at once. Returns what became of it.
 
     `incoming` is a folder of the workspace or s3://bucket/prefix; `target` is the branch of the pull request.
     """

@@ -1,8 +1,8 @@
 """End jobs on AWS Batch that nobody waits for: `python -m flows.sweep`, or deployed and scheduled.
 
-A flow that is cancelled ends its job itself. One that is killed, or whose machine is gone, cannot: it no longer renews
+A flow that is cancelled ends its job itself. One that is killed, or whose machine is lost, cannot: it no longer renews
 the job's lease in S3. A job of this project whose lease is older than `minutes` is ended. Its checkpoint stays, so that
-the stage goes on when it is asked for again.
+the stage resumes when it is requested again.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def sweep(compute: Compute, minutes: float = MINUTES, say: Callable[[str], None]
 
 
 def _jobs(account: batch.Account, stack: str) -> list[dict]:
-    """Jobs of this stack's flows that have not ended; others in the same queues are none of our business."""
+    """Jobs of this stack's flows that have not ended; others in the same queues are left alone."""
     found = []
     for spot in (True, False):
         queue = account.queue(spot)

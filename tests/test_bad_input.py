@@ -125,7 +125,7 @@ def test_a_shard_that_is_no_parquet_file_is_named(made):
 
 @pytest.mark.parametrize("corruption", ["fog", "", "JPEG"])
 def test_an_unknown_corruption_is_named_with_the_sample_and_the_choice(corruption):
-    with pytest.raises(ClearError, match=f"sample scene-7: '{corruption}' is no corruption") as refused:
+    with pytest.raises(ClearError, match=f"sample scene-7: '{corruption}' is not a corruption") as refused:
         degrade(np.zeros((64, 64, 3), np.uint8), corruption, "low", "scene-7", 1.0)
     assert all(name in str(refused.value) for name in CORRUPTIONS)
 

@@ -143,7 +143,7 @@ def test_holm_keeps_order_and_lies_between_raw_and_bonferroni(values, random):
         (GATE | {"clean_margin": 3.0}, "gate.clean_margin = 3.0"),
         (GATE | {"model": "gpt"}, "gate.model = 'gpt'"),
         (GATE | {"bootstrap": "many"}, "gate.bootstrap = 'many' is not of type int"),
-        ([1], "no section of parameters"),
+        ([1], "not a section of parameters"),
     ],
 )
 def test_an_impossible_policy_is_refused_by_name(gate, named):

@@ -189,5 +189,5 @@ def test_a_workspace_without_a_place_for_its_stages_runs_them_here(project, tmp_
 def test_addresses_in_s3():
     assert split("s3://bucket/a/b") == ("bucket", "a/b") and split("s3://bucket") == ("bucket", "")
     for wrong in ("bucket/a", "s3://", "https://bucket"):
-        with pytest.raises(ClearError, match="no address in S3"):
+        with pytest.raises(ClearError, match="not an S3 address"):
             split(wrong)

@@ -395,7 +395,7 @@ def test_too_small_images_are_refused_with_the_smallest_size(name, side):
 
 
 def test_unknown_names_and_wrong_input_are_refused():
-    with pytest.raises(ClearError, match="'fog' is no corruption; choose one of motion_blur, "):
+    with pytest.raises(ClearError, match="'fog' is not a corruption; choose one of motion_blur, "):
         apply("fog", picture(), 0.5)
     with pytest.raises(ClearError, match="expected uint8 RGB"):
         apply("dark", picture().astype(float), 0.5)

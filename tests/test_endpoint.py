@@ -326,7 +326,7 @@ def test_a_cut_reply_says_so_and_missing_usage_counts_at_its_highest(client_of):
 
 def test_a_damaged_cache_is_named(tmp_path):
     (tmp_path / "t.sqlite").write_bytes(b"not a database" * 100)
-    with pytest.raises(ClearError, match=r"t\.sqlite: not a usable file of kept replies"):
+    with pytest.raises(ClearError, match=r"t\.sqlite: not a usable reply file"):
         connect(settings("http://127.0.0.1:9/v1"), "teacher", tmp_path / "t.sqlite")
 
 

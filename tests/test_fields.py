@@ -129,7 +129,7 @@ def test_a_text_that_is_none_is_named_and_the_other_row_is_kept(place, read, key
     if key == "id" and read is read_incoming:
         pytest.skip("rows of data/incoming have no id")
     reject, kept = read(place, [GOOD | {key: f"x{bad}"}, GOOD])
-    assert f"`{key}` = " in reject.detail and "which is no text" in reject.detail and reject.detail.isprintable()
+    assert f"`{key}` = " in reject.detail and "which is not valid text" in reject.detail and reject.detail.isprintable()
     assert kept.answer == "red"
     write_rejects(place / "rejects.parquet", [reject])
     assert read_rejects(place / "rejects.parquet") == [reject]
@@ -309,9 +309,9 @@ def circular(path: Path) -> None:
     [
         (NOT_UTF8, Path.touch, "not UTF-8"),
         ("notes\x07.txt", Path.touch, "control characters"),
-        ("b.png", dangling, "a link that leads nowhere"),
-        ("b.png", circular, "a link that leads nowhere"),
-        ("b.png", os.mkfifo, "is no file"),
+        ("b.png", dangling, "a broken link"),
+        ("b.png", circular, "a broken link"),
+        ("b.png", os.mkfifo, "is not a file"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_listed_in_its_own_set_and_stops_no_other(place, name, make, said):
@@ -332,8 +332,8 @@ def test_a_set_that_is_a_link_to_nowhere_is_listed_and_stops_no_other(place, mak
     read_incoming(place, [GOOD])
     make(place / "far")
     far, road = incoming.sets(place)
-    assert far.faults == ("far: a link that leads nowhere; correct or remove it",) and not road.faults
-    with pytest.raises(ClearError, match="far: a link that leads nowhere"):
+    assert far.faults == ("far: a broken link; correct or remove it",) and not road.faults
+    with pytest.raises(ClearError, match="far: a broken link"):
         intake.read(place)
     assert intake.read(place, "road").count(*intake.SLICES) == 1
 
@@ -344,7 +344,7 @@ def test_a_row_that_names_a_link_to_nothing_is_rejected_once(place, make):
     make(place / "road/b.png")
     (place / "road/t.jsonl").write_text("".join(json.dumps(GOOD | {"image": n}) + "\n" for n in ("a.png", "b.png")))
     (reject,) = intake.read(place).rejects
-    assert reject.id == "road/t.jsonl:2" and "a link that leads nowhere" in reject.detail
+    assert reject.id == "road/t.jsonl:2" and "a broken link" in reject.detail
 
 
 @pytest.mark.parametrize("name", ["t.jsonl", "T.PARQUET", NOT_UTF8.replace("png", "jsonl")])
@@ -352,11 +352,11 @@ def test_a_table_that_cannot_be_opened_refuses_its_own_set_alone(place, name):
     read_incoming(place, [GOOD])
     (place / "other").mkdir()
     dangling(place / "other" / name)
-    with pytest.raises(ClearError, match=r"other/.*(leads nowhere|not UTF-8)"):
+    with pytest.raises(ClearError, match=r"other/.*(broken link|not UTF-8)"):
         intake.read(place)
     assert intake.read(place, "road").count(*intake.SLICES) == 1
     if name != "T.PARQUET":
-        with pytest.raises(ClearError, match=r"leads nowhere|not UTF-8"):
+        with pytest.raises(ClearError, match=r"broken link|not UTF-8"):
             list(folder.rows(place / "other"))
 
 

@@ -145,7 +145,7 @@ def test_presets_are_apart_and_named_by_field():
     assert not set(PRESETS) & set(CORRUPTIONS)
     assert sorted(name for names in FIELDS.values() for name in names) == sorted(PRESETS)
     assert [entry.name for entry in select(["medical", "rain", "low_dose"])] == ["low_dose", "low_contrast", "rain"]
-    with pytest.raises(ClearError, match="'space' is no preset; choose among driving, medical"):
+    with pytest.raises(ClearError, match="'space' is not a preset; choose one of driving, medical"):
         select(["space"])
 
 

@@ -110,7 +110,7 @@ def test_parquet_holds_pictures_names_or_samples(tmp_path):
 
 
 BAD = {
-    "not json": ("{", "no JSON object"),
+    "not json": ("{", "not a JSON object"),
     "a list": ([1], "expected an object"),
     "no picture": ({"question": "is there a ring ?", "answer": "yes"}, "expected a file name or the bytes"),
     "missing file": ({"image": "absent.jpg", "question": "q", "answer": "a"}, "no such file beside rows.jsonl"),
@@ -290,7 +290,7 @@ def test_sets_that_cannot_be_read_are_refused(tmp_path):
     with pytest.raises(ClearError, match=r"far is not here; run `dvc pull"):
         intake.read(tmp_path)
     assert intake.read(tmp_path, "road").count(*intake.SLICES) == 1
-    with pytest.raises(ClearError, match="no incoming set; there are: far, road"):
+    with pytest.raises(ClearError, match="not an incoming set; there are: far, road"):
         intake.read(tmp_path, "near")
     (tmp_path / "far.dvc").unlink()
     (tmp_path / "road" / "b.parquet").write_bytes(b"PAR1")

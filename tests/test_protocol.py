@@ -78,7 +78,7 @@ def test_draws_follow_the_weights_and_the_id_only():
 @pytest.mark.parametrize(
     ("weights", "severities", "message"),
     [
-        ({"fog": 1}, HALVES, "'fog' is no corruption"),
+        ({"fog": 1}, HALVES, "'fog' is not a corruption"),
         ({"jpeg": 1}, (0.5, 0.5), "low, mid and high"),
         ({"jpeg": 1}, (0, 0, 0), "severity_weights"),
         ({"jpeg": -1}, HALVES, "corruption weights"),
@@ -91,9 +91,9 @@ def test_unusable_weights_are_refused(weights, severities, message):
 
 def test_degrade_names_the_sample_it_refuses():
     image = decode_image(sample(1).image)
-    with pytest.raises(ClearError, match="sample s1: 'fog' is no corruption"):
+    with pytest.raises(ClearError, match="sample s1: 'fog' is not a corruption"):
         degrade(image, "fog", "low", "s1", 1.0)
-    with pytest.raises(ClearError, match="sample s1: 'worst' is no severity"):
+    with pytest.raises(ClearError, match="sample s1: 'worst' is not a severity"):
         degrade(image, "jpeg", "worst", "s1", 1.0)
     with pytest.raises(ClearError, match="sample s1: watermark_damage needs at least 50x50"):
         degrade(image[:40], "watermark_damage", "low", "s1", 1.0)

@@ -171,7 +171,7 @@ def test_a_job_makes_the_stage_and_the_flow_takes_it_over(request_of, training, 
     wrong["lock"]["outs"][0]["md5"] = "0" * 32
     more = result | {"files": result["files"] | {"code/train.py": result["files"]["data/metrics/sft.json"]}}
     inputs = describe("sft", training)
-    for changed, said in ((stale, "has other deps"), (wrong, "is not the file"), (more, "none of its outputs in git")):
+    for changed, said in ((stale, "has other deps"), (wrong, "is not the file"), (more, "not one of its outputs")):
         with pytest.raises(ClearError, match=said):
             execute.adopt(changed, inputs, cloud.store, training, compute_of(training), print)
     assert (training / "dvc.lock").read_bytes() == before and not (training / "data/metrics/sft.json").exists()

@@ -413,7 +413,7 @@ def test_the_flow_does_the_same_on_the_command_line(trained, tmp_path):
     assert len(trees(trained, branch)) == 3
     assert "no GITHUB_TOKEN is set" in done.stdout + done.stderr
     untouched(trained)
-    for name, said in (("nothing", "no folder of"), ("s3://data", "name a prefix too")):
+    for name, said in (("nothing", "neither a folder of"), ("s3://data", "name a prefix too")):
         done = subprocess.run([*command, "--incoming", name], cwd=ROOT, env=environment, capture_output=True, text=True)
         (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert done.returncode == 1 and said in line and "Traceback" not in done.stderr, done.stderr

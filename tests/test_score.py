@@ -55,7 +55,7 @@ def scored(tmp_path, client=None, **files):
 )
 def test_a_name_that_ends_in_something_else_is_no_clean_benchmark(tmp_path, bench, end):
     file = Path(write(tmp_path / f"{bench}_{end}.tsv", [mcq(0, "A")]))
-    with pytest.raises(ClearError, match=rf"{end}\.tsv: the name {bench}_{end}: '.*' is no level or corruption"):
+    with pytest.raises(ClearError, match=rf"{end}\.tsv: the name {bench}_{end}: '.*' is not a level or corruption"):
         scores.read_predictions([file])
     write(file, [mcq(0, "A", bench=bench, corruption="clean", severity="clean")])
     assert scores.read_predictions([file])["bench"].tolist() == [bench], "unless its columns say what it is"
@@ -145,7 +145,7 @@ def test_mmvp_is_scored_by_single_question_and_by_pair(tmp_path):
     rows = [mcq(i, "A" if right else "B") for i, right in zip((1, 2, 3, 4, 5), (1, 1, 1, 0, 1), strict=True)]
     level = scores.summary(scored(tmp_path, MMVP=rows))["benchmarks"]["MMVP"]["levels"]["clean"]
     assert level["score"] == level["single"] == pytest.approx(0.8)
-    assert level["pair"] == 0.5, "the last question has no partner and is no pair"
+    assert level["pair"] == 0.5, "the last question has no partner and is not a pair"
 
 
 def test_levels_give_robustness_and_averages_need_every_benchmark(tmp_path):

@@ -386,7 +386,7 @@ def test_a_folder_with_json_lines_is_read_and_odd_lines_are_rejected(tmp_path):
     assert [row.reason for row in bad] == [
         "no image", "no image", "question", "line", "question", "question", "question", "line", "line",
     ]  # fmt: skip
-    assert bad[-1].id == "data-000012" and "no JSON object" in bad[-1].detail
+    assert bad[-1].id == "data-000012" and "not a JSON object" in bad[-1].detail
 
 
 # --- rules and splits ------------------------------------------------------------------------------------------------

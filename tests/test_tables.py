@@ -191,7 +191,7 @@ def test_absent_files_and_unknown_endings_are_named(tmp_path):
         tables.read(tmp_path / "none.tsv")
     with pytest.raises(ClearError, match=r"none\.parquet: cannot be read \(No such file"):
         tables.read(tmp_path / "none.parquet")
-    with pytest.raises(ClearError, match=r"x\.pkl: '\.pkl' is no table .*\.xlsx"):
+    with pytest.raises(ClearError, match=r"x\.pkl: '\.pkl' is not a supported table .*\.xlsx"):
         tables.read(tmp_path / "x.pkl")
 
 
@@ -228,7 +228,7 @@ def test_a_byte_that_is_wrong_never_ends_in_a_traceback(tmp_path, ending):
 
 def test_json_that_is_no_list_of_objects_is_named(tmp_path):
     for body in ('{"a": 1}', "[1]", "[[]]"):
-        with pytest.raises(ClearError, match=r"x\.json: is no list of objects"):
+        with pytest.raises(ClearError, match=r"x\.json: is not a list of objects"):
             cells(text(tmp_path, body, "x.json"))
     with pytest.raises(ClearError, match=r"x\.json: not a readable json table \(maximum recursion depth"):
         cells(text(tmp_path, "[" * 200_000, "x.json"))

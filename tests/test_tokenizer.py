@@ -146,8 +146,8 @@ def test_a_stated_id_that_the_vocabulary_does_not_give_is_refused(tmp_path):
     [
         ("merges.txt", None, r"merges\.txt is missing, but vocab\.json is here"),
         ("vocab.json", None, r"vocab\.json is missing, but merges\.txt is here"),
-        ("vocab.json", '{"a": ', "no byte-pair tokenizer"),
-        ("merges.txt", "#version: 0.2\nnot known\n", "no byte-pair tokenizer"),
+        ("vocab.json", '{"a": ', "not a byte-pair tokenizer"),
+        ("merges.txt", "#version: 0.2\nnot known\n", "not a byte-pair tokenizer"),
         ("tokenizer_config.json", "{", r"tokenizer_config\.json.*cannot be read"),
         ("tokenizer_config.json", '{"added_tokens_decoder": {"7": {}}}', r"tokenizer_config\.json.*cannot be read"),
         (TOKENIZER, "{}", r"tokenizer\.json is not a tokenizer"),

@@ -167,7 +167,7 @@ def test_uploads_in_parts_are_verified(bucket, size):
     [
         ("s3://no-such-bucket-here/bagel", "NoSuchBucket: there is no such bucket"),
         ("s3://{name}/nothing", "holds no files; check the prefix"),
-        ("s3://{name}", "is no S3 folder; write s3://bucket/prefix"),
+        ("s3://{name}", "is not an S3 folder; write s3://bucket/prefix"),
         ("s3://{name}/a/../../b", "leaves its folder"),
     ],
 )

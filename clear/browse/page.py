@@ -49,7 +49,7 @@ def enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def picture(place, title: str, image: np.ndarray | None, otherwise: str) -> None:
-    """A titled picture, or why there is none."""
+    """A titled image, or a note why it is missing."""
     with place:
         if image is None:
             st.info(f"{title}: {otherwise}")

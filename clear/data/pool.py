@@ -255,7 +255,7 @@ def _clustered(
                     return
                 yield from _awaited(client, pending.popleft())
         except KilledWorker as error:
-            raise ClearError(f"{name} = {address!r}: workers died again and again: {error}") from error
+            raise ClearError(f"{name} = {address!r}: workers died repeatedly: {error}") from error
         except CancelledError as error:
             raise ClearError(f"{name} = {address!r}: the scheduler is gone; {remedy}.") from error
         except TimeoutError as error:

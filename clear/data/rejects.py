@@ -43,7 +43,7 @@ class RejectWriter:
 
     def add(self, reject: Reject) -> None:
         """Append one."""
-        # What a reject quotes may be no text; it is written all the same.
+        # What a reject quotes may not be valid text; it is written nevertheless.
         row = {key: value.encode(errors="backslashreplace").decode() for key, value in asdict(reject).items()}
         self._rows.append(row)
         if len(self._rows) >= 4096:

@@ -56,12 +56,12 @@ def read(path: Path, skip: Collection[str] = ()) -> tuple[list[str], Iterator[Ta
         stream = _typed(path, suffix, skip)
     else:
         known = ", ".join((*DELIMITERS, *_TYPED))
-        raise ClearError(f"{path}: '{path.suffix}' is no table that can be read here; save it as one of {known}.")
+        raise ClearError(f"{path}: '{path.suffix}' is not a supported table format; save it as one of {known}.")
     header = next(stream)
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
         what = f"column '{twice}'" if twice else "a column without a heading"
-        raise ClearError(f"{path}: {what} occurs twice in the header; give every column a name of its own.")
+        raise ClearError(f"{path}: {what} occurs twice in the header; give every column a different name.")
     kept = [name for name in header if name not in skip]
     return kept, (TableRow(n, {name: cells[name] for name in kept}, at) for n, cells, at in stream)
 
@@ -75,7 +75,7 @@ def text_row(path: Path, columns: Sequence[str], offset: int) -> dict[str, str]:
 
 
 def text_of(value: Any) -> str:
-    """A value of a typed table as text; null and NaN are "". Raises ValueError for what is no text, number or date."""
+    """A value of a typed table as text; null and NaN are "". Raises ValueError unless it is text, number or date."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return ""
     if isinstance(value, str):
@@ -167,7 +167,7 @@ def _record(lines: _Lines, delimiter: str, columns: int, number: int) -> list[st
         if "\r" in cells[-1]:
             raise ClearError(
                 f"{lines.path}: {f'row {number}' if number else 'the header'} has a carriage return outside quotation "
-                "marks, which pandas takes for the end of a row; end rows with a line feed, or quote the cell."
+                "marks, which pandas reads as the end of a row; end rows with a line feed, or quote the cell."
             )
         position = end + 1
     return cells
@@ -292,7 +292,7 @@ def _json(path: Path, skip: Collection[str]) -> Iterator[Any]:
     else:
         rows = json.loads(text)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ClearError(f"{path}: is no list of objects; write one object per row.")
+        raise ClearError(f"{path}: is not a list of objects; write one object per row.")
     yield [name for name in dict.fromkeys(name for row in rows for name in row) if name not in skip]
     yield from rows
 
@@ -311,7 +311,7 @@ def _opened(path: Path) -> io.BufferedReader:
     try:
         return path.open("rb")
     except OSError as error:
-        raise ClearError(f"{path}: cannot be read ({error.strerror}); name a file that is there.") from error
+        raise ClearError(f"{path}: cannot be read ({error.strerror}); name an existing file.") from error
 
 
 def _headings(cells: list[str]) -> list[str]:

@@ -6,7 +6,7 @@ Every function has the form `f(image, intensity, rng, scale=1.0)`: uint8 RGB (H,
 Departures:
 - `scale` multiplies every absolute pixel length (kernel sizes, sigmas, radii, block size, line spacing, wave length),
   so that severity can follow the image size; 1 is exactly the published formula. Grey levels, counts, JPEG's 8-pixel
-  blocks and the colour radius of the mean shift are no pixel lengths. Scaled kernels stay at 3 pixels or more.
+  blocks and the colour radius of the mean shift are not pixel lengths. Scaled kernels stay at 3 pixels or more.
 - The mean shift and the filling of regions are this project's own kernels, with the pixels of OpenCV's.
 - Wide kernels are computed by `clear.degradation.kernels.filters`, within one grey level of the dense ones.
 - Noise is drawn as the whole numbers that the rounding would leave: other draws of the same distribution.
@@ -289,7 +289,7 @@ def corrupt(name: str, image: np.ndarray, intensity: float, rng: np.random.Gener
     Raises ClearError for an unknown name, an image of another type or too small, and numbers out of range.
     """
     if name not in CORRUPTIONS:
-        raise ClearError(f"'{name}' is no corruption; choose one of {', '.join(CORRUPTIONS)}.")
+        raise ClearError(f"'{name}' is not a corruption; choose one of {', '.join(CORRUPTIONS)}.")
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ClearError(f"{name}: expected uint8 RGB (H, W, 3), got {image.dtype} {image.shape}; decode it first.")
     if not 0 <= intensity <= 1 or not 0 < scale < math.inf:

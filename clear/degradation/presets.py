@@ -180,6 +180,7 @@ def select(names: Sequence[str]) -> list[Degradation]:
     found: dict[str, Degradation] = {}
     for name in names:
         if name not in FIELDS and name not in PRESETS:
-            raise ClearError(f"degrade.presets: '{name}' is no preset; choose among {', '.join([*FIELDS, *PRESETS])}.")
+            known = ", ".join([*FIELDS, *PRESETS])
+            raise ClearError(f"degrade.presets: '{name}' is not a preset; choose one of {known}.")
         found |= {one: PRESETS[one] for one in FIELDS.get(name, (name,))}
     return list(found.values())

@@ -85,7 +85,7 @@ def draw(sample_id: str, weights: Mapping[str, float], severity_weights: Sequenc
     """
     for name in weights:
         if name not in CORRUPTIONS and not name.startswith(EXTRA):
-            raise ClearError(f"'{name}' is no corruption; choose one of {', '.join(CORRUPTIONS)}.")
+            raise ClearError(f"'{name}' is not a corruption; choose one of {', '.join(CORRUPTIONS)}.")
     if len(severity_weights) != len(SEVERITIES):
         raise ClearError(f"degrade.severity_weights = {list(severity_weights)} must give low, mid and high a weight.")
     rng = np.random.default_rng(_hash(sample_id, "draw"))
@@ -106,7 +106,7 @@ def degrade(image: np.ndarray, corruption: str, severity: str, sample_id: str, s
     Raises ClearError naming the sample for an unknown corruption or severity and for an image the corruption refuses.
     """
     if severity not in SEVERITIES:
-        raise ClearError(f"sample {sample_id}: '{severity}' is no severity; choose one of {', '.join(SEVERITIES)}.")
+        raise ClearError(f"sample {sample_id}: '{severity}' is not a severity; choose one of {', '.join(SEVERITIES)}.")
     rng = np.random.default_rng(seed_of(sample_id, corruption, severity))
     try:
         return corrupt(corruption, image, SEVERITIES[severity], rng, scale)

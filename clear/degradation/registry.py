@@ -66,7 +66,7 @@ def _load(name: str) -> list[Degradation]:
     module_name = f"_clear_plugin_{path.stem}"
     spec = importlib.util.spec_from_file_location(module_name, path)
     if spec is None or spec.loader is None:
-        raise ClearError(f"degrade.plugins: {name} is no Python file (*.py).")
+        raise ClearError(f"degrade.plugins: {name} is not a Python file (*.py).")
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module
     beside = str(path.parent.resolve())

@@ -2,7 +2,7 @@
 
 Every reply is kept in a SQLite file under the hash of its request (model, messages, sampling settings, draw), so an
 interrupted run asks nothing twice and a repeated one asks nothing at all. The URL is not part of the hash: a proxy may
-move. Temporary failures (time-out, 429, 5xx, a lost connection, a body that is no completion) are tried again with
+move. Temporary failures (time-out, 429, 5xx, a lost connection, a body that is not a completion) are retried with
 growing pauses, or after the time the server names. Spending is capped: before each attempt its maximum cost is
 reserved, and an attempt that could exceed the budget is refused.
 
@@ -57,7 +57,7 @@ class Outage(EndpointError):
 
 
 class Malformed(EndpointError):
-    """The server answered every attempt with something that is no chat completion or has no text."""
+    """The server answered every attempt with something that is not a chat completion or has no text."""
 
     kind = "malformed"
 
@@ -137,11 +137,11 @@ def connect(config: Endpoint, name: str, cache: Path | str, pause: float = 1.0) 
             raise ClearError(f"params: {name}.{key} is empty; name the endpoint, or a variable as $NAME.")
     url, model = (setting(getattr(config, key), f"{name}.{key}") for key in ("url", "model"))
     if not url.startswith(("http://", "https://")):
-        raise ClearError(f"params: {name}.url = {url!r} must begin with http:// or https:// (and mostly end in /v1).")
+        raise ClearError(f"params: {name}.url = {url!r} must begin with http:// or https:// (and usually end in /v1).")
     key = setting(config.key, f"{name}.key") if config.key else ""
     if not all("!" <= character <= "~" for character in key):  # said without the key: it is a secret
         raise ClearError(
-            f"params: {name}.key = {config.key}, and that environment variable holds a character that no key has "
+            f"params: {name}.key = {config.key}, and that environment variable contains a character that no key has "
             "(a space, a line end, or one outside ASCII, such as the … of an example); export the key itself."
         )
     return Client(config, name, url.rstrip("/"), model, key, ReplyStore(cache), pause)
@@ -214,12 +214,12 @@ class Client:
                 found = self.store.get(key)
                 return Reply(*found, cached=True) if found else self._fetch(key, self.body(request))
         finally:
-            self._open.pop(key, None)  # whoever comes now finds the reply in the store
+            self._open.pop(key, None)  # later callers find the reply in the store
 
     def ask_all(
         self, requests: Iterable[Request], progress: Callable[[int], Any] | None = None
     ) -> Iterator[Reply | EndpointError]:
-        """For each request, in order, its reply or the error that says why there is none.
+        """For each request, in order, its reply or the error that explains its absence.
 
         `endpoint.concurrency` requests are under way at once, and few more are held in memory. Raises Denied and
         BudgetSpent, which concern every request; whatever was answered until then is kept.
@@ -255,7 +255,7 @@ class Client:
 
     def report(self) -> dict:
         """What was spent, over all runs that used this cache: requests, tokens, USD; `unconfirmed_usd` is the part
-        that was set aside for attempts without a reply (the server may have billed them)."""
+        that was reserved for attempts without a reply (the server may have billed them)."""
         return {"model": self.model, "asked_now": self.asked, **self.store.totals(), "budget_usd": self.config.budget}
 
     # --- one request ------------------------------------------------------------------------------------------------
@@ -278,7 +278,7 @@ class Client:
                     break
         tries = f"after {self.config.retries + 1} attempts at {self.url}"
         if malformed:
-            raise Malformed(f"{self.name}: {reason} {tries}; the server is no OpenAI-compatible one, or overloaded.")
+            raise Malformed(f"{self.name}: {reason} {tries}; the server is not OpenAI-compatible, or overloaded.")
         raise Outage(f"{self.name}: {reason} {tries}; start it or wait, then run the same command again.")
 
     @contextmanager
@@ -288,7 +288,7 @@ class Client:
         ticket, spent = self.store.reserve(key, highest, self.config.budget)
         if ticket is None:
             raise BudgetSpent(
-                f"{self.name}: {spent:.4f} USD of {self.name}.budget = {self.config.budget} are spent or set aside, "
+                f"{self.name}: {spent:.4f} USD of {self.name}.budget = {self.config.budget} are spent or reserved, "
                 f"and the next request may cost {highest:.4f}. Raise {self.name}.budget; what was answered is kept."
             )
         outcome = _Outcome()
@@ -321,7 +321,7 @@ class Client:
             outcome.reason = f"no reply within {self.config.timeout:g} s"
             return None
         except httpx.InvalidURL as error:
-            raise Denied(f"{self.name}: {self.url} is no URL ({error}); correct {self.name}.url.") from error
+            raise Denied(f"{self.name}: {self.url} is not a URL ({error}); correct {self.name}.url.") from error
         except httpx.TransportError as error:
             outcome.free = isinstance(error, httpx.ConnectError)  # it never left
             outcome.reason = f"no connection ({error or type(error).__name__})"

@@ -44,7 +44,7 @@ class ReplyStore:
             yield
         except sqlite3.DatabaseError as error:
             raise ClearError(
-                f"{self.path}: not a usable file of kept replies ({error}); move it away, and everything is asked anew."
+                f"{self.path}: not a usable reply file ({error}); move it away, and all requests are sent again."
             ) from error
 
     @contextmanager
@@ -70,14 +70,14 @@ class ReplyStore:
         """Set `cost` aside and return a ticket, or None if that would pass `budget`; and the sum so far (USD)."""
         with self._transaction() as db:
             spent = db.execute("SELECT spent FROM total").fetchone()[0]
-            if cost and spent + cost > budget + 1e-9:  # what costs nothing may follow paid work
+            if cost and spent + cost > budget + 1e-9:  # free requests are allowed after the budget is spent
                 return None, spent
             db.execute("UPDATE total SET spent = spent + ?", (cost,))
             ticket = db.execute("INSERT INTO attempts (hash, cost, settled) VALUES (?, ?, 0)", (key, cost)).lastrowid
         return ticket, spent
 
     def settle(self, ticket: int, cost: float, key: str = "", reply: tuple[str, int, int, bool] | None = None) -> None:
-        """Replace what was set aside by what the attempt cost, and keep its reply."""
+        """Replace the reservation by the attempt's cost, and keep its reply."""
         with self._transaction() as db:
             aside = db.execute("SELECT cost FROM attempts WHERE id = ?", (ticket,)).fetchone()[0]
             db.execute("UPDATE total SET spent = max(0.0, spent + ?)", (cost - aside,))

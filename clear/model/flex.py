@@ -45,7 +45,7 @@ def _block_mask(layout: Layout) -> BlockMask:
         query = torch.arange(start, min(start + strip, length), device=device)[None, :, None]
         pairs = rule(row, row, query, key)
         tall = -(-pairs.shape[1] // BLOCK)
-        # Pairs beyond the end are none: a block that reaches over it is never full.
+        # Pairs beyond the end do not count: a block that extends past it is never full.
         pairs = torch.nn.functional.pad(pairs, (0, count * BLOCK - length, 0, tall * BLOCK - pairs.shape[1]))
         pairs = pairs.reshape(rows, tall, BLOCK, count, BLOCK)
         some.append(pairs.any(4).any(2))

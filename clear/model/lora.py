@@ -97,7 +97,7 @@ def attach(model: Bagel, lora: Lora) -> Bagel:
     """Put a fresh adapter (A random, B zero: the model's outputs do not change) into `model`, in place.
 
     The adapter is float32 whatever the type of the weights; everything else is frozen. Draws from torch's global
-    generator. Raises ClearError if a target is no linear layer of the decoder.
+    generator. Raises ClearError if a target is not a linear layer of the decoder.
     """
     from peft import LoraConfig
 
@@ -247,7 +247,7 @@ def load_model(
     try:
         settings = LoraConfig(**{k: v for k, v in _read(folder / ADAPTER_CONFIG).items() if k in _FIELDS})
     except (TypeError, ValueError) as error:
-        raise ClearError(f"{folder / ADAPTER_CONFIG} is no LoRA configuration ({error}).") from error
+        raise ClearError(f"{folder / ADAPTER_CONFIG} is not a LoRA configuration ({error}).") from error
     settings.inference_mode = False
     _inject(model, settings, TRAINED)
     _adopt(model, folder / ADAPTER)

@@ -87,7 +87,7 @@ def _byte_pairs(folder: Path):
         model = BPE.from_file(str(folder / VOCABULARY), str(folder / MERGES))
     except Exception as error:  # as above
         raise ClearError(
-            f"{folder}: {VOCABULARY} and {MERGES} are no byte-pair tokenizer ({error}); fetch both again."
+            f"{folder}: {VOCABULARY} and {MERGES} are not a byte-pair tokenizer ({error}); fetch both again."
         ) from error
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.NFC()
@@ -152,7 +152,7 @@ def _append(tokenizer, tokens: dict, origin: Path) -> None:
 
 
 def read_text(path: Path) -> str:
-    """A small text file of a model folder. Raises ClearError for a git-lfs pointer or bytes that are no UTF-8."""
+    """A small text file of a model folder. Raises ClearError for a git-lfs pointer or bytes that are not UTF-8."""
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

@@ -179,7 +179,7 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
     if plain and not etag_matches(part, remote.etag):
         part.unlink()
         raise ClearError(
-            f"{path}: its content does not match the ETag {remote.etag}; repeat the command to fetch it anew."
+            f"{path}: its content does not match the ETag {remote.etag}; repeat the command to fetch it again."
         )
     part.replace(path)
 

@@ -101,7 +101,7 @@ def _parse(text: str, name: str) -> dict:
     try:
         metrics = json.loads(text)
         if not isinstance(metrics, dict):
-            raise ValueError(f"{metrics!r} is no object")
+            raise ValueError(f"{metrics!r} is not an object")
     except ValueError as error:
         raise ClearError(f"{name}: not valid JSON ({error}); run `dvc repro` for the stage that writes it.") from error
     return metrics

@@ -234,7 +234,7 @@ def _asked_everywhere(frame: "pd.DataFrame") -> "pd.DataFrame":
 
 
 def guessing(frame: "pd.DataFrame", severity: str) -> float:
-    """Share of right answers at a severity for whoever sees nothing and says the most frequent answer of each task."""
+    """Share of right answers at a severity of always giving each task's most frequent answer, without the image."""
     rows = frame[frame.severity == severity]
     return float(sum(answers.value_counts().iloc[0] for _, answers in rows.groupby("task").answer) / max(1, len(rows)))
 

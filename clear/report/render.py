@@ -66,7 +66,7 @@ class Inputs:
 
     `frames` {model: predictions}, `claims` decided on them, `curves` {stage: frame of data/plots/<stage>.csv},
     `stage_metrics` {name: data/metrics/<name>.json}, `records` {stage: run record}, `examples` from gallery.collect.
-    `calling` from calling.figures, `beyond` {model: {row: figures}} for what is no part of MMD-Bench.
+    `calling` from calling.figures, `beyond` {model: {row: figures}} for what is not part of MMD-Bench.
     """
 
     profile: str

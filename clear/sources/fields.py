@@ -51,7 +51,7 @@ def text_of(value: Any, name: str, reason: str = "question") -> str:
     if not isinstance(value, str):
         raise Unusable(reason, f"`{name}` is {quoted(value)}, expected a text")
     if found := unprintable(value):
-        raise Unusable(reason, f"`{name}` = {quoted(value)} contains {found}, which is no text; remove it")
+        raise Unusable(reason, f"`{name}` = {quoted(value)} contains {found}, which is not valid text; remove it")
     return value
 
 
@@ -113,7 +113,7 @@ def _decoded(text: str, key: str) -> bytes:
 def _file(value: str, key: str, table: Path, root: Path) -> bytes:
     name = text_of(value, key, "no image")
     if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(name).parts) or len(name) > _LONGEST_PATH:
-        raise Unusable("no image", f"`{key}` = {quoted(name)} is no file name and no picture in base64")
+        raise Unusable("no image", f"`{key}` = {quoted(name)} is neither a file name nor an image in base64")
     if re.match(r"https?://", name):
         raise Unusable("no image", f"`{key}` = {quoted(name)} is not here; download it and name the file")
     file = located(name, table)
@@ -143,11 +143,11 @@ def unreadable(file: Path) -> str:
         if unprintable(file.name):
             return "its name is not UTF-8 or has control characters; rename it"
         if not stat.S_ISREG(file.stat().st_mode):
-            return "is no file; remove it"
+            return "is not a file; remove it"
         with file.open("rb"):
             return ""
     except OSError as error:
-        link = "a link that leads nowhere" if file.is_symlink() else os.strerror(error.errno)
+        link = "a broken link" if file.is_symlink() else os.strerror(error.errno)
         return f"{link}; {'correct or remove it' if file.is_symlink() else 'repair or remove it'}"
 
 
@@ -201,7 +201,7 @@ def tables(path: Path, *suffixes: str, deep: bool = False) -> list[Path]:
 
 
 def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every line of a file that is not blank, an Unusable in place of one that is no JSON in UTF-8.
+    """(number, value) of every line of a file that is not blank, an Unusable instead of one that is not JSON in UTF-8.
 
     Raises ClearError for a file in UTF-16.
     """
@@ -223,7 +223,7 @@ def _json(line: bytes) -> Any:
     except Unusable as error:
         return error
     except (ValueError, RecursionError) as error:
-        return Unusable("line", f"the line is no JSON object ({error}); write one object per line")
+        return Unusable("line", f"the line is not a JSON object ({error}); write one object per line")
 
 
 def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict:

@@ -55,7 +55,7 @@ def _row(file: Path, root: Path, name: str, record: object) -> Row | Reject:
             name = id_of(record["id"])
         asked = record.get("questions", [record])
         if not isinstance(asked, list) or not asked:
-            raise Unusable("question", "'questions' is no list of objects, or empty")
+            raise Unusable("question", "'questions' is not a list of objects, or is empty")
         made = []
         for number, item in enumerate(asked):
             found = _question(f"{name}-{number}", subset, item)
@@ -72,7 +72,7 @@ def _row(file: Path, root: Path, name: str, record: object) -> Row | Reject:
 
 def _question(id: str, task: str, item: object) -> Question | str:
     if not isinstance(item, dict):
-        return "it is no object"
+        return "it is not an object"
     own = {key: text_of("" if item.get(key) is None else item[key], key) for key in _TEXTS}
     # A row's own `id` names the image; only a question inside `questions` has one of its own.
     if "image" not in item and item.get("id") not in (None, ""):

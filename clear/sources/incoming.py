@@ -121,11 +121,11 @@ def _described(folder: Path) -> IncomingSet:
 
 
 def _refused(folder: Path) -> tuple[str, ...]:
-    """Why a folder can be no set at all, if so."""
+    """Why a folder cannot be a set, if so."""
     if not _NAME.fullmatch(folder.name) or folder.name in ("clean", INCOMING):
         rule = f"use lower-case letters, digits, - and _, and neither clean nor {INCOMING}"
         return (f"{shown(folder.name)}: no name for a set; {rule}",)
-    return (f"{folder.name}: a link that leads nowhere; correct or remove it",) if _leads_nowhere(folder) else ()
+    return (f"{folder.name}: a broken link; correct or remove it",) if _leads_nowhere(folder) else ()
 
 
 def _leads_nowhere(path: Path) -> bool:
@@ -138,7 +138,7 @@ def present(folder: Path = FOLDER, only: str = "") -> list[IncomingSet]:
     here = names(folder)
     if only and only not in here:
         known = ", ".join(map(shown, here)) or "none"
-        raise ClearError(f"{shown(folder / only)} is no incoming set; there are: {known}.")
+        raise ClearError(f"{shown(folder / only)} is not an incoming set; there are: {known}.")
     for name in [only] if only else here:
         if wrong := _refused(folder / name):
             raise ClearError(f"{folder}/{wrong[0]}.")

@@ -206,9 +206,9 @@ def options_of(cells: Mapping[str, str]) -> list[str]:
 
 
 def number(index: str) -> int:
-    """The number of a row. Raises ClearError for an index that is none: rotations and pairs are found by it."""
+    """The number of a row. Raises ClearError for an index that is not a number: rotations and pairs are found by it."""
     if not re.fullmatch(r"\d+(?:\.0+)?", index.strip()):
-        raise ClearError(f"index {index!r} is no number; rotations and pairs are found by the number.")
+        raise ClearError(f"index {index!r} is not a number; rotations and pairs are found by the number.")
     return int(index.split(".")[0])
 
 
@@ -218,7 +218,7 @@ def pairs(questions: Mapping[str, str] | Iterable[tuple[str, str]]) -> dict[str,
     The two halves of a pair have successive indices and ask the same question. Whether the first half has an odd index
     (1 and 2, 3 and 4, …) or an even one (0 and 1, …) follows from where two neighbours, and not a third, ask the same,
     so that no row that is left out moves the other pairs; where nothing follows, an index 0 means even, else odd.
-    Raises ClearError for an index that is no number.
+    Raises ClearError for an index that is not a number.
     """
     questions = dict(questions)
     numbers = {index: number(index) for index in questions}

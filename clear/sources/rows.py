@@ -81,7 +81,7 @@ def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
     texts = [text for q in row.questions for text in (q.text, q.answer, *q.options)]
     for text in (row.id, row.subset, *texts, *row.origin.values()):
         if isinstance(text, str) and (found := unprintable(text)):
-            return reject("question", f"{quoted(text)} contains {found}, which is no text; remove it")
+            return reject("question", f"{quoted(text)} contains {found}, which is not valid text; remove it")
     if rules.skip_cjk and any(_CJK.search(text) for text in texts):
         return reject("language", "Chinese, Japanese or Korean characters (source.skip_cjk)")
     try:

@@ -94,7 +94,7 @@ def prompt_hash() -> str:
 def write(
     teacher: Client, tasks: Iterable[Task], give_answer: bool, judge: Client | None = None
 ) -> Iterator[TraceRow | Reject]:
-    """The trace of each task, in order, or why there is none.
+    """The trace of each task, in order, or the reason for its absence.
 
     As many tasks as the endpoint allows requests are under way at once. Raises Outage, Denied and BudgetSpent.
     """
@@ -167,9 +167,9 @@ def _read(teacher: Client, talk: list[dict], draw: int) -> re.Match | _Bad:
         return _Bad("cut", f"longer than teacher.max_tokens = {teacher.config.max_tokens}")
     found = _REPLY.fullmatch(reply.text)
     if not found or any(tag in (found["think"] + (found["answer"] or "")) for tag in _TAGS):
-        return _Bad("form", f"not of the form that was asked for: {reply.text[:200]!r}")
+        return _Bad("form", f"not of the requested form: {reply.text[:200]!r}")
     leak = _LEAK.search(reply.text)
-    return _Bad("leak", f"speaks of what it was told: {leak[0]!r}") if leak else found
+    return _Bad("leak", f"mentions what it was told: {leak[0]!r}") if leak else found
 
 
 _TAGS = (grammar.THINK, grammar.END_THINK, grammar.ANSWER, grammar.END_ANSWER, grammar.TRIGGER)

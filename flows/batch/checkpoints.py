@@ -1,6 +1,6 @@
 """Checkpoints of a stage in S3, so that the next machine resumes after the last one was reclaimed.
 
-A snapshot is what lies in the stage's checkpoint folder: complete checkpoints, finished phases. Its files go to S3 by
+A snapshot is the content of the stage's checkpoint folder: complete checkpoints, finished phases. Its files go to S3 by
 content, a manifest with their hashes last, so that a snapshot is whole or not there. Each job writes under its own id;
 a later job for the same inputs reads the newest whole snapshot of any of them. A file whose hash is wrong makes its
 snapshot unusable, and the one before it counts. Two snapshots are kept per job.
@@ -73,7 +73,7 @@ class Keeper:
         while not self._ended.wait(self._seconds):
             try:
                 self.keep()
-            except ClearError as error:  # the next look tries again; the training goes on
+            except ClearError as error:  # the next round tries again; the training continues
                 self._say(f"checkpoint not kept in S3: {error}")
 
     def stop(self) -> None:

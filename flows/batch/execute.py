@@ -4,7 +4,7 @@ A stage placed on AWS Batch is submitted under a name that stands for its inputs
 another run, finds the job that is queued or running, or the result that is there. While it runs, the flow shows its
 log, renews its lease (flows/sweep.py) and watches what it costs; when the flow is cancelled or fails, the job is ended.
 From spot it moves on demand where spot has no machine in time or takes it away too often. What comes back is taken over
-only if its entry of dvc.lock names exactly the inputs asked for and every file has the hash in it.
+only if its entry of dvc.lock names exactly the requested inputs and every file has the hash in it.
 """
 
 import hashlib
@@ -152,7 +152,7 @@ class _Work:
                 spot = False
                 self._submit(name, spot, estimate.allowed - self.before)
         except Unreachable:
-            raise  # the job goes on; the next attempt finds it
+            raise  # the job continues; the next attempt finds it
         except BaseException as error:
             if self.job_id:
                 with suppress(ClearError):  # then the sweeper ends it

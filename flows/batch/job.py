@@ -131,7 +131,7 @@ def submit(
 ) -> str:
     """Submit the job of that name, or find it; returns its id.
 
-    Where two flows submit at once, both look again, and the job that came second is ended by whoever made it.
+    Where two flows submit at once, both look again, and the later job is ended by the flow that submitted it.
     """
     batch, queue = account.batch, account.queue(spot)
     if there := find(batch, queue, name):
@@ -172,7 +172,7 @@ def describe(batch: Any, job_id: str) -> dict[str, Any] | None:
 
 
 def terminate(batch: Any, job_id: str, reason: str) -> None:
-    """End a job wherever it stands; one that has ended is left as it is."""
+    """End a job in any state; one that has already ended is left as it is."""
     with said_plainly(f"job {job_id}"):
         batch.terminate_job(jobId=job_id, reason=reason[:1024])
 

@@ -1,7 +1,7 @@
 """What a job is to reproduce: the stage's inputs by content, and how a workspace with them is made elsewhere.
 
 A commit alone is not enough: the stages before have just written entries of dvc.lock, metrics and parameters that
-nobody has committed. So a request carries a git bundle of the commit plus the current dvc.lock, params.yaml and the
+are not committed. So a request carries a git bundle of the commit plus the current dvc.lock, params.yaml and the
 small outputs that live in git. The other side makes a workspace of it, pulls what DVC keeps from the remote, and then
 computes the same description of the inputs: if one hash differs, nothing is run.
 """
@@ -233,7 +233,7 @@ def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, lis
         raise ClearError(f"{', '.join(lacking)}: neither in the commit nor in the DVC remote; `dvc push` there first.")
     found = describe(wanted.stage, folder)
     if lines := differences(wanted, found):
-        raise ClearError(f"stage {wanted.stage} is not run, its inputs are not those asked for: {'; '.join(lines)}.")
+        raise ClearError(f"stage {wanted.stage} is not run, its inputs are not the requested ones: {'; '.join(lines)}.")
     return wanted
 
 

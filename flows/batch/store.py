@@ -171,5 +171,5 @@ def split(url: str) -> tuple[str, str]:
     """(bucket, key) of an s3:// address. Raises ClearError for another one."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not url.startswith("s3://") or not bucket:
-        raise ClearError(f"{url!r} is no address in S3; write it as s3://bucket/prefix.")
+        raise ClearError(f"{url!r} is not an S3 address; write it as s3://bucket/prefix.")
     return bucket, key

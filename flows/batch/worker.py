@@ -1,12 +1,12 @@
 """The job: reproduce one stage on another machine. `python -m flows.batch.worker`, started by AWS Batch.
 
-CLEAR_REQUEST names what is asked for in S3 (flows/batch/request.py). In order: make a workspace of the request and
-refuse if one input is not the one asked for; fetch weights; fetch the newest checkpoint; `dvc repro` the one stage,
+CLEAR_REQUEST names the request in S3 (flows/batch/request.py). In order: make a workspace of the request and
+refuse if an input differs from the request; fetch weights; fetch the newest checkpoint; `dvc repro` the one stage,
 keeping checkpoints and the log in S3 meanwhile; push the outputs to the DVC remote; put the stage's entry of dvc.lock,
 its small outputs and run records into S3, last a note that says so.
 
-SIGTERM is the notice that the machine goes: the stage is asked to save, its checkpoint is kept, and the exit status is
-75, which lets Batch start the job again. A kill follows after 30 s, so everything is over in less.
+SIGTERM is the notice that the machine is reclaimed: the stage is asked to save, its checkpoint is kept, and the exit
+status is 75, which lets Batch start the job again. A kill follows after 30 s, so everything ends before that.
 
 A job on several machines makes the workspace on each of them and starts the stage's processes there; only the first
 one writes. Exit status: 0 done, 1 refused or failed with one line, 75 preempted.
@@ -74,7 +74,7 @@ class Log:
             time.sleep(LOG_SECONDS)
 
     def send(self) -> None:
-        """Upload what is new; failing costs nothing, the next time everything is sent."""
+        """Upload what is new; a failure has no cost, the next round sends everything."""
         with self._lock, contextlib.suppress(ClearError):
             size = self.file.stat().st_size if self.file.exists() else 0
             if self._store is not None and self._sent < size <= LOG_BYTES:
@@ -131,7 +131,7 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
     inputs = receive(store, content, folder, lambda _, paths: dvc("pull", *paths))
     same_environment(folder)
     fetch_weights(folder, content.get("weights", ""), log.say)
-    log.say(f"stage {inputs.stage} of {content['commit'][:12]}: inputs are those asked for")
+    log.say(f"stage {inputs.stage} of {content['commit'][:12]}: inputs are the requested ones")
     checkpoints = home / "checkpoints"
     restore(store, key, checkpoints, log.say)
     if node:

@@ -1,7 +1,7 @@
 """Child processes that never outlive the flow that started them.
 
 A command runs in a process group of its own under a small supervisor, which is this file run as a script. The flow
-holds one end of a pipe, the supervisor reads the other: when the flow closes it, or dies in whatever way (SIGKILL
+holds one end of a pipe, the supervisor reads the other: when the flow closes it, or dies in any way (SIGKILL
 included), the supervisor ends the whole group of the command, SIGTERM first, SIGKILL after `GRACE` seconds. The same
 happens to what a command leaves behind in its group when it ends by itself. Nothing here needs Linux, and nothing is
 imported from the project, so that the supervisor starts in milliseconds.

@@ -10,8 +10,8 @@ changes show. Runs are appended to --out, one JSON line each.
 The settings named `latent quality…` reward how close the restored latent is to the clean picture's, which brings clean
 pictures back as supervision. Those that end in `every picture` train on all questions about hard-degraded images.
 
-The settings named `pathwise…` are no policy gradient. They differentiate the same reward through the last Euler steps
-and the bridge into the velocity, with no sampling noise: what the image term could reach at most with this reward.
+The settings named `pathwise…` are not a policy gradient. They differentiate the same reward through the last Euler
+steps and the bridge into the velocity, without sampling noise: the most the image term could reach with this reward.
 What was measured before training is kept beside --out; delete it when data/models/bridge has changed.
 """
 

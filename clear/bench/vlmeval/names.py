@@ -91,7 +91,7 @@ def parsed(name: str) -> tuple[str, str, str]:
     more = None if _BENCH.fullmatch(bench) else _BENCH_AND_MORE.fullmatch(bench) or _MORE.search(bench)
     if more:
         raise ClearError(
-            f"{name}: '{more['more'].strip('_')}' is no level or corruption of MMD-Bench and belongs to no benchmark's "
+            f"{name}: '{more['more'].strip('_')}' is not a level or corruption of MMD-Bench and in no benchmark's "
             "name (a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
         )
     return bench, corruption, severity

@@ -40,7 +40,7 @@ def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
 
     `gold` is the letter of the right option, "" for a free answer. Raises ClearError naming the file, and the row where
     there is one, for a missing column, answer or level, a repeated index, an answer that names no option, a name that
-    is no benchmark's, and two files of the same rows.
+    is not that of a benchmark, and for two files of the same rows.
     """
     import pandas as pd
 

@@ -332,7 +332,7 @@ def corruption_of(bench: str, index: str, pair: int | None = None) -> str:
 
 
 def _degraded(job: tuple[bytes, str, tuple[str, ...], str, float]) -> list[bytes] | str:
-    """The picture at every level, or why there is none at one of them."""
+    """The picture at every level, or why it is missing at one of them."""
     data, corruption, levels, id, scale = job
     try:
         image = decode_image(data, id)

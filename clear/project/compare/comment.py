@@ -90,7 +90,7 @@ def _call(method: str, url: str, token: str, content: dict | None = None):
             f"{method} {url}: {error.code} {error.reason}: {told}; may this job write comments (pull-requests: write)?"
         ) from error
     except urllib.error.URLError as error:
-        raise ClearError(f"{method} {url}: {error.reason}; is the address right and the network there?") from error
+        raise ClearError(f"{method} {url}: {error.reason}; check the address and the network.") from error
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -105,7 +105,7 @@ def choose(found: Comparison, model: str, count: int) -> "pd.DataFrame":
 
 
 def examples(found: Comparison, model: str, count: int) -> tuple[list[Example], str]:
-    """Strips of samples whose answer changed, and a sentence about what they are or why there is none."""
+    """Strips of samples whose answer changed, and a sentence about what they show or why they are missing."""
     rows = choose(found, model, count)
     changed = changed_answers(found.joined[model])
     turned = changed[changed.correct_base != changed.correct_head]

@@ -70,7 +70,7 @@ def policy_of(base: Side, head: Side) -> tuple[Gate, list[str]]:
 def _parse(raw: object, origin: str) -> Gate:
     """A gate of another version: a key that is new since then gets its default, a key that was removed is ignored."""
     if not isinstance(raw, dict):
-        raise ClearError(f"{origin}: gate = {raw!r} is no section of parameters; `make params` composes it.")
+        raise ClearError(f"{origin}: gate = {raw!r} is not a section of parameters; `make params` composes it.")
     known = [item.name for item in fields(Gate)]
     values = {name: raw[name] for name in known if name in raw}
     if len(values) < len(known):

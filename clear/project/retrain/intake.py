@@ -42,7 +42,7 @@ class Source:
         if not incoming.startswith("s3://"):
             folder = (workspace / incoming).resolve()
             if not folder.is_dir():
-                raise ClearError(f"incoming = {incoming}: no folder of {workspace}, and no s3://bucket/prefix.")
+                raise ClearError(f"incoming = {incoming}: neither a folder of {workspace} nor an s3://bucket/prefix.")
             return Source(workspace, folder, mirror)
         bucket, _, prefix = incoming.removeprefix("s3://").strip("/").partition("/")
         if not bucket or not prefix:

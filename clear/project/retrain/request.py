@@ -117,7 +117,7 @@ def repository(workspace: Path) -> tuple[str, str]:
     if not (api and name):
         raise ClearError(
             f"origin = {origin or 'not set'}: no repository of a forge can be read from it; set GITHUB_REPOSITORY to "
-            "owner/name and GITHUB_API_URL, or unset GITHUB_TOKEN to get the text alone."
+            "owner/name and GITHUB_API_URL, or unset GITHUB_TOKEN to get only the text."
         )
     return api.rstrip("/"), name
 

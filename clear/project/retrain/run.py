@@ -246,7 +246,7 @@ def resumable(copy: Path, commit: str, branch: str) -> bool:
 def save(copy: Path, step: str, subject: str, news: Sequence[IncomingSet]) -> None:
     """Commit everything that git does not ignore, with the trailers of the step."""
     about = "\n".join(f"{SET}{one.name} {one.fingerprint}" for one in news)
-    (copy / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed run; nobody else works here
+    (copy / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed run; no other process works here
     git(copy, "add", "--all")
     identity = []
     if _git(copy, "config", "user.email").returncode:

@@ -244,7 +244,7 @@ def families(split: str, index: int, seed: int, questions: int) -> tuple[str, ..
     """The tasks of couple `index`, in the order they are asked; all six are equally frequent over a block of couples.
 
     A couple's tasks are a window of a cyclic order that is shuffled anew for every block, so tasks meet in all
-    combinations. Both images of a couple ask them in one order: whoever keeps only the first questions of an image
+    combinations. Both images of a couple ask them in one order: keeping only the first questions of an image
     keeps both halves of a minimal pair.
     """
     block = len(TASKS) // math.gcd(len(TASKS), questions)

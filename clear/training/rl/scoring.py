@@ -23,7 +23,7 @@ class Scores:
     """Log-probabilities under a policy. T scored tokens and M image steps over the whole batch, in row order.
 
     text (T,), entropy (T,), text_row (T,): trajectory of each token; image (M,), image_row (M,); velocity (M·N, C).
-    real: share of the forward's tokens that are no padding.
+    real: share of the forward's tokens that are not padding.
     """
 
     text: Tensor
