@@ -70,7 +70,7 @@ deploy: $(READY)  ## send flows, schedules and the zombie automation to the Pref
 prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C
 	@python -m flows.service.local $(PORT)
 
-stack: $(READY)  ## create or update the AWS stack of section compute, for stages on cloud GPUs [MAIL=address for its cost alarm]
+stack: $(READY)  ## create or update the AWS stack of infra/compute.yaml, for stages on cloud GPUs [MAIL=address for its cost alarm]
 	@python -m flows.batch.stack stack "$(MAIL)"
 
 image: $(READY)  ## build the container image of this environment and push it to the stack's repository (needs docker)

@@ -7,14 +7,14 @@ passes the same checks: an unknown key, a wrong type or a value out of range is 
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from clear.bounds import between, count, one_of
 from clear.errors import ClearError
-from clear.placement import Compute, check_compute
 
 CONF_DIR = Path(__file__).parent / "conf"
 PARAMS = Path("params.yaml")
+T = TypeVar("T")
 PROFILES = ("smoke", "tiny", "bagel_7b_lora", "bagel_7b")
 
 
@@ -357,27 +357,24 @@ class Config:
     evaluate: Evaluate
     report: Report
     gate: Gate
-    compute: Compute
 
 
-def check(value: Any, name: str = "") -> None:
+def check(value: Any, name: str = "", origin: str = "params") -> None:
     """Raise ClearError naming the first value of a (nested) config dataclass that is out of range."""
     for item in fields(value):
         full = f"{name}.{item.name}".lstrip(".")
         found, rule = getattr(value, item.name), item.metadata
         if is_dataclass(found):
-            check(found, full)
+            check(found, full, origin)
         elif isinstance(found, dict):
             for key, one in found.items():
-                check(one, f"{full}.{key}")
+                check(one, f"{full}.{key}", origin)
         elif "values" in rule and found not in rule["values"]:
-            raise ClearError(f"params: {full} = {found!r} is not one of {', '.join(rule['values'])}.")
+            raise ClearError(f"{origin}: {full} = {found!r} is not one of {', '.join(rule['values'])}.")
         elif "low" in rule:
             for number in found if isinstance(found, list) else [found]:
                 if not rule["low"] <= number <= rule["high"]:
-                    raise ClearError(f"params: {full} = {number} is outside [{rule['low']}, {rule['high']}].")
-    if isinstance(value, Config):
-        _check_clusters(value)
+                    raise ClearError(f"{origin}: {full} = {number} is outside [{rule['low']}, {rule['high']}].")
     if isinstance(value, ModelSize):
         _check_shapes(value)
     if isinstance(value, Sampling):
@@ -388,8 +385,6 @@ def check(value: Any, name: str = "") -> None:
         _check_source(value, name)
     if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
         raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
-    if isinstance(value, Compute):
-        check_compute(value, name)
     if isinstance(value, Lora) and value.rank and not value.targets:
         raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
     if isinstance(value, Runtime) and value.weights == "bfloat16" and value.precision != "bfloat16":
@@ -397,16 +392,6 @@ def check(value: Any, name: str = "") -> None:
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
         # A log line that averages over a checkpoint would lose its first half on resume.
         raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
-
-
-def _check_clusters(config: Config) -> None:
-    for stage, section in {"degrade": "degrade", "mmd_bench": "degrade", "evaluate": "evaluate"}.items():
-        place = getattr(config.compute.place, stage)
-        if getattr(config, section).cluster and place != "local":
-            raise ClearError(
-                f"params: {section}.cluster and compute.place.{stage} = {place}: a rented machine cannot reach your "
-                f'cluster. Set {section}.cluster = "", or compute.place.{stage} = local.'
-            )
 
 
 def _check_source(source: Source, name: str) -> None:
@@ -455,31 +440,42 @@ def _check_shapes(model: ModelSize) -> None:
 
 def from_dict(raw: Any, origin: str = "params") -> Config:
     """Plain nested dictionaries (or OmegaConf) to a checked Config. Raises ClearError with the full key."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    try:
-        merged = OmegaConf.merge(OmegaConf.structured(Config), raw)
-        config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
-        key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
-        raise ClearError(f"{origin}: key '{key}': {reason}. Allowed keys and types are in clear/config.py.") from error
+    config = typed(Config, raw, origin, "clear/config.py")
     check(config)
     return config
 
 
+def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
+    """Plain nested dictionaries (or OmegaConf) to a dataclass of `module`; keys and types are checked, bounds are not.
+
+    Raises ClearError with `origin` and the full key.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw))
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
+        raise ClearError(f"{origin}: key '{key}': {reason}. Allowed keys and types are in {module}.") from error
+
+
 def load(path: Path | str = PARAMS) -> Config:
     """Read and check the composed parameters of a workspace."""
-    from omegaconf import OmegaConf
-
     if not Path(path).exists():
         raise ClearError(f"{path} is not here; run this from the project's folder, or `make params` to compose it.")
+    return from_dict(read_yaml(path), str(path))
+
+
+def read_yaml(path: Path | str) -> Any:
+    """The content of a YAML file, as OmegaConf. Raises ClearError where it is not valid YAML."""
+    from omegaconf import OmegaConf
+
     try:
-        raw = OmegaConf.load(path)
+        return OmegaConf.load(path)
     except Exception as error:  # yaml's own error classes share no base with OmegaConf's
         raise ClearError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
-    return from_dict(raw, str(path))
 
 
 def compose(overrides: tuple[str, ...] | list[str] = ()) -> dict:

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from prefect import flow, get_run_logger
 
-from clear.config import PARAMS, load
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError
-from clear.placement import Compute
 from flows.batch import job as batch
+from flows.batch import settings
+from flows.batch.settings import Compute
 from flows.batch.store import Store, said_plainly
 
 MINUTES = 10.0
@@ -73,7 +73,7 @@ def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
     if AWS_BATCH not in placement(folder).values():
         get_run_logger().info("no stage is placed on AWS Batch (compute.place): nothing to sweep.")
         return []
-    return sweep(load(folder / PARAMS).compute, minutes, get_run_logger().info)
+    return sweep(settings.load(folder), minutes, get_run_logger().info)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     spare_loopback()
     try:
-        ended = sweep(load(Path(given.workspace) / PARAMS).compute, given.minutes)
+        ended = sweep(settings.load(Path(given.workspace)), given.minutes)
     except ClearError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

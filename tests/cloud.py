@@ -15,9 +15,11 @@ from pathlib import Path
 import boto3
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
-from clear.config import load
 from clear.project.scratch import write_params
+from flows.batch import settings
 from flows.batch.store import Store
 from tests.conftest import ROOT, git
 from tests.fake_batch import FakeBatch, plain_environment
@@ -162,7 +164,8 @@ def _trained(tmp_path_factory) -> Path:
     (folder / "code").mkdir()
     (folder / "code/source.py").write_text(SOURCE)
     (folder / "code/train.py").write_text(TRAIN)
-    write_params(folder / "params.yaml", OVERRIDES)
+    write_params(folder / "params.yaml")
+    write_compute(folder, OVERRIDES)
     dvc(folder, "repro", "source")
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "a project with a training stage")
@@ -197,9 +200,21 @@ def training(_trained, cloud, moto_url, tmp_path, monkeypatch) -> Path:
     return folder
 
 
-def compute_of(folder: Path):
-    """Section `compute` of a project's parameters."""
-    return load(folder / "params.yaml").compute
+def compute_with(*overrides: str) -> dict:
+    """The committed infra/compute.yaml with overrides in Hydra's words."""
+    with initialize_config_dir(str(ROOT / "infra"), version_base=None):
+        return OmegaConf.to_container(compose("compute", overrides=list(overrides)), resolve=True)
+
+
+def write_compute(folder: Path, overrides=()) -> None:
+    """Write a project's infra/compute.yaml."""
+    (folder / settings.COMPUTE).parent.mkdir(exist_ok=True)
+    (folder / settings.COMPUTE).write_text(yaml.safe_dump(compute_with(*overrides)))
+
+
+def compute_of(folder: Path) -> settings.Compute:
+    """Where a project's stages run."""
+    return settings.load(folder)
 
 
 def entry_of(folder: Path, stage: str):

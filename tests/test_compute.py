@@ -1,16 +1,18 @@
 """Where stages run: what is asked of AWS Batch (on moto), what it may cost, and that nothing changes without it."""
 
 import copy
+import re
 import time
 
 import boto3
 import pytest
+import yaml
 from moto import mock_aws
 
-from clear.config import compose, from_dict
 from clear.errors import ClearError
-from clear.placement import Price
+from clear.project.scratch import write_params
 from flows.batch import execute
+from flows.batch import settings as compute_settings
 from flows.batch.cost import Estimate, enter, estimate, refuse_beyond_budget, spent
 from flows.batch.job import (
     Account,
@@ -24,7 +26,10 @@ from flows.batch.job import (
     waiting,
 )
 from flows.batch.request import Inputs, differences
+from flows.batch.settings import Price
 from flows.batch.store import Store, split
+from tests.cloud import compute_with, write_compute
+from tests.conftest import ROOT
 
 OUTPUTS = {
     "Bucket": "cloud",
@@ -39,7 +44,7 @@ OUTPUTS = {
 
 @pytest.fixture
 def settings():
-    return from_dict(compose()).compute
+    return compute_settings.load(ROOT)
 
 
 @pytest.fixture
@@ -177,11 +182,13 @@ def test_every_input_is_in_the_key_and_a_difference_is_named(change):
 
 def test_a_workspace_without_a_place_for_its_stages_runs_them_here(project, tmp_path):
     assert execute.placement(tmp_path) == {}
+    write_compute(project)
     assert set(execute.placement(project).values()) == {"local"}
     assert execute.elsewhere("source", project) is None
     (tmp_path / "params.yaml").write_text("compute: 1\n")
     assert execute.placement(tmp_path) == {}, "a revision from before there were places"
-    (tmp_path / "params.yaml").write_text("a: [\n")
+    write_compute(tmp_path)
+    (tmp_path / "infra/compute.yaml").write_text("a: [\n")
     with pytest.raises(ClearError, match="not valid YAML"):
         execute.placement(tmp_path)
 
@@ -191,3 +198,53 @@ def test_addresses_in_s3():
     for wrong in ("bucket/a", "s3://", "https://bucket"):
         with pytest.raises(ClearError, match="not an S3 address"):
             split(wrong)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        (["compute.place.sft=gcp"], "compute.place.sft = 'gcp' is not one of local, aws_batch"),
+        (["compute.place.report=aws_batch"], "compute.place.report = 'aws_batch' is not one of local"),
+        (["+compute.place.stf=local"], "stf"),
+        (["+compute.jobs.stf=${compute.jobs.default}"], "compute.jobs.stf is no stage"),
+        (["~compute.jobs.default"], "compute.jobs.default is missing"),
+        (["compute.jobs.default.nodes=2", "compute.jobs.default.launch=fsdp"], "set compute.jobs.default.spot = false"),
+        (["compute.jobs.default.gpus=8"], "uses one GPU of 8"),
+        (["compute.jobs.default.instance_types=[]"], "instance_types is empty"),
+        (["compute.jobs.default.instance_types=[p9.large]"], "add its price as compute.prices.p9.large"),
+        (["compute.jobs.default.expected_hours=13"], "is more than compute.jobs.default.timeout_hours = 12"),
+        (["compute.jobs.default.attempts=0"], "compute.jobs.default.attempts = 0 is outside [1, 10]"),
+        (["compute.weights=bagel"], "write it as s3://bucket/prefix"),
+        (["compute.stack=Clear"], "lower-case"),
+    ],
+)
+def test_a_place_that_cannot_be_is_refused(changes, named):
+    with pytest.raises(ClearError) as caught:
+        compute_settings.from_dict(compute_with(*changes))
+    assert named in str(caught.value) and str(caught.value).startswith("infra/compute.yaml: ")
+
+
+@pytest.mark.parametrize(
+    ("cluster", "placed", "named"),
+    [
+        ("evaluate.cluster=tcp://a:1", "evaluate", "evaluate.cluster and compute.place.evaluate"),
+        ("degrade.cluster=tcp://a:1", "mmd_bench", "compute.place.mmd_bench = local"),
+    ],
+)
+def test_a_cluster_of_yours_and_a_rented_machine_are_refused_before_anything_runs(project, cluster, placed, named):
+    write_params(project / "params.yaml", [cluster])
+    write_compute(project)
+    assert execute.elsewhere("source", project) is None, "no machine is rented"
+    write_compute(project, [f"compute.place.{placed}=aws_batch"])
+    with pytest.raises(ClearError, match=re.escape(named)):
+        execute.elsewhere("source", project)
+
+
+def test_several_nodes_on_demand_are_accepted_and_no_stage_depends_on_its_place():
+    job = "compute.jobs.default"
+    composed = compute_with(f"{job}.nodes=2", f"{job}.gpus=8", f"{job}.launch=fsdp", f"{job}.spot=false")
+    assert compute_settings.from_dict(composed).jobs["default"].nodes == 2
+    assert "compute" not in yaml.safe_load((ROOT / "params.yaml").read_text())
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    for stage in stages.values():
+        assert not any(key.startswith("compute") for key in stage.get("do", stage)["params"])

@@ -17,15 +17,14 @@ from botocore.config import Config
 from prefect.logging import disable_run_logger
 
 from clear.errors import ClearError
-from clear.placement import Price
-from clear.project.scratch import write_params
 from flows import sweep
 from flows.batch import execute
 from flows.batch import job as compute_batch
 from flows.batch.cost import enter, settle, spent
 from flows.batch.request import Inputs
+from flows.batch.settings import Price
 from flows.batch.store import Damaged, Store, Unreachable
-from tests.cloud import compute_of, entry_of
+from tests.cloud import compute_of, entry_of, write_compute
 from tests.conftest import ROOT
 from tests.test_flow import alive, wait_until
 
@@ -256,7 +255,7 @@ def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, clo
     mine = work("ends")
     job = compute_batch.submit(mine.account, mine.compute, mine.job, "image", "clear-left", True, REQUEST, {})
     cloud.batch.jobs[job]["createdAt"] = 0
-    write_params(tmp_path / "params.yaml")
+    write_compute(tmp_path)
     with disable_run_logger():
         assert sweep.sweep_jobs.fn(str(tmp_path)) == []
         assert cloud.batch.jobs[job]["status"] == "RUNNABLE"

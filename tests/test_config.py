@@ -42,44 +42,6 @@ def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, na
     assert named in _refused(tiny, section, key, value)
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        (["compute.place.sft=gcp"], "compute.place.sft = 'gcp' is not one of local, aws_batch"),
-        (["compute.place.report=aws_batch"], "compute.place.report = 'aws_batch' is not one of local"),
-        (["+compute.place.stf=local"], "stf"),
-        (["+compute.jobs.stf=${compute.jobs.default}"], "compute.jobs.stf is no stage"),
-        (["~compute.jobs.default"], "compute.jobs.default is missing"),
-        (["compute.jobs.default.nodes=2", "compute.jobs.default.launch=fsdp"], "set compute.jobs.default.spot = false"),
-        (["compute.jobs.default.gpus=8"], "uses one GPU of 8"),
-        (["compute.jobs.default.instance_types=[]"], "instance_types is empty"),
-        (["compute.jobs.default.instance_types=[p9.large]"], "add its price as compute.prices.p9.large"),
-        (["compute.jobs.default.expected_hours=13"], "is more than compute.jobs.default.timeout_hours = 12"),
-        (["compute.jobs.default.attempts=0"], "compute.jobs.default.attempts = 0 is outside [1, 10]"),
-        (["compute.weights=bagel"], "write it as s3://bucket/prefix"),
-        (["compute.stack=Clear"], "lower-case"),
-        (
-            ["evaluate.cluster=tcp://a:1", "compute.place.evaluate=aws_batch"],
-            "evaluate.cluster and compute.place.evaluate",
-        ),
-        (["degrade.cluster=tcp://a:1", "compute.place.mmd_bench=aws_batch"], "compute.place.mmd_bench = local"),
-    ],
-)
-def test_a_place_that_cannot_be_is_refused(changes, named):
-    with pytest.raises(ClearError) as caught:
-        compose(changes)
-    assert named in str(caught.value)
-
-
-def test_several_nodes_on_demand_are_accepted_and_no_stage_depends_on_its_place():
-    job = "compute.jobs.default"
-    composed = compose([f"{job}.nodes=2", f"{job}.gpus=8", f"{job}.launch=fsdp", f"{job}.spot=false"])
-    assert from_dict(composed).compute.jobs["default"].nodes == 2
-    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    for stage in stages.values():
-        assert not any(key.startswith("compute") for key in stage.get("do", stage)["params"])
-
-
 def test_a_missing_key_is_refused(tiny):
     raw = yaml.safe_load(tiny)
     del raw["grpo"]["lr"]

@@ -19,7 +19,7 @@ from clear.errors import ClearError
 from clear.project.scratch import write_params
 from flows.batch import execute, worker
 from flows.batch.request import describe, receive, send
-from tests.cloud import OVERRIDES, compute_of, dvc, entry_of, use_remote
+from tests.cloud import OVERRIDES, compute_of, dvc, entry_of, use_remote, write_compute
 from tests.conftest import ROOT, git
 from tests.test_flow import wait_until
 
@@ -95,7 +95,8 @@ def smoke(cloud, moto_url, tmp_path, monkeypatch) -> Path:
     git(folder, "add", "-A")
     git(folder, "commit", "-q", "-m", "the working tree")
     places = [one.replace("place.sft", "place.base") for one in OVERRIDES]
-    write_params(folder / "params.yaml", ["profile=smoke", *places])
+    write_params(folder / "params.yaml", ["profile=smoke"])
+    write_compute(folder, places)
     use_remote(folder, moto_url)
     dvc(folder, "repro", "degrade")
     monkeypatch.chdir(folder)
@@ -257,6 +258,7 @@ def test_a_request_needs_committed_code_a_whole_clone_and_a_remote_in_s3(trainin
 
     (training / "notes.txt").write_text("nobody's business")
     (training / "code/train.py").write_text("changed")
+    write_compute(training, [*OVERRIDES, "compute.budget_usd=5"])  # no job reads it
     refused(r"^code/train\.py: not committed")
     git(training, "checkout", "-q", "code/train.py")
     git(training, "commit", "-q", "--allow-empty", "-m", "a second commit")

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clear.config import compose, from_dict
 from clear.errors import ClearError
+from flows.batch import settings
 from flows.batch import stack as compute_stack
 from flows.batch.job import OUTPUTS, PREEMPTED, RECLAIMED, retry_strategy
 from flows.batch.store import PREFIX
+from tests.cloud import compute_with
 from tests.conftest import ROOT
 
 pytest_plugins = ["tests.cloud"]
@@ -165,7 +166,7 @@ def test_the_trial_job_retries_like_ours_and_the_log_does_not_grow_for_ever(temp
 
 def test_outputs_and_parameters_are_those_the_flows_use(template):
     assert set(OUTPUTS) <= set(template["Outputs"])
-    compute = from_dict(compose(["compute.weights=s3://other/bagel"])).compute
+    compute = settings.from_dict(compute_with("compute.weights=s3://other/bagel"))
     given = compute_stack.parameters(compute, ROOT, "us@example.org")
     assert set(given) == set(template["Parameters"])
     assert (given["WeightsBucket"], given["InstanceTypes"], given["AlarmUsd"]) == ("other", "g6e.4xlarge", "200")
@@ -187,7 +188,7 @@ def test_the_stack_is_created_updated_and_read(cloud, monkeypatch, root):
     import boto3
 
     monkeypatch.delenv("AWS_ENDPOINT_URL_BATCH")
-    compute = from_dict(compose(["compute.stack=mine", "compute.root_volume_gib=300"])).compute
+    compute = settings.from_dict(compute_with("compute.stack=mine", "compute.root_volume_gib=300"))
     outputs = compute_stack.apply(compute, root)
     batch, s3 = boto3.client("batch"), boto3.client("s3")
     assert {one["jobQueueName"] for one in batch.describe_job_queues()["jobQueues"]} == {"mine-spot", "mine-on-demand"}
@@ -207,7 +208,7 @@ def test_commands_refuse_with_one_line(cloud, capsys, monkeypatch, tmp_path):
     assert capsys.readouterr().err.startswith("error: say `stack` or `image`")
     monkeypatch.chdir(tmp_path)
     assert compute_stack.main(["stack"]) == 1
-    assert "make params" in capsys.readouterr().err
+    assert "git checkout infra/compute.yaml" in capsys.readouterr().err
     with pytest.raises(ClearError, match="Dockerfile is missing"):
         compute_stack.environment_tag(tmp_path)
 
@@ -229,10 +230,10 @@ def test_an_image_is_built_from_the_lock_pushed_once_and_runs_without_root(cloud
     monkeypatch.setenv("LOG", str(tmp_path / "log"))
     monkeypatch.setenv("PUSH", "0")
     uri = boto3.client("ecr").create_repository(repositoryName="clear")["repository"]["repositoryUri"]
-    found = compute_stack.account(from_dict(compose()).compute)
+    found = compute_stack.account(settings.load(ROOT))
     found.outputs["Repository"] = uri
     monkeypatch.setattr(compute_stack, "account", lambda compute: found)
-    compute = from_dict(compose()).compute
+    compute = settings.load(ROOT)
     name = compute_stack.push_image(compute, ROOT)
     tag = compute_stack.environment_tag(ROOT)
     assert name == f"{uri}:{tag}" and re.fullmatch("env-[0-9a-f]{12}", tag)

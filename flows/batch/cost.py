@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from clear.errors import ClearError
-from clear.placement import BatchJob, Compute
 from flows.batch.job import ENDED, describe, hours
+from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
 
 
@@ -66,7 +66,7 @@ def refuse_beyond_budget(store: Store, compute: Compute, found: Estimate, stage:
     if before + found.allowed > compute.budget_usd:
         raise ClearError(
             f"stage {stage} is not submitted: it may cost {found.allowed:.2f} USD, this month's jobs {before:.2f}, and "
-            f"compute.budget_usd is {compute.budget_usd:.2f}; raise it in clear/conf/config.yaml, or lower "
+            f"compute.budget_usd is {compute.budget_usd:.2f}; raise it in infra/compute.yaml, or lower "
             f"compute.jobs.*.timeout_hours."
         )
 

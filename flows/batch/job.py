@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from clear.errors import ClearError
-from clear.placement import BatchJob, Compute
+from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import client, said_plainly
 
 PREEMPTED = 75

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear.config import PARAMS
 from clear.errors import ClearError
+from flows.batch.settings import COMPUTE
 from flows.batch.store import Store, sha256
 from flows.dvc_commands import address
 
@@ -195,7 +196,7 @@ def _committed(workspace: Path, inputs: Inputs) -> str:
         raise ClearError(f"{workspace} is a shallow clone; complete it with `git fetch --unshallow`.")
     with Repo(str(workspace)) as repo:
         made = {os.path.relpath(out.fs_path, workspace) for stage in repo.index.stages for out in stage.outs}
-    carried = {LOCK, str(PARAMS), *made}
+    carried = {LOCK, str(PARAMS), str(COMPUTE), *made}  # no job reads the last one
     code = [path for path, kind in inputs.kinds.items() if kind == CODE]
     listed = _git(workspace, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").split("\0")
     changed = []

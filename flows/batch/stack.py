@@ -1,6 +1,6 @@
 """The cloud account's side: `make stack` creates or updates the CloudFormation stack, `make image` pushes the image.
 
-Both read section `compute` of params.yaml. Neither has been run against real hardware yet (docs/CLOUD.md).
+Both read infra/compute.yaml. Neither has been run against real hardware yet (docs/CLOUD.md).
 """
 
 import base64
@@ -10,11 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from clear.config import PARAMS, load
 from clear.errors import ClearError
-from clear.placement import Compute
+from flows.batch import settings
 from flows.batch.job import OUTPUTS, account
 from flows.batch.request import environment_tag
+from flows.batch.settings import Compute
 from flows.batch.store import client, said_plainly, split
 
 TEMPLATE = Path("infra/stack.yaml")
@@ -119,7 +119,7 @@ def main(arguments: list[str]) -> int:
     """`stack [mail]` or `image`, in the project's folder; 0 done, 1 refused with one line."""
     root = Path.cwd()
     try:
-        compute = load(root / PARAMS).compute
+        compute = settings.load(root)
         if arguments[:1] == ["image"]:
             print(f"image: {push_image(compute, root)}")
         elif arguments[:1] == ["stack"]:

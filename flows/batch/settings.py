@@ -1,14 +1,18 @@
-"""Section `compute` of the parameters: where stages run, on what machines, at what price (flows/batch/execute.py).
+"""Where stages run, on what machines, at what price: infra/compute.yaml (docs/CLOUD.md).
 
 No stage depends on it, so that moving a stage to another machine makes nothing out of date. Prices are estimates.
 """
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from clear.bounds import between, one_of
+from clear.config import Config, check, read_yaml, typed
 from clear.errors import ClearError
+
+COMPUTE = Path("infra/compute.yaml")
 
 
 def place() -> Any:
@@ -80,38 +84,72 @@ class Compute:
     prices: dict[str, Price] = field()  # by instance type; estimates
 
 
-def check_compute(compute: Compute, name: str) -> None:
+@dataclass
+class _File:
+    """infra/compute.yaml; its one key is the prefix by which errors and docs name a setting."""
+
+    compute: Compute
+
+
+def load(workspace: Path) -> Compute:
+    """Read and check where the stages of a workspace run. Raises ClearError naming the file and the key."""
+    file = workspace / COMPUTE
+    if not file.exists():
+        raise ClearError(f"{file} is not here; run this from the project's folder, or `git checkout {COMPUTE}`.")
+    return from_dict(read_yaml(file), str(file))
+
+
+def from_dict(raw: Any, origin: str = str(COMPUTE)) -> Compute:
+    """Plain nested dictionaries (or OmegaConf) to checked settings. Raises ClearError with the full key."""
+    compute = typed(_File, raw, origin, "flows/batch/settings.py").compute
+    check(compute, "compute", origin)
+    _check_jobs(compute, origin)
+    return compute
+
+
+def refuse_clusters(compute: Compute, config: Config) -> None:
+    """Raise ClearError where a stage is to run on a rented machine and to use a cluster of the user's."""
+    for stage, section in {"degrade": "degrade", "mmd_bench": "degrade", "evaluate": "evaluate"}.items():
+        place = getattr(compute.place, stage)
+        if getattr(config, section).cluster and place != "local":
+            raise ClearError(
+                f"params: {section}.cluster and compute.place.{stage} = {place}: a rented machine cannot reach your "
+                f'cluster. Set {section}.cluster = "", or compute.place.{stage} = local in {COMPUTE}.'
+            )
+
+
+def _check_jobs(compute: Compute, origin: str) -> None:
     """Raise ClearError for jobs without a price, spot on several nodes, and the like."""
     stages = [item.name for item in fields(Place)]
     if not re.fullmatch("[a-z][a-z0-9-]{0,39}", compute.stack):
         raise ClearError(
-            f"params: {name}.stack = {compute.stack!r}: use at most 40 lower-case letters, digits and hyphens."
+            f"{origin}: compute.stack = {compute.stack!r}: use at most 40 lower-case letters, digits and hyphens."
         )
     for stage, job in compute.jobs.items():
-        full = f"{name}.jobs.{stage}"
+        full = f"compute.jobs.{stage}"
         if stage not in ("default", *stages):
-            raise ClearError(f"params: {full} is no stage; there are default, {', '.join(stages)}.")
+            raise ClearError(f"{origin}: {full} is no stage; there are default, {', '.join(stages)}.")
         if not job.instance_types:
-            raise ClearError(f"params: {full}.instance_types is empty; name at least one instance type.")
+            raise ClearError(f"{origin}: {full}.instance_types is empty; name at least one instance type.")
         for one in job.instance_types:
             if one not in compute.prices:
-                raise ClearError(f"params: {full}.instance_types names {one}; add its price as {name}.prices.{one}.")
+                raise ClearError(f"{origin}: {full}.instance_types names {one}; add its price as compute.prices.{one}.")
         if job.nodes > 1 and job.spot:
             raise ClearError(
-                f"params: {full}.nodes = {job.nodes} with spot = true: AWS Batch runs multi-node jobs on demand only; "
-                f"set {full}.spot = false."
+                f"{origin}: {full}.nodes = {job.nodes} with spot = true: AWS Batch runs multi-node jobs on demand "
+                f"only; set {full}.spot = false."
             )
         if job.launch == "single" and (job.nodes > 1 or job.gpus > 1):
             raise ClearError(
-                f"params: {full}.launch = single uses one GPU of {job.nodes * job.gpus}; set {full}.launch to ddp or "
+                f"{origin}: {full}.launch = single uses one GPU of {job.nodes * job.gpus}; set {full}.launch to ddp or "
                 "fsdp, or ask for one."
             )
         if job.expected_hours > job.timeout_hours:
             raise ClearError(
-                f"params: {full}.expected_hours = {job.expected_hours} is more than {full}.timeout_hours = "
+                f"{origin}: {full}.expected_hours = {job.expected_hours} is more than {full}.timeout_hours = "
                 f"{job.timeout_hours}; raise the latter."
             )
     if "default" not in compute.jobs:
-        raise ClearError(f"params: {name}.jobs.default is missing; it is for the stages that are not named there.")
+        raise ClearError(f"{origin}: compute.jobs.default is missing; it is for the stages that are not named there.")
     if compute.weights and not compute.weights.startswith("s3://"):
-        raise ClearError(f"params: {name}.weights = {compute.weights!r}: write it as s3://bucket/prefix.")
+        raise ClearError(f"{origin}: compute.weights = {compute.weights!r}: write it as s3://bucket/prefix.")
