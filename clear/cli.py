@@ -228,7 +228,7 @@ def browse(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback interface.")] = 8501,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
 ) -> None:
-    """Look at the evaluation in a web page: pictures, answers and traces; degrade and ask about a picture of yours."""
+    """Look at the evaluation in a web page: images, answers and traces; degrade and ask about your own image."""
     from clear.browse import serve
 
     serve(Path(), port, open_browser)

@@ -1,4 +1,4 @@
-"""A stage on AWS Batch from the flow's side: boto3 against a Batch of ours whose jobs are processes.
+"""A stage on AWS Batch from the flow's side: boto3 against a local stand-in for Batch whose jobs are processes.
 
 The jobs here are stand-ins that leave a result, fail, or wait to be ended; the real job is tests/test_remote_stage.py.
 """

@@ -311,7 +311,7 @@ def _degrade_rows(
 
 
 def _leave_out(path: Path, column: int, indices: set[str]) -> None:
-    """Write a TSV of ours again without some rows; `column` holds the index."""
+    """Rewrite one of this command's TSVs without some rows; `column` holds the index."""
     csv.field_size_limit(sys.maxsize)  # a cell holds a whole picture
     with path.open(newline="", encoding="utf-8") as lines, replacing(path) as partial, _synced(partial) as file:
         for number, cells in enumerate(csv.reader(lines, delimiter="\t")):

@@ -1,8 +1,8 @@
 """Model folders in the layout of BAGEL-7B-MoT: safetensors and JSON only (METHOD §1 "Checkpoint folder").
 
 The model is `ema.safetensors`, `model.safetensors` or the shards that `model.safetensors.index.json` lists; a folder
-with several of them is refused unless one is named by its path, because nothing says which is meant. The published
-folder has an index without the shards it names, so an index counts only where shards are. Beside the weights lie
+with several of them is rejected unless one is named by its path, because the choice would be a guess. The published
+folder has an index without the shards it names, so an index counts only if shards exist. Next to the weights are
 `ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json` and the tokenizer's files. This project adds
 `bridge.safetensors` for the mlp bridge, `vae_config.json` for autoencoders of another size than FLUX's and
 `config.json`, which states what the published code hard-codes.
@@ -10,7 +10,7 @@ folder has an index without the shards it names, so an index counts only where s
 Loading builds on the meta device, checks every key, shape and type against the file's header, and adopts the
 memory-mapped tensors: in the stored type nothing is copied; another type or device is read tensor by tensor. Saving
 writes every file under a temporary name and renames, so the file that the weights are mapped from may be
-overwritten, and a kill leaves either the old folder or one that is refused as half-written.
+overwritten, and a kill leaves either the old folder or one that is rejected as half-written.
 """
 
 from clear.model.checkpoint.config import load_tokenizer, read_config, special_tokens

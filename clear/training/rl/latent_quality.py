@@ -62,7 +62,7 @@ class LatentQuality:
 
 
 def latent_similarities(restored: Tensor, clean: Tensor) -> tuple[float, float, float]:
-    """Of latents (N, C): exp(−MSE/2), the cosine of the whole, and the mean over tokens of theirs, none below 0."""
+    """Of latents (N, C): exp(−MSE/2), the cosine of the whole, and the mean of the tokens' cosines, none below 0."""
     restored, clean = restored.float(), clean.float()
     close = torch.exp(-0.5 * F.mse_loss(restored, clean))
     whole = F.cosine_similarity(restored.flatten(), clean.flatten(), dim=0)
