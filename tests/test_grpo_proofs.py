@@ -8,6 +8,7 @@ import torch
 from clear.config import Lora, compose, from_dict
 from clear.data.records import Question
 from clear.model import flow, lora
+from clear.model.bagel import GENERATION
 from clear.model.tokenizer import encode
 from clear.reasoning.engine import Options, denoise, generate, prefill, text_reply
 from clear.training.load import trainable
@@ -15,7 +16,6 @@ from clear.training.loop.trainer import StageRun
 from clear.training.rl import grpo as module
 from clear.training.rl import scoring
 from clear.training.rl.policy import Task
-from clear.training.sft import GENERATION
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=4, shift=1.0, sigma=0.3, temperature=1.0, max_tokens=6, restore="always")

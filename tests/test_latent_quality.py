@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
+from clear.model.bagel import GENERATION
 from clear.model.tokenizer import encode
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Restoration, Trajectory, generate
@@ -17,7 +18,6 @@ from clear.sources.scenes.render import scenes
 from clear.training.load import trainable
 from clear.training.rl import grpo
 from clear.training.rl.latent_quality import LatentQuality, latent_similarities, pooled
-from clear.training.sft import GENERATION
 from tests.test_grpo_proofs import OPTIONS, restored, trainer_of
 from tests.tiny import save_random_model, tiny_model, tiny_prompts
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from clear.config import Lora, compose, from_dict
 from clear.errors import ClearError
 from clear.model import flow, lora
-from clear.model.bagel import Bagel, BagelConfig, Contents
+from clear.model.bagel import GENERATION, Bagel, BagelConfig, Contents
 from clear.model.checkpoint import MODEL, PLAIN, VAE, fingerprint, load, load_bagel, save_bagel
 from clear.model.checkpoint import format as folder_format
 from clear.model.mot import LlmConfig
@@ -25,7 +25,6 @@ from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
 from clear.training.load import incoming, save, trainable
 from clear.training.rl import scoring
-from clear.training.sft import GENERATION
 from tests.tiny import SIZES, tiny_model, tiny_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

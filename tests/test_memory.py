@@ -16,7 +16,7 @@ from clear.data.images import encode_image
 from clear.data.records import Sample
 from clear.errors import ClearError
 from clear.model import lora
-from clear.model.bagel import Bagel
+from clear.model.bagel import FROZEN, GENERATION, Bagel
 from clear.model.images import ImageBank
 from clear.model.sequence import IGNORE, LATENT, VIT, Text
 from clear.model.tokenizer import word_tokenizer
@@ -184,7 +184,7 @@ def test_parameters_gradients_and_optimiser_are_exact(tokenizer, adapter):
 def test_the_stage_bridge_trains_what_is_counted(tokenizer, rank, kind):
     config = _config(f"lora.rank={rank}", f"bridge.kind={kind}")
     model = _model(config, tokenizer, kind)
-    never = (*sft.FROZEN, *sft.GENERATION) if kind == "mlp" else sft.FROZEN
+    never = (*FROZEN, *GENERATION) if kind == "mlp" else FROZEN
     trainable(model, never=never)
     found = memory.estimate(config, "bridge", tokenizer.get_vocab_size())
     assert found.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -204,10 +204,6 @@ def test_the_cache_is_exact(tokenizer):
             cache.append(layer, key[:, :, :100], key[:, :, :100], cache.places(valid))
         cache.advance(valid)
         assert cache.keys[0].shape[2] == memory.kv_capacity(50, total)
-
-
-def test_what_is_restated_here_is_what_the_training_does():
-    assert memory.FROZEN == sft.FROZEN and memory.GENERATION == sft.GENERATION
 
 
 @pytest.mark.parametrize("choice", ["random", "window", "all"])

@@ -12,9 +12,12 @@ from torch import nn
 
 from clear.config import Phase, compose, from_dict
 from clear.errors import ClearError
+from clear.model.bagel import FROZEN, GENERATION
+from clear.reasoning.answering import Answerer
+from clear.training.load import incoming
 from clear.training.loop import trainer
 from clear.training.loop.trainer import StageRun, last_complete, optimise
-from clear.training.sft import FROZEN, GENERATION, set_trainable
+from clear.training.sft import set_trainable
 from tests.tiny import tiny_model
 
 PHASE = Phase(steps=12, batch=4, lr=0.01, warmup=2)
@@ -199,3 +202,11 @@ def test_a_phase_with_nothing_to_train_is_refused(config, tmp_path):
     run = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
     with pytest.raises(ClearError, match="nothing to train"):
         optimise(run, "phase", nn.Linear(2, 2).requires_grad_(False), lambda _: None, 4, PHASE)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("load", [incoming, Answerer.load])
+def test_a_gpu_that_is_asked_for_and_absent_is_an_error_to_train_and_to_answer(tmp_path, load):
+    config = from_dict(compose(["profile=smoke", "runtime.device=cuda"]))
+    with pytest.raises(ClearError, match="torch sees no GPU; set it to auto or cpu"):
+        load(tmp_path, config)

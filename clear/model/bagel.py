@@ -19,6 +19,12 @@ from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Layout, SpecialTok
 from clear.model.vae import VaeConfig
 from clear.model.vit import VisionTower, VitConfig
 
+GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
+"""Name parts of the parameters that only serve image generation."""
+FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
+"""Name parts of what no stage trains on a given checkpoint: the published recipe freezes the vision tower and the
+position tables (the autoencoder is apart)."""
+
 
 @dataclass(frozen=True)
 class BagelConfig:

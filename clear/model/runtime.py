@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from clear.config import Config
+from clear.errors import ClearError
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -19,6 +20,21 @@ def apply_runtime(config: Config) -> None:
     torch.set_num_threads(config.runtime.threads or os.cpu_count() or 1)
     torch.manual_seed(config.seed)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
+
+
+def device(config: Config) -> str:
+    """Where this process computes: the GPU of its local rank, if there is one and `runtime.device` allows it.
+
+    Raises ClearError where params ask for a GPU and there is none.
+    """
+    import torch
+
+    if config.runtime.device == "cpu" or not torch.cuda.is_available():
+        if config.runtime.device == "cuda":
+            raise ClearError("params: runtime.device = cuda, but torch sees no GPU; set it to auto or cpu.")
+        return "cpu"
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    return "cuda"
 
 
 def tune_allocator() -> None:

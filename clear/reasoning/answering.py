@@ -18,6 +18,7 @@ from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.flow import Guidance
 from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
+from clear.model.runtime import device
 from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
@@ -65,11 +66,10 @@ class Answerer:
     def load(cls, folder: Path | str, config: Config) -> "Answerer":
         """Load a folder with weights, or with an adapter on weights.
 
-        Raises ClearError if it has no tokenizer, or cuts images otherwise than `config.model` does.
+        Raises ClearError if it has no tokenizer, or cuts images otherwise than `config.model` does, and as `device`.
         """
-        device = "cuda" if config.runtime.device != "cpu" and torch.cuda.is_available() else "cpu"
         kind = torch.bfloat16 if config.runtime.weights == "bfloat16" else torch.float32
-        model, vae, tokenizer = lora.load_model(folder, kind, device, config.model.checkpoint or None)
+        model, vae, tokenizer = lora.load_model(folder, kind, device(config), config.model.checkpoint or None)
         if tokenizer is None:
             raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
         check_geometry(config.model, model.config, folder)

@@ -19,6 +19,7 @@ def run(config: Config) -> None:
 
     from clear.data.workspace import checkpoint_dir, model_folder
     from clear.model import lora
+    from clear.model.bagel import FROZEN, GENERATION
     from clear.model.bridge import LatentBridge
     from clear.reasoning.answering import guidance
     from clear.reasoning.engine import Options
@@ -55,7 +56,7 @@ def run(config: Config) -> None:
         loss = bridge.imitation_loss(model, data, pairs)
         optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
     # With the direct bridge the generation expert reads the latent and is what the distillation trains.
-    trainable(model, never=(*sft.FROZEN, *sft.GENERATION) if mlp else sft.FROZEN)
+    trainable(model, never=(*FROZEN, *GENERATION) if mlp else FROZEN)
     loss = sft.trace_loss(model, data, sft.trace_weights(config, bridge=True), own)
     optimise(work, "answer", model, loss, len(data), config.bridge.answer)
     save(Path("data/models/bridge"), start, config)

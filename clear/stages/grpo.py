@@ -44,9 +44,9 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     """Load the bridge model, choose what is trained, and gather the rl split's prompts and what judges the policy."""
     from clear.data.workspace import model_folder
     from clear.model import lora
+    from clear.model.bagel import FROZEN, GENERATION
     from clear.reasoning.answering import Answerer
     from clear.reasoning.prompts import make_prompt, question_text
-    from clear.training import sft
     from clear.training.load import incoming, trainable
     from clear.training.rl.latent_quality import LatentQuality
     from clear.training.rl.policy import Task
@@ -79,8 +79,8 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
         answers = answerer.answer(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
-    never = (*sft.FROZEN, *(sft.GENERATION if g.experts == "und" else ()))
-    trainable(model, sft.GENERATION if g.experts == "gen" else (), never)
+    never = (*FROZEN, *(GENERATION if g.experts == "und" else ()))
+    trainable(model, GENERATION if g.experts == "gen" else (), never)
     return start, Task(tokenizer, prompts, [q for _, q in asked], rollout_options(config), holdout, quality=quality)
 
 

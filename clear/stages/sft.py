@@ -15,6 +15,7 @@ def run(config: Config, direct: bool = False) -> None:
     """
     apply_runtime(config)
     from clear.data.workspace import checkpoint_dir, model_folder
+    from clear.model.bagel import GENERATION
     from clear.training import sft
     from clear.training.load import incoming, save, trace_data, trainable
     from clear.training.loop.parallel import rank
@@ -32,7 +33,7 @@ def run(config: Config, direct: bool = False) -> None:
         for n, phase in enumerate(phases):
             optimise(work, f"direct_{n}" if n else "direct", model, sft.direct_loss(model, data), len(data), phase, ema)
     else:
-        trainable(model, only=() if both else sft.GENERATION)
+        trainable(model, only=() if both else GENERATION)
         optimise(work, "restoration", model, sft.restoration_loss(model, data, both), len(data.paired), warm, ema)
         trainable(model)
         loss = sft.trace_loss(model, data, sft.trace_weights(config))

@@ -5,7 +5,6 @@ is `model.checkpoint` where params name one (clear/data/workspace.py); as weight
 """
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,15 +18,16 @@ from clear.config import Config
 from clear.data.records import read_samples
 from clear.errors import ClearError
 from clear.model import lora
-from clear.model.bagel import Bagel
+from clear.model.bagel import FROZEN, Bagel
 from clear.model.checkpoint import fingerprint, save_bagel
 from clear.model.images import ImageBank, check_geometry
+from clear.model.runtime import device
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
 from clear.traces.table import read_traces
 from clear.training.loop import sharded
 from clear.training.loop.parallel import rank
-from clear.training.sft import FROZEN, TraceData, set_trainable
+from clear.training.sft import TraceData, set_trainable
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 MANIFEST = Path("data/models/base/manifest.json")
@@ -43,16 +43,6 @@ class Incoming:
     tokenizer: Any
     weights: Path
     files: dict[str, dict[str, Any]]
-
-
-def device(config: Config) -> str:
-    """Where this process computes: the GPU of its local rank, if there is one and `runtime.device` allows it."""
-    if config.runtime.device == "cpu" or not torch.cuda.is_available():
-        if config.runtime.device == "cuda":
-            raise ClearError("params: runtime.device = cuda, but torch sees no GPU; set it to auto or cpu.")
-        return "cpu"
-    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-    return "cuda"
 
 
 def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:

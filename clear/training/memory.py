@@ -19,7 +19,7 @@ import torch
 
 from clear.config import Config, Lora
 from clear.model import flex
-from clear.model.bagel import Bagel, BagelConfig
+from clear.model.bagel import FROZEN, GENERATION, Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
 from clear.model.cache import grown
 from clear.model.flow import Guidance
@@ -30,9 +30,6 @@ from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 
 STAGES = ("sft", "bridge", "grpo", "evaluate")
-FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
-GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
-"""Name parts of what no stage trains, and of what the stage `bridge` leaves alone with the mlp bridge."""
 BAGEL_VOCABULARY = 152064
 """Rows of BAGEL's token embedding."""
 SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS, TRIGGER_TOKENS = 160, 64, 300, 16

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from clear.config import Config
 from clear.data.records import CLEAN, Sample
 from clear.model import flow
-from clear.model.bagel import Bagel, Contents
+from clear.model.bagel import FROZEN, Bagel, Contents
 from clear.model.bridge import distilled_layers, layer_weights, token_distillation
 from clear.model.images import ImageBank
 from clear.model.mot import Hidden
@@ -31,11 +31,6 @@ from clear.reasoning.prompts import Prompt
 from clear.traces.table import TraceRow
 from clear.training.loop.parallel import share_batch
 from clear.training.loop.trainer import Loss
-
-GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
-"""Name parts of the parameters that only serve image generation."""
-FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
-"""The published recipe freezes the vision tower and the position tables (the autoencoder is apart)."""
 
 
 def set_trainable(model: nn.Module, only: Sequence[str] = (), never: Sequence[str] = FROZEN) -> None:

@@ -34,7 +34,7 @@ from clear.bench.statistics import paired_difference
 from clear.config import Config, compose, from_dict
 from clear.data.records import read_samples
 from clear.model import flow
-from clear.model.bagel import Contents
+from clear.model.bagel import GENERATION, Contents
 from clear.model.runtime import apply_runtime
 from clear.model.sequence import BRIDGE, LATENT, Image, Text, layout
 from clear.model.tokenizer import encode
@@ -42,7 +42,6 @@ from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import denoise, generate, prefill, text_reply
 from clear.reasoning.prompts import make_prompt, question_text
-from clear.training import sft
 from clear.training.load import incoming, trainable
 from clear.training.loop.trainer import StageRun
 from clear.training.rl.grpo import train
@@ -176,7 +175,7 @@ def study(names: list[str], count: int, out: Path) -> None:
     start = incoming(Path("data/models/bridge"), base)
     model, tokenizer = start.model, start.tokenizer
     weights = {k: v.clone() for k, v in model.state_dict().items()}
-    trainable(model, sft.GENERATION)
+    trainable(model, GENERATION)
     answerer = Answerer(model, start.vae, tokenizer, base)
     held, rl = Asked(answerer, DEVELOPMENT, count), Asked(answerer, "data/degraded/rl", 2)
     measured = out.with_name(f"image_term_{DEVELOPMENT.replace('/', '_')}_{count}.npz")

@@ -38,6 +38,7 @@ from clear.data.io import replacing
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
+from clear.model.runtime import device
 from clear.training.loop.parallel import (
     Pass,
     barrier,
@@ -376,7 +377,7 @@ def training_arguments(
         save_total_limit=2,
         seed=run.config.seed,
         data_seed=run.config.seed,
-        use_cpu=runtime.device == "cpu" or not torch.cuda.is_available(),
+        use_cpu=device(run.config) == "cpu",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         report_to=[],
