@@ -10,6 +10,10 @@ import yaml
 
 from clear.errors import ClearError
 from clear.project.check import drifts
+from clear.project.git import output as git_output
+from clear.project.retrain.request import repository
+from clear.project.scratch import clone as scratch_clone
+from clear.project.scratch import refresh
 from tests.conftest import ROOT, git
 
 
@@ -186,3 +190,20 @@ def test_a_missing_or_broken_lock_and_a_missing_dvc_are_named(project, tmp_path)
     shutil.rmtree(project / ".dvc")
     with pytest.raises(ClearError, match="DVC cannot read"):
         drifts(project)
+
+
+def test_git_that_refuses_or_is_missing_is_one_line_whoever_asks(project, tmp_path, monkeypatch):
+    with pytest.raises(ClearError, match="failed: fatal: ") as refused:
+        git_output(project, "log", "nothing", "--")
+    assert "\n" not in str(refused.value)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for asked in (lambda: scratch_clone(project, "HEAD", tmp_path / "copy"), lambda: repository(project)):
+        with pytest.raises(ClearError, match="git is not installed"):
+            asked()
+
+
+def test_a_file_whose_name_is_not_utf8_reaches_the_scratch_copy(project, tmp_path):
+    name = os.fsdecode(b"caf\xe9.txt")
+    (project / name).write_text("a name of another encoding")
+    refresh(project, tmp_path / "copy")
+    assert (tmp_path / "copy" / name).exists()

@@ -6,12 +6,13 @@ questions at clean and high for which the model chose to restore. `markdown` giv
 """
 
 import json
-import subprocess
 from pathlib import Path
 
 from clear.bench.models import MODELS
+from clear.data.io import aligned
 from clear.data.workspace import profile, report_dir
 from clear.errors import ClearError
+from clear.project.git import NoGit, git
 
 LEVELS = ("clean", "low", "mid", "high")
 HEADER = ("model", *LEVELS, "average", "restores clean", "restores high")
@@ -31,8 +32,7 @@ def render(workspace: Path) -> str:
         if committed is not None and committed != figures:
             differ += 1
             rows.append(("  committed", *committed))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" ".join((f"{row[0]:<{widths[0]}}", *map(str.rjust, row[1:], widths[1:]))).rstrip() for row in rows]
+    lines = aligned(rows)
     lines[1:1] = ["-" * max(map(len, lines))]
     if differ:
         lines.append(f"{differ} of {len(files)} models differ from the figures committed at HEAD (shown below each).")
@@ -115,12 +115,11 @@ def _cells(metrics: dict) -> tuple[str, ...]:
 
 def _committed(workspace: Path, file: Path) -> tuple[str, ...] | None:
     """The same figures at HEAD, or None where nothing is committed (a scratch copy, a new model, no git)."""
-    command = ["git", "show", f"HEAD:./{file.as_posix()}"]
     try:
-        shown = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
+        shown = git(workspace, "show", f"HEAD:./{file.as_posix()}")
+    except NoGit:
         return None
-    return _cells(_parse(shown.stdout, f"HEAD:{file}")) if shown.returncode == 0 else None
+    return _cells(_parse(shown.text, f"HEAD:{file}")) if shown.status == 0 else None
 
 
 def _report_line(workspace: Path) -> str:

@@ -17,10 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clear.config import PARAMS, PROFILES, compose
+from clear.config import PARAMS, compose
 from clear.data.io import write_text
 from clear.data.workspace import home
 from clear.errors import ClearError
+from clear.project.git import git, output
+from clear.schema import PROFILES
 
 _OWN = {".dvc", "data", "dvc.lock"}
 """What belongs to the copy itself and outlives a refresh."""
@@ -108,14 +110,10 @@ def _listed(workspace: Path) -> list[str]:
     """The files git tracks or would track, as they are in the folder now."""
     if not (workspace / ".dvc" / "config").exists():
         raise ClearError(f"{workspace}: no DVC project here; run this from the project's folder.")
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    try:
-        listed = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False)
-    except FileNotFoundError as error:
-        raise ClearError("git is not installed; install it and repeat.") from error
-    if listed.returncode:
-        raise ClearError(f"{workspace}: {listed.stderr.strip()}; run this in a git clone of the project.")
-    names = dict.fromkeys(filter(None, listed.stdout.split("\0")))  # a file in a merge conflict is listed thrice
+    listed = git(workspace, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    if listed.status:
+        raise ClearError(f"{workspace}: {listed.said}; run this in a git clone of the project.")
+    names = dict.fromkeys(filter(None, listed.text.split("\0")))  # a file in a merge conflict is listed thrice
     return [name for name in names if (workspace / name).is_file()]
 
 
@@ -135,11 +133,11 @@ def clone(source: Path, revision: str, copy: Path) -> str:
 
     if not (source / ".dvc" / "config").exists():
         raise ClearError(f"{source}: no DVC project here; name the project's folder as `workspace`.")
-    commit = _git(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
+    commit = output(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
     shutil.rmtree(copy, ignore_errors=True)
     copy.parent.mkdir(parents=True, exist_ok=True)
-    _git(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
-    _git(copy, "checkout", "--quiet", "--detach", commit)
+    output(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
+    output(copy, "checkout", "--quiet", "--detach", commit)
     with Repo(str(source)) as repo:
         settings, cache = repo.config.read(), repo.cache.local_cache_dir
     with Repo(str(copy)) as repo, repo.config.edit("local") as own:
@@ -164,10 +162,3 @@ def link(source: str, target: str) -> None:
         os.link(Path(source).resolve(), target)
     except OSError:
         shutil.copy2(source, target)
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.stderr.strip()}")
-    return done.stdout

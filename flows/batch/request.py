@@ -9,7 +9,6 @@ computes the same description of the inputs: if one hash differs, nothing is run
 import hashlib
 import json
 import os
-import subprocess
 import uuid
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from clear.config import PARAMS
 from clear.errors import ClearError
+from clear.project.git import output
 from flows.batch.settings import COMPUTE
 from flows.batch.store import Store, sha256
 from flows.dvc_commands import address
@@ -134,7 +134,7 @@ def send(store: Store, inputs: Inputs, key: str, workspace: Path, **more: Any) -
     bundle.parent.mkdir(exist_ok=True)
     name = f"bundles/{commit}-{uuid.uuid4().hex[:8]}"
     try:
-        _git(workspace, "bundle", "create", "--quiet", str(bundle), "HEAD")
+        output(workspace, "bundle", "create", "--quiet", str(bundle), "HEAD")
         digest = sha256(bundle)
         store.put(bundle, name)
     finally:
@@ -192,13 +192,13 @@ def _committed(workspace: Path, inputs: Inputs) -> str:
     """The commit of HEAD, which has all the code. Raises ClearError naming what is not committed."""
     from dvc.repo import Repo
 
-    if _git(workspace, "rev-parse", "--is-shallow-repository").strip() == "true":
+    if output(workspace, "rev-parse", "--is-shallow-repository").strip() == "true":
         raise ClearError(f"{workspace} is a shallow clone; complete it with `git fetch --unshallow`.")
     with Repo(str(workspace)) as repo:
         made = {os.path.relpath(out.fs_path, workspace) for stage in repo.index.stages for out in stage.outs}
     carried = {LOCK, str(PARAMS), str(COMPUTE), *made}  # no job reads the last one
     code = [path for path, kind in inputs.kinds.items() if kind == CODE]
-    listed = _git(workspace, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").split("\0")
+    listed = output(workspace, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").split("\0")
     changed = []
     for state, name in ((one[:2], one[3:]) for one in listed if one):
         ours = any(name == path or name.startswith(f"{path}/") for path in code)
@@ -209,7 +209,7 @@ def _committed(workspace: Path, inputs: Inputs) -> str:
             f"{', '.join(changed[:5])}{' …' if len(changed) > 5 else ''}: not committed, and a job gets its code from "
             "a commit; commit it and repeat."
         )
-    return _git(workspace, "rev-parse", "HEAD").strip()
+    return output(workspace, "rev-parse", "HEAD").strip()
 
 
 def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, list[str]], None]) -> Inputs:
@@ -220,9 +220,9 @@ def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, lis
     wanted = Inputs(**request["inputs"])
     bundle = folder.with_suffix(".bundle")
     store.fetch(request["bundle"]["name"], bundle, request["bundle"]["sha256"])
-    _git(folder.parent, "clone", "--quiet", "--no-checkout", str(bundle), str(folder))
+    output(folder.parent, "clone", "--quiet", "--no-checkout", str(bundle), str(folder))
     bundle.unlink()
-    _git(folder, "checkout", "--quiet", "--detach", request["commit"])
+    output(folder, "checkout", "--quiet", "--detach", request["commit"])
     for name, digest in request["files"].items():
         store.fetch(f"objects/{digest}", folder / name, digest)
     settings = "".join(f"    {name} = {value}\n" for name, value in request["remote"].items())
@@ -236,10 +236,3 @@ def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, lis
     if lines := differences(wanted, found):
         raise ClearError(f"stage {wanted.stage} is not run, its inputs are not the requested ones: {'; '.join(lines)}.")
     return wanted
-
-
-def _git(folder: Path, *arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.stderr.strip()}")
-    return done.stdout

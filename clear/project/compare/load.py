@@ -7,7 +7,6 @@ instead are read through DVC's API. Everything is in memory afterwards: nothing 
 
 import hashlib
 import json
-import subprocess
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +18,7 @@ from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data import workspace as paths
 from clear.errors import ClearError
+from clear.project.git import Answer, NoGit, git
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -100,8 +100,8 @@ def resolve(workspace: Path, name: str) -> str:
     """Full id of the commit that a revision names. Raises ClearError if it names none."""
     if name and not name.startswith("-"):
         done = _run(workspace, ["rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"])
-        if done.returncode == 0:
-            return done.stdout.decode().strip()
+        if done.status == 0:
+            return done.data.decode().strip()
     if _shallow(workspace):
         remedy = (
             "this clone is shallow: complete it with `git fetch --unshallow` (`fetch-depth: 0` in a workflow), and "
@@ -115,8 +115,8 @@ def resolve(workspace: Path, name: str) -> str:
 def merge_base(workspace: Path, base: str, head: str) -> str:
     """The commit from which `head` and `base` parted. Raises ClearError if there is none in this clone."""
     done = _run(workspace, ["merge-base", base, head])
-    if done.returncode == 0:
-        return done.stdout.decode().split()[0]
+    if done.status == 0:
+        return done.data.decode().split()[0]
     remedy = (
         "this clone is shallow: `git fetch --unshallow`, or `fetch-depth: 0` in a workflow"
         if _shallow(workspace)
@@ -126,21 +126,21 @@ def merge_base(workspace: Path, base: str, head: str) -> str:
 
 
 def _shallow(workspace: Path) -> bool:
-    return _run(workspace, ["rev-parse", "--is-shallow-repository"]).stdout.strip() == b"true"
+    return _run(workspace, ["rev-parse", "--is-shallow-repository"]).data.strip() == b"true"
 
 
-def _run(workspace: Path, arguments: list[str], given: bytes = b"") -> subprocess.CompletedProcess:
+def _run(workspace: Path, arguments: list[str], given: bytes = b"") -> Answer:
     try:
-        return subprocess.run(["git", *arguments], cwd=workspace, input=given, capture_output=True, check=False)
-    except FileNotFoundError as error:
+        return git(workspace, *arguments, given=given)
+    except NoGit as error:
         raise ClearError("git is not installed; install it, or compare two folders.") from error
 
 
 def _git(workspace: Path, arguments: list[str], given: bytes = b"") -> bytes:
     done = _run(workspace, arguments, given)
-    if done.returncode:
-        raise ClearError(f"git {arguments[0]}: {done.stderr.decode(errors='replace').strip()}; is this clone complete?")
-    return done.stdout
+    if done.status:
+        raise ClearError(f"git {arguments[0]}: {done.said}; is this clone complete?")
+    return done.data
 
 
 def _read_folder(folder: Path, name: str) -> Side:

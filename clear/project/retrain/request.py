@@ -7,12 +7,12 @@ they cannot be read from the remote `origin`, GITHUB_REPOSITORY (owner/name) and
 
 import os
 import re
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.errors import ClearError
+from clear.project.git import git
 from clear.report.tables import Table
 
 if TYPE_CHECKING:
@@ -64,12 +64,12 @@ def incoming_rows(workspace: Path, commit: str, model: str) -> "pd.DataFrame":
     from clear.bench import predictions
 
     path = f"data/predictions/{model}.parquet"
-    done = subprocess.run(["git", "show", f"{commit}:{path}"], cwd=workspace, capture_output=True, check=False)
-    if done.returncode:
+    done = git(workspace, "show", f"{commit}:{path}")
+    if done.status:
         return pd.DataFrame(columns=predictions.SCHEMA.names)
     with tempfile.TemporaryDirectory(prefix="clear-retrain-") as made:
         file = Path(made) / f"{model}.parquet"
-        file.write_bytes(done.stdout)
+        file.write_bytes(done.data)
         return predictions.read_incoming(file)
 
 
@@ -106,8 +106,7 @@ def figures(base: "pd.DataFrame", head: "pd.DataFrame", model: str, settings: "B
 def repository(workspace: Path) -> tuple[str, str]:
     """(address of the forge's interface, owner/name), from the environment or else from `origin`."""
     api, name = os.environ.get("GITHUB_API_URL", ""), os.environ.get("GITHUB_REPOSITORY", "")
-    command = ["git", "remote", "get-url", "origin"]
-    origin = subprocess.run(command, cwd=workspace, capture_output=True, text=True, check=False).stdout.strip()
+    origin = git(workspace, "remote", "get-url", "origin").text.strip()
     # https://host/owner/name.git, ssh://git@host/owner/name or git@host:owner/name.git
     found = re.fullmatch(r"(?:\w+://)?(?:[^@/]+@)?([\w.-]+)(?::\d+)?[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?", origin)
     if found and not api:

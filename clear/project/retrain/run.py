@@ -18,12 +18,12 @@ step is never repeated, on whichever machine the next run takes place.
 import hashlib
 import json
 import shutil
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from clear.errors import ClearError
+from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
 from clear.project.scratch import clone, link
 from clear.sources.incoming import IncomingSet, sets
@@ -176,11 +176,11 @@ def _quarantined(refused: dict[str, str]) -> str:
 
 def known(workspace: Path, commit: str) -> dict[str, str]:
     """Set → fingerprint of what a commit was trained with."""
-    done = _git(workspace, "show", f"{commit}:{DEGRADE}")
-    if done.returncode:  # not trained yet
+    done = ask_git(workspace, "show", f"{commit}:{DEGRADE}")
+    if done.status:  # not trained yet
         return {}
     try:
-        content = json.loads(done.stdout)
+        content = json.loads(done.text)
         found = content.get("incoming", {}).get("sets", {}) if isinstance(content, dict) else {}
         return {name: one["fingerprint"] for name, one in found.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -237,7 +237,7 @@ def steps(copy: Path, commit: str) -> set[str]:
 
 def resumable(copy: Path, commit: str, branch: str) -> bool:
     """Whether the clone holds a run for this branch on this commit that has at least its data; else it starts anew."""
-    if not (copy / ".git").exists() or _git(copy, "rev-parse", "--verify", f"{commit}^{{commit}}").returncode:
+    if not (copy / ".git").exists() or ask_git(copy, "rev-parse", "--verify", f"{commit}^{{commit}}").status:
         return False
     history = _history(copy, f"{commit}..HEAD")
     return bool(history) and all(step for _, step, _ in history) and git(copy, "branch", "--show-current") == branch
@@ -249,23 +249,19 @@ def save(copy: Path, step: str, subject: str, news: Sequence[IncomingSet]) -> No
     (copy / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed run; no other process works here
     git(copy, "add", "--all")
     identity = []
-    if _git(copy, "config", "user.email").returncode:
+    if ask_git(copy, "config", "user.email").status:
         identity = ["-c", "user.name=retrain", "-c", "user.email=retrain@localhost"]
     message = f"{subject}\n\n{STEP}{step}\n{about}\n"
     git(copy, *identity, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--allow-empty", "--message", message)
 
 
-def _git(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=False)
-
-
 def git(folder: Path, *arguments: str) -> str:
     """Output of a git command. Raises ClearError with what git says."""
-    done = _git(folder, *arguments)
-    if done.returncode:
-        said = " | ".join(done.stderr.strip().splitlines()[-2:])
+    done = ask_git(folder, *arguments)
+    if done.status:
+        said = " | ".join(done.error_lines()[-2:])
         raise ClearError(f"{folder}: `git {arguments[0]}` failed: {said}; repair that and run again.")
-    return done.stdout.strip()
+    return done.text.strip()
 
 
 # The clone
@@ -298,7 +294,7 @@ def restore(copy: Path, name: str, fingerprint: str) -> None:
 
     target = copy / "data" / "incoming" / name
     shutil.rmtree(target)
-    if fingerprint and _git(copy, "checkout", "HEAD", "--", f"data/incoming/{name}").returncode:
+    if fingerprint and ask_git(copy, "checkout", "HEAD", "--", f"data/incoming/{name}").status:
         with Repo(str(copy)) as repo:
             repo.checkout(targets=[str(target)], force=True, allow_missing=True)
     here = {one.name: one.fingerprint for one in sets(target.parent)}

@@ -1,0 +1,53 @@
+"""The one caller of git: what a command printed, how it ended, and what it said about it in one line."""
+
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from clear.errors import ClearError
+
+
+class NoGit(ClearError):
+    """git is not installed."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a git command left: its exit status, and both its outputs as they came."""
+
+    status: int
+    data: bytes
+    errors: bytes
+
+    @property
+    def text(self) -> str:
+        """Standard output; names that are not UTF-8 remain names of files."""
+        return os.fsdecode(self.data)
+
+    @property
+    def said(self) -> str:
+        """Standard error in one line."""
+        return " | ".join(self.error_lines())
+
+    def error_lines(self) -> list[str]:
+        """The lines of standard error that are not empty."""
+        lines = self.errors.decode(errors="replace").splitlines()
+        return [line.strip() for line in lines if line.strip()]
+
+
+def git(folder: Path, *arguments: str, given: bytes = b"") -> Answer:
+    """Run a git command in a folder with `given` as its input. Raises NoGit where there is no git."""
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, input=given, capture_output=True, check=False)
+    except FileNotFoundError as error:
+        raise NoGit("git is not installed; install it and repeat.") from error
+    return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def output(folder: Path, *arguments: str) -> str:
+    """Standard output of a git command. Raises ClearError with the command and what git says."""
+    done = git(folder, *arguments)
+    if done.status:
+        raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.said}")
+    return done.text
