@@ -439,3 +439,39 @@ def test_decoding_allocates_nothing_that_grows_beyond_its_cache(monkeypatch):
     rest = [heap - cache for heap, cache in seen]
     grown = rest[-1] - rest[20]
     assert grown < content / 4, f"{grown} bytes beyond the cache in {steps} steps, whose keys and values are {content}"
+
+
+def test_one_sampler_integrates_whatever_velocity_with_whatever_step():
+    x, times = torch.randn(4, 3, 2), flow.time_grid(5, 3.0).tolist()
+    ode = [state for state, _ in flow.sample(lambda x, t: torch.ones_like(x), x, times, flow.stepping(0.0, 1.0, 0.0))]
+    torch.testing.assert_close(ode[-1], x - 1.0)
+    seen, generator = [], torch.Generator().manual_seed(4)
+
+    def velocity(x, t):
+        seen.append((len(x), t))
+        return 2 * x
+
+    one, again = torch.tensor([0, 2]), [0, 0, 1, 1]
+    twins = flow.shared(velocity, velocity, one, again, until=times[2])
+    window = flow.stepping(0.3, times[2], times[4], generator)
+    states, log_probs = zip(*flow.sample(twins, x[one][again], times, window), strict=True)
+    assert seen == [*((2, t) for t in times[:2]), *((4, t) for t in times[2:5])]
+    assert torch.stack(log_probs).isnan().all(1).tolist() == [True, True, False, False, True]
+    assert torch.equal(states[1][0], states[1][1]) and not torch.equal(states[2][0], states[2][1])
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(4))
+    expected, _ = flow.sde_step(states[1], 2 * states[1], noise, times[2], times[3], 0.3)
+    assert torch.equal(states[2], expected)
+
+
+def test_guidance_wraps_a_velocity_inside_its_interval_only():
+    guidance, x = flow.Guidance(text=2.0, low=0.4, high=0.8, renorm_min=1.0), torch.ones(1, 3, 2)
+    asked = []
+
+    def every(x, t):
+        asked.append(len(x))
+        return x * torch.tensor([1.0, 0.5])[:, None, None]
+
+    velocity = flow.guided(lambda x, t: 3 * x, every, guidance)
+    assert torch.equal(velocity(x, 0.9), 3 * x) and torch.equal(velocity(x, 0.4), 3 * x) and not asked
+    torch.testing.assert_close(velocity(x, 0.8), 1.5 * x)
+    assert asked == [2]

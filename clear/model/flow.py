@@ -1,13 +1,17 @@
 """Rectified flow as small pure functions (METHOD §1 "Flow matching" and "CFG", §4 "SDE step").
 
-x_t = (1−t)·x0 + t·ε, t ∈ [0, 1], t = 1 is noise; the network predicts the velocity v = ε − x0. Rollout and scoring
-of GRPO share `sde_step`, so that a fresh policy has ratio 1 by construction.
+x_t = (1−t)·x0 + t·ε, t ∈ [0, 1], t = 1 is noise; the network predicts the velocity v = ε − x0. There is one sampler,
+`sample`: what velocity it follows (guided, or computed once for equal rows) and how it steps (ODE, SDE, or the SDE in
+a window) are functions. Rollout and scoring of GRPO share `sde_mean`, so that a fresh policy has ratio 1 by
+construction.
 
 Guidance pushes the velocity away from the prediction of contexts with a part left out. It is used for the ODE only: the
 published log-probabilities are those of the plain velocity.
 """
 
+import itertools
 import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +19,11 @@ from torch import Tensor
 
 SCORE_LIMIT = 100.0
 RENORMS = ("global", "channel", "text_channel")
+
+Velocity = Callable[[Tensor, float], Tensor]
+"""The velocity (B, N, C) of states (B, N, C) at a time."""
+Step = Callable[[Tensor, Tensor, float, float], tuple[Tensor, Tensor]]
+"""From states and velocities (B, N, C) at t to the states at t_next, and their log-probabilities (B,)."""
 
 
 @dataclass(frozen=True)
@@ -118,3 +127,42 @@ def sde_step(x: Tensor, v: Tensor, noise: Tensor, t: float, t_next: float, sigma
     mean = sde_mean(x, v, t, t_next, sigma)
     x_next = mean + sigma * math.sqrt(t - t_next) * noise
     return x_next, sde_log_prob(x_next, mean, sigma, t - t_next)
+
+
+def sample(velocity: Velocity, x: Tensor, times: Sequence[float], step: Step) -> Iterator[tuple[Tensor, Tensor]]:
+    """Integrate x (B, N, C) along falling `times`: the states after each step, and their log-probabilities (B,)."""
+    for t, t_next in itertools.pairwise(times):
+        x, log_prob = step(x, velocity(x, t), t, t_next)
+        yield x, log_prob
+
+
+def stepping(sigma: float, first: float, last: float, generator: torch.Generator | None = None) -> Step:
+    """The SDE's step at the times first ≥ t > last and the ODE's elsewhere, which has no probability: NaN. σ = 0: ODE.
+
+    Noise is drawn on the host, from `generator`.
+    """
+
+    def step(x: Tensor, v: Tensor, t: float, t_next: float) -> tuple[Tensor, Tensor]:
+        if sigma > 0 and first >= t > last:
+            noise = torch.randn(x.shape, generator=generator).to(x.device)
+            return sde_step(x, v, noise, t, t_next, sigma)
+        return euler_step(x, v, t, t_next), x.new_full((len(x),), math.nan)
+
+    return step
+
+
+def guided(plain: Velocity, every: Velocity, guidance: Guidance) -> Velocity:
+    """`plain`, guided inside the interval: there `every` gets the states once per context, and `guide` joins them."""
+
+    def velocity(x: Tensor, t: float) -> Tensor:
+        if not guidance.active(t):
+            return plain(x, t)
+        v, without_text, *rest = every(x.repeat(guidance.contexts, 1, 1), t).chunk(guidance.contexts)
+        return guide(v, without_text, rest[0] if rest else None, guidance)
+
+    return velocity
+
+
+def shared(plain: Velocity, trunk: Velocity, one: Tensor, again: Sequence[int], until: float) -> Velocity:
+    """`plain`, with equal rows computed once at times t > until: `trunk` gets the rows `one`, which `again` spreads."""
+    return lambda x, t: trunk(x[one], t)[again] if t > until else plain(x, t)

@@ -14,10 +14,9 @@ Departures from the published loop: batch 1 there, batched here; the picture is 
 a second restoration the image-free context is still free of images (the reference's is then a copy of the whole one).
 """
 
-import itertools
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,82 +29,7 @@ from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Text, layou
 from clear.model.tokenizer import decode, encode
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to generate.
-
-    restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
-    is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
-    pixels, read by the ViT). noise_seed gives every restoration of every prompt its own starting noise, whatever the
-    batch. sigma > 0 records an SDE trajectory instead of the ODE, and excludes guidance (ClearError): noise enters in
-    the steps window[0] ≤ k < window[1] only (None: in all), and with `shared_noise` the rows of a group start from the
-    same noise, so that only the window tells them apart. temperature 0 is greedy.
-    """
-
-    restore: str = "auto"
-    feedback: str = "bridge"
-    flow_steps: int = 30
-    shift: float = 3.0
-    sigma: float = 0.0
-    temperature: float = 0.0
-    max_tokens: int = 1024
-    max_restorations: int = 1
-    batch: int = 64
-    noise_seed: int | None = None
-    window: tuple[int, int] | None = None
-    shared_noise: bool = False
-    guidance: flow.Guidance = field(default_factory=flow.Guidance)
-
-    def __post_init__(self) -> None:
-        first, last = self.window or (0, self.flow_steps)
-        if not 0 <= first < last <= self.flow_steps:
-            raise ClearError(f"window = {self.window} must lie within the {self.flow_steps} flow steps, not empty.")
-        if self.sigma > 0 and self.guidance.on:
-            raise ClearError(
-                f"sigma = {self.sigma} with text guidance {self.guidance.text}: the log-probabilities of a stochastic "
-                "rollout are those of the unguided velocity. Set sigma to 0, or the guidance scales to 1."
-            )
-
-
-@dataclass
-class Reply:
-    """Sampled ids (with eos where it was sampled), their log-probabilities, and how many were forced, not sampled."""
-
-    ids: list[int] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    forced: int = 0
-
-
-@dataclass
-class Restoration:
-    """A denoised latent x0 (N, C) on `grid`; with SDE, the states (S+1, N, C) and step log-probabilities (S,).
-
-    A step outside the SDE's window has no probability: NaN.
-    """
-
-    x0: Tensor
-    grid: tuple[int, int]
-    states: Tensor | None = None
-    log_probs: Tensor | None = None
-
-
-@dataclass
-class Trajectory:
-    """Everything one row produced: replies and the restorations between them.
-
-    `vocabulary` is the number of ids its tokens were sampled from (0: all of the model's).
-    """
-
-    prompt: int
-    vocabulary: int = 0
-    replies: list[Reply] = field(default_factory=list)
-    restorations: list[Restoration] = field(default_factory=list)
-
-    def texts(self, tokenizer) -> list[str]:
-        """The replies as text."""
-        return [decode(tokenizer, reply.ids) for reply in self.replies]
+from clear.reasoning.trajectory import Options, Reply, Restoration, Trajectory
 
 
 @dataclass
@@ -395,40 +319,24 @@ def denoise(
             f"denoise: guidance needs {guidance.contexts - 1} more contexts and got {len(dropped)}; pass those of "
             "dropped_contexts, or an Options without guidance."
         )
-    joint = join_contexts([own, *dropped][: guidance.contexts])
+    velocity = partial(velocities, model, own, grid)
+    if guidance.on:
+        joint = join_contexts([own, *dropped][: guidance.contexts])
+        velocity = flow.guided(velocity, partial(velocities, model, joint, grid), guidance)
     times = flow.time_grid(options.flow_steps, options.shift).tolist()
-    states, log_probs = [x], []
-    noisy = range(*(options.window or (0, options.flow_steps)))
-    branch = noisy.start if twins is not None and options.sigma > 0 else 0
-    if branch:
-        kept = dict.fromkeys(twins)
+    first, last = options.window or (0, options.flow_steps)
+    if twins is not None and options.sigma > 0 and first:
+        kept = list(dict.fromkeys(twins))
         one = torch.tensor([twins.index(twin) for twin in kept], device=x.device)
-        trunk, again = Context(cache.select(one), rope[one]), [list(kept).index(twin) for twin in twins]
-    for step, (t, t_next) in enumerate(itertools.pairwise(times)):
-        if step < branch:
-            few = x[one]
-            x = flow.euler_step(few, velocities(model, trunk, grid, few, t), t, t_next)[again]
-            states.append(x)
-            log_probs.append(x.new_full((len(x),), math.nan))
-            continue
-        if guidance.active(t):
-            every = velocities(model, joint, grid, x.repeat(guidance.contexts, 1, 1), t)
-            v, without_text, *rest = every.chunk(guidance.contexts)
-            v = flow.guide(v, without_text, rest[0] if rest else None, guidance)
-        else:
-            v = velocities(model, own, grid, x, t)
-        log_prob = x.new_full((len(x),), math.nan)
-        if options.sigma > 0 and step in noisy:
-            z = torch.randn(x.shape, generator=generator).to(x.device)
-            x, log_prob = flow.sde_step(x, v, z, t, t_next, options.sigma)
-        else:
-            x = flow.euler_step(x, v, t, t_next)
-        if options.sigma > 0:
-            states.append(x)
-            log_probs.append(log_prob)
-    if options.sigma > 0:
-        return Denoised(x, torch.stack(states), torch.stack(log_probs))
-    return Denoised(x, None, None)
+        trunk = partial(velocities, model, Context(cache.select(one), rope[one]), grid)
+        velocity = flow.shared(velocity, trunk, one, [kept.index(twin) for twin in twins], times[first])
+    steps = flow.sample(velocity, x, times, flow.stepping(options.sigma, times[first], times[last], generator))
+    if not options.sigma > 0:
+        for state, _ in steps:
+            x = state
+        return Denoised(x, None, None)
+    states, log_probs = zip(*steps, strict=True)
+    return Denoised(states[-1], torch.stack([x, *states]), torch.stack(log_probs))
 
 
 def text_reply(model: Bagel, rows: _Rows, ids: Sequence[int]) -> None:
