@@ -1,11 +1,12 @@
 """Files that are whole or not there: written beside their place under another name, then renamed.
 
-git and DVC ignore the other name (`*.partial`). JSON is written so that equal values give equal bytes.
+git and DVC ignore the other name (`*.partial`). JSON is written so that equal values give equal bytes. Also the form of
+tables in plain text.
 """
 
 import json
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -40,6 +41,13 @@ def write_text(path: Path | str, text: str) -> None:
 def write_json(path: Path | str, value: dict) -> None:
     """Write JSON with sorted keys, rounded floats and a final newline, so that equal values give equal bytes."""
     write_text(path, json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
+
+
+def aligned(rows: Sequence[Sequence[str]], gap: str = " ", left: int = 1) -> list[str]:
+    """Lines of a table of plain text: its first `left` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sides = [str.ljust if column < left else str.rjust for column in range(len(widths))]
+    return [gap.join(pad(*cell) for pad, *cell in zip(sides, row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _rounded(value):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from clear.bench.models import MODELS
 from clear.bench.predictions import metrics
 from clear.bench.scoring import CLEAN, HARD, SEVERITIES
+from clear.data.io import aligned
 from clear.report.claims import LEVELS, NAMES, STRATIFIED, Claim, points
 
 if TYPE_CHECKING:
@@ -42,15 +43,7 @@ class Table:
 
     def text(self) -> str:
         """The table in aligned plain text: the first column to the left, the others to the right."""
-        lines = [self.header, *self.rows]
-        widths = [max(len(line[index]) for line in lines) for index in range(len(self.header))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if index else cell.ljust(width)
-                for index, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in lines
-        )
+        return "\n".join(aligned([self.header, *self.rows], gap="  "))
 
 
 def _cell(text: str) -> str:

@@ -11,16 +11,17 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
-from clear.config import Source
 from clear.data.images import decode_image, encode_image
+from clear.data.pool import threaded
 from clear.data.records import Question, Sample, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted
+from clear.schema import Source
 from clear.sources.fields import unprintable
 from clear.sources.scenes.words import LABELS
 
@@ -102,14 +103,7 @@ def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
 
 def examined(rows: Iterable[Row | Reject], rules: Source, workers: int) -> Iterator[Examined | Reject]:
     """`examine` every row in order on `workers` threads; few rows are in memory at a time."""
-    waiting: list = []
-    with ThreadPoolExecutor(workers) as pool:
-        for row in rows:
-            waiting.append(pool.submit(examine, row, rules))
-            if len(waiting) > 4 * workers:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
+    return threaded(partial(examine, rules=rules), rows, workers)
 
 
 def assigned(

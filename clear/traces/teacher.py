@@ -16,11 +16,12 @@ continue, no request is sent twice) instead of dropping the affected questions.
 import hashlib
 import re
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 from clear.bench.judge import agreements
 from clear.bench.scoring import is_correct, spelled_out
+from clear.data.pool import threaded
 from clear.data.records import CLEAN, Question, Sample
 from clear.data.rejects import Reject
 from clear.llm.endpoint import Client, Malformed, Outage, Refused, Request, messages
@@ -98,17 +99,8 @@ def write(
 
     As many tasks as the endpoint allows requests are under way at once. Raises Outage, Denied and BudgetSpent.
     """
-    waiting: list = []
-    pool = ThreadPoolExecutor(teacher.config.concurrency)
-    try:
-        for task in tasks:
-            waiting.append(pool.submit(demonstrate, teacher, task, give_answer, judge))
-            if len(waiting) >= 4 * teacher.config.concurrency:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    attempt = partial(demonstrate, teacher, give_answer=give_answer, judge=judge)
+    return threaded(attempt, tasks, teacher.config.concurrency)
 
 
 def demonstrate(teacher: Client, task: Task, give_answer: bool, judge: Client | None) -> TraceRow | Reject:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 
 import torch
 
-from clear.config import Config, Lora
+from clear.data.io import aligned
 from clear.model import flex
 from clear.model.bagel import FROZEN, GENERATION, Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
@@ -28,6 +28,7 @@ from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
+from clear.schema import Config, Lora
 
 STAGES = ("sft", "bridge", "grpo", "evaluate")
 BAGEL_VOCABULARY = 152064
@@ -461,8 +462,7 @@ def report(found: list[Estimate], profile: str, gpus: int) -> str:
         values = [getattr(one, name) for name in names[1:]]
         millions = [f"{value / 1e6:.2f} M" for value in values[:2]]
         lines.append([one.stage, *millions, *(f"{value / 2**30:.3f}" for value in values[2:])])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    text = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in lines]
+    text = aligned(lines, gap="  ", left=0)
     text.append(f"GiB per device, profile {profile}, {gpus} device{'s' if gpus > 1 else ''}.")
     text.append(
         "Exact: parameters, weights, gradients, optimiser. Estimated: the rest, for images of the largest size.\n"

@@ -20,6 +20,7 @@ from clear.bench.scoring import HARD, SEVERITIES, present, robustness
 from clear.bench.vlmeval import names
 from clear.bench.vlmeval.options import answer_in, chosen
 from clear.data import tables
+from clear.data.io import aligned
 from clear.errors import ClearError
 from clear.sources.lmudata import options_of
 from clear.sources.scenes.words import LABELS, normalise
@@ -267,8 +268,7 @@ def table(found: dict) -> str:
                 line(f"  {label}", values, robustness(values)["relative"] if values.get(HARD) else None, "", "", "")
     if len(found["benchmarks"]) > 1:
         line("average", found["average"]["levels"], found["average"]["robustness"]["relative"], "", "", "")
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [" ".join((f"{r[0]:<{widths[0]}}", *map(str.rjust, r[1:], widths[1:]))).rstrip() for r in rows]
+    lines = aligned(rows)
     notes = []
     for bench, part in found["benchmarks"].items():
         if count := sum(cell["incomplete"] for cell in part["levels"].values()):
