@@ -373,6 +373,6 @@ def test_after_sigkill_nothing_answered_is_asked_again(tmp_path):
 @pytest.mark.parametrize("key", ["…", "clé", "two words", "line\n", "tab\t"])
 def test_a_key_that_no_request_can_carry_is_refused_without_being_shown(tmp_path, monkeypatch, key):
     monkeypatch.setenv("THE_KEY", key)
-    with pytest.raises(ClearError, match=r"teacher\.key = \$THE_KEY, and that environment variable holds") as caught:
+    with pytest.raises(ClearError, match=r"teacher\.key = \$THE_KEY, and that environment variable contains") as caught:
         connect(settings("http://127.0.0.1:9/v1", key="$THE_KEY"), "teacher", tmp_path / "t.sqlite")
     assert key not in str(caught.value) or key == "…"
