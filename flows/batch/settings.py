@@ -42,7 +42,7 @@ class Place:
 class BatchJob:
     """What a stage asks of AWS Batch; GPUs, vCPUs and memory are those of one node."""
 
-    instance_types: list[str] = field()  # any of them may be used; estimates reckon with the dearest
+    instance_types: list[str] = field()  # any of them may be used; estimates use the most expensive
     nodes: int = between(1, 64)  # several: one multi-node job, on demand only
     launch: str = one_of("single", "ddp", "fsdp")  # processes: one, or one per GPU with whole or sharded weights
     gpus: int = between(0, 16)
