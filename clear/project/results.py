@@ -40,7 +40,7 @@ def render(workspace: Path) -> str:
 
 
 def markdown(workspace: Path) -> str:
-    """The tables of README: every model at every level, then the paired comparisons, from data/metrics alone.
+    """The tables of README: every model at every level, then the paired comparisons, from data/metrics and data/results alone.
 
     A test compares README with them. Raises ClearError where a model was not evaluated or there is no report.
     """
@@ -48,8 +48,8 @@ def markdown(workspace: Path) -> str:
     from clear.report.claims import LEVELS as SHOWN
     from clear.report.tables import ABOUT, Table
 
-    def figures(name: str) -> dict:
-        file = workspace / "data/metrics" / f"{name}.json"
+    def figures(name: str, folder: str = "data/metrics") -> dict:
+        file = workspace / folder / f"{name}.json"
         if not file.exists():
             raise ClearError(f"{file} is not here; run `make repro`.")
         return _parse(file.read_text(), str(file))
@@ -63,7 +63,7 @@ def markdown(workspace: Path) -> str:
         rows.append([f"{NAMES[model]} ({ABOUT[model]})", *cells, restores])
     models = Table(["model", *SHOWN.values(), "restores, clean → hard"], rows)
 
-    report = figures("report")
+    report = figures("report", "data/results")
     pairs = []
     for one in COMPARISONS:
         claim = report["claims"][one.id]
