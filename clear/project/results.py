@@ -40,7 +40,7 @@ def render(workspace: Path) -> str:
 
 
 def markdown(workspace: Path) -> str:
-    """The tables of README: every model at every level, then the paired comparisons, from data/metrics and data/results alone.
+    """The tables of README: every model at every level, then the paired comparisons, from figures alone.
 
     A test compares README with them. Raises ClearError where a model was not evaluated or there is no report.
     """
