@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from clear.config import Endpoint
+from clear.schema import Endpoint
 
 
 def completion(text: str | None, prompt: int = 100, answer: int = 10, finish: str = "stop") -> dict:

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from clear.config import Config
 from clear.model.sequence import Layout, SpecialTokens
+from clear.schema import Config
 from clear.training import sft
 from clear.training.loop import parallel
 from clear.training.loop.parallel import Pass, one_pass

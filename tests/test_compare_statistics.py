@@ -11,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clear.config import Gate
 from clear.errors import ClearError
 from clear.project.compare import differences
 from clear.project.compare import verdict as verdicts
 from clear.project.compare.differences import Joined, compare, holm, per_level
 from clear.project.compare.load import Side
+from clear.schema import Gate
 from tests.revisions import GATE, lock_of
 
 

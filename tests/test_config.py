@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from clear.config import CONF_DIR, PROFILES, compose, from_dict, load
+from clear.config import CONF_DIR, compose, from_dict, load
 from clear.errors import ClearError
 from clear.project.scratch import write_params
+from clear.schema import PROFILES
 from tests.conftest import ROOT
 
 

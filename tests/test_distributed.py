@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from clear.config import Lora, Phase, compose, from_dict
+from clear.config import compose, from_dict
 from clear.model import flow, lora
 from clear.model.bagel import Bagel, Contents
 from clear.model.sequence import IGNORE, LATENT, VIT, Image, Layout, Text, layout
+from clear.schema import Lora, Phase
 from clear.training.load import trainable
 from clear.training.loop import parallel
 from clear.training.loop.parallel import share_batch

@@ -139,8 +139,9 @@ def test_commands_stand_in_blocks_that_are_checked():
 @pytest.mark.parametrize(("block", "overrides"), [("bagel_7b_lora", "exp"), ("bagel_7b", "params")])
 def test_the_way_with_bagel_has_whoever_writes_the_traces_of_photographs(block, overrides):
     """`traces` refuses an oracle for questions without evidence, as those of photographs are."""
-    (readme,) = [text for place, text in blocks("sh") if place.startswith("docs/BAGEL.md") and f"profile={block} " in text]
-    (words,) = [words for words in commands(readme) if overrides in words]
+    mine = [text for place, text in blocks("sh") if place.startswith("docs/BAGEL.md")]
+    (text,) = [text for text in mine if f"profile={block} " in text]
+    (words,) = [words for words in commands(text) if overrides in words]
     values = dict(word.split("=", 1) for word in words if "=" in word)
     assert values["source.kind"] == "llava_onevision"
     assert values["traces.kind"] == "teacher" and values["teacher.url"].startswith("https://")

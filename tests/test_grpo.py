@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from clear.config import Lora, compose, from_dict
+from clear.config import compose, from_dict
 from clear.data.records import Question, write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.reasoning.engine import Options, generate
+from clear.schema import Lora
 from clear.sources.scenes.render import scenes
 from clear.stages.grpo import prepare
 from clear.training.load import trainable

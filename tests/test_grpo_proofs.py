@@ -5,12 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from clear.config import Lora, compose, from_dict
+from clear.config import compose, from_dict
 from clear.data.records import Question
 from clear.model import flow, lora
 from clear.model.bagel import GENERATION
 from clear.model.tokenizer import encode
 from clear.reasoning.engine import Options, denoise, generate, prefill, text_reply
+from clear.schema import Lora
 from clear.training.load import trainable
 from clear.training.loop.trainer import StageRun
 from clear.training.rl import grpo as module

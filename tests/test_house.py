@@ -14,7 +14,7 @@ import pytest
 from tests.conftest import ROOT
 
 ORDER = (
-    ("errors", "bounds", "config"),
+    ("errors", "schema", "config"),
     ("data",),
     ("sources",),
     ("degradation",),

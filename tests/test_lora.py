@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
-from clear.config import Lora, compose, from_dict
+from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.model.bagel import GENERATION, Bagel, BagelConfig, Contents
@@ -23,6 +23,7 @@ from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
+from clear.schema import Lora
 from clear.training.load import incoming, save, trainable
 from clear.training.rl import scoring
 from tests.tiny import SIZES, tiny_model, tiny_prompts

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clear.config import Phase, compose, from_dict
+from clear.config import compose, from_dict
 from clear.data.images import encode_image
 from clear.data.records import Question, Sample, sha256
 from clear.model import flow
@@ -19,6 +19,7 @@ from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
+from clear.schema import Phase
 from clear.traces.table import TraceRow
 from clear.training.bridge import imitation_loss, own_latents
 from clear.training.loop.trainer import StageRun, optimise

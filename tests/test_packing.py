@@ -8,13 +8,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from clear.config import Phase, compose, from_dict
+from clear.config import compose, from_dict
 from clear.model import flow
 from clear.model.images import ImageBank
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, Text, length, pack
 from clear.model.tokenizer import encode, word_tokenizer
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, generate
+from clear.schema import Phase
 from clear.sources.scenes.render import scenes
 from clear.traces.oracle import trace_row
 from clear.training import memory

@@ -16,15 +16,15 @@ import pytest
 import yaml
 
 from clear.bench.models import MODELS
-from clear.config import Gate
 from clear.errors import ClearError
 from clear.project.scratch import refresh, run
+from clear.schema import Gate
 from tests.conftest import ROOT, git
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
 # Code that cannot change a result: it reports errors, finds folders, times runs, checks what is tracked as params.
-NEUTRAL = {"clear/errors.py", "clear/data/workspace.py", "clear/config.py", "clear/bounds.py"}
+NEUTRAL = {"clear/errors.py", "clear/data/workspace.py", "clear/config.py", "clear/schema.py"}
 
 
 def _folder_of_figures(stage: str) -> str:

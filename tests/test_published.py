@@ -8,11 +8,12 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
-from clear.config import CONF_DIR, Optimiser, Phase, compose, from_dict
+from clear.config import CONF_DIR, compose, from_dict
 from clear.model.sequence import IGNORE, LATENT
 from clear.model.tokenizer import encode
 from clear.reasoning.answering import guidance
 from clear.reasoning.grammar import TRIGGER
+from clear.schema import Optimiser, Phase
 from clear.stages.grpo import rollout_options
 from clear.training.loop.trainer import StageRun, training_arguments
 from clear.training.sft import TraceWeights, trace_loss

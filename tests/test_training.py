@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from clear.config import Phase, compose, from_dict
+from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model.bagel import FROZEN, GENERATION
 from clear.reasoning.answering import Answerer
+from clear.schema import Phase
 from clear.training.load import incoming
 from clear.training.loop import trainer
 from clear.training.loop.trainer import StageRun, last_complete, optimise

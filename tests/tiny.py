@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from clear.config import Config, compose, from_dict
+from clear.config import compose, from_dict
 from clear.data.io import write_json
 from clear.data.records import Sample, write_samples
 from clear.model.bagel import Bagel, BagelConfig
@@ -18,6 +18,7 @@ from clear.model.vit import VitConfig
 from clear.project.scratch import write_params
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
+from clear.schema import Config
 from clear.training.build import bagel_config, scene_words
 
 SIZES = [

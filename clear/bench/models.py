@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from clear.errors import ClearError
 
 if TYPE_CHECKING:
-    from clear.config import Config
+    from clear.schema import Config
 
 MODELS = {
     "base": ("base", "plain", "bridge"),

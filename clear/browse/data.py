@@ -17,9 +17,9 @@ from clear.report.gallery import find
 if TYPE_CHECKING:
     import pandas as pd
 
-    from clear.config import Config
     from clear.reasoning.answering import Answerer
     from clear.reasoning.ask import Asked
+    from clear.schema import Config
 
 ALL = "all"
 EVERY, WRONG, RIGHT, RESTORED, GAINED, LOST = (

@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from clear.config import PARAMS, Config
+from clear.config import PARAMS
 from clear.data.io import write_json
 from clear.errors import ClearError
+from clear.schema import Config
 
 
 def home() -> Path:

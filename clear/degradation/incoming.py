@@ -3,10 +3,10 @@
 from functools import partial
 from pathlib import Path
 
-from clear.config import Config
 from clear.data.pool import parallel
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
+from clear.schema import Config
 from clear.sources.incoming import FOLDER, names
 from clear.sources.intake import Intake, known_images, read
 from clear.sources.scenes.words import VOCABULARY

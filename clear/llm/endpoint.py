@@ -31,9 +31,9 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from clear.config import Endpoint
 from clear.errors import ClearError
 from clear.llm.ledger import ReplyStore
+from clear.schema import Endpoint
 
 IMAGE_TOKENS = 4096
 """More than current models bill for one image; used only to forecast a cost, the report has the real count."""

@@ -21,11 +21,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear.config import ModelSize
 from clear.data.images import decode_image
 from clear.errors import ClearError
 from clear.model.bagel import BagelConfig
 from clear.model.vae import AutoEncoder, patchify
+from clear.schema import ModelSize
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
 ENCODE_IMAGES, ENCODE_PIXELS = 64, 2**20

@@ -28,7 +28,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from clear.config import Lora
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
@@ -47,6 +46,7 @@ from clear.model.checkpoint import (
     save_bagel,
     write_folder,
 )
+from clear.schema import Lora
 
 ADAPTER, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 TRAINED, REFERENCE = "default", "reference"

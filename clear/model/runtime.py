@@ -6,8 +6,8 @@ import os
 import sys
 import warnings
 
-from clear.config import Config
 from clear.errors import ClearError
+from clear.schema import Config
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 

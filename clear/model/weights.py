@@ -24,10 +24,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.workspace import home
 from clear.errors import ClearError
+from clear.schema import Config
 
 READERS = ("base", "traces", "sft", "sft_direct", "bridge", "grpo", "evaluate", "ask")
 """Stages (and the command) that read the weights of `model.checkpoint`, if there are any."""

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear.config import Config, Sampling
 from clear.data.records import Question
 from clear.errors import ClearError
 from clear.model import lora
@@ -23,6 +22,7 @@ from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import SYSTEM, make_prompt, question_text
+from clear.schema import Config, Sampling
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
-from clear.config import Config
 from clear.data.images import decode_image
 from clear.data.records import Question
 from clear.errors import ClearError, shown
 from clear.model.runtime import apply_runtime
 from clear.reasoning.answering import Answerer
+from clear.schema import Config
 
 
 @dataclass(frozen=True)

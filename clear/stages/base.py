@@ -4,11 +4,11 @@ from pathlib import Path
 
 import torch
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import read_samples
 from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
+from clear.schema import Config
 
 OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
 

@@ -3,10 +3,10 @@
 from dataclasses import replace
 from pathlib import Path
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import CLEAN
 from clear.model.runtime import apply_runtime
+from clear.schema import Config
 
 OWN_LATENTS = 4096
 """About how many of the model's own denoised latents are made for the distillation and the answers."""

@@ -9,7 +9,6 @@ listed in data/rejects/incoming.parquet.
 from collections.abc import Iterator
 from pathlib import Path
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import Sample, ShardWriter, read_samples
 from clear.data.rejects import write_rejects
@@ -17,6 +16,7 @@ from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned
 from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, TRAINING_WEIGHTS, draw
 from clear.degradation.registry import chosen, extras
+from clear.schema import Config
 
 SAMPLES, DEGRADED, METRICS = Path("data/samples"), Path("data/degraded"), Path("data/metrics/degrade.json")
 REJECTS = Path("data/rejects/incoming.parquet")

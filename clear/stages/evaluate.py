@@ -13,10 +13,10 @@ from tqdm import tqdm
 from clear.bench import predictions
 from clear.bench.answers import answer
 from clear.bench.models import UnderTest, under_test
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import Sample, read_samples
 from clear.errors import ClearError
+from clear.schema import Config
 
 BENCH, DEVELOPMENT = Path("data/bench"), Path("data/development")
 

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.bench.scoring import is_correct
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import drawn, read_samples
 from clear.model.runtime import apply_runtime
+from clear.schema import Config
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager

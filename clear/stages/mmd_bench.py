@@ -16,7 +16,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import Sample, ShardWriter, read_samples
 from clear.degradation.build import degraded_samples
@@ -24,6 +23,7 @@ from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.incoming import planned
 from clear.degradation.protocol import PROTOCOL_VERSION, SEVERITIES, order_of
 from clear.degradation.registry import chosen, extras
+from clear.schema import Config
 
 SAMPLES, BENCH, METRICS = Path("data/samples/bench"), Path("data/bench"), Path("data/metrics/mmd_bench.json")
 DEVELOPMENT_SAMPLES, DEVELOPMENT = Path("data/samples/development"), Path("data/development")

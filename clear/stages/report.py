@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from clear.bench import predictions
 from clear.bench.models import MODELS
-from clear.config import Config
 from clear.data.io import write_json
 from clear.errors import ClearError
+from clear.schema import Config
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,7 +61,7 @@ def run(config: Config, data: Path = Path("data")) -> None:
 
 
 def write_summary(data: Path, frames: dict[str, "pd.DataFrame"], bootstrap: "Bootstrap") -> None:
-    """results/summary.json {model: {level: accuracy, restores_hard: share}} and results/accuracy.csv, a row per level."""
+    """summary.json {model: {level: accuracy, restores_hard: share}} and accuracy.csv, a row per level, in results/."""
     import pandas as pd
 
     from clear.report.claims import LEVELS

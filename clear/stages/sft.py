@@ -3,9 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from clear.config import Config, Phase
 from clear.data.io import write_json
 from clear.model.runtime import apply_runtime
+from clear.schema import Config, Phase
 
 
 def run(config: Config, direct: bool = False) -> None:

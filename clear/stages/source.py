@@ -16,12 +16,12 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from clear.config import Config, Source
 from clear.data.io import write_json
 from clear.data.pool import pool
 from clear.data.records import Sample, ShardWriter, read_samples, write_samples
 from clear.data.rejects import Reject, RejectWriter
 from clear.errors import ClearError
+from clear.schema import Config, Source
 from clear.sources.rows import SPLITS, Examined, assigned, examined
 from clear.sources.scenes.questions import blind_baseline
 from clear.sources.scenes.render import check_request, couple

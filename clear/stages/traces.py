@@ -20,12 +20,12 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from clear.bench.scoring import is_correct
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.records import Question, Sample, drawn, read_samples
 from clear.data.rejects import Reject, RejectWriter
 from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
+from clear.schema import Config
 from clear.traces.checks import TRACE_CHECKS, trace_frame
 from clear.traces.oracle import restores, trace_row
 from clear.traces.table import TraceRow, read_traces, write_traces

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pandas as pd
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.pool import parallel
 from clear.data.records import INCOMING, read_samples
@@ -22,6 +21,7 @@ from clear.degradation.build import count_rows
 from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
 from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
+from clear.schema import Config
 from clear.validation import frames as columns
 from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
 from clear.validation.metrics import measure

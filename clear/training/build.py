@@ -1,11 +1,11 @@
 """From configuration to shapes: the one place where `params.yaml` becomes a BagelConfig."""
 
-from clear.config import Config
 from clear.model.bagel import BagelConfig
 from clear.model.checkpoint import special_tokens
 from clear.model.mot import LlmConfig
 from clear.model.vae import VaeConfig
 from clear.model.vit import VitConfig
+from clear.schema import Config
 
 
 def scene_words() -> list[str]:

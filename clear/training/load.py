@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from clear.config import Config
 from clear.data.records import read_samples
 from clear.errors import ClearError
 from clear.model import lora
@@ -24,6 +23,7 @@ from clear.model.images import ImageBank, check_geometry
 from clear.model.runtime import device
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
+from clear.schema import Config
 from clear.traces.table import read_traces
 from clear.training.loop import sharded
 from clear.training.loop.parallel import rank

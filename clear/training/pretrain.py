@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear.config import Base
 from clear.data.records import Sample
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
@@ -20,6 +19,7 @@ from clear.model.sequence import LATENT, VIT, Gap, Image, Segment, Text, layout
 from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
+from clear.schema import Base
 from clear.sources.scenes.render import captions
 from clear.training.loop.trainer import Loss
 

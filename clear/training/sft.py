@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from clear.config import Config
 from clear.data.records import CLEAN, Sample
 from clear.model import flow
 from clear.model.bagel import FROZEN, Bagel, Contents
@@ -28,6 +27,7 @@ from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Layout, Seg
 from clear.model.tokenizer import encode
 from clear.reasoning import grammar
 from clear.reasoning.prompts import Prompt
+from clear.schema import Config
 from clear.traces.table import TraceRow
 from clear.training.loop.parallel import share_batch
 from clear.training.loop.trainer import Loss

@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from clear.config import Config
 from clear.data.io import write_json
 from clear.data.pool import parallel
 from clear.data.rejects import write_rejects
 from clear.degradation.incoming import planned
+from clear.schema import Config
 from clear.sources.incoming import FOLDER
 from clear.sources.intake import SLICES
 from clear.validation import frames as columns

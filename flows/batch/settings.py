@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from clear.bounds import between, one_of
-from clear.config import Config, check, read_yaml, typed
+from clear.config import check, read_yaml, typed
 from clear.errors import ClearError
+from clear.schema import Config, between, one_of
 
 COMPUTE = Path("infra/compute.yaml")
 

@@ -12,13 +12,14 @@ from dataclasses import replace
 
 import torch
 
-from clear.config import Config, compose, from_dict
+from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model import runtime
 from clear.model.bagel import Bagel
 from clear.model.tokenizer import word_tokenizer
 from clear.reasoning.engine import Options, generate, prefill
 from clear.reasoning.prompts import Prompt
+from clear.schema import Config
 from clear.training.build import bagel_config, scene_words
 
 PROMPTS, GROUP, QUESTION = 8, 8, 12  # QUESTION: words per question

@@ -26,7 +26,6 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clear.config import Lora
 from clear.model import flex, flow, lora
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.mot import LlmConfig
@@ -37,6 +36,7 @@ from clear.model.vit import VitConfig
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, Reply, Restoration, Trajectory, denoise, generate, prefill
 from clear.reasoning.prompts import Prompt
+from clear.schema import Lora
 from clear.training.rl import scoring
 
 FORMULA = (

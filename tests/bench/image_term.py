@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from clear.bench.scoring import is_correct
 from clear.bench.statistics import paired_difference
-from clear.config import Config, compose, from_dict
+from clear.config import compose, from_dict
 from clear.data.records import read_samples
 from clear.model import flow
 from clear.model.bagel import GENERATION, Contents
@@ -42,6 +42,7 @@ from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import denoise, generate, prefill, text_reply
 from clear.reasoning.prompts import make_prompt, question_text
+from clear.schema import Config
 from clear.training.load import incoming, trainable
 from clear.training.loop.trainer import StageRun
 from clear.training.rl.grpo import train

@@ -11,12 +11,13 @@ from dataclasses import asdict, dataclass, fields
 from typing import Literal
 
 from clear.bench.scoring import HARD, SEVERITIES
-from clear.config import Gate, check, compose
+from clear.config import check, compose
 from clear.data.records import CLEAN
 from clear.errors import UNDECIDED, ClearError
 from clear.project.compare.differences import TITLES, Comparison, Difference, compare, identical
 from clear.project.compare.load import Side
 from clear.report.claims import LEVELS, Bootstrap, points
+from clear.schema import Gate
 
 Kind = Literal["better", "worse", "not distinguishable", "not comparable"]
 

@@ -33,12 +33,12 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from clear.config import Config, Grpo, Optimiser, Phase
 from clear.data.io import replacing
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
 from clear.model.runtime import device
+from clear.schema import Config, Grpo, Optimiser, Phase
 from clear.training.loop.parallel import (
     Pass,
     barrier,

@@ -34,13 +34,13 @@ from transformers import (
 )
 from trl import GRPOConfig, GRPOTrainer
 
-from clear.config import Grpo
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import Prompt
+from clear.schema import Grpo
 from clear.training.loop import sharded
 from clear.training.loop.parallel import gathered, rank, world
 from clear.training.loop.preemption import saved_on_sigterm

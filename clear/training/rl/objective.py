@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from clear.config import Grpo
+from clear.schema import Grpo
 from clear.training.rl.scoring import Scores
 
 SAPO_TEMPERATURES = 1.0, 1.05

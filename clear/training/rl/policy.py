@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
-from clear.config import Grpo
 from clear.data.records import Question
 from clear.llm.endpoint import Client
 from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.reasoning.engine import Options
 from clear.reasoning.prompts import Prompt
+from clear.schema import Grpo
 from clear.training.loop.parallel import rank
 from clear.training.rl.latent_quality import LatentQuality
 

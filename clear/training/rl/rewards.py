@@ -11,13 +11,13 @@ from dataclasses import replace
 import torch
 
 from clear.bench.scoring import is_correct
-from clear.config import Grpo
 from clear.data.records import Question
 from clear.model.bagel import Bagel
 from clear.model.tokenizer import decode, encode
 from clear.reasoning import grammar
 from clear.reasoning.engine import Reply, Trajectory
 from clear.reasoning.prompts import Prompt
+from clear.schema import Grpo
 from clear.traces.oracle import demonstrations
 from clear.training.rl import scoring
 

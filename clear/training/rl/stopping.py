@@ -6,8 +6,8 @@ from pathlib import Path
 from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
-from clear.config import Grpo
 from clear.data.io import replacing
+from clear.schema import Grpo
 from clear.training.loop.parallel import rank
 from clear.training.loop.trainer import trained_state
 
