@@ -161,3 +161,11 @@ def test_jobs_have_the_history_and_their_make_targets_exist():
                 assert step["with"]["fetch-depth"] == 0
             if step.get("run", "").startswith("make "):
                 assert re.search(rf"^{step['run'].removeprefix('make ')}:", listed, re.MULTILINE), step["run"]
+
+
+def test_what_is_too_slow_for_every_change_runs_weekly():
+    weekly = [job for job in _jobs("tests").values() if job.get("if") == "github.event_name == 'schedule'"]
+    commands = [step["run"].split() for job in weekly for step in job["steps"] if "pytest" in step.get("run", "")]
+    files = {file.name for words in commands for name in words for file in ROOT.glob(name) if name.startswith("tests/")}
+    assert {"test_reproducible.py", "test_distributed.py", "test_from_checkpoint.py"} <= files
+    assert all("-m slow" in " ".join(words) for words in commands)
