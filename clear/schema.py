@@ -29,7 +29,7 @@ class Runtime:
     """How every stage uses the machine. Only `precision` and `weights` may change a result on one machine."""
 
     threads: int = between(0, 1024)  # 0 = all cores
-    precision: str = one_of("float32", "bfloat16")  # autocast type of supervised training
+    precision: str = one_of("auto", "float32", "bfloat16")  # autocast of supervised training; auto: what computes fast
     weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
     rows_per_pass: int = between(0, 10**6)  # rows of a batch that a process computes at a time; 0 = all
     token_budget: int = between(

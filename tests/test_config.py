@@ -67,6 +67,16 @@ def test_an_unknown_profile_and_an_unknown_override_are_refused():
         compose(["grpo.no_such_key=1"])
 
 
+@pytest.mark.parametrize("native", [True, False])
+def test_bfloat16_is_used_where_the_processor_has_it(monkeypatch, native):
+    from clear.model import runtime
+
+    monkeypatch.setattr(runtime, "has_bfloat16", lambda where: native)
+    chosen = {given: runtime.precision(from_dict(compose([f"runtime.precision={given}", "runtime.device=cpu"])))
+              for given in ("auto", "float32", "bfloat16")}  # fmt: skip
+    assert chosen == {"auto": "bfloat16" if native else "float32", "float32": "float32", "bfloat16": "bfloat16"}
+
+
 def _leaves(tree, name=""):
     """(key, value) of every leaf, in order."""
     for key, value in tree.items():

@@ -18,6 +18,7 @@ from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import FROZEN, GENERATION, Bagel
 from clear.model.images import ImageBank
+from clear.model.runtime import precision
 from clear.model.sequence import IGNORE, LATENT, VIT, Text
 from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import AutoEncoder
@@ -68,7 +69,7 @@ def _step(config, tokenizer, model: Bagel):
     data = sft.TraceData(tokenizer, rows, samples, shown, clean)
     feedback = VIT if config.bridge.kind == "mlp" else LATENT
     weights = sft.TraceWeights(feedback, distill=config.sft.distill_weight, stride=config.sft.distill_stride)
-    return Objective(model, sft.trace_loss(model, data, weights), config.runtime.precision)
+    return Objective(model, sft.trace_loss(model, data, weights), precision(config))
 
 
 class Live(TorchDispatchMode):

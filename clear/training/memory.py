@@ -25,6 +25,7 @@ from clear.model.cache import grown
 from clear.model.flow import Guidance
 from clear.model.images import encode_batch
 from clear.model.mot import LlmConfig
+from clear.model.runtime import precision
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
@@ -394,7 +395,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     shares = [-(-part // gpus) for part in (weights, trained, optimiser)]
     weights, gradients, optimiser = shares
 
-    compute = 2 if runtime.precision == "bfloat16" and (stage != "grpo" or number == 2) else 4
+    narrow = "bfloat16" if fused and runtime.precision == "auto" else precision(config)
+    compute = 2 if narrow == "bfloat16" and (stage != "grpo" or number == 2) else 4
     kept = stepping = cache = prefill = 0
     if trains:
         blocks = flex.wanted(runtime.attention, torch.device("cuda" if fused else "cpu"))

@@ -37,7 +37,7 @@ from clear.data.io import replacing
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
-from clear.model.runtime import device
+from clear.model.runtime import device, precision
 from clear.schema import Config, Grpo, Optimiser, Phase
 from clear.training.loop.parallel import (
     Pass,
@@ -412,7 +412,7 @@ def optimise(
         raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command to continue.")
     folder = run.folder / (f"{name}_sharded" if sharded else name)
     args = training_arguments(TrainingArguments, run, folder, phase.batch, phase, run.config.optimiser, label_names=[])
-    objective = Objective(module, loss, run.config.runtime.precision)
+    objective = Objective(module, loss, precision(run.config))
     average = [Ema(objective, ema)] if ema else []
     trainer = _Trainer(
         model=objective,
