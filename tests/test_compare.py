@@ -150,7 +150,7 @@ def test_all_formats_are_written_and_the_page_needs_nothing_else(clear, tmp_path
     hard = next(d for d in found["accuracy"] if (d["model"], d["severity"]) == ("grpo", "high"))
     assert hard["certain"] == 1 and hard["low"] > 0 and hard["p"] <= hard["holm"] < 0.05
     text = (tmp_path / "compare.md").read_text()
-    assert re.search(r"\| grpo \| clear/training/grpo\.py \| grpo\.lr \| data/models/grpo \|", text)
+    assert re.search(r"\| grpo \| clear/training/rl/grpo\.py \| grpo\.lr \| data/models/grpo \|", text)
     assert re.search(r"\| evaluate@grpo \| its data \| – \| none \|", text)
 
 
