@@ -489,7 +489,8 @@ def test_settings_that_contradict_each_other_are_refused(overrides):
 def test_five_shares_leave_the_development_split_empty():
     """Parameters from before there was a sixth split keep their meaning, split by split."""
     names = [hashlib.sha256(bytes([n])).digest() for n in range(200)]
-    five = [split_of(name, 1, config_of("source.shares=[0,.3,.2,.2,.2]").source.shares) for name in names]
+    shares = config_of("source.shares=[0,.3,.2,.2,.2]").source.shares
+    five = [split_of(name, 1, shares) for name in names]
     assert five == [split_of(name, 1, [0, 0.3, 0.2, 0.2, 0.2, 0]) for name in names]
     assert set(five) == {"sft", "rl", "validation", "bench", ""}
 
