@@ -424,14 +424,14 @@ def test_decoding_allocates_nothing_that_grows_beyond_its_cache(monkeypatch):
         model.language_model.lm_head.weight[:] -= model.language_model.lm_head.weight.mean(0)
     rows, steps = 32, 150
     monkeypatch.setattr(engine, "_sample", lambda logits, *_: (logits[:, 5:].argmax(-1) + 5, logits[:, 5]))  # never eos
-    plain, seen = engine._feed, []
+    plain, seen = engine.feed, []
 
     def fed(model, state, ids):
         size = sum(x.untyped_storage().nbytes() for x in (*state.cache.keys, *state.cache.values))
         seen.append((_heap(), size))
         return plain(model, state, ids)
 
-    monkeypatch.setattr(engine, "_feed", fed)
+    monkeypatch.setattr(engine, "feed", fed)
     generate(model, tokenizer, tiny_prompts(tokenizer, rows), Options(restore="plain", max_tokens=steps, batch=rows))
     assert len(seen) == steps
     assert seen[-1][1] > seen[0][1], "the cache has grown, so its growth is told apart"
@@ -475,3 +475,15 @@ def test_guidance_wraps_a_velocity_inside_its_interval_only():
     assert torch.equal(velocity(x, 0.9), 3 * x) and torch.equal(velocity(x, 0.4), 3 * x) and not asked
     torch.testing.assert_close(velocity(x, 0.8), 1.5 * x)
     assert asked == [2]
+
+
+def test_questions_with_and_without_a_picture_share_a_batch():
+    model, tokenizer = tiny_model()
+    prompts = tiny_prompts(tokenizer, 4)
+    prompts[1:3] = [replace(p, latent=None, patches=None) for p in prompts[1:3]]
+    options = replace(OPTIONS, restore="plain")
+    batch = generate(model, tokenizer, prompts, options)
+    single = [generate(model, tokenizer, [p], options)[0] for p in prompts]
+    assert _ids(batch) == _ids(single)
+    seen = engine.prefill(model, prompts).cache.lengths.tolist()
+    assert [n == len(p.question) + 2 for n, p in zip(seen, prompts, strict=True)] == [False, True, True, False]

@@ -33,16 +33,17 @@ from clear.reasoning.trajectory import Options, Reply, Restoration, Trajectory
 
 
 @dataclass
-class _Rows:
-    """Rows that are still generating: their cache, next rope position and trajectory."""
+class Rows:
+    """B rows that are still generating: their cache, next rope position (B,) and trajectory."""
 
     cache: KVCache
     rope: Tensor
     trajectories: list[Trajectory]
 
-    def select(self, rows: Sequence[int]) -> "_Rows":
+    def select(self, rows: Sequence[int]) -> "Rows":
+        """Copies of these rows; the trajectories are the same objects."""
         index = torch.as_tensor(rows, dtype=torch.long, device=self.rope.device)
-        return _Rows(self.cache.select(index), self.rope[index], [self.trajectories[i] for i in rows])
+        return Rows(self.cache.select(index), self.rope[index], [self.trajectories[i] for i in rows])
 
     def drop(self, gone: Sequence[int]) -> Tensor:
         """Let these rows leave; the last rows move to their places. Returns the former numbers of those that stay."""
@@ -55,9 +56,10 @@ class _Rows:
         return index
 
     @staticmethod
-    def join(parts: "list[_Rows]") -> "_Rows":
+    def join(parts: "list[Rows]") -> "Rows":
+        """One batch with the rows of all parts, in order."""
         cache = KVCache.concatenate([part.cache for part in parts])
-        return _Rows(cache, torch.cat([p.rope for p in parts]), [t for p in parts for t in p.trajectories])
+        return Rows(cache, torch.cat([p.rope for p in parts]), [t for p in parts for t in p.trajectories])
 
 
 @torch.inference_mode()
@@ -97,22 +99,23 @@ def vocabulary(tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1
 
 
-def prefill(model: Bagel, prompts: Sequence[Prompt], group: int = 1) -> _Rows:
+def prefill(model: Bagel, prompts: Sequence[Prompt], group: int = 1) -> Rows:
     """Write the prompts to a fresh cache, once each, and expand every row to its group."""
     device = model.vae2llm.weight.device
     built, ends = layout([p.segments() for p in prompts], model.config.special)
     built = built.to(device)
+    pictured = [p for p in prompts if p.latent is not None]
     contents = Contents(
-        vit=[p.patches.to(device) for p in prompts],
-        latent=[p.latent.to(device) for p in prompts],
-        time=[0.0] * len(prompts),
+        vit=[p.patches.to(device) for p in pictured],
+        latent=[p.latent.to(device) for p in pictured],
+        time=[0.0] * len(pictured),
     )
     cache = model.new_cache(len(prompts), built.ids.shape[1] + 128)
     model(built, contents, cache, write=True)
     index = torch.arange(len(prompts), device=device).repeat_interleave(group)
     rope = torch.tensor(ends, device=device)[index]
     cache = cache if group == 1 else cache.select(index)
-    return _Rows(cache, rope, [Trajectory(int(i)) for i in index])
+    return Rows(cache, rope, [Trajectory(int(i)) for i in index])
 
 
 def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
@@ -134,11 +137,11 @@ def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
         parts = [rows.select(members) for members in groups.values()]
         for grid, part in zip(groups, parts, strict=True):
             owners = [prompts[t.prompt - first] for t in part.trajectories]
-            _restore(model, part, owners, grid, options, generator, reencode)
-        rows = _Rows.join(parts)
+            restore(model, part, owners, grid, options, generator, reencode)
+        rows = Rows.join(parts)
 
 
-def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, last: bool, options: Options, generator) -> _Rows:
+def _reply(model, tokenizer, rows: Rows, prefix, whole: bool, last: bool, options: Options, generator) -> Rows:
     """Sample one reply for every row; returns the rows that asked for a restoration, their eos in the cache.
 
     No row asks where the reply is the `last` one; where it is `whole` in its prefix, all do.
@@ -148,12 +151,12 @@ def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, last: bool, optio
         trajectory.replies.append(Reply(list(prefix), [0.0] * len(prefix), len(prefix)))
     fed = torch.tensor([[special.bos, *prefix]] * len(rows.trajectories), device=device)
     if whole:
-        _feed(model, rows, fed)
+        feed(model, rows, fed)
         return rows
     known = rows.trajectories[0].vocabulary or None
-    asking: list[_Rows] = []
+    asking: list[Rows] = []
     for _ in range(options.max_tokens):
-        token, log_prob = _sample(_feed(model, rows, fed)[:, :known], options.temperature, generator)
+        token, log_prob = _sample(feed(model, rows, fed)[:, :known], options.temperature, generator)
         replies = [trajectory.replies[-1] for trajectory in rows.trajectories]
         for reply, t, lp in zip(replies, token.tolist(), log_prob.tolist(), strict=True):
             reply.ids.append(t)
@@ -168,13 +171,13 @@ def _reply(model, tokenizer, rows: _Rows, prefix, whole: bool, last: bool, optio
                 break
         fed = token[:, None]
     if not asking:
-        return _Rows(rows.cache, rows.rope, [])
-    rows = _Rows.join(asking)
-    _feed(model, rows, torch.full((len(rows.trajectories), 1), special.eos, device=device))
+        return Rows(rows.cache, rows.rope, [])
+    rows = Rows.join(asking)
+    feed(model, rows, torch.full((len(rows.trajectories), 1), special.eos, device=device))
     return rows
 
 
-def _feed(model: Bagel, rows: _Rows, ids: Tensor) -> Tensor:
+def feed(model: Bagel, rows: Rows, ids: Tensor) -> Tensor:
     """Append text tokens (B, n) to the rows and return the last logits (B, V)."""
     built = Layout.tokens(ids, rows.rope)
     hidden = model(built, Contents(), rows.cache, write=True)
@@ -193,8 +196,20 @@ def _sample(logits: Tensor, temperature: float, generator) -> tuple[Tensor, Tens
     return token, log_probs.gather(1, token[:, None]).squeeze(1)
 
 
-def _restore(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], grid, options: Options, generator, reencode) -> None:
-    """Denoise a latent for every row and feed it back; the rows advance by one rope position."""
+def restore(
+    model: Bagel,
+    rows: Rows,
+    prompts: Sequence[Prompt],
+    grid: tuple[int, int],
+    options: Options,
+    generator: torch.Generator | None = None,
+    reencode: Callable[[Tensor, tuple[int, int]], tuple[Tensor, tuple[int, int]]] | None = None,
+) -> None:
+    """Denoise a latent on `grid` for every row and feed it back; the rows advance by one rope position.
+
+    `prompts` are the rows' own, one each, all with a picture. With `options.noise_seed`, the starting noise of a row is
+    that of the seed + its trajectory's `prompt`, whatever rows are beside it.
+    """
     shape = (len(rows.trajectories), grid[0] * grid[1], model.config.latent_channels)
     if options.noise_seed is None and options.shared_noise:
         owners = [t.prompt for t in rows.trajectories]
@@ -225,7 +240,7 @@ def _row_noise(seed: int, number: int, shape: Sequence[int]) -> Tensor:
     return torch.randn(shape, generator=stream)
 
 
-def feed_back(model: Bagel, rows: _Rows, latents: Tensor, grid, feedback: str = "bridge", reencode=None) -> None:
+def feed_back(model: Bagel, rows: Rows, latents: Tensor, grid, feedback: str = "bridge", reencode=None) -> None:
     """Write restored latents (B, N, C) into the rows' context, as `Options.feedback` says; rope advances by one."""
     if feedback == "reencode":
         patches, grid = reencode(latents, grid)
@@ -247,7 +262,7 @@ class Context:
     rope: Tensor
 
 
-def dropped_contexts(model: Bagel, rows: _Rows, prompts: Sequence[Prompt], guidance: flow.Guidance) -> list[Context]:
+def dropped_contexts(model: Bagel, rows: Rows, prompts: Sequence[Prompt], guidance: flow.Guidance) -> list[Context]:
     """The contexts `guidance` needs in addition to the rows' own: none, without the last reply, and without images.
 
     `prompts` are the rows' own, one each. The last reply of every row must be in its cache as a whole (bos … eos).
@@ -339,13 +354,13 @@ def denoise(
     return Denoised(states[-1], torch.stack([x, *states]), torch.stack(log_probs))
 
 
-def text_reply(model: Bagel, rows: _Rows, ids: Sequence[int]) -> None:
+def text_reply(model: Bagel, rows: Rows, ids: Sequence[int]) -> None:
     """Append the same complete reply (bos, ids, eos) to every row, as if it had been generated."""
     body = [*ids, model.config.special.eos]
     for trajectory in rows.trajectories:
         trajectory.replies.append(Reply(list(body), [0.0] * len(body), len(body)))
     whole = [model.config.special.bos, *body]
-    _feed(model, rows, torch.tensor([whole] * len(rows.trajectories), device=rows.rope.device))
+    feed(model, rows, torch.tensor([whole] * len(rows.trajectories), device=rows.rope.device))
 
 
 def text_segment(reply: Reply, scored: bool) -> Text:

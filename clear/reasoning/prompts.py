@@ -25,18 +25,23 @@ SYSTEM = (
 
 @dataclass(frozen=True)
 class Prompt:
-    """Model inputs of one question about one image. latent (N, C), patches (M, 3p²), grids in tokens."""
+    """Model inputs of one question about one image. latent (N, C), patches (M, 3p²), grids in tokens.
+
+    Without latent and patches it is a question about no image, which nothing can be restored for.
+    """
 
     system: tuple[int, ...]
     question: tuple[int, ...]
-    latent: Tensor
-    latent_grid: tuple[int, int]
-    patches: Tensor
-    vit_grid: tuple[int, int]
+    latent: Tensor | None = None
+    latent_grid: tuple[int, int] = (0, 0)
+    patches: Tensor | None = None
+    vit_grid: tuple[int, int] = (0, 0)
 
     def segments(self, drop_vit: bool = False, drop_system: bool = False, drop_question: bool = False) -> list[Segment]:
         """The layout of the prompt; a dropped ViT split keeps its rope increment, a dropped text does not."""
-        image = Image(LATENT, self.latent_grid), Gap() if drop_vit else Image(VIT, self.vit_grid)
+        image: tuple[Segment, ...] = ()
+        if self.latent is not None:
+            image = Image(LATENT, self.latent_grid), Gap() if drop_vit else Image(VIT, self.vit_grid)
         system = [Text(self.system)] if self.system and not drop_system else []
         return [*system, *image, *([] if drop_question else [Text(self.question)])]
 
