@@ -56,7 +56,7 @@ class Source:
     min_side: int = between(0, 10**5)  # px; smaller images are rejected
     max_aspect: float = between(0, 10**5)  # long side over short side; 0 = no limit
     skip_cjk: bool = field()  # reject rows with Chinese, Japanese or Korean characters
-    image_size: int = between(256, 2048)  # px, native, of scenes
+    image_size: int = between(96, 2048)  # px, native, of scenes
     questions_per_image: int = between(1, 12)  # the first ones of an image
     pretrain: int = count()
     sft: int = count()
@@ -227,8 +227,8 @@ class Sft:
     distill_stride: int = between(0, 1000)  # layers between distilled ones; 0 = final_mse
     drop_vit: float = between(0, 1)
     drop_text: float = between(0, 1)  # system prompt, question; the first reply, where the velocity is learned
-    other_path: float = between(0, 1)  # share of direct traces that learn to answer after a restoration instead
-    both_paths: bool  # wherever a restoration is shown that the trace has not, learn its own reply too, beside it
+    other_path: float = between(0, 1)  # share of degraded traces that show the path their rule did not choose
+    both_paths: bool  # beside their own, so that both replies are learned; else a direct trace shows it instead
     ema: float = between(0, 0.999999)  # decay of the averaged weights the stage ends with; 0 = the last weights
 
 
@@ -240,6 +240,9 @@ class Bridge:
     distill: Phase
     answer: Phase
     own_latents: float = between(0, 1)  # share of restored rows that read the model's own denoised latent
+    decide: Phase  # learns when to restore from where the model's two paths differ; 0 steps = the traces' rule stays
+    decision_share: float = between(0, 1)  # of the batches of `decide`; the others are traces, which keep the replies
+    price: float = between(0, 1)  # accuracy that a restoration must bring to be worth its time
 
 
 @dataclass

@@ -133,7 +133,7 @@ def test_an_unknown_corruption_is_named_with_the_sample_and_the_choice(corruptio
 @pytest.mark.parametrize(
     ("section", "key", "value", "said"),
     [
-        ("source", "image_size", 8, "source.image_size = 8 is outside [256, 2048]"),
+        ("source", "image_size", 8, "source.image_size = 8 is outside [96, 2048]"),
         ("source", "sft", 3, "source.sft = 3 is odd"),
         ("degrade", "workres", 2, "workres"),
         ("runtime", "threads", "many", "runtime.threads"),

@@ -13,7 +13,7 @@ from clear.data.records import Question, Sample, sha256
 from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.images import ImageBank
-from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Text, layout
+from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Text, layout
 from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
@@ -44,7 +44,16 @@ def config():
     """The model section of `tests.tiny`: latents of up to 4 × 4 tokens, up to 3 × 3 ViT patches."""
     found = from_dict(compose(["profile=smoke", "sampling.flow_steps=3", "sampling.max_think_tokens=6"]))
     found.model = replace(
-        found.model, vae_mult=[1, 2], vae_size=8, vae_min=4, vae_z=4, vit_size=12, vit_min=4, vit_patch=4, vit_side=4
+        found.model,
+        vae_mult=[1, 2],
+        latent_patch=1,
+        vae_size=8,
+        vae_min=4,
+        vae_z=4,
+        vit_size=12,
+        vit_min=4,
+        vit_patch=4,
+        vit_side=4,
     )
     return found
 
@@ -94,8 +103,10 @@ def test_restoration_loss_is_the_token_mean_over_all_images(config, images):
 
 def test_a_reply_beside_a_restoration_is_learned_as_if_either_were_alone(config, images):
     model, tokenizer, _, data = parts("direct", config, images)
-    data.reply_1[1], data.reply_2[1] = encode(tokenizer, "<think> a b c </think> <answer> c </answer>"), None
-    data.direct, index = data.reply_1, [0, 1, 3]
+    data.direct = [encode(tokenizer, "<think> a b c </think> <answer> c </answer>") for _ in data.rows]
+    index = [0, 1, 3]
+    for n in index[1:]:
+        data.reply_1[n], data.reply_2[n] = data.direct[n], None
 
     def measured(loss, numbers):
         model.zero_grad()
@@ -104,9 +115,9 @@ def test_a_reply_beside_a_restoration_is_learned_as_if_either_were_alone(config,
         total.backward()
         return figures, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
-    both, gradients = measured(restoration_loss(model, data, replies=True), index)
-    alone, restoring = measured(restoration_loss(model, data), index)
-    direct, answering = measured(direct_loss(model, data), index)
+    both, gradients = measured(restoration_loss(model, data, replies=True), index[1:])
+    alone, restoring = measured(restoration_loss(model, data), index[1:])
+    direct, answering = measured(direct_loss(model, data), index[1:])
     assert both == pytest.approx(alone | direct, rel=1e-5)
     for name, value in gradients.items():
         zero = torch.zeros_like(value)
@@ -121,10 +132,54 @@ def test_a_reply_beside_a_restoration_is_learned_as_if_either_were_alone(config,
     tokens = len(data.restored[1]) + 1, len(data.direct[1]) + 1
     assert both["mse"] == pytest.approx(shown["mse"], rel=1e-5)
     assert both["ce"] == pytest.approx(np.average([shown["ce"], alone["ce"]], weights=tokens), rel=1e-5)
-    # Where the trace restores there is one path only.
-    assert measured(trace_loss(model, data, weights), [0])[0] == pytest.approx(
-        measured(trace_loss(model, data, replace(weights, both_paths=True)), [0])[0]
+
+
+def test_the_path_a_trace_did_not_choose_is_learned_behind_its_deciding_token(config, images):
+    model, tokenizer, _, data = parts("direct", config, images)
+    data.direct = [encode(tokenizer, "<think> a b c </think> <answer> c </answer>") for _ in data.rows]
+    data.reply_1[1], data.reply_2[1] = data.direct[1], None  # trace 0 restores, trace 1 answers directly
+    place = data.fork(0)
+    assert data.direct[0][:place] == data.trigger[:place] and data.direct[0][place] != data.trigger[place]
+
+    def learned(loss, n) -> list[list[int]]:
+        """The learned tokens of trace n, branch by branch."""
+        seen = []
+        whole = model.forward
+
+        def spy(built, *rest, **named):
+            seen.append(built)
+            return whole(built, *rest, **named)
+
+        model.forward = spy
+        try:
+            loss([n])
+        finally:
+            model.forward = whole
+        built = seen[0]
+        return [built.target[0][(built.branch[0] == b) & (built.target[0] != IGNORE)].tolist() for b in (1, 2)]
+
+    eos = model.config.special.eos
+    direct, restored, trigger = [*data.direct[0], eos], [*data.restored[0], eos], [*data.trigger, eos]
+    tail = direct[place + 1 :]
+    both = TraceWeights(LATENT, other_path=1.0, both_paths=True)
+    undecided = replace(both, decide=False)
+    assert learned(restoration_loss(model, data, replies=True), 0) == [trigger, tail]
+    assert learned(restoration_loss(model, data, replies=True), 1) == [[], direct]
+    assert learned(trace_loss(model, data, both), 0) == [trigger + restored, tail]
+    assert learned(trace_loss(model, data, both), 1) == [restored, direct]
+    assert learned(trace_loss(model, data, undecided), 0) == learned(trace_loss(model, data, undecided), 1)
+    assert learned(trace_loss(model, data, undecided), 0) == [restored, tail]
+    # Only with the other path beside it does a trace leave its decision to others.
+    alone = replace(undecided, other_path=0.0)
+    assert measured_ce(trace_loss(model, data, alone), 0) == measured_ce(
+        trace_loss(model, data, TraceWeights(LATENT)), 0
     )
+
+
+def measured_ce(loss, n: int) -> float:
+    """The text loss of trace n, with the same random numbers each time."""
+    torch.manual_seed(3)
+    return loss([n])[1]["ce"]
 
 
 @pytest.mark.parametrize("stride", [0, 1])

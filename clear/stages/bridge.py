@@ -2,18 +2,27 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from clear.bench.scoring import is_correct
 from clear.data.io import write_json
-from clear.data.records import CLEAN
+from clear.data.records import CLEAN, drawn, read_samples
+from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
 from clear.schema import Config
 
+if TYPE_CHECKING:
+    from clear.training.bridge import Decision
+    from clear.training.load import Incoming
+    from clear.training.loop.trainer import StageRun
+
+INPUTS = ("data/models/sft", "data/traces", "data/degraded/sft", "data/degraded/rl")
 OWN_LATENTS = 4096
 """About how many of the model's own denoised latents are made for the distillation and the answers."""
 
 
 def run(config: Config) -> None:
-    """Add the configured bridge to the SFT model, distil it, and train the answers through it."""
+    """Add the configured bridge to the SFT model, distil it, and train the answers through it and when to use it."""
     apply_runtime(config)
     import torch
 
@@ -31,7 +40,7 @@ def run(config: Config) -> None:
     start = incoming(model_folder("sft", config), config, whole=not one_machine())
     model = start.model
     data = trace_data(start.tokenizer, start.vae, config)
-    work = StageRun("bridge", config, ["data/models/sft", "data/traces", "data/degraded/sft"], checkpoint_dir("bridge"))
+    work = StageRun("bridge", config, INPUTS, checkpoint_dir("bridge"))
     mlp = config.bridge.kind == "mlp"
     if mlp:
         torch.manual_seed(config.seed)
@@ -57,12 +66,71 @@ def run(config: Config) -> None:
         optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
     # With the direct bridge the generation expert reads the latent and is what the distillation trains.
     trainable(model, never=(*FROZEN, *GENERATION) if mlp else FROZEN)
-    loss = sft.trace_loss(model, data, sft.trace_weights(config, bridge=True), own)
-    optimise(work, "answer", model, loss, len(data), config.bridge.answer)
+    weights = sft.trace_weights(config, bridge=True)
+    optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
+    measured = {}
+    if config.bridge.decide.steps:
+        chosen, measured = _decisions(start, config, work)
+        traces = sft.trace_loss(model, data, replace(weights, decide=False), own)
+        loss = bridge.decision_loss(model, start.tokenizer, chosen, traces, config.bridge.decision_share)
+        optimise(work, "decide", model, loss, len(data), config.bridge.decide)
     save(Path("data/models/bridge"), start, config)
     last = {row["phase"]: row for row in work.curve}
     figures = {f"{p}_{k}": v for p, row in last.items() for k, v in row.items() if k not in ("phase", "step")}
     if rank() == 0:
         kind = config.bridge.kind
-        write_json("data/metrics/bridge.json", {"kind": kind, "own_latents": len(own), "training": figures})
+        found = {"kind": kind, "own_latents": len(own), "training": figures}
+        write_json("data/metrics/bridge.json", found | ({"decisions": measured} if measured else {}))
     work.finish("data/plots/bridge.csv")
+
+
+def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[list[Decision], dict[str, float]]":
+    """The labels of the decision from the rl split, which the model was not trained on, and their figures.
+
+    All questions of the degraded pictures, and those of the share `grpo.clean_share` of clean ones, are answered along
+    both paths, greedily and as in evaluation.
+    """
+    import torch
+
+    from clear.reasoning.answering import Answerer
+    from clear.reasoning.prompts import make_prompt, question_text
+    from clear.training import bridge
+    from clear.training.load import at_work
+    from clear.training.loop.parallel import made_once
+
+    answerer = Answerer(start.model, start.vae, start.tokenizer, config)
+    samples = [s for s in read_samples("data/degraded/rl") if s.paired]
+    clean = drawn([s.id for s in samples], round(config.grpo.clean_share * len(samples)))
+    shown = [(s.key, s.seen, s) for s in samples] + [(s.id, s.image, s) for i, s in enumerate(samples) if i in clean]
+    asked = [(i, q) for i, (_, _, s) in enumerate(shown) for q in s.questions]
+    bank = answerer.bank([image for _, image, _ in shown], [name for name, _, _ in shown])
+
+    def make() -> dict[str, torch.Tensor]:
+        with at_work(start.model, config):
+            answers = {path: answerer.answer(bank, asked, restore=path) for path in ("never", "always")}
+        return {
+            path: torch.tensor([is_correct(a.prediction, q) for a, (_, q) in zip(own, asked, strict=True)])
+            for path, own in answers.items()
+        }
+
+    right = made_once(work.folder / "both_paths.safetensors", make)
+    direct, restored = right["never"].tolist(), right["always"].tolist()
+    prompts = [make_prompt(start.tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
+    chosen = bridge.decisions(prompts, direct, restored, config.bridge.price, config.seed)
+    if not chosen:
+        raise ClearError(
+            f"bridge: the two paths agree on all {len(asked)} questions of data/degraded/rl, and bridge.price = "
+            f"{config.bridge.price} draws none of them: nothing to learn a decision from. Set bridge.decide.steps = 0, "
+            "or raise bridge.price."
+        )
+    degraded = sum(len(s.questions) for s in samples)
+    pairs = list(zip(direct, restored, strict=True))[:degraded]
+    figures = {
+        "questions": len(asked),
+        "labels": len(chosen),
+        "restoring_labels": sum(d.restore for d in chosen),
+        "direct_accuracy": sum(a for a, _ in pairs) / max(1, degraded),
+        "restored_accuracy": sum(b for _, b in pairs) / max(1, degraded),
+        "either_accuracy": sum(a or b for a, b in pairs) / max(1, degraded),
+    }
+    return chosen, figures

@@ -1,4 +1,4 @@
-"""Stages `sft` (restore, then answer) and `sft_direct` (the baseline): one module, same data, steps and parameters."""
+"""Stages `sft` (restore, then answer) and `sft_direct` (the baseline): one module, same data and parameters."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,8 +9,10 @@ from clear.schema import Config, Phase
 
 
 def run(config: Config, direct: bool = False) -> None:
-    """Fine-tune the base on the traces. `direct` answers every trace directly for as many steps as both phases.
+    """Fine-tune the base on the traces.
 
+    `direct` answers every trace directly, for as many optimiser steps as the restoring model takes in all of its
+    stages: those of bridge and GRPO follow as one more phase, at the learning rate of the answers through the bridge.
     With `sft.both_paths` both models learn replies from the first step, and so under the same learning rates.
     """
     apply_runtime(config)
@@ -30,6 +32,7 @@ def run(config: Config, direct: bool = False) -> None:
     if direct:
         trainable(model)
         phases = [warm, traces] if both else [Phase(warm.steps + traces.steps, traces.batch, traces.lr, traces.warmup)]
+        phases.append(_later(config))
         for n, phase in enumerate(phases):
             optimise(work, f"direct_{n}" if n else "direct", model, sft.direct_loss(model, data), len(data), phase, ema)
     else:
@@ -41,5 +44,13 @@ def run(config: Config, direct: bool = False) -> None:
     model.config = replace(model.config, bridge="direct")
     save(Path("data/models") / name, start, config)
     if rank() == 0:
-        write_json(f"data/metrics/{name}.json", {"traces": len(data), "steps": warm.steps + traces.steps})
+        steps = warm.steps + traces.steps + (_later(config).steps if direct else 0)
+        write_json(f"data/metrics/{name}.json", {"traces": len(data), "steps": steps})
     work.finish(f"data/plots/{name}.csv")
+
+
+def _later(config: Config) -> Phase:
+    """What the restoring model still trains after its fine-tuning, as a phase of the baseline."""
+    b = config.bridge
+    steps = b.distill.steps + b.answer.steps + b.decide.steps + config.grpo.steps
+    return Phase(steps, b.answer.batch, b.answer.lr, b.answer.warmup)

@@ -9,18 +9,28 @@ distillation moves (METHOD §2). So the trace loss keeps the velocity loss of SF
 both are one stage. Without it nothing keeps the drawing as it is, and the own latents, made before, no longer match
 those at inference. Freezing the drawing weights would freeze the bridge itself, and distilling the incoming velocity
 would need a second forward of a second model.
+
+The decision to restore comes last. Whether a restoration helps is a property of the model and not of the picture, so
+it is measured: the model answers questions that it was not trained on along both of its paths (`both_paths`), and
+learns the deciding token from where these differ (`decision_loss`), in turn with the traces, which keep the replies.
 """
 
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clear.model.bagel import Bagel
+from clear.model.bagel import Bagel, Contents
+from clear.model.sequence import IGNORE, Text
+from clear.model.tokenizer import encode
+from clear.reasoning import grammar
 from clear.reasoning.engine import Options, denoise, dropped_contexts, prefill, text_reply
+from clear.reasoning.prompts import Prompt
+from clear.training.loop.parallel import share_batch
 from clear.training.loop.trainer import Loss
-from clear.training.sft import TraceData
+from clear.training.sft import TraceData, fork
 
 
 @torch.no_grad()
@@ -39,6 +49,57 @@ def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: O
             latents = denoise(model, rows.cache, rows.rope, grid, noise.to(rows.rope.device), options, None, dropped).x0
             found |= {part[k]: latents[j].clone() for j, k in enumerate(members)}
     return {n: found[n] for n in chosen}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A prompt, and whether its picture is better restored before the answer."""
+
+    prompt: Prompt
+    restore: bool
+
+
+def decisions(prompts: Sequence[Prompt], direct: Sequence[bool], restored: Sequence[bool], price: float, seed: int):
+    """What the outcomes of both paths say about each prompt: `direct` and `restored` tell whether each was right.
+
+    Where one path alone is right, it is the label. Where both are or neither is, a restoration gains nothing; of these
+    prompts the share `price` (drawn by `seed`) is labelled direct. A model that fits the labels then restores where
+    P(only the restored answer is right) − P(only the direct one is) > price · P(no difference): `price` is about the
+    accuracy that a restoration must bring to be worth its time.
+    """
+    drawn = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [
+        Decision(prompt, b and not a)
+        for prompt, a, b, number in zip(prompts, direct, restored, drawn, strict=True)
+        if a != b or number < price
+    ]
+
+
+def decision_loss(model: Bagel, tokenizer, chosen: Sequence[Decision], traces: Loss, share: float) -> Loss:
+    """Batches of two kinds at random: with probability `share` the deciding tokens of `chosen`, else the trace loss.
+
+    The deciding token is the first one in which a direct reply and the trigger reply differ; nothing else of a
+    decision carries a loss. The numbers of a batch count traces; decisions are drawn evenly.
+    """
+    direct, trigger = (encode(tokenizer, text) for text in (grammar.direct_prefix(), grammar.restore_reply()))
+    place = fork(direct, trigger)
+
+    def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        if torch.rand(()) >= share:
+            return traces(index)
+        drawn = [chosen[k] for k in torch.randint(len(chosen), (len(index),)).tolist()]
+        prompts = [decision.prompt for decision in drawn]
+        said = [(trigger if decision.restore else direct)[: place + 1] for decision in drawn]
+        deciding = [False] * place + [True]
+        rows = [[*p.segments(), Text(ids, deciding, eos=False)] for p, ids in zip(prompts, said, strict=True)]
+        contents = Contents([p.patches for p in prompts], [p.latent for p in prompts], [0.0] * len(prompts))
+        built, contents, part = share_batch(rows, contents, model.config.special)
+        logits, target = model.scored_logits(model(built, contents), built)
+        right = (logits.argmax(-1) == target).float().mean().item()
+        total = F.cross_entropy(logits, target)
+        return total * part.weight(lambda b: b.target != IGNORE), {"decision": total.item(), "decision_accuracy": right}
+
+    return loss
 
 
 def imitation_loss(model: Bagel, data: TraceData, pairs: Sequence[tuple[int, Tensor | None]]) -> Loss:

@@ -66,6 +66,10 @@ class TraceData:
         self.restored = [encode(tokenizer, row.restored) for row in rows]
         self.trigger = encode(tokenizer, grammar.restore_reply())
 
+    def fork(self, n: int) -> int:
+        """Where the direct reply of trace n and the reply that asks for a restoration part: the deciding token."""
+        return fork(self.direct[n], self.trigger)
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -85,11 +89,15 @@ class TraceData:
         return prompt.segments(drop_vit, *drop_texts)
 
 
-def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
-    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` the first one of each trace.
+def fork(a: Sequence[int], b: Sequence[int]) -> int:
+    """The first place where two replies differ."""
+    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
-    Restoration and reply stand in two branches behind the prompt: neither sees the other. The sample numbers count
-    `data.paired`: a picture without a clean partner is not among them.
+
+def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
+    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` those of both paths (`_both`).
+
+    The sample numbers count `data.paired`: a picture without a clean partner is not among them.
     """
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
@@ -102,10 +110,14 @@ def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Lo
         rows, contents = [], Contents(vit=[], latent=[], time=[])
         for k, n in enumerate(index):
             prompt = data.open_row(n, contents)
-            path = [Text(data.trigger), Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True)]
+            asks = replies and data.reply_2[n] is not None
+            path = [
+                Text(data.trigger, scored=asks or None),
+                Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True),
+            ]
             contents.latent.append(noised[k])
             contents.time.append(times[k].item())
-            rows.append(_both(prompt, path, data.reply_1[n]) if replies else [*prompt, *path])
+            rows.append(_both(prompt, path, _direct(data, n, not asks)) if replies else [*prompt, *path])
         built, contents, share = share_batch(rows, contents, model.config.special)
         hidden = model(built, contents)
         mse = _velocity_loss(model, hidden, built, share.targets((noise - clean).split(sizes)))
@@ -118,9 +130,18 @@ def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Lo
     return loss
 
 
-def _both(prompt: Sequence[Segment], path: Sequence[Segment], reply: Sequence[int]) -> list[Segment]:
-    """A prompt with two branches: a path with a restoration, and a reply without one, which is learned."""
-    return [*prompt, *(replace(part, branch=1) for part in path), Text(reply, scored=True, branch=2)]
+def _both(prompt: Sequence[Segment], path: Sequence[Segment], direct: Text) -> list[Segment]:
+    """A prompt with two branches, neither of which sees the other: a path with a restoration, and the direct reply."""
+    return [*prompt, *(replace(part, branch=1) for part in path), replace(direct, branch=2)]
+
+
+def _direct(data: TraceData, n: int, decided: bool) -> Text:
+    """The direct reply of trace n, learned as a whole, or behind its deciding token where the trace decides otherwise.
+
+    So a question whose trace restores teaches the direct path its answer all the same.
+    """
+    reply = data.direct[n]
+    return Text(reply, scored=True if decided else [place > data.fork(n) for place in range(len(reply) + 1)])
 
 
 def _velocity_apart(path: Sequence[Segment]) -> list[Segment]:
@@ -168,6 +189,7 @@ class TraceWeights:
     other_path: float = 0.0
     both_paths: bool = False
     drop_text: float = 0.0
+    decide: bool = True
 
 
 def trace_weights(config: Config, bridge: bool = False) -> TraceWeights:
@@ -197,8 +219,9 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
     `own` maps trace numbers to the model's own denoised latents; with probability `weights.own` a restoring row
     reads it instead of the clean latent. With probability `weights.other_path` a direct trace of a degraded image
     shows the restoring path instead, its first reply unscored: the model learns to answer after any restoration,
-    while the decision to restore is learned from the rule's own traces only. With `weights.both_paths` such a row
-    learns its direct reply too, in a branch of its own.
+    while the decision to restore is learned from the rule's own traces only. With `weights.both_paths` such a row, and
+    as often one whose trace restores, learns the replies of both paths, each in a branch of its own; the trace's own
+    decision alone is learned, and without `weights.decide` none where there are two paths.
 
     With probability `weights.drop_text` each, the system prompt and the question are dropped, and the reply before a
     restoration is hidden from the velocity: the context that guidance compares with (`dropped_contexts`). The reply
@@ -217,8 +240,10 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
         texts = torch.rand(len(index), 3) < weights.drop_text if weights.drop_text else torch.zeros(len(index), 3)
         for n, (drop, use_own, other), dropped in zip(index, draws, texts.bool().tolist(), strict=True):
             degraded, direct = data.rows[n].severity != CLEAN, data.reply_2[n] is None
-            shown_only = direct and degraded and n in paired and other < weights.other_path
-            first = Text(data.trigger) if shown_only else Text(data.reply_1[n], scored=True)
+            other_too = degraded and n in paired and other < weights.other_path
+            shown_only, both = direct and other_too, other_too and weights.both_paths
+            asks = not shown_only and (weights.decide or not both)
+            first = Text(data.trigger if shown_only else data.reply_1[n], scored=asks or None)
             prompt, path = data.open_row(n, contents, drop < weights.drop_vit, *dropped[:2]), [first]
             if shown_only or not direct:
                 i = data.image[n]
@@ -232,8 +257,8 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
                 fed = own[n] if own and n in own and use_own < weights.own else clean
                 path += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
                 path.append(Text(data.restored[n], scored=True))
-            if shown_only and weights.both_paths:
-                rows.append(_both(prompt, path, data.reply_1[n]))
+            if both:
+                rows.append(_both(prompt, path, _direct(data, n, weights.decide and direct)))
             elif dropped[2]:
                 rows.append([*prompt, *_velocity_apart(path)])
             else:

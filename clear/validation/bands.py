@@ -1,8 +1,9 @@
-"""Measure the PSNR bands of `bands.json` and `presets.json`: `python -m clear.validation.bands` (80 s on one core).
+"""Measure the PSNR bands of `bands.json` and `presets.json`: `python -m clear.validation.bands` (2 min on one core).
 
-Both files name the protocol version they were measured with: a new version needs new bands. Two kinds of images at
-256 px with sizes scaled by 0.4: rendered scenes and the photographs that come with scikit-image. A sample's band spans
-both kinds with a wide margin, a cell's mean has to lie near one of their means or between them. Bands are per cell
+Both files name the protocol version they were measured with: a new version needs new bands. Three kinds of images with
+sizes scaled by 0.4: rendered scenes at the 128 px of the default profile and at 256 px, and at 256 px the photographs
+that come with scikit-image. A sample's band spans all kinds with a wide margin, a cell's mean has to lie near one of
+their means or between them. Bands are per cell
 because severity means different things: sharpness ignores it, colour diffusion is not monotone in it, and some
 corruptions hardly show at low.
 """
@@ -24,7 +25,7 @@ from clear.degradation.registry import Chosen
 from clear.validation.frames import BANDS, PRESET_BANDS
 from clear.validation.metrics import measure
 
-SIZE, SCALE, SCENES, SEED = 256, 0.4, 96, 7
+SIZE, SMALL, SCALE, SCENES, SEED = 256, 128, 0.4, 96, 7
 PHOTOS = ("astronaut", "chelsea", "coffee", "rocket", "retina", "hubble_deep_field", "immunohistochemistry")
 
 
@@ -86,7 +87,8 @@ def main() -> None:
     """Measure and write `bands.json` and `presets.json` beside this file."""
     from clear.sources.scenes.render import scenes
 
-    kinds = {"scenes": list(scenes("sft", SCENES, SEED, SIZE, 4)), "photographs": photographs()}
+    kinds = {f"scenes of {size} px": list(scenes("sft", SCENES, SEED, size, 4)) for size in (SMALL, SIZE)}
+    kinds["photographs"] = photographs()
     labels = [EXTRA + name for name in PRESETS]
     for file, cells, names in ((BANDS, CELLS, list(CORRUPTIONS)), (PRESET_BANDS, PRESET_CELLS, labels)):
         write_bands(file, bands_of((psnr_by_cell(samples, cells) for samples in kinds.values()), names), kinds)
@@ -98,7 +100,7 @@ def write_bands(file: Path, cells: dict, kinds: dict[str, list[Sample]]) -> None
     setting = {
         "command": "python -m clear.validation.bands",
         "protocol_version": PROTOCOL_VERSION,
-        "size": SIZE,
+        "sizes": [SMALL, SIZE],
         "scale": SCALE,
         "images": images,
     }
