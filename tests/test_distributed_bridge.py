@@ -27,6 +27,8 @@ from tests.tiny import save_random_model
 SMALL = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]
 SMALL += ["runtime.log_every=1", "runtime.checkpoint_every=4", "sampling.flow_steps=2"]
 SMALL += ["bridge.distill={steps: 3, batch: 4, warmup: 1}", "bridge.answer={steps: 3, batch: 4, warmup: 1}"]
+SMALL += ["bridge.decide={steps: 3, batch: 4, warmup: 1}", "bridge.price=1.0"]
+PHASES = 3
 
 
 def _work(rank: int, world: int, port: int) -> None:
@@ -58,13 +60,13 @@ def _work(rank: int, world: int, port: int) -> None:
 
 
 def main() -> None:
-    """Run the stage in each folder given as JSON {folder: number of processes}, twice where there are two."""
+    """Run the stage in each folder given as JSON {folder: number of processes}, once a phase where there are two."""
     from clear.stages import bridge  # noqa: F401, imported once, before the processes are forked
     from clear.training import load as _load  # noqa: F401
 
     for folder, world in json.loads(sys.argv[1]).items():
         os.chdir(folder)
-        for turn in range(world):
+        for turn in range(1 if world == 1 else PHASES):
             port = 27000 + (os.getpid() * 7 + turn) % 2000
             fork(_work, [(rank, world, port) for rank in range(world)], folder)
 
@@ -77,6 +79,8 @@ def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
     save_random_model(one / "data/models/sft", from_dict(compose(SMALL)))
     clean = list(scenes("sft", 8, 3, 256, 4))
     write_samples(one / "data/degraded/sft", degraded_samples(((s, *CELLS[2]) for s in clean), 0.4, workers=1))
+    others = list(scenes("rl", 4, 4, 256, 4))
+    write_samples(one / "data/degraded/rl", degraded_samples(((s, *CELLS[2]) for s in others), 0.4, workers=1))
     rows = []
     for sample in clean:
         question = sample.questions[0]
@@ -88,8 +92,8 @@ def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
     run_jobs("tests.test_distributed_bridge", {str(one): 1, str(two): 2})
 
     assert (one / "0.txt").read_text().split() == ["cpu", "generates"]
-    assert (two / "0.txt").read_text().split() == ["cpu", "generates", "cpu"], "latents outlive the first phase"
-    assert (two / "1.txt").read_text().split() == ["meta", "meta"]
+    assert (two / "0.txt").read_text().split() == ["cpu", "generates", "cpu", "cpu"], "latents outlive the first phase"
+    assert (two / "1.txt").read_text().split() == ["meta"] * PHASES
     for name in ("ema", "bridge"):
         wanted, found = (load_file(folder / f"data/models/bridge/{name}.safetensors") for folder in (one, two))
         assert set(found) == set(wanted)
@@ -97,8 +101,10 @@ def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
             torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3, msg=key)
     figures = [json.loads((folder / "data/metrics/bridge.json").read_text()) for folder in (one, two)]
     assert figures[0]["own_latents"] == figures[1]["own_latents"] == len(clean)
-    loss = [one["training"]["answer_loss"] for one in figures]
-    assert loss[1] == pytest.approx(loss[0], rel=1e-3)
+    assert figures[0]["decisions"] == figures[1]["decisions"]
+    for phase in ("answer", "decide"):
+        loss = [one["training"][f"{phase}_loss"] for one in figures]
+        assert loss[1] == pytest.approx(loss[0], rel=1e-3)
 
 
 if __name__ == "__main__":
