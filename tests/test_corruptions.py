@@ -1,12 +1,14 @@
 """The sixteen corruptions: pure, shape-preserving, true to the published formulas, never silently clean."""
 
+from itertools import islice
+
 import cv2
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from clear.degradation.corruptions import CORRUPTIONS, corrupt
+from clear.degradation.corruptions import CORRUPTIONS, below, corrupt
 from clear.degradation.kernels.filters import add_noise, gaussian_blur, sparse_filter
 from clear.degradation.kernels.inpaint import inpaint
 from clear.degradation.kernels.mean_shift import mean_shift_filter
@@ -263,6 +265,24 @@ def test_other_draws_damage_as_much_as_the_plain_formula(name, intensity):
     error = ((np.var(ours, ddof=1) + np.var(plain, ddof=1)) / 40) ** 0.5
     assert error < 0.6, "dB, the standard error of the difference of the two means"
     assert abs(np.mean(ours) - np.mean(plain)) < 4 * error + 1e-3
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    end=st.integers(1, 2**62) | st.integers(1, 2**33) | st.integers(1, 5000),
+    count=st.integers(1, 40),
+    more=st.integers(0, 40),
+    seed=st.integers(0, 2**64 - 1),
+)
+@example(end=3 * 2**30, count=40, more=40, seed=0)  # a quarter of the numbers is rejected
+@example(end=2**32, count=3, more=1, seed=1)
+@example(end=2**32 + 1, count=3, more=1, seed=1)
+@example(end=3 * 2**61, count=9, more=9, seed=2)
+def test_whole_numbers_are_those_of_numpy(end, count, more, seed):
+    """More are taken than were announced, and one part after the other, as after swaps that cancel."""
+    rng = np.random.default_rng(seed)
+    expected = [*rng.integers(end, size=count).tolist(), *rng.integers(end, size=more).tolist()]
+    assert list(islice(below(end, count, np.random.default_rng(seed)), count + more)) == expected
 
 
 def test_all_pairs_of_blocks_are_exchanged_equally_often():

@@ -19,8 +19,9 @@ Departures:
   constant below.
 """
 
+import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import cv2
 import numpy as np
@@ -53,6 +54,23 @@ def _point(rng: np.random.Generator, shape: tuple[int, ...]) -> tuple[int, int]:
     return int(rng.integers(shape[1])), int(rng.integers(shape[0]))
 
 
+def below(end: int, count: int, rng: np.random.Generator) -> Iterator[int]:
+    """Endless random whole numbers from 0 to `end` - 1 (end ≤ 2⁶⁴), of which about `count` are wanted.
+
+    They are those of `rng.integers(end, size=...)` on a fresh generator: by the same method (Lemire 2019) from the same
+    raw words, without NumPy's checks, which take longer than eight swaps of blocks. `rng` is left after the last word
+    that was read.
+    """
+    bits = 32 if end <= 2**32 else 64  # a raw word of 64 bits is two small numbers, the lower half first
+    mask, uneven = 2**bits - 1, 2**bits % end
+    while True:
+        for word in rng.bit_generator.random_raw(count * bits // 64 + 1).tolist():
+            for part in (word & mask, word >> 32) if bits == 32 else (word,):
+                product = part * end
+                if product & mask >= uneven:  # the others would make some numbers more likely
+                    yield product >> bits
+
+
 def _saturate(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
@@ -79,27 +97,33 @@ def gaussian_noise(image: np.ndarray, intensity: float, rng: np.random.Generator
 
 def block_exchange(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
     """Exchange random pairs of grid blocks. Raises ClearError if fewer than two blocks fit."""
-    block = _px(min(32, int(5 + 30 * intensity)), scale)
-    rows, columns = image.shape[0] // block, image.shape[1] // block
+    side = _px(min(32, int(5 + 30 * intensity)), scale)
+    rows, columns = image.shape[0] // side, image.shape[1] // side
     if rows * columns < 2:
         raise ClearError(
-            f"block_exchange needs two blocks of {block} px, at least {block}x{2 * block} px; "
+            f"block_exchange needs two blocks of {side} px, at least {side}x{2 * side} px; "
             f"the image has {image.shape[1]}x{image.shape[0]} px. Remove it or choose another corruption."
         )
     # Only the numbers of the blocks are swapped; each block that moves is then copied once.
-    count, held, swaps = rows * columns, {}, int(35 * intensity)
+    count, origins, swaps = rows * columns, {}, int(35 * intensity)
+    pairs = below(count * (count - 1), swaps, rng)
     while swaps:
-        for pair in rng.integers(count * (count - 1), size=swaps).tolist():
-            one, two = divmod(pair, count - 1)
-            two += two >= one  # all pairs of two different blocks are equally likely
-            held[one], held[two] = held.get(two, two), held.get(one, one)
-        swaps = int(all(place == origin for place, origin in held.items()))  # all are back in place: one more swap
+        for pair in itertools.islice(pairs, swaps):
+            first, second = divmod(pair, count - 1)
+            second += second >= first  # all pairs of two different blocks are equally likely
+            origins[first], origins[second] = origins.get(second, second), origins.get(first, first)
+        swaps = int(all(block == origin for block, origin in origins.items()))  # all are back: one more swap
     out = image.copy()
-    for place, origin in held.items():
-        (y, x), (v, u) = divmod(place, columns), divmod(origin, columns)
-        moved = image[v * block : (v + 1) * block, u * block : (u + 1) * block]
-        out[y * block : (y + 1) * block, x * block : (x + 1) * block] = moved
+    source, target = (_blocks(pixels, side, rows, columns) for pixels in (image, out))
+    for block, origin in origins.items():
+        target[divmod(block, columns)] = source[divmod(origin, columns)]
     return out
+
+
+def _blocks(image: np.ndarray, side: int, rows: int, columns: int) -> np.ndarray:
+    """A view of (H, W, 3) as blocks from the upper left corner: (rows, columns, side, side, 3)."""
+    whole = image[: rows * side, : columns * side]
+    return whole.reshape(rows, side, columns, side, 3).swapaxes(1, 2)
 
 
 def jpeg(image: np.ndarray, intensity: float, rng: np.random.Generator, scale: float = 1.0) -> np.ndarray:
@@ -200,9 +224,12 @@ def graffiti(image: np.ndarray, intensity: float, rng: np.random.Generator, scal
     out, (height, width) = image.copy(), image.shape[:2]
     largest = max(1, int(5 * intensity))  # px, thickness
     # All draws of the lines in one call, as shares of their ranges: single draws take longer than the drawing.
-    ends = [256, 256, 256, width, height, width, height, largest]
-    for *color, x, y, u, v, more in (rng.random((int(10 * intensity), len(ends))) * ends).astype(int).tolist():
-        cv2.line(out, (x, y), (u, v), color, _px(1 + more, scale))
+    shares = rng.random(8 * int(10 * intensity)).tolist()
+    for k in range(0, len(shares), 8):
+        red, green, blue, x, y, u, v, more = shares[k : k + 8]
+        start, end = (int(x * width), int(y * height)), (int(u * width), int(v * height))
+        color = int(red * 256), int(green * 256), int(blue * 256)
+        cv2.line(out, start, end, color, _px(1 + int(more * largest), scale))
     if intensity > 0.55:
         number, choice, right, down = rng.random(4).tolist()
         word = (*GRAFFITI_WORDS, str(1 + int(100 * number)))[int((len(GRAFFITI_WORDS) + 1) * choice)]
