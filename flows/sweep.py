@@ -13,12 +13,13 @@ from pathlib import Path
 
 from prefect import flow, get_run_logger
 
+from clear.data import aws
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError
 from flows.batch import job as batch
 from flows.batch import settings
 from flows.batch.settings import Compute
-from flows.batch.store import Store, said_plainly
+from flows.batch.store import Store
 
 MINUTES = 10.0
 
@@ -43,7 +44,7 @@ def _jobs(account: batch.Account, stack: str) -> list[dict]:
     found = []
     for spot in (True, False):
         queue = account.queue(spot)
-        with said_plainly(f"jobs in {queue}"):
+        with aws.explained(f"jobs in {queue}"):
             for status in batch.ACTIVE:
                 pages = account.batch.get_paginator("list_jobs").paginate(jobQueue=queue, jobStatus=status)
                 listed = [one["jobId"] for page in pages for one in page["jobSummaryList"]]

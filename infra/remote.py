@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from clear.data import aws
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError
 
@@ -40,29 +41,10 @@ def add(root: Path, bucket: str, endpoint: str = "") -> str:
 
 def check(bucket: str, endpoint: str) -> None:
     """Ask the store for the bucket. Raises ClearError saying whether address, credentials, rights or name are wrong."""
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError, PartialCredentialsError
-
-    where = endpoint or "AWS"
-    try:
-        impatient = Config(connect_timeout=5, read_timeout=10, retries={"max_attempts": 1})
-        boto3.session.Session().client("s3", endpoint_url=endpoint or None, config=impatient).head_bucket(Bucket=bucket)
-    except (NoCredentialsError, PartialCredentialsError) as error:
-        raise ClearError(
-            f"no credentials for {where}: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret."
-        ) from error
-    except ClientError as error:
-        code = error.response["Error"]["Code"]
-        reason = {
-            "404": f"{where} has no bucket '{bucket}'; create it or correct BUCKET",
-            "NoSuchBucket": f"{where} has no bucket '{bucket}'; create it or correct BUCKET",
-            "403": f"{where} refuses access to bucket '{bucket}'; check the credentials and their rights",
-            "301": f"bucket '{bucket}' is in another region; set AWS_DEFAULT_REGION",
-        }.get(code, f"{where} answers {code} for bucket '{bucket}'")
-        raise ClearError(f"{reason}.") from error
-    except (BotoCoreError, ValueError) as error:
-        raise ClearError(f"{where} cannot be reached or used ({error}); correct ENDPOINT or the network.") from error
+    where = f"s3://{bucket} at {endpoint or 'AWS'}"
+    store = aws.client(endpoint=endpoint, patient=False, settings="ENDPOINT, AWS_PROFILE or AWS_DEFAULT_REGION")
+    with aws.explained(where, endpoint="ENDPOINT", remedy="check BUCKET, ENDPOINT and the credentials"):
+        store.list_objects_v2(Bucket=bucket, MaxKeys=1)  # says why it refuses; head_bucket has a bare status only
 
 
 def main(arguments: list[str]) -> int:

@@ -16,6 +16,7 @@ import pytest
 from botocore.config import Config
 from prefect.logging import disable_run_logger
 
+from clear.data.aws import Unreachable
 from clear.errors import ClearError
 from flows import sweep
 from flows.batch import execute
@@ -23,7 +24,7 @@ from flows.batch import job as compute_batch
 from flows.batch.cost import enter, settle, spent
 from flows.batch.request import Inputs
 from flows.batch.settings import Price
-from flows.batch.store import Damaged, Store, Unreachable
+from flows.batch.store import Damaged, Store
 from tests.cloud import compute_of, entry_of, write_compute
 from tests.conftest import ROOT
 from tests.test_flow import alive, wait_until
@@ -280,7 +281,7 @@ def test_an_attempt_is_ended_after_its_time(work, cloud):
 def test_aws_that_does_not_answer_or_refuses_is_one_line(cloud, monkeypatch, training):
     settings = compute_of(training)
     settings.stack = "nowhere"
-    with pytest.raises(ClearError, match=r"stack nowhere .*make stack.*: AWS answers ValidationError"):
+    with pytest.raises(ClearError, match=r"stack nowhere .*make stack.*: ValidationError: Stack"):
         compute_batch.account(settings)
     cloud.store.client.put_object(Bucket="cloud", Key="compute/note.json", Body=b"{")
     with pytest.raises(Damaged, match=r"note\.json: not valid JSON"):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from botocore.exceptions import ClientError, WaiterError
 
 from clear.errors import ClearError
 from flows.batch import settings
@@ -200,6 +201,34 @@ def test_the_stack_is_created_updated_and_read(cloud, monkeypatch, root):
     assert [int(disk["VolumeSize"]) for disk in disks] == [300]
     assert set(OUTPUTS) <= set(outputs)
     assert compute_stack.apply(compute, root)["Bucket"] == outputs["Bucket"], "again is an update"
+
+
+def test_a_stack_that_fails_says_which_resource_and_why(monkeypatch):
+    """Of a failed waiter boto3 says that it failed; CloudFormation's events say why."""
+
+    class Formation:
+        def describe_stacks(self, **_):
+            raise ClientError(
+                {"Error": {"Message": "mine does not exist"}}, "DescribeStacks"
+            )
+
+        def create_stack(self, **_):
+            pass
+
+        def get_waiter(self, name):
+            return self
+
+        def wait(self, **_):
+            raise WaiterError("StackCreateComplete", "Waiter encountered a terminal failure state", {})
+
+        def describe_stack_events(self, **_):
+            events = [("Queue", "CREATE_COMPLETE", ""), ("Bucket", "CREATE_FAILED", "it exists already")]
+            names = ("LogicalResourceId", "ResourceStatus", "ResourceStatusReason")
+            return {"StackEvents": [dict(zip(names, event, strict=True)) for event in events]}
+
+    monkeypatch.setattr(compute_stack, "client", lambda *_: Formation())
+    with pytest.raises(ClearError, match=r"^stack mine: Bucket: it exists already$"):
+        compute_stack.apply(settings.from_dict(compute_with("compute.stack=mine")), ROOT)
 
 
 def test_commands_refuse_with_one_line(cloud, capsys, monkeypatch, tmp_path):

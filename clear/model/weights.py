@@ -5,10 +5,10 @@
 
 `s3://bucket/prefix/model.safetensors` names one of several weight files there, as a path does (model/checkpoint).
 
-Credentials, region and endpoint are those of boto3 (environment, profiles, AWS_ENDPOINT_URL). Each run lists the
-prefix: a file with the recorded ETag is kept, one with another ETag is fetched again, and an interrupted download
-resumes. A file is accepted once its size is right and its ETag matches its content (MD5, or for multipart uploads the
-MD5 of the parts' MD5s, for the part sizes in use); encrypted objects have other ETags, so only their size is checked.
+Credentials, region and endpoint are those of AWS tools (clear/data/aws.py). Each run lists the prefix: a file with the
+recorded ETag is kept, one with another ETag is fetched again, and an interrupted download resumes. A file is accepted
+once its size is right and its ETag matches its content (MD5, or for multipart uploads the MD5 of the parts' MD5s, for
+the part sizes in use); encrypted objects have other ETags, so only their size is checked.
 """
 
 import fcntl
@@ -20,13 +20,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
+from clear.data import aws
 from clear.data.io import write_json
 from clear.data.workspace import home
-from clear.errors import ClearError
+from clear.errors import ClearError, naming, refusal
 from clear.schema import Config
 
 READERS = ("base", "traces", "sft", "sft_direct", "bridge", "grpo", "evaluate", "ask")
@@ -72,19 +72,16 @@ def fetch(url: str) -> Path:
     if ".." in folder.parts:
         raise ClearError(f"params: model.checkpoint = {url!r} leaves its folder; write s3://bucket/prefix.")
     folder.mkdir(parents=True, exist_ok=True)
-    with _explained(url), _locked(folder):
-        client = _client()
-        objects = _list(client, bucket, prefix + "/")
-        if not objects:
-            raise ClearError(f"{url} holds no files; check the prefix: it must be the folder with ema.safetensors.")
-        _bring(client, bucket, objects, folder)
+    try:
+        with aws.explained(url, again="repeat the command, the download resumes"), _locked(folder):
+            client = aws.client()
+            objects = _list(client, bucket, prefix + "/")
+            if not objects:
+                raise ClearError(f"{url} holds no files; check the prefix: it must be the folder with ema.safetensors.")
+            _bring(client, bucket, objects, folder)
+    except OSError as error:  # a full disk; `clear browse` shows ClearErrors only
+        raise refusal(error) or error from error
     return folder
-
-
-def _client() -> Any:
-    import boto3
-
-    return boto3.Session().client("s3")  # the default session would keep the first credentials it saw
 
 
 @contextmanager
@@ -94,41 +91,13 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """boto3's errors as ClearErrors that say what to do."""
-    from botocore import exceptions
-
-    go_on = "repeat the command, the download resumes."
-    try:
-        yield
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise ClearError(
-            f"{url}: no complete AWS credentials ({error}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or "
-            "AWS_PROFILE."
-        ) from error
-    except exceptions.ClientError as error:
-        code = error.response.get("Error", {}).get("Code", "?")
-        remedies = {
-            "NoSuchBucket": "there is no such bucket; check its name and AWS_ENDPOINT_URL.",
-            "AccessDenied": "these credentials may not read it; ask for s3:ListBucket and s3:GetObject.",
-            "InvalidAccessKeyId": "the access key is not known there; check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL.",
-            "SignatureDoesNotMatch": "the secret key is not the access key's; check AWS_SECRET_ACCESS_KEY.",
-            "PreconditionFailed": f"a file changed while it was fetched; {go_on}",
-        }
-        raise ClearError(f"{url}: {code}: {remedies.get(code, f'{error}; {go_on}')}") from error
-    except (exceptions.BotoCoreError, OSError) as error:
-        raise ClearError(f"{url}: interrupted ({error}); check AWS_ENDPOINT_URL and the disk, then {go_on}") from error
-
-
 def _list(client, bucket: str, prefix: str) -> dict[str, Remote]:
     """The objects directly under a prefix, by file name."""
     found = {}
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
-        for item in page.get("Contents", []):
-            name = item["Key"].removeprefix(prefix)
-            if name and "/" not in name:
-                found[name] = Remote(item["Key"], item["Size"], item["ETag"].strip('"'))
+    for item in aws.listed(client, bucket, prefix):
+        name = item["Key"].removeprefix(prefix)
+        if name and "/" not in name:
+            found[name] = Remote(item["Key"], item["Size"], item["ETag"].strip('"'))
     return found
 
 
@@ -164,7 +133,7 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
     have = have if have <= remote.size else 0
     bar.update(have)
     plain = True
-    with part.open("r+b" if have else "wb") as file:
+    with naming(part), part.open("r+b" if have else "wb") as file:
         file.seek(have)
         if have < remote.size or not remote.size:
             span = {"Range": f"bytes={have}-"} if have else {}

@@ -12,11 +12,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from clear.data.aws import Unreachable
 from clear.errors import ClearError
-from flows.batch.store import Damaged, Store, Unreachable, sha256
+from flows.batch.store import Damaged, Store, sha256
 
 KEPT = 2
-COMPLETE, SHARDED = "complete", "_sharded"  # marks of clear/training/loop/trainer.py
+COMPLETE, SHARDED = "complete", "_sharded"  # marks of clear/training/loop
 
 
 def files_of(folder: Path, whole: bool = True) -> list[Path]:

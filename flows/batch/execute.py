@@ -22,6 +22,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed, State
 
 from clear.config import PARAMS, load
+from clear.data.aws import Unreachable
 from clear.data.io import write_json
 from clear.data.workspace import profile
 from clear.errors import ClearError
@@ -29,7 +30,7 @@ from flows.batch import cost, settings
 from flows.batch import job as batch
 from flows.batch.request import CACHED, LOCK, Inputs, describe, environment_tag, send
 from flows.batch.settings import BatchJob, Compute
-from flows.batch.store import Store, Unreachable
+from flows.batch.store import Store
 from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of
 
 LOCAL, AWS_BATCH = "local", "aws_batch"

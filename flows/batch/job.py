@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
+from clear.data import aws
 from clear.errors import ClearError
 from flows.batch.settings import BatchJob, Compute
-from flows.batch.store import client, said_plainly
+from flows.batch.store import client
 
 PREEMPTED = 75
 """Exit status of a job that was asked to leave and has kept its checkpoint."""
@@ -42,7 +43,7 @@ class Account:
 
 def account(compute: Compute) -> Account:
     """Read the stack's outputs. Raises ClearError if it is not there or is not ours."""
-    with said_plainly(f"CloudFormation stack {compute.stack} (compute.stack; `make stack` creates it)"):
+    with aws.explained(f"CloudFormation stack {compute.stack} (compute.stack; `make stack` creates it)"):
         found = client("cloudformation", compute.region).describe_stacks(StackName=compute.stack)["Stacks"][0]
     outputs = {one["OutputKey"]: one["OutputValue"] for one in found.get("Outputs", [])}
     if missing := [name for name in OUTPUTS if name not in outputs]:
@@ -108,7 +109,7 @@ def definition(compute: Compute, job: BatchJob, image: str, outputs: dict[str, s
 def ensure_definition(batch: Any, wanted: dict[str, Any]) -> str:
     """Register a definition unless it is there; returns its ARN."""
     name = wanted["jobDefinitionName"]
-    with said_plainly(f"job definition {name}"):
+    with aws.explained(f"job definition {name}"):
         there = batch.describe_job_definitions(jobDefinitionName=name, status="ACTIVE")["jobDefinitions"]
         return there[0]["jobDefinitionArn"] if there else batch.register_job_definition(**wanted)["jobDefinitionArn"]
 
@@ -120,7 +121,7 @@ def job_name(stack: str, stage: str, key: str) -> str:
 
 def find(batch: Any, queue: str, name: str) -> str | None:
     """Id of the queued or running job of that name, the first submitted if there are several; None if there is none."""
-    with said_plainly(f"jobs in {queue}"):
+    with aws.explained(f"jobs in {queue}"):
         found = batch.list_jobs(jobQueue=queue, filters=[{"name": "JOB_NAME", "values": [name]}])["jobSummaryList"]
     active = sorted((one.get("createdAt", 0), one["jobId"]) for one in found if one["status"] in ACTIVE)
     return active[0][1] if active else None
@@ -148,7 +149,7 @@ def submit(
         }
     wanted = definition(compute, job, image, account.outputs)
     arn = ensure_definition(batch, wanted)
-    with said_plainly(f"job {name} in {queue}"):
+    with aws.explained(f"job {name} in {queue}"):
         mine = batch.submit_job(
             jobName=name,
             jobQueue=queue,
@@ -166,14 +167,14 @@ def submit(
 
 def describe(batch: Any, job_id: str) -> dict[str, Any] | None:
     """What Batch knows of a job; None if it has forgotten it."""
-    with said_plainly(f"job {job_id}"):
+    with aws.explained(f"job {job_id}"):
         found = batch.describe_jobs(jobs=[job_id])["jobs"]
     return found[0] if found else None
 
 
 def terminate(batch: Any, job_id: str, reason: str) -> None:
     """End a job in any state; one that has already ended is left as it is."""
-    with said_plainly(f"job {job_id}"):
+    with aws.explained(f"job {job_id}"):
         batch.terminate_job(jobId=job_id, reason=reason[:1024])
 
 

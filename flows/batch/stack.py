@@ -10,12 +10,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from clear.data import aws
 from clear.errors import ClearError
 from flows.batch import settings
 from flows.batch.job import OUTPUTS, account
 from flows.batch.request import environment_tag
 from flows.batch.settings import Compute
-from flows.batch.store import client, said_plainly, split
+from flows.batch.store import client, split
 
 TEMPLATE = Path("infra/stack.yaml")
 PLATFORM = "linux/amd64"
@@ -50,16 +51,16 @@ def apply(compute: Compute, root: Path, mail: str = "") -> dict[str, str]:
         "Tags": [{"Key": "clear", "Value": compute.stack}],
     }
     try:
-        with said_plainly(f"stack {compute.stack}"):
+        with aws.explained(f"stack {compute.stack}"):
             if _exists(formation, compute.stack):
                 formation.update_stack(**given)
                 formation.get_waiter("stack_update_complete").wait(StackName=compute.stack)
             else:
                 formation.create_stack(**given, OnFailure="DELETE")
                 formation.get_waiter("stack_create_complete").wait(StackName=compute.stack)
-    except WaiterError as error:
-        raise ClearError(f"stack {compute.stack}: {_reason(formation, compute.stack) or error}") from error
     except ClearError as error:
+        if isinstance(error.__cause__, WaiterError):  # which says that it failed, and not why
+            raise ClearError(f"stack {compute.stack}: {_reason(formation, compute.stack) or error}") from error
         if "No updates are to be performed" not in str(error):
             raise
     return account(compute).outputs
@@ -92,7 +93,7 @@ def push_image(compute: Compute, root: Path) -> str:
     repository = account(compute).outputs["Repository"]
     name, tag = repository, environment_tag(root)
     registry = client("ecr", compute.region)
-    with said_plainly(f"repository {name}"):
+    with aws.explained(f"repository {name}"):
         found = registry.list_images(repositoryName=name.partition("/")[2])["imageIds"]
         if any(one.get("imageTag") == tag for one in found):
             return f"{name}:{tag}"

@@ -1,4 +1,4 @@
-"""What flow and job tell each other, in S3: small files by content, JSON notes, and who is told what went wrong.
+"""What flow and job tell each other, in S3: small files by content, and JSON notes.
 
     objects/<sha256>                  dvc.lock, params.yaml, results: files by their content
     bundles/<commit>-<random>         git bundles
@@ -9,26 +9,22 @@
     leases/<job>.json                 the flow run that waits for a job; flows/sweep.py ends jobs without one
     ledger/<month>/<job>.json         what a job was allowed to cost, and did
 
-`key` stands for a stage and the content of everything it reads. Downloads are checked against their hash. Clients are
-plain boto3: credentials, region and endpoints come from where AWS tools look for them.
+`key` stands for a stage and the content of everything it reads. Downloads are checked against their hash. What AWS
+refuses is a ClearError, and what may pass Unreachable (clear/data/aws.py).
 """
 
 import hashlib
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from clear.data import aws
+from clear.data.io import replacing
 from clear.errors import ClearError
 
 PREFIX = "compute"
-
-
-class Unreachable(ClearError):
-    """AWS did not answer; that may pass."""
 
 
 class Damaged(ClearError):
@@ -36,44 +32,8 @@ class Damaged(ClearError):
 
 
 def client(service: str, region: str = "") -> Any:
-    """A boto3 client with patience for slow answers."""
-    import boto3
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    patient = Config(retries={"mode": "standard", "max_attempts": 5}, connect_timeout=10, read_timeout=60)
-    try:
-        return boto3.session.Session().client(service, region_name=region or None, config=patient)
-    except (BotoCoreError, ValueError) as error:
-        raise ClearError(f"AWS {service} cannot be used: {error}; set compute.region or AWS_DEFAULT_REGION.") from error
-
-
-@contextmanager
-def said_plainly(what: str) -> Iterator[None]:
-    """Turn what boto3 raises inside into one line: Unreachable for the network, ClearError for a refusal."""
-    from boto3.exceptions import Boto3Error, RetriesExceededError
-    from botocore import exceptions as aws
-
-    try:
-        yield
-    except aws.ClientError as error:
-        raise _refusal(what, error) from error
-    except aws.NoCredentialsError as error:
-        raise ClearError(f"{what}: no AWS credentials; set AWS_PROFILE, or a key and its secret.") from error
-    except (aws.HTTPClientError, aws.ConnectionError, RetriesExceededError) as error:
-        raise Unreachable(f"{what}: {error}") from error
-    except Boto3Error as error:  # a failed upload, which does not say why but in what it was raised from
-        if isinstance(error.__context__, aws.ClientError):
-            raise _refusal(what, error.__context__) from error
-        raise Unreachable(f"{what}: {error}") from error
-    except aws.BotoCoreError as error:
-        raise ClearError(f"{what}: {error}") from error
-
-
-def _refusal(what: str, error: Any) -> ClearError:
-    answer = error.response.get("Error", {})
-    kind = Unreachable if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 400) >= 500 else ClearError
-    return kind(f"{what}: AWS answers {answer.get('Code')}: {answer.get('Message')}")
+    """A boto3 client for a job's or a flow's own use; `region` is that of the configuration."""
+    return aws.client(service, region=region, settings="AWS_PROFILE, compute.region or AWS_ENDPOINT_URL")
 
 
 def sha256(file: Path) -> str:
@@ -99,7 +59,7 @@ class Store:
 
     def put(self, file: Path, name: str) -> None:
         """Upload a file."""
-        with said_plainly(self.url(name)):
+        with aws.explained(self.url(name)):
             self.client.upload_file(str(file), self.bucket, self._key(name))
 
     def keep(self, file: Path, under: str = "objects") -> str:
@@ -110,19 +70,16 @@ class Store:
 
     def fetch(self, name: str, target: Path, digest: str) -> None:
         """Download to `target`. Raises Damaged if the content has another hash; nothing is left behind then."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        with said_plainly(self.url(name)):
-            self.client.download_file(self.bucket, self._key(name), str(partial))
-        found = sha256(partial)
-        if found != digest:
-            partial.unlink()
-            raise Damaged(f"{self.url(name)} has hash {found[:12]}…, expected {digest[:12]}…; it is not used.")
-        partial.replace(target)
+        with replacing(target) as partial:
+            with aws.explained(self.url(name)):
+                self.client.download_file(self.bucket, self._key(name), str(partial))
+            found = sha256(partial)
+            if found != digest:
+                raise Damaged(f"{self.url(name)} has hash {found[:12]}…, expected {digest[:12]}…; it is not used.")
 
     def write(self, name: str, content: Any) -> None:
         """Put a JSON note."""
-        with said_plainly(self.url(name)):
+        with aws.explained(self.url(name)):
             body = json.dumps(content, indent=1).encode()
             self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=body)
 
@@ -139,7 +96,7 @@ class Store:
         from botocore.exceptions import ClientError
 
         try:
-            with said_plainly(self.url(name)):
+            with aws.explained(self.url(name)):
                 wanted = {"Range": f"bytes={start}-"} if start else {}
                 return self.client.get_object(Bucket=self.bucket, Key=self._key(name), **wanted)["Body"].read()
         except ClearError as error:
@@ -153,16 +110,14 @@ class Store:
     def names(self, under: str) -> dict[str, datetime]:
         """Names below a folder with the time of their last change."""
         found = {}
-        with said_plainly(self.url(under)):
-            pages = self.client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self._key(under))
-            for page in pages:
-                for one in page.get("Contents", []):
-                    found[one["Key"].removeprefix(f"{self.prefix}/")] = one["LastModified"]
+        with aws.explained(self.url(under)):
+            for item in aws.listed(self.client, self.bucket, self._key(under)):
+                found[item["Key"].removeprefix(f"{self.prefix}/")] = item["LastModified"]
         return found
 
     def delete(self, *names: str) -> None:
         """Delete objects; those that are not there are no error."""
-        with said_plainly(self.url("")):
+        with aws.explained(self.url("")):
             for name in names:
                 self.client.delete_object(Bucket=self.bucket, Key=self._key(name))
 

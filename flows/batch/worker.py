@@ -26,12 +26,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clear.data import aws
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
 from flows.batch.request import LOCK, Inputs, expand, receive
-from flows.batch.store import Store, Unreachable, client, sha256, split
+from flows.batch.store import Store, client, sha256, split
 from flows.service import children
 
 SAVE_SECONDS = 18.0
@@ -104,7 +105,7 @@ def run(request: str, work: Path, notice: Notice) -> int:
         log.keep_in(store, f"logs/{key}/{job}-{attempt}.log")
     try:
         return _run(store, content, key, job, node, work, log, notice)
-    except Unreachable as error:  # nothing is wrong with the stage, and what it has done so far is kept
+    except aws.Unreachable as error:  # nothing is wrong with the stage, and what it has done so far is kept
         log.say(f"error: {error}")
         return PREEMPTED
     except ClearError as error:
@@ -271,7 +272,8 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
         if not file.resolve().is_relative_to(target.resolve()):
             raise ClearError(f"{address}/{name} would be written outside {target}; rename it.")
         file.parent.mkdir(parents=True, exist_ok=True)
-        store.client.download_file(bucket, f"{store.prefix}/{name}", str(file))
+        with aws.explained(store.url(name)):
+            store.client.download_file(bucket, f"{store.prefix}/{name}", str(file))
         if name in known and sha256(file) != known[name]["sha256"]:
             raise ClearError(f"{address}/{name} is not the file that the base was registered with; upload that one.")
     say(f"weights: {len(names)} files from {address}")

@@ -10,13 +10,14 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from clear.data.io import write_json
+from clear.data import aws
+from clear.data.io import replacing, write_json
 from clear.data.lock import writer
 from clear.data.workspace import profile
 from clear.errors import ClearError
@@ -85,11 +86,10 @@ class Source:
         """Path below the prefix → ETag and size. Raises ClearError where the store refuses."""
         found = {}
         with asked(f"s3://{self.bucket}/{self.prefix}"):
-            for page in client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
-                for item in page.get("Contents", []):
-                    path = PurePosixPath(item["Key"].removeprefix(f"{self.prefix}/"))
-                    if len(path.parts) > 1 and ".." not in path.parts and not item["Key"].endswith("/"):
-                        found[str(path)] = {"etag": item["ETag"], "size": item["Size"]}
+            for item in aws.listed(client, self.bucket, f"{self.prefix}/"):
+                path = PurePosixPath(item["Key"].removeprefix(f"{self.prefix}/"))
+                if len(path.parts) > 1 and ".." not in path.parts and not item["Key"].endswith("/"):
+                    found[str(path)] = {"etag": item["ETag"], "size": item["Size"]}
         return found
 
     def _download(self, say: Callable[[str], None]) -> None:
@@ -107,12 +107,8 @@ class Source:
         if wanted:
             say(f"{len(wanted)} of {len(there)} files to fetch from s3://{self.bucket}/{self.prefix}")
         for name in wanted:
-            target = self.mirror / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            part = target.with_name(f".{target.name}.partial")
-            with asked(f"s3://{self.bucket}/{self.prefix}/{name}"):
+            with replacing(self.mirror / name) as part, asked(f"s3://{self.bucket}/{self.prefix}/{name}"):
                 client.download_file(self.bucket, f"{self.prefix}/{name}", str(part))
-            part.replace(target)
         write_json(file, there)
 
     def _move(self, name: str, report: Path) -> str:
@@ -170,25 +166,18 @@ def _settings(workspace: Path) -> tuple[str | None, dict]:
 
 def store(workspace: Path) -> Any:
     """An S3 client with endpoint and profile of the default DVC remote; keys come from the AWS environment."""
-    import boto3
-    from botocore.exceptions import BotoCoreError
-
     _, remote = _settings(workspace)
-    try:
-        session = boto3.session.Session(profile_name=os.environ.get("AWS_PROFILE") or remote.get("profile"))
-        return session.client("s3", endpoint_url=remote.get("endpointurl"))
-    except (BotoCoreError, ValueError) as error:
-        raise ClearError(f"S3 cannot be used ({error}); correct the AWS environment or `make remote`.") from error
+    return aws.client(
+        endpoint=remote.get("endpointurl") or "",
+        profile=os.environ.get("AWS_PROFILE") or remote.get("profile"),
+        settings="the AWS environment, or the DVC remote with `make remote`",
+    )
 
 
-@contextmanager
-def asked(place: str) -> Iterator[None]:
+def asked(place: str) -> AbstractContextManager[None]:
     """Turn what S3 refuses inside the block into one line about `place`."""
-    from boto3.exceptions import Boto3Error
-    from botocore.exceptions import BotoCoreError, ClientError
-
-    try:
-        yield
-    except (BotoCoreError, ClientError, Boto3Error) as error:
-        said = " ".join(str(error).split())
-        raise ClearError(f"{place}: {said}; check the AWS keys, their rights, and the endpoint.") from error
+    return aws.explained(
+        place,
+        endpoint="the endpoint of the DVC remote (`make remote`)",
+        remedy="check the AWS keys, their rights, and the endpoint",
+    )
