@@ -26,7 +26,7 @@ from clear.reasoning import grammar
 from clear.reasoning.engine import Options, Reply, Restoration, Trajectory
 from clear.reasoning.prompts import Prompt
 from clear.traces.table import TraceRow
-from clear.training import memory, sft
+from clear.training import footprint, memory, sft
 from clear.training.build import scene_words
 from clear.training.load import trainable
 from clear.training.loop.parallel import Pass
@@ -92,7 +92,7 @@ class Live(TorchDispatchMode):
         return sum(size for key, (ref, size) in self.seen.items() if not ref.expired() and key not in known)
 
 
-def _measured_batch(model: Bagel, objective: Objective) -> tuple[memory.Batch, int]:
+def _measured_batch(model: Bagel, objective: Objective) -> tuple[footprint.Batch, int]:
     """The batch that the objective's forward builds, and the bytes alive between forward and backward."""
     layouts = []
     hook = model.register_forward_pre_hook(lambda module, args: layouts.append(args[0]))
@@ -104,7 +104,7 @@ def _measured_batch(model: Bagel, objective: Objective) -> tuple[memory.Batch, i
     hook.remove()
     built = layouts[0]
     teacher = (built.kind == VIT) & (built.noise > 0)
-    return memory.Batch(
+    return footprint.Batch(
         rows=built.ids.shape[0],
         length=built.ids.shape[1],
         gen=int(built.is_gen.sum()),
@@ -150,10 +150,10 @@ def test_activations_are_within_a_quarter_of_what_a_training_step_holds(
     model = _model(config, tokenizer)
     batch, held = _measured_batch(model, _step(config, tokenizer, model))
     compute = 2 if types[1] == "bfloat16" else 4
-    train = memory.Training(compute, 2 if types[0] == "bfloat16" else 4, config.lora, checkpointing == "true")
-    found = memory.activations(model.config, batch, train, config.sft.distill_stride)
+    train = footprint.Training(compute, 2 if types[0] == "bfloat16" else 4, config.lora, checkpointing == "true")
+    found = footprint.activations(model.config, batch, train, config.sft.distill_stride)
     if compute < train.weights and not train.checkpointing:  # the layers hold autocast's copies of their weights
-        found += compute * memory.count(model.config, config.lora, bridge=False).cast
+        found += compute * footprint.count(model.config, config.lora, bridge=False).cast
     assert 0.75 <= found / held <= 1.25
 
 
@@ -195,8 +195,8 @@ def test_the_stage_bridge_trains_what_is_counted(tokenizer, rank, kind):
 
 def test_the_cache_is_exact(tokenizer):
     model = _model(_config(), tokenizer)
-    cache = model.new_cache(3, memory.kv_capacity(50, 60))
-    assert sum(t.nbytes for t in [*cache.keys, *cache.values]) == memory.kv_bytes(model.config.llm, 3, 178, 4)
+    cache = model.new_cache(3, footprint.kv_capacity(50, 60))
+    assert sum(t.nbytes for t in [*cache.keys, *cache.values]) == footprint.kv_bytes(model.config.llm, 3, 178, 4)
     key = torch.zeros(3, model.config.llm.kv_heads, 150, model.config.llm.head_dim)
     for total in (100, 200, 300, 400):  # grown in steps as a rollout grows it
         cache.reserve(100)
@@ -204,7 +204,7 @@ def test_the_cache_is_exact(tokenizer):
         for layer in range(model.config.llm.layers):
             cache.append(layer, key[:, :, :100], key[:, :, :100], cache.places(valid))
         cache.advance(valid)
-        assert cache.keys[0].shape[2] == memory.kv_capacity(50, total)
+        assert cache.keys[0].shape[2] == footprint.kv_capacity(50, total)
 
 
 @pytest.mark.parametrize("choice", ["random", "window", "all"])
@@ -326,7 +326,7 @@ def test_a_slice_of_grpo_has_the_tokens_that_are_scored(profile):
 
 def test_bagel_has_the_published_number_of_parameters():
     config = _config(profile="bagel_7b_lora")
-    counts = memory.count(memory.shapes(config), config.lora)
+    counts = footprint.count(memory.shapes(config), config.lora)
     assert round(counts.base / 1e9, 3) == 14.607  # 29.2 GB in bfloat16, as published
     assert counts.adapter == counts.trained == 16 * 5_046_272
 

@@ -32,11 +32,8 @@ from pathlib import Path
 from typing import Any
 
 from clear.errors import ClearError
-from clear.llm.ledger import ReplyStore
+from clear.llm.ledger import ReplyStore, most_tokens
 from clear.schema import Endpoint
-
-IMAGE_TOKENS = 4096
-"""More than current models bill for one image; used only to forecast a cost, the report has the real count."""
 
 LONGEST_WAIT = 600.0
 """Seconds; a server that asks for a longer pause counts as out of service."""
@@ -358,27 +355,17 @@ class Client:
             outcome.malformed, outcome.reason = True, f"no chat completion ({type(error).__name__}: {error})"
             return None
         known = all(isinstance(count, int) and count >= 0 for count in tokens)
-        prompt, completion = tokens if known else self._most_tokens(body)
+        prompt, completion = tokens if known else most_tokens(body)
         outcome.cost = self._price(prompt, completion)
         outcome.reply = Reply(text, prompt, completion, choice.get("finish_reason") == "length")
         return outcome.reply
 
     def forecast(self, body: dict) -> float:
         """The most that a request can cost, in USD."""
-        return self._price(*self._most_tokens(body))
+        return self._price(*most_tokens(body))
 
     def _price(self, prompt: int, completion: int) -> float:
         return (prompt * self.config.price_input + completion * self.config.price_output) / 1e6
-
-    def _most_tokens(self, body: dict) -> tuple[int, int]:
-        """Upper bounds: a token is at least one byte of text; an image counts IMAGE_TOKENS; 64 frame each message."""
-        most = 0
-        for message in body["messages"]:
-            content = message["content"]
-            for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-                most += len(part["text"].encode()) if part["type"] == "text" else IMAGE_TOKENS
-            most += 64
-        return most, body["max_tokens"]
 
 
 @dataclass

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from clear.errors import ClearError
 
+IMAGE_TOKENS = 4096
+"""More than current models bill for one image; used only to forecast a cost, the report has the real count."""
+
 _TABLES = """
 CREATE TABLE IF NOT EXISTS replies (
     hash TEXT PRIMARY KEY, text TEXT NOT NULL,
@@ -108,3 +111,17 @@ class ReplyStore:
         """Close the file."""
         with self._lock:
             self._db.close()
+
+
+def most_tokens(body: dict) -> tuple[int, int]:
+    """Upper bounds on the tokens of a request, (prompt, completion), for a cost that is reserved before it is sent.
+
+    A token is at least one byte of text; an image counts IMAGE_TOKENS; 64 frame each message.
+    """
+    most = 0
+    for message in body["messages"]:
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            most += len(part["text"].encode()) if part["type"] == "text" else IMAGE_TOKENS
+        most += 64
+    return most, body["max_tokens"]
