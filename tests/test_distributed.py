@@ -26,7 +26,8 @@ from clear.schema import Lora, Phase
 from clear.training.load import trainable
 from clear.training.loop import parallel
 from clear.training.loop.parallel import share_batch
-from clear.training.loop.trainer import StageRun, optimise
+from clear.training.loop.run import StageRun
+from clear.training.loop.trainer import optimise
 from tests.conftest import ROOT
 from tests.tiny import tiny_model, tiny_prompts
 

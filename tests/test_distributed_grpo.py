@@ -18,7 +18,7 @@ from clear.config import compose, from_dict
 from clear.data.records import Question
 from clear.reasoning.engine import Options
 from clear.training.load import trainable
-from clear.training.loop.trainer import StageRun
+from clear.training.loop.run import StageRun
 from clear.training.rl.policy import Task
 from tests.test_distributed import Interrupted, forget, fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import tiny_model, tiny_prompts

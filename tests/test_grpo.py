@@ -17,7 +17,7 @@ from clear.schema import Lora
 from clear.sources.scenes.render import scenes
 from clear.stages.grpo import prepare
 from clear.training.load import trainable
-from clear.training.loop.trainer import StageRun
+from clear.training.loop.run import StageRun
 from clear.training.rl import scoring
 from clear.training.rl.objective import advantages
 from clear.training.rl.policy import Task

@@ -13,7 +13,7 @@ from clear.model.tokenizer import encode
 from clear.reasoning.engine import Options, denoise, generate, prefill, text_reply
 from clear.schema import Lora
 from clear.training.load import trainable
-from clear.training.loop.trainer import StageRun
+from clear.training.loop.run import StageRun
 from clear.training.rl import grpo as module
 from clear.training.rl import scoring
 from clear.training.rl.policy import Task

@@ -22,7 +22,8 @@ from clear.reasoning.engine import Options, generate
 from clear.schema import Phase
 from clear.traces.table import TraceRow
 from clear.training.bridge import imitation_loss, own_latents
-from clear.training.loop.trainer import StageRun, optimise
+from clear.training.loop.run import StageRun
+from clear.training.loop.trainer import optimise
 from clear.training.rl import scoring
 from clear.training.sft import (
     TraceData,

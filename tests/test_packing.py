@@ -22,7 +22,8 @@ from clear.training import memory
 from clear.training.build import scene_words
 from clear.training.loop import parallel
 from clear.training.loop.parallel import Pass, balanced, one_pass
-from clear.training.loop.trainer import StageRun, optimise
+from clear.training.loop.run import StageRun
+from clear.training.loop.trainer import optimise
 from clear.training.rl import scoring
 from clear.training.sft import TraceData, TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
 from tests.shapes import Shapes, passes, stage_loss

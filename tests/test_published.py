@@ -15,7 +15,8 @@ from clear.reasoning.answering import guidance
 from clear.reasoning.grammar import TRIGGER
 from clear.schema import Optimiser, Phase
 from clear.stages.grpo import rollout_options
-from clear.training.loop.trainer import StageRun, training_arguments
+from clear.training.loop.run import StageRun
+from clear.training.loop.trainer import training_arguments
 from clear.training.sft import TraceWeights, trace_loss
 from tests.test_mixed_sizes import config, images, parts  # noqa: F401
 

@@ -17,7 +17,9 @@ from clear.reasoning.answering import Answerer
 from clear.schema import Phase
 from clear.training.load import incoming
 from clear.training.loop import trainer
-from clear.training.loop.trainer import StageRun, last_complete, optimise
+from clear.training.loop.run import StageRun
+from clear.training.loop.saved import last_complete
+from clear.training.loop.trainer import optimise
 from clear.training.sft import set_trainable
 from tests.tiny import tiny_model
 

@@ -33,7 +33,8 @@ def run(config: Config) -> None:
     from clear.sources.scenes.render import FACTORS, factors
     from clear.training import pretrain
     from clear.training.build import bagel_config, scene_words
-    from clear.training.loop.trainer import StageRun, optimise
+    from clear.training.loop.run import StageRun
+    from clear.training.loop.trainer import optimise
 
     samples = list(read_samples("data/samples/pretrain"))
     pairs = list(read_samples("data/degraded/sft", ["id", "degraded", "corruption", "severity"]))

@@ -14,7 +14,7 @@ from clear.schema import Config
 if TYPE_CHECKING:
     from clear.training.bridge import Decision
     from clear.training.load import Incoming
-    from clear.training.loop.trainer import StageRun
+    from clear.training.loop.run import StageRun
 
 INPUTS = ("data/models/sft", "data/traces", "data/degraded/sft", "data/degraded/rl")
 OWN_LATENTS = 4096
@@ -35,7 +35,8 @@ def run(config: Config) -> None:
     from clear.training import bridge, sft
     from clear.training.load import at_work, incoming, save, trace_data, trainable
     from clear.training.loop.parallel import made_once, one_machine, rank
-    from clear.training.loop.trainer import StageRun, optimise
+    from clear.training.loop.run import StageRun
+    from clear.training.loop.trainer import optimise
 
     start = incoming(model_folder("sft", config), config, whole=not one_machine())
     model = start.model

@@ -101,7 +101,7 @@ def run(config: Config) -> None:
     from clear.training.load import save
     from clear.training.loop import sharded
     from clear.training.loop.parallel import rank
-    from clear.training.loop.trainer import StageRun
+    from clear.training.loop.run import StageRun
     from clear.training.rl.grpo import train
 
     start, task = prepare(config)

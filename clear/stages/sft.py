@@ -21,7 +21,8 @@ def run(config: Config, direct: bool = False) -> None:
     from clear.training import sft
     from clear.training.load import incoming, save, trace_data, trainable
     from clear.training.loop.parallel import rank
-    from clear.training.loop.trainer import StageRun, optimise
+    from clear.training.loop.run import StageRun
+    from clear.training.loop.trainer import optimise
 
     name = "sft_direct" if direct else "sft"
     start = incoming(model_folder("base", config), config, whole=False)

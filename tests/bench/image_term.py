@@ -44,7 +44,7 @@ from clear.reasoning.engine import denoise, generate, prefill, text_reply
 from clear.reasoning.prompts import make_prompt, question_text
 from clear.schema import Config
 from clear.training.load import incoming, trainable
-from clear.training.loop.trainer import StageRun
+from clear.training.loop.run import StageRun
 from clear.training.rl.grpo import train
 from clear.training.rl.latent_quality import LatentQuality
 from clear.training.rl.policy import Task

@@ -1,10 +1,10 @@
 """Supervised optimisation of a stage, one or more phases, on transformers' Trainer.
 
 This module adds to the Trainer only what it lacks: an `Objective` that computes its own loss from sample numbers, a
-folder keyed by the stage's inputs so that the same command resumes and another one never picks up its
-checkpoints, checkpoints that count only once they are complete, and phases whose finished weights are kept until
-the stage succeeds. All randomness of a loss comes from torch's global generator, whose state the Trainer stores, so
-a resumed run continues with the same numbers.
+folder keyed by the stage's inputs (`run`) so that the same command resumes and another one never picks up its
+checkpoints, checkpoints that count only once they are complete (`saved`), and phases whose finished weights are kept
+until the stage succeeds. All randomness of a loss comes from torch's global generator, whose state the Trainer stores,
+so a resumed run continues with the same numbers.
 
 Several processes (accelerate launch). Every process is given the whole batch and draws for all of it, so that the
 numbers are those of one process; `parallel.share_batch` then leaves it its own rows, and `Share.weight` makes means
@@ -14,92 +14,31 @@ so a run may resume on another number of processes. Only the first process write
 weights; under FSDP they are sharded.
 """
 
-import hashlib
 import json
 import os
-import random
 import shutil
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from clear.data.io import replacing
-from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.mot import LanguageModel
 from clear.model.runtime import device, precision
-from clear.schema import Config, Grpo, Optimiser, Phase
-from clear.training.loop.parallel import (
-    Pass,
-    barrier,
-    copy_whole,
-    gathered,
-    one_pass,
-    one_random_state,
-    rank,
-    whole,
-    world,
-)
+from clear.schema import Grpo, Optimiser, Phase
+from clear.training.loop.parallel import Pass, barrier, gathered, one_pass, one_random_state, rank, world
 from clear.training.loop.preemption import saved_on_sigterm
+from clear.training.loop.run import StageRun, curve_rows
+from clear.training.loop.saved import Ema, MarkComplete, TrainedOnly, adopt_trained, last_complete, trained_state
 
 Loss = Callable[[list[int]], tuple[Tensor, dict[str, float]]]
-_COMPLETE = "complete"
-_WEIGHTS, _EMA = "model.safetensors", "ema.safetensors"
-
-
-class StageRun:
-    """The private working folder of one stage run and the training curves collected so far."""
-
-    def __init__(self, stage: str, config: Config, inputs: Sequence[Path | str], home: Path) -> None:
-        """`inputs` are the files or folders whose content, with the parameters, identifies this run."""
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
-        self.config = config
-        digest = hashlib.sha256(json.dumps([stage, _relevant(config)], sort_keys=True).encode())
-        for path in inputs:
-            for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
-                if file.is_file():
-                    digest.update(bytes.fromhex(file_sha256(file)))
-        self.folder = home / digest.hexdigest()[:16]
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.curve: list[dict[str, Any]] = []
-
-    def finish(self, curve: Path | str) -> None:
-        """Write the training curves as CSV and delete the working folder: the stage has succeeded."""
-        barrier()
-        if rank() == 0:
-            write_curve(curve, self.curve)
-            shutil.rmtree(self.folder)
-
-
-def _relevant(config: Config) -> dict:
-    plain = asdict(config)
-    for section in ("report", "evaluate", "gate"):
-        plain.pop(section)
-    for name in ("checkpoint_every", "log_every"):
-        plain["runtime"].pop(name)
-    return plain
-
-
-def write_curve(path: Path | str, rows: list[dict[str, Any]]) -> None:
-    """Rows of {phase, step, metric: value} as CSV with the union of the metrics; absent values stay empty."""
-    names = ["phase", "step", *sorted({key for row in rows for key in row} - {"phase", "step"})]
-    lines = [",".join(names)]
-    for row in rows:
-        values = (row.get(name, "") for name in names)
-        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(lines) + "\n")
 
 
 class Objective(nn.Module):
@@ -127,64 +66,6 @@ class Objective(nn.Module):
                 p.float().sum() for p in self.parameters() if p.requires_grad and not isinstance(p, DTensor)
             )
         return {"loss": loss}
-
-
-class TrainedOnly:
-    """For a Trainer: checkpoints hold only what is trained, and one random state for all processes."""
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if self.args.should_save:
-            Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(trained_state(self.accelerator.unwrap_model(self.model)), Path(output_dir) / _WEIGHTS)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not self.is_fsdp_enabled:  # there the optimiser's checkpoint brings the sharded weights along
-            self._save(output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-        else:
-            adopt_trained(self.accelerator.unwrap_model(model or self.model), Path(resume_from_checkpoint) / _WEIGHTS)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        if self.args.should_save:
-            super()._save_rng_state(output_dir)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        found = [Path(checkpoint) / name for name in ("rng_state.pth", "rng_state_0.pth")]
-        file = next((path for path in found if path.exists()), None)
-        if file is None:
-            raise ClearError(f"{checkpoint} has no random state; delete it, and the phase starts from the one before.")
-        if self.args.world_size == 1 and file.name == "rng_state.pth":
-            super()._load_rng_state(checkpoint)
-            return
-        numpy_parts = [np._core.multiarray._reconstruct, np.ndarray, np.dtype, type(np.dtype(np.uint32))]
-        with torch.serialization.safe_globals(numpy_parts):
-            state = torch.load(file, weights_only=True)
-        random.setstate(state["python"])
-        np.random.set_state(state["numpy"])
-        torch.set_rng_state(state["cpu"])
-        if torch.cuda.is_available() and "cuda" in state:
-            first = state["cuda"][0] if isinstance(state["cuda"], list) else state["cuda"]
-            torch.cuda.set_rng_state(first)
-
-
-def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes of a module: its state without the frozen parameters, whole, on the CPU."""
-    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
-    return {k: whole(v).contiguous() for k, v in module.state_dict().items() if k not in frozen}
-
-
-def adopt_trained(module: nn.Module, file: Path) -> None:
-    """Load a `trained_state`. Raises ClearError if the file is of another set of parameters."""
-    state = load_file(file)
-    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
-    found = module.load_state_dict(state, strict=False)
-    if set(found.missing_keys) - frozen or found.unexpected_keys:
-        raise ClearError(f"{file} belongs to another set of trained parameters; delete it and repeat the command.")
 
 
 class _Trainer(TrainedOnly, Trainer):
@@ -252,43 +133,6 @@ class _Trainer(TrainedOnly, Trainer):
         return loader
 
 
-class Ema(TrainerCallback):
-    """Exponential moving average of the trained parameters, float32, saved with the checkpoints."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._module, self._decay = module, decay
-        self._mean: dict[str, Tensor] = {}
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {name: p.detach() for name, p in self._module.named_parameters() if p.requires_grad}
-
-    def on_train_begin(self, args, state, control, **_) -> None:
-        self._mean = {name: p.float().clone() for name, p in self._trained().items()}
-        file = Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA
-        if state.global_step and file.exists():
-            for name, value in load_file(file).items():
-                copy_whole(self._mean[name], value)
-
-    @torch.no_grad()
-    def on_step_end(self, args, state, control, **_) -> None:
-        for name, value in self._trained().items():
-            self._mean[name].lerp_(value.float(), 1 - self._decay)
-
-    def on_save(self, args, state, control, **_) -> None:
-        found = {}
-        for name, value in self._mean.items():
-            full = whole(value)  # all processes take part, one keeps it
-            found |= {name: full} if rank() == 0 else {}
-        if rank() == 0:
-            save_file(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
-
-    @torch.no_grad()
-    def apply(self) -> None:
-        """Put the average into the module."""
-        for name, value in self._trained().items():
-            value.copy_(self._mean[name])
-
-
 class Progress(TrainerCallback):
     """A progress bar on a terminal; elsewhere (DVC's log, CI) one line per tenth of the steps."""
 
@@ -315,34 +159,6 @@ class Progress(TrainerCallback):
 
     def on_train_end(self, args, state, control, **_) -> None:
         self._bar.close()
-
-
-class MarkComplete(TrainerCallback):
-    """Write the marker of a complete checkpoint last, so that a save that is killed leaves none.
-
-    No checkpoint is saved at the last step: the Trainer would resume from it and run one extra step.
-    """
-
-    def on_step_end(self, args, state, control, **_) -> None:
-        control.should_save = control.should_save and state.global_step < state.max_steps
-
-    def on_save(self, args, state, control, **_) -> None:
-        barrier()
-        if rank() == 0:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
-
-
-def last_complete(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a phase; incomplete ones are removed."""
-    barrier()
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / _COMPLETE).exists():
-            found.append(path)
-        elif rank() == 0:
-            shutil.rmtree(path)
-    barrier()
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
 
 
 def training_arguments(
@@ -469,14 +285,3 @@ def _unshard(module: nn.Module) -> None:
                 full = value.detach().full_tensor()
                 full = full.to("cpu" if rank() == 0 else "meta")
                 part._parameters[name] = nn.Parameter(full, requires_grad=value.requires_grad)
-
-
-def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:
-    """The Trainer's log lines without clocks."""
-    hidden = {"step", "epoch", "learning_rate", "total_flos"}
-    rows = []
-    for line in history:
-        figures = {k: v for k, v in line.items() if k not in hidden and not k.startswith("train_")}
-        if "loss" in figures:
-            rows.append({"phase": phase, "step": line["step"], **figures})
-    return rows

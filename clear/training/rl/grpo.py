@@ -29,9 +29,7 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import (
-    PrinterCallback,
-)
+from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from clear.errors import ClearError
@@ -44,46 +42,16 @@ from clear.schema import Grpo
 from clear.training.loop import sharded
 from clear.training.loop.parallel import gathered, rank, world
 from clear.training.loop.preemption import saved_on_sigterm
-from clear.training.loop.trainer import (
-    MarkComplete,
-    Progress,
-    StageRun,
-    TrainedOnly,
-    adopt_trained,
-    curve_rows,
-    last_complete,
-    training_arguments,
-)
+from clear.training.loop.run import StageRun, curve_rows
+from clear.training.loop.saved import MarkComplete, TrainedOnly, adopt_trained, last_complete
+from clear.training.loop.trainer import Progress, training_arguments
 from clear.training.rl import scoring
 from clear.training.rl.judging import judged
 from clear.training.rl.objective import Counts, advantages, grpo_loss
 from clear.training.rl.policy import Policy, Task, order, processing_class, streams
 from clear.training.rl.rewards import IMAGE_REWARDS, answer_rewards, rewards, weighted
+from clear.training.rl.rollout import Rollout
 from clear.training.rl.stopping import StopRule
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """What the rollout of a step leaves for its loss: a row per trajectory of this process.
-
-    steps: the SDE steps that are scored in each of its restorations. advantages (R, 2) float32, of text and image: 0
-    where a row teaches nothing. The log-probabilities of the sampling policy lie in the trajectories.
-    """
-
-    prompts: Sequence[Prompt]
-    trajectories: Sequence[Trajectory]
-    steps: Sequence[Sequence[int]]
-    advantages: Tensor
-    counts: Counts
-
-    def taught(self, rows: Sequence[int], text: bool) -> list[int]:
-        """Those of the rows that teach something; without `text` only what was restored does."""
-        return [n for n in rows if self.advantages[n].any() and (text or self.trajectories[n].restorations)]
-
-    def scored(self, rows: Sequence[int], text: bool) -> tuple[list[Prompt], list[Trajectory], list[Sequence[int]]]:
-        """Prompts, trajectories and steps of these rows, as `scoring.score` takes them; without `text` no token."""
-        chosen = [self.trajectories[n] if text else _without_text(self.trajectories[n]) for n in rows]
-        return [self.prompts[n] for n in rows], chosen, [self.steps[n] for n in rows]
 
 
 class InterleavedGRPO(TrainedOnly, GRPOTrainer):
@@ -319,12 +287,6 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         if self.sharded:
             found.text = found.text + self.sharded.anchor()
         return tuple(vars(found).values())
-
-
-def _without_text(trajectory: Trajectory) -> Trajectory:
-    """The trajectory up to its last restoration, all that the image term reads, with no token of it to be scored."""
-    read = trajectory.replies[: len(trajectory.restorations)]
-    return replace(trajectory, replies=[replace(reply, forced=len(reply.ids)) for reply in read])
 
 
 def _no_reward(completions, **_) -> list[float]:

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 from clear.data.io import replacing
 from clear.schema import Grpo
 from clear.training.loop.parallel import rank
-from clear.training.loop.trainer import trained_state
+from clear.training.loop.saved import trained_state
 
 
 def falls_while_reward_rises(measured: Sequence[tuple[float, float]], patience: int, margin: float) -> bool:

@@ -1,0 +1,71 @@
+"""A stage's training as a whole: its private folder, keyed by what it reads, and the curves of its phases."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clear.data.records import file_sha256
+from clear.schema import Config
+from clear.training.loop.parallel import barrier, rank
+
+
+class StageRun:
+    """The private working folder of one stage run and the training curves collected so far."""
+
+    def __init__(self, stage: str, config: Config, inputs: Sequence[Path | str], home: Path) -> None:
+        """`inputs` are the files or folders whose content, with the parameters, identifies this run."""
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
+        self.config = config
+        digest = hashlib.sha256(json.dumps([stage, _relevant(config)], sort_keys=True).encode())
+        for path in inputs:
+            for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
+                if file.is_file():
+                    digest.update(bytes.fromhex(file_sha256(file)))
+        self.folder = home / digest.hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.curve: list[dict[str, Any]] = []
+
+    def finish(self, curve: Path | str) -> None:
+        """Write the training curves as CSV and delete the working folder: the stage has succeeded."""
+        barrier()
+        if rank() == 0:
+            write_curve(curve, self.curve)
+            shutil.rmtree(self.folder)
+
+
+def _relevant(config: Config) -> dict:
+    plain = asdict(config)
+    for section in ("report", "evaluate", "gate"):
+        plain.pop(section)
+    for name in ("checkpoint_every", "log_every"):
+        plain["runtime"].pop(name)
+    return plain
+
+
+def write_curve(path: Path | str, rows: list[dict[str, Any]]) -> None:
+    """Rows of {phase, step, metric: value} as CSV with the union of the metrics; absent values stay empty."""
+    names = ["phase", "step", *sorted({key for row in rows for key in row} - {"phase", "step"})]
+    lines = [",".join(names)]
+    for row in rows:
+        values = (row.get(name, "") for name in names)
+        lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text("\n".join(lines) + "\n")
+
+
+def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:
+    """The Trainer's log lines without clocks."""
+    hidden = {"step", "epoch", "learning_rate", "total_flos"}
+    rows = []
+    for line in history:
+        figures = {k: v for k, v in line.items() if k not in hidden and not k.startswith("train_")}
+        if "loss" in figures:
+            rows.append({"phase": phase, "step": line["step"], **figures})
+    return rows
