@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clear.data.groups import connected
 from clear.errors import ClearError
 
 if TYPE_CHECKING:
@@ -52,25 +53,24 @@ class SignFlip:
 
 
 def clusters(frame: "pd.DataFrame") -> np.ndarray:
-    """Cluster number of every row (int64, 0…): rows of one sample, and of samples linked by a pair id, share it."""
+    """Cluster number of every row (int64, 0…): rows of one sample, and of samples linked by a pair id, share it.
+
+    Clusters are in the order of their samples' names; of linked samples the one counts that comes first in the frame,
+    in their first pair by id. Bootstrap draws go by these numbers, so intervals depend on them in their last digits.
+    """
     import pandas as pd
 
     codes, names = pd.factorize(frame["sample"], sort=True)
-    parent = np.arange(len(names))
-
-    def root(node: int) -> int:
-        while parent[node] != node:
-            parent[node] = parent[parent[node]]
-            node = parent[node]
-        return node
-
-    linked = pd.DataFrame({"pair": frame["pair"].to_numpy(), "code": codes}).drop_duplicates()
-    for _, members in linked[linked["pair"] != ""].groupby("pair").code:
-        first = root(members.iloc[0])
-        for other in members.iloc[1:]:
-            parent[root(other)] = first
-    roots = np.array([root(node) for node in range(len(names))], dtype=np.int64)
-    return np.unique(roots[codes], return_inverse=True)[1].astype(np.int64)
+    pair = frame["pair"].to_numpy(dtype=object)
+    has_pair = pd.notna(pair) & (pair != "")
+    linked, (pairs, pair_names) = codes[has_pair], pd.factorize(pair[has_pair], sort=True)
+    links = np.stack([linked, len(names) + pairs], axis=1)
+    cluster = connected(len(names) + len(pair_names), links)[: len(names)]
+    leader = np.empty(len(names) + len(pair_names), dtype=np.int64)
+    leader[cluster] = np.arange(len(names))
+    backwards = linked[np.argsort(pairs, kind="stable")][::-1]
+    leader[cluster[backwards]] = backwards  # the last one written stays, hence the first
+    return np.unique(leader[cluster[codes]], return_inverse=True)[1].astype(np.int64)
 
 
 def mean_interval(

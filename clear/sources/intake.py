@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
+from clear.data.groups import connected
 from clear.data.records import INCOMING, Question, Sample, open_shard, sha256
 from clear.data.rejects import Reject
 from clear.sources.incoming import FOLDER, IncomingSet, Row, Seen, look, present, rejected, rows_of
@@ -158,19 +159,12 @@ def _foreign_word(row: Seen, vocabulary: frozenset[str] | None) -> str:
 
 def _connected(rows: Sequence[Seen]) -> list[list[Seen]]:
     """Rows in groups that share no picture, each in the order of the rows."""
-    parent: dict[str, str] = {}
-
-    def root(digest: str) -> str:
-        while parent.setdefault(digest, digest) != digest:
-            parent[digest] = digest = parent[parent[digest]]
-        return digest
-
-    for row in rows:
-        if row.clean:
-            parent[root(row.image)] = root(row.clean)
-    groups: dict[str, list[Seen]] = {}
-    for row in rows:
-        groups.setdefault(root(row.image), []).append(row)
+    numbers: dict[str, int] = {}  # of the pictures
+    links = [[numbers.setdefault(file, len(numbers)) for file in (row.image, row.clean or row.image)] for row in rows]
+    of_picture = connected(len(numbers), links)
+    groups: dict[int, list[Seen]] = {}
+    for row, (image, _) in zip(rows, links, strict=True):
+        groups.setdefault(int(of_picture[image]), []).append(row)
     return list(groups.values())
 
 

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+from clear.data.groups import connected
 from clear.data.io import write_json
 from clear.data.records import Sample, ShardWriter, read_samples
 from clear.degradation.build import degraded_samples
@@ -146,15 +147,12 @@ def corruption_plan(samples: Iterable[Sample], names: Iterable[str] = tuple(CORR
 
 def _pair_groups(samples: Iterable[Sample]) -> list[list[str]]:
     """Sorted sample ids, grouped by shared `Question.pair` (transitively)."""
-    group: dict[str, set[str]] = {}
-    members: dict[str, list[str]] = defaultdict(list)
-    for sample in samples:
-        group[sample.id] = {sample.id}
-        for question in sample.questions:
-            if question.pair:
-                members[question.pair].append(sample.id)
-    for ids in members.values():
-        merged = set().union(*(group[i] for i in ids))
-        for i in merged:
-            group[i] = merged
-    return [sorted(ids) for ids in {id(ids): ids for ids in group.values()}.values()]
+    ids, links = [], []
+    first: dict[str, int] = {}  # the first sample of each pair
+    for number, sample in enumerate(samples):
+        ids.append(sample.id)
+        links += [(first.setdefault(q.pair, number), number) for q in sample.questions if q.pair]
+    groups: dict[int, list[str]] = defaultdict(list)
+    for group, name in zip(connected(len(ids), links).tolist(), ids, strict=True):
+        groups[group].append(name)
+    return [sorted(names) for names in groups.values()]
