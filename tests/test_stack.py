@@ -208,9 +208,7 @@ def test_a_stack_that_fails_says_which_resource_and_why(monkeypatch):
 
     class Formation:
         def describe_stacks(self, **_):
-            raise ClientError(
-                {"Error": {"Message": "mine does not exist"}}, "DescribeStacks"
-            )
+            raise ClientError({"Error": {"Message": "mine does not exist"}}, "DescribeStacks")
 
         def create_stack(self, **_):
             pass
