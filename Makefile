@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro test test-all lint format bench plots params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results test test-all lint format bench plots params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -34,6 +34,10 @@ else
 	@dvc repro
 	@python -m clear results
 endif
+
+SEEDS ?= 20260421 1 2
+results: $(READY)  ## run the pipeline under SEEDS="20260421 1 2", in any number of sittings, and write docs/RESULTS.md
+	@python -m clear seeds $(SEEDS)
 
 test: $(READY)  ## run the suite, the smoke pipeline from end to end included
 	@python -m pytest -m "not slow" --durations=15

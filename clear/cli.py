@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from clear.bench.models import MODELS
-from clear.data.ports import spare_loopback
+from clear.data.ports import HOST, spare_loopback
 from clear.errors import ClearError, judging, naming, refusal
 
 INTERRUPTED = 130
@@ -224,6 +224,63 @@ def ask(
 
 
 @app.command(rich_help_panel=TOOLS)
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder, or a weight file in it, such as data/models/grpo.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is required.")] = HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any that is free.")] = 8000,
+    name: Annotated[str, typer.Option(help="What clients call the model; default: the folder's name.")] = "",
+    key_from: Annotated[
+        str, typer.Option(help="Environment variable with the key that clients must send.")
+    ] = "CLEAR_SERVE_KEY",
+    restore: Annotated[str, typer.Option(help="Unless a request says: auto, always, never or plain.")] = "auto",
+    feedback: Annotated[str, typer.Option(help="Unless a request says: bridge or reencode.")] = "bridge",
+    rows: Annotated[int, typer.Option(min=0, help="Answered at once; 0 = sampling.batch of params.yaml.")] = 0,
+    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; beyond, status 429.")] = 256,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a conversation, its picture included.")] = 8192,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of an answer; 0 = what params.yaml allows all its replies.")
+    ] = 0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 50_000_000,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 20 * 2**20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds of a request.")] = 300.0,
+    fetch: Annotated[
+        bool, typer.Option("--fetch-pictures", help="Fetch pictures by http(s) URL, from public addresses only.")
+    ] = False,
+) -> None:
+    """Serve a model to OpenAI-compatible clients (docs/SERVE.md)."""
+    from clear.config import load
+    from clear.model.weights import with_local_weights
+    from clear.serve import serve as run
+    from clear.serve.settings import Settings
+
+    for option, value, values in (
+        ("--restore", restore, ("auto", "always", "never", "plain")),
+        ("--feedback", feedback, ("bridge", "reencode")),
+    ):
+        if value not in values:
+            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    if not model.exists():
+        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
+    config = with_local_weights(load(), "ask")
+    sampling = config.sampling
+    settings = Settings(
+        name=name or model.resolve().name,
+        key=os.environ.get(key_from, ""),
+        rows=rows or sampling.batch,
+        queue=queue,
+        body=max_body,
+        pixels=max_pixels,
+        prompt=max_prompt,
+        tokens=max_tokens or sampling.max_think_tokens * (sampling.max_restorations + 1),
+        seconds=timeout,
+        fetch=fetch,
+        restore=restore,
+        feedback=feedback,
+    )
+    run(model, config, settings, host, port, lambda line: typer.echo(line))
+
+
+@app.command(rich_help_panel=TOOLS)
 def browse(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback interface.")] = 8501,
     open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
@@ -415,6 +472,32 @@ def evaluate(
         typer.echo(f"figures: {run_development(with_local_weights(load(), 'evaluate'), model)}")
         return
     run_stage(f"evaluate_{model}", "evaluate", model)
+
+
+@app.command(rich_help_panel=PIPELINE)
+def seeds(
+    wanted: Annotated[list[int] | None, typer.Argument(help="Seeds to run; none: only render the page again.")] = None,
+) -> None:
+    """Run the pipeline under several seeds, one after the other, and write docs/RESULTS.md from all there are."""
+    from clear.project import seeds as several
+
+    typer.echo(f"results: {several.run(Path.cwd(), wanted or [])}")
+
+
+@app.command(rich_help_panel=TOOLS)
+def decision(
+    model: Annotated[str, typer.Argument(help="sft, reencode, bridge or grpo.")] = "grpo",
+) -> None:
+    """Measure when a model restores: accuracy against the share of pictures restored, on data/development."""
+    import json
+
+    from clear.config import load
+    from clear.model.weights import with_local_weights
+    from clear.report import budget
+
+    file = budget.run(with_local_weights(load(), "evaluate"), model)
+    typer.echo(budget.table(json.loads(file.read_text())))
+    typer.echo(f"figures: {file}\ncurves: {file.with_suffix('.png')}")
 
 
 _add_stage("report", "Render tables, statistics and pictures.")

@@ -49,14 +49,15 @@ def _yaml(tree: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-def run(workspace: Path, profile: str, overrides: Sequence[str] = ()) -> Path:
+def run(workspace: Path, profile: str, overrides: Sequence[str] = (), name: str = "") -> Path:
     """Reproduce the pipeline of `workspace` under `profile` in its scratch copy and return the copy's folder.
 
-    Raises ClearError if the profile is unknown, the workspace is not a git and DVC project, or a stage fails.
+    `name` is the copy's, where it is not the profile's: a variant that `overrides` describe. Raises ClearError if the
+    profile is unknown, the workspace is not a git and DVC project, or a stage fails.
     """
     if profile not in PROFILES:
         raise ClearError(f"profile {profile!r} is not one of {', '.join(PROFILES)}.")
-    folder = home() / "scratch" / profile
+    folder = home() / "scratch" / (name or profile)
     refresh(workspace.resolve(), folder)
     write_params(folder / PARAMS, [f"profile={profile}", *overrides])
     environment = os.environ | {

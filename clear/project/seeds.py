@@ -1,0 +1,95 @@
+"""The default profile over several seeds: `make results SEEDS="1 2 3"`, any number of sittings.
+
+Each seed is a world of its own (pictures, questions, training) in a scratch copy of the workspace; the same command
+continues where it was stopped. What a seed leaves is small and tracked: the predictions of all models without texts
+and pictures, `data/results/seeds/<seed>.parquet`. docs/RESULTS.md is made from all files in that folder.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from clear.bench.models import MODELS
+from clear.config import PARAMS
+from clear.data.io import replacing, write_text
+from clear.errors import ClearError
+from clear.project import scratch
+from clear.report import seeds
+
+FOLDER, PAGE = Path("data/results/seeds"), Path("docs/RESULTS.md")
+DROPPED = ("output", "restored_png")
+_SETTING = b"clear.setting"
+
+
+def run(workspace: Path, wanted: Sequence[int]) -> Path:
+    """Run every seed that is wanted, then render the page from all seeds there are; returns the page.
+
+    The parameters are those of the workspace. Raises ClearError where a run stops, or for seeds of different settings.
+    """
+    params = _yaml(workspace / PARAMS)
+    for seed in wanted:
+        if seed == params["seed"]:
+            collect(workspace, workspace / FOLDER / f"{seed}.parquet")
+            continue
+        name = f"{params['profile']}-seed-{seed}"
+        folder = scratch.run(workspace, params["profile"], [f"seed={seed}"], name)
+        collect(folder, workspace / FOLDER / f"{seed}.parquet")
+    return render(workspace)
+
+
+def collect(folder: Path, target: Path) -> None:
+    """Write the predictions of all models in a workspace as one small file, with the setting they were made under."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from clear.bench import predictions
+
+    frames = []
+    for model in MODELS:
+        frame = predictions.read(folder / f"data/predictions/{model}.parquet")
+        frames.append(frame.drop(columns=list(DROPPED)).assign(model=model))
+    table = pa.Table.from_pandas(pd.concat(frames, ignore_index=True), preserve_index=False)
+    table = table.replace_schema_metadata({_SETTING: setting(folder).encode()})
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(target) as partial:
+        pq.write_table(table, partial, compression="zstd", compression_level=19)
+
+
+def setting(folder: Path) -> str:
+    """Hash of a workspace's parameters without the seed, and of the code that dvc.lock says its results are of."""
+    params = {key: value for key, value in _yaml(folder / PARAMS).items() if key not in ("seed", "runtime")}
+    code: dict[str, str] = {}
+    for stage in _yaml(folder / "dvc.lock").get("stages", {}).values():
+        code |= {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"].startswith("clear/")}
+    return hashlib.sha256(json.dumps([params, code], sort_keys=True).encode()).hexdigest()
+
+
+def _yaml(file: Path) -> dict:
+    import yaml
+
+    if not file.exists():
+        raise ClearError(f"{file} is not here; run `make repro`.")
+    return yaml.safe_load(file.read_text()) or {}
+
+
+def render(workspace: Path) -> Path:
+    """Write the page from every seed in the folder. Raises ClearError for none, or where their settings differ."""
+    import pyarrow.parquet as pq
+
+    files = sorted((workspace / FOLDER).glob("*.parquet"), key=lambda file: int(file.stem))
+    if not files:
+        raise ClearError(f'{FOLDER}: no seed here; run `make results SEEDS="1 2 3"`.')
+    tables = {int(file.stem): pq.read_table(file) for file in files}
+    settings = {seed: (table.schema.metadata or {}).get(_SETTING, b"").decode() for seed, table in tables.items()}
+    if len(set(settings.values())) > 1:
+        newest = settings[int(files[-1].stem)]
+        odd = [str(seed) for seed, value in settings.items() if value != newest]
+        raise ClearError(
+            f"{FOLDER}: the seeds {', '.join(odd)} were run with other parameters or other code than seed "
+            f"{files[-1].stem}, so they cannot be pooled; delete the outdated files and run `make results` for them."
+        )
+    page = workspace / PAGE
+    write_text(page, seeds.page({seed: table.to_pandas() for seed, table in tables.items()}))
+    return page

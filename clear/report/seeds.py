@@ -1,0 +1,161 @@
+"""The page docs/RESULTS.md: every figure over several seeds, pooled, with intervals clustered by image and seed.
+
+A seed is a world of its own, so an image belongs to one seed and the bootstrap over images is one over both; how much a
+figure moves from seed to seed is shown beside it. With few seeds the interval says how certain the pooled figure is
+for *these* trainings; the spread says how much the next one may differ.
+"""
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from clear.bench.models import MODELS
+from clear.bench.scoring import HARD, SEVERITIES
+from clear.data.records import CLEAN
+from clear.report import calling, claims, tables
+from clear.report.claims import LEVELS, NAMES, Bootstrap, points
+from clear.report.tables import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Frames = dict[int, "pd.DataFrame"]
+SETTINGS = Bootstrap()
+
+
+def pooled(frames: Frames) -> "dict[str, pd.DataFrame]":
+    """The rows of all seeds by model; samples and pairs are named after their seed too."""
+    import pandas as pd
+
+    parts = []
+    for seed, frame in frames.items():
+        pair = frame["pair"].where(frame["pair"] == "", f"{seed}/" + frame["pair"])
+        parts.append(frame.assign(sample=f"{seed}/" + frame["sample"], pair=pair, seed=seed))
+    whole = pd.concat(parts, ignore_index=True)
+    return {
+        model: whole[whole["model"] == model].reset_index(drop=True) for model in MODELS if model in set(whole["model"])
+    }
+
+
+def page(frames: Frames) -> str:
+    """The whole page as Markdown; `frames` are the files of clear/project/seeds.py by seed."""
+    models = pooled(frames)
+    found = calling.figures(models, SETTINGS)
+    decided = claims.evaluate(models, SETTINGS)
+    parts = [
+        "# Results over seeds",
+        f"Made by `make results`, {len(frames)} seed{'s' if len(frames) > 1 else ''} ({', '.join(map(str, frames))}): "
+        "each is a world of its own, with its pictures, questions and trainings. Intervals (95 %) are a bootstrap over "
+        "images within seeds, a minimal pair being one image; “from … to …” is the smallest and the largest seed."
+        + (
+            ""
+            if len(frames) > 2
+            else " **Fewer than three seeds: nothing here says what another training would give.**"
+        ),
+        "## What it must show",
+        must_show(models, found).markdown(),
+        "## Models",
+        accuracy(models).markdown(),
+        "## Claims",
+        tables.claims_table(decided, SETTINGS.confidence).markdown(),
+        "## CLEAR minus direct fine-tuning",
+        lead(models, found).markdown(),
+        "## By corruption, hard",
+        tables.restorations(found["corruptions"][HARD], HARD, SETTINGS.confidence).markdown(),
+        "## When it restores",
+        tables.odds(found["odds"], SETTINGS.confidence).markdown(),
+        "## Beside other figures",
+        gains(models).markdown(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _by_seed(frame: "pd.DataFrame", severity: str, column: str = "correct") -> np.ndarray:
+    return frame[frame["severity"] == severity].groupby("seed")[column].mean().to_numpy()
+
+
+def accuracy(models: "dict[str, pd.DataFrame]") -> Table:
+    """Accuracy of every model at every level: the mean of the seeds, and the smallest and largest."""
+    rows = []
+    for model, frame in models.items():
+        row = [NAMES[model]]
+        for severity in SEVERITIES:
+            values = 100 * _by_seed(frame, severity)
+            row.append(f"{values.mean():.1f} ({values.min():.1f}–{values.max():.1f})")
+        calls = [100 * _by_seed(frame, level, "restored").mean() for level in (CLEAN, HARD)]
+        rows.append([*row, f"{calls[0]:.1f} → {calls[1]:.1f}" if any(calls) else "–"])
+    return Table(["model", *LEVELS.values(), "restores, clean → hard"], rows, "Percent: mean (smallest–largest seed).")
+
+
+def lead(models: "dict[str, pd.DataFrame]", found: dict) -> Table:
+    """CLEAR minus direct fine-tuning per level, pooled and seed by seed."""
+    rows = []
+    for level in SEVERITIES:
+        own, direct = (100 * _by_seed(models[name], level) for name in ("grpo", "sft_direct"))
+        pool = found["levels"][level]
+        values = [points(pool[key], True) for key in ("estimate", "low", "high")]
+        rows.append(
+            [LEVELS[level], values[0], f"{values[1]} to {values[2]}", ", ".join(f"{v:+.1f}" for v in own - direct)]
+        )
+    return Table(["level", "points", "95 % interval", "seed by seed"], rows)
+
+
+def drop(models: "dict[str, pd.DataFrame]", model: str) -> float:
+    """Accuracy lost from clean to hard, as a share of the clean one (METHOD §7)."""
+    clean, hard = (_by_seed(models[model], level).mean() for level in (CLEAN, HARD))
+    return (clean - hard) / clean
+
+
+def must_show(models: "dict[str, pd.DataFrame]", found: dict) -> Table:
+    """The conditions that this project sets itself, each with its figure and whether it holds."""
+    levels, rows = found["levels"], []
+
+    def add(condition: str, figure: str, held: bool) -> None:
+        rows.append([condition, figure, "holds" if held else "**does not hold**"])
+
+    hard = levels[HARD]
+    ends = f"{points(hard['estimate'], True)} [{points(hard['low'], True)}, {points(hard['high'], True)}]"
+    add("CLEAR over direct fine-tuning at hard: at least 3 points", ends, hard["estimate"] >= 0.03 and hard["low"] > 0)
+    for level in SEVERITIES[:-1]:
+        one = levels[level]
+        ends = f"{points(one['estimate'], True)} [{points(one['low'], True)}, {points(one['high'], True)}]"
+        add(f"not behind it at {LEVELS[level]}", ends, one["high"] >= 0 and one["estimate"] >= -claims.MARGIN)
+    own, base = drop(models, "grpo"), drop(models, "base")
+    smaller = 1 - own / base if base else 0.0
+    add(
+        "the drop from clean to hard: at least 40 % smaller than the base's",
+        f"{100 * own:.1f} % against {100 * base:.1f} %: {100 * smaller:.0f} % smaller",
+        smaller >= 0.4,
+    )
+    gained = {
+        name: cell["minus_direct"]["estimate"]
+        for name, cell in found["corruptions"][HARD].items()
+        if cell["minus_direct"] and cell["minus_direct"]["estimate"] >= 0.05
+    }
+    listed = ", ".join(f"{name.replace('_', ' ')} {100 * value:+.1f}" for name, value in sorted(gained.items()))
+    add("at least three kinds of damage with a gain of 5 points at hard", listed or "none", len(gained) >= 3)
+    odds = found["odds"] and found["odds"]["within"]
+    ratio = "–" if not odds else f"× {odds['estimate']:.1f}"
+    add(
+        "within a kind and level, restoring at least twice as likely where the base fails",
+        ratio,
+        bool(odds) and odds["estimate"] >= 2,
+    )
+    return Table(["condition", "measured", ""], rows)
+
+
+def gains(models: "dict[str, pd.DataFrame]") -> Table:
+    """Relative gains over the base beside what the project's brief hoped for and what the paper reports."""
+    hoped = {"low": "15–20 % (“mild”)", "mid": "25–35 % (“moderate”)", "high": "–"}
+    rows = []
+    for level in SEVERITIES[1:]:
+        base, own = (_by_seed(models[name], level).mean() for name in ("base", "grpo"))
+        rows.append(
+            [LEVELS[level], f"{100 * base:.1f} → {100 * own:.1f}", f"{100 * (own / base - 1):+.1f} %", hoped[level]]
+        )
+    caption = (
+        "Gain of CLEAR over the base, relative. A gain cannot exceed what the damage took: where the base still "
+        "answers nine of ten questions, it is about ten percent at most. The paper's figures are of photographs and "
+        "another model (METHOD §7)."
+    )
+    return Table(["level", "base → CLEAR", "relative gain", "hoped for in the brief"], rows, caption)

@@ -1,0 +1,141 @@
+"""Results over seeds: what a run leaves, what is pooled, and what the page says of it."""
+
+import json
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import yaml
+
+from clear.bench import predictions
+from clear.bench.models import MODELS
+from clear.bench.scoring import SEVERITIES
+from clear.errors import ClearError
+from clear.project import scratch, seeds
+from clear.report import seeds as page
+
+RIGHT = {"base": 0.5, "sft_direct": 0.6, "sft": 0.65, "reencode": 0.65, "bridge": 0.65, "grpo": 0.75}
+"""Accuracy at hard of the invented predictions; on the other levels all are at .95."""
+
+
+def workspace(folder, seed: int, **params):
+    """A finished run of `seed` with invented predictions: 60 images in pairs, one question a level."""
+    rng = np.random.default_rng(seed)
+    for model in MODELS:
+        rows = []
+        for n in range(60):
+            for severity in SEVERITIES:
+                right = rng.random() < (RIGHT[model] if severity == "high" else 0.95)
+                rows.append(
+                    {
+                        "sample": f"s{n}",
+                        "corruption": "clean" if severity == "clean" else ("dark", "jpeg", "graffiti")[n % 3],
+                        "severity": severity,
+                        "question": "q",
+                        "task": "colour",
+                        "pair": f"p{n // 2}",
+                        "text": "which ?",
+                        "answer": f"a{n}",
+                        "prediction": f"a{n}" if right else "b",
+                        "output": "x" * 400,
+                        "restored": model not in ("base", "sft_direct") and severity == "high" and n % 4 == 0,
+                        "correct": bool(right),
+                        "tokens": 5,
+                    }
+                    | dict.fromkeys(predictions.NULLABLE)
+                )
+        predictions.write(folder / f"data/predictions/{model}.parquet", rows)
+    written = {"profile": "tiny", "seed": seed, "runtime": {"threads": seed}, "model": {"hidden": 8}, **params}
+    (folder / "params.yaml").write_text(yaml.safe_dump(written))
+    deps = [{"path": "clear/stages/base.py", "md5": "1"}, {"path": "data/samples", "md5": str(seed)}]
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"base": {"deps": deps}}}))
+    (folder / "docs").mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A workspace whose own seed is 1; other seeds run in invented copies."""
+
+    def run(folder, profile, overrides, name):
+        seed = int(overrides[0].removeprefix("seed="))
+        runs.append((profile, name))
+        return workspace(tmp_path / name, seed)
+
+    runs = []
+    monkeypatch.setattr(scratch, "run", run)
+    found = workspace(tmp_path / "home", 1)
+    return found, runs
+
+
+def test_seeds_run_aside_and_are_pooled_as_worlds_of_their_own(home):
+    folder, runs = home
+    text = seeds.run(folder, [1, 2, 3]).read_text()
+    assert runs == [("tiny", "tiny-seed-2"), ("tiny", "tiny-seed-3")]
+    files = sorted((folder / seeds.FOLDER).iterdir())
+    assert [file.name for file in files] == ["1.parquet", "2.parquet", "3.parquet"]
+    assert max(file.stat().st_size for file in files) < 40_000, "small enough to be tracked"
+    frames = {int(file.stem): pd.read_parquet(file) for file in files}
+    pooled = page.pooled(frames)
+    assert list(pooled) == list(MODELS) and len(pooled["grpo"]) == 3 * 60 * 4
+    assert pooled["grpo"]["sample"].nunique() == 180 and pooled["grpo"]["pair"].nunique() == 90
+    hard = [f[(f.model == "grpo") & (f.severity == "high")].correct.mean() for f in frames.values()]
+    assert f"{100 * np.mean(hard):.1f} ({100 * min(hard):.1f}–{100 * max(hard):.1f})" in text
+    assert "3 seeds (1, 2, 3)" in text and "Fewer than three" not in text
+    # A later sitting adds to what is there, and rendering alone runs nothing.
+    assert "4 seeds" in seeds.run(folder, [4]).read_text()
+    before = len(runs)
+    assert "4 seeds" in seeds.run(folder, []).read_text() and len(runs) == before
+
+
+def test_what_it_must_show_follows_the_figures(home):
+    folder, _ = home
+    lines = {row[0]: row for row in _conditions(folder, [1, 2, 3])}
+    gain = lines["CLEAR over direct fine-tuning at hard: at least 3 points"]
+    assert gain[2] == "holds" and gain[1].startswith("+")
+    assert next(v for k, v in lines.items() if k.startswith("the drop"))[2] == "holds"
+    assert next(v for k, v in lines.items() if k.startswith("within a kind"))[2] == "**does not hold**"
+    for name in ("grpo", "sft_direct"):  # the models change places: nothing may be called a gain
+        RIGHT[name] = 1.35 - RIGHT[name]
+    try:
+        lines = {row[0]: row for row in _conditions(folder, [5, 6, 7])}
+    finally:
+        for name in ("grpo", "sft_direct"):
+            RIGHT[name] = 1.35 - RIGHT[name]
+    assert lines["CLEAR over direct fine-tuning at hard: at least 3 points"][2] == "**does not hold**"
+
+
+def _conditions(folder, wanted):
+    shutil.rmtree(folder / seeds.FOLDER, ignore_errors=True)
+    seeds.run(folder, wanted)
+    frames = {int(f.stem): pd.read_parquet(f) for f in (folder / seeds.FOLDER).iterdir()}
+    models = page.pooled(frames)
+    return page.must_show(models, page.calling.figures(models, page.SETTINGS)).rows
+
+
+def test_runs_of_other_parameters_or_code_are_not_pooled(home, tmp_path):
+    folder, _ = home
+    seeds.run(folder, [1, 2])
+    target = folder / seeds.FOLDER / "3.parquet"
+    seeds.collect(workspace(tmp_path / "other", 3, model={"hidden": 9}), target)
+    with pytest.raises(ClearError, match=r"the seeds 1, 2 were run with other parameters or other code than seed 3"):
+        seeds.render(folder)
+    same = workspace(tmp_path / "same", 3)
+    lock = yaml.safe_load((same / "dvc.lock").read_text())
+    seeds.collect(same, target)
+    seeds.render(folder)
+    lock["stages"]["base"]["deps"][0]["md5"] = "2"
+    (same / "dvc.lock").write_text(json.dumps(lock))
+    seeds.collect(same, target)
+    with pytest.raises(ClearError, match="cannot be pooled"):
+        seeds.render(folder)
+
+
+def test_an_empty_folder_says_what_to_run(home):
+    folder, _ = home
+    with pytest.raises(ClearError, match=r'make results SEEDS="1 2 3"'):
+        seeds.run(folder, [])
+    (folder / "dvc.lock").unlink()
+    with pytest.raises(ClearError, match="run `make repro`"):
+        seeds.run(folder, [1])
