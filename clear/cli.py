@@ -3,6 +3,9 @@
 Stages are run by DVC (`dvc repro`), which calls `python -m clear <stage>` in the project's folder. Everything heavy
 is imported inside the command that needs it, so `clear --help` answers at once. A ClearError is one line on
 stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes from its checkpoint.
+
+One file, long as it is: a command is its signature with the help texts and a few lines that call the library, and none
+reads another. The list is what one looks for here.
 """
 
 import _thread
