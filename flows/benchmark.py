@@ -98,11 +98,11 @@ def answer_on(cluster: str, copy: Path) -> None:
 
     It is not a DVC parameter: what is up to date stays so.
     """
-    found = yaml.safe_load((copy / PARAMS).read_text())
-    if "cluster" not in found.get("evaluate", {}):
+    params = yaml.safe_load((copy / PARAMS).read_text())
+    if "cluster" not in params.get("evaluate", {}):
         raise ClearError(f"cluster = {cluster!r}: this revision evaluates on one machine only; leave it out.")
-    found["evaluate"]["cluster"] = cluster
-    (copy / PARAMS).write_text(yaml.safe_dump(found, sort_keys=False))
+    params["evaluate"]["cluster"] = cluster
+    (copy / PARAMS).write_text(yaml.safe_dump(params, sort_keys=False))
 
 
 def fetch_inputs(copy: Path, stages: list[str], skip_models: bool = False) -> list[str]:

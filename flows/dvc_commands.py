@@ -119,7 +119,10 @@ def unchanged(workspace: Path) -> set[str]:
         graph = repo.index.graph
         # DVC's edges lead from a stage to what it depends on, so its ancestors are what depends on it.
         behind = {
-            one for stage in graph if address(stage, workspace) in changed for one in networkx.ancestors(graph, stage)
+            upstream
+            for stage in graph
+            if address(stage, workspace) in changed
+            for upstream in networkx.ancestors(graph, stage)
         }
         return {address(stage, workspace) for stage in graph if stage not in behind} - changed
 
@@ -127,13 +130,13 @@ def unchanged(workspace: Path) -> set[str]:
 def environment(workspace: Path) -> dict[str, str]:
     """Environment of the commands: this interpreter first on PATH, output unbuffered, the workspace's CLEAR_HOME."""
     home = os.environ.get("CLEAR_HOME") if workspace == Path.cwd() else None
-    found = os.environ | {
+    variables = os.environ | {
         "CLEAR_HOME": home or str(workspace / ".clear"),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "PYTHONUNBUFFERED": "1",
     }
-    spare_loopback(found)
-    return found
+    spare_loopback(variables)
+    return variables
 
 
 def command_lock(workspace: Path) -> Path:

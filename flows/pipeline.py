@@ -61,8 +61,8 @@ def pull(workspace: Path, stages: list[str] | None = None) -> State:
         return Completed(name="Cached", message="no output is missing.")
     dvc(["pull", "--allow-missing", *missing], workspace, get_run_logger().info)
     still = [name for name in missing if not (workspace / name).exists()]
-    found = f"{len(missing) - len(still)} of {len(missing)} missing outputs fetched from {remote}"
-    return Completed(name="Ran", message=found + (f"; it has no {', '.join(still)}" if still else ""))
+    fetched = f"{len(missing) - len(still)} of {len(missing)} missing outputs fetched from {remote}"
+    return Completed(name="Ran", message=fetched + (f"; it has no {', '.join(still)}" if still else ""))
 
 
 @task(task_run_name="push", **retrying)

@@ -41,16 +41,16 @@ def sweep(compute: Compute, minutes: float = MINUTES, say: Callable[[str], None]
 
 def _jobs(account: batch.Account, stack: str) -> list[dict]:
     """Jobs of this stack's flows that have not ended; others in the same queues are left alone."""
-    found = []
+    jobs = []
     for spot in (True, False):
         queue = account.queue(spot)
         with aws.explained(f"jobs in {queue}"):
             for status in batch.ACTIVE:
                 pages = account.batch.get_paginator("list_jobs").paginate(jobQueue=queue, jobStatus=status)
-                listed = [one["jobId"] for page in pages for one in page["jobSummaryList"]]
+                listed = [summary["jobId"] for page in pages for summary in page["jobSummaryList"]]
                 for start in range(0, len(listed), 100):
-                    found += account.batch.describe_jobs(jobs=listed[start : start + 100])["jobs"]
-    return [job for job in found if job.get("tags", {}).get(batch.TAG) == stack]
+                    jobs += account.batch.describe_jobs(jobs=listed[start : start + 100])["jobs"]
+    return [job for job in jobs if job.get("tags", {}).get(batch.TAG) == stack]
 
 
 def _orphaned(job: dict, leases: dict[str, datetime], store: Store, minutes: float) -> str:

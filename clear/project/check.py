@@ -72,10 +72,10 @@ def composition_drifts(root: Path) -> list[str]:
     from omegaconf import OmegaConf
 
     load(root / PARAMS)
-    found = OmegaConf.to_container(OmegaConf.load(root / PARAMS), resolve=True)
+    written = OmegaConf.to_container(OmegaConf.load(root / PARAMS), resolve=True)
     return [
         f"{PARAMS}: {key} is {_shown(here)}, clear/conf composes to {_shown(there)}: edit clear/conf, or `make params`."
-        for key, here, there in _differences(found, compose())
+        for key, here, there in _differences(written, compose())
     ]
 
 

@@ -56,18 +56,18 @@ def markdown(workspace: Path) -> str:
 
     rows = []
     for model in MODELS:
-        found = figures(f"evaluate_{model}")
-        calls = [found["call_rate"][level] for level in (LEVELS[0], LEVELS[-1])]
-        restores = f"{_share(calls[0])} → {_share(calls[1])}" if any(found["call_rate"].values()) else "–"
-        cells = [_share(found["accuracy"][level]) for level in LEVELS]
+        metrics = figures(f"evaluate_{model}")
+        calls = [metrics["call_rate"][level] for level in (LEVELS[0], LEVELS[-1])]
+        restores = f"{_share(calls[0])} → {_share(calls[1])}" if any(metrics["call_rate"].values()) else "–"
+        cells = [_share(metrics["accuracy"][level]) for level in LEVELS]
         rows.append([f"{NAMES[model]} ({ABOUT[model]})", *cells, restores])
     models = Table(["model", *SHOWN.values(), "restores, clean → hard"], rows)
 
     report = figures("report", "data/results")
     pairs = []
-    for one in COMPARISONS:
-        claim = report["claims"][one.id]
-        pairs.append([f"{NAMES[one.a]} − {NAMES[one.b]}, {SHOWN[one.severity]}", *_points(claim), claim["verdict"]])
+    for pair in COMPARISONS:
+        claim = report["claims"][pair.id]
+        pairs.append([f"{NAMES[pair.a]} − {NAMES[pair.b]}, {SHOWN[pair.severity]}", *_points(claim), claim["verdict"]])
     needed, called = report["claims"].get("calls_needed"), report.get("calling", {})
     for level in ("low", "mid"):
         if lead := called.get("levels", {}).get(level):
@@ -91,10 +91,10 @@ def _share(value: float) -> str:
     return f"{value:.3f}".removeprefix("0") if 0 < round(value, 3) < 1 else f"{value:.0f}"
 
 
-def _points(found: dict) -> list[str]:
+def _points(claim: dict) -> list[str]:
     from clear.report.claims import points
 
-    return [points(found["estimate"], True), f"{points(found['low'], True)} to {points(found['high'], True)}"]
+    return [points(claim["estimate"], True), f"{points(claim['low'], True)} to {points(claim['high'], True)}"]
 
 
 def _parse(text: str, name: str) -> dict:
@@ -109,8 +109,8 @@ def _parse(text: str, name: str) -> dict:
 
 def _cells(metrics: dict) -> tuple[str, ...]:
     accuracy, calls = metrics.get("accuracy", {}), metrics.get("call_rate", {})
-    found = [*(accuracy.get(level) for level in LEVELS), metrics.get("average"), calls.get("clean"), calls.get("high")]
-    return tuple(f"{value:.3f}" if isinstance(value, int | float) else "–" for value in found)
+    values = [*(accuracy.get(level) for level in LEVELS), metrics.get("average"), calls.get("clean"), calls.get("high")]
+    return tuple(f"{value:.3f}" if isinstance(value, int | float) else "–" for value in values)
 
 
 def _committed(workspace: Path, file: Path) -> tuple[str, ...] | None:

@@ -25,7 +25,7 @@ def files_of(folder: Path, whole: bool = True) -> list[Path]:
 
     Where the folder is not `whole`, sharded checkpoints do not either: other machines hold the rest of them.
     """
-    found = []
+    files = []
     for file in sorted(folder.rglob("*")):
         if not whole and any(part.endswith(SHARDED) for part in file.relative_to(folder).parts):
             continue
@@ -35,8 +35,8 @@ def files_of(folder: Path, whole: bool = True) -> list[Path]:
             if folder in part.parents
         )
         if file.is_file() and not unfinished and file.suffix != ".partial":
-            found.append(file)
-    return found
+            files.append(file)
+    return files
 
 
 def _number(name: str) -> int:
@@ -93,16 +93,16 @@ class Keeper:
                 if not content or content == self._last:
                     return False
                 begun = time.monotonic()
-                there = {one["sha256"] for one in self._last.values()}
-                for name, one in content.items():
-                    if one["sha256"] not in there:
-                        self._store.put(self._folder / name, f"{self._place}/objects/{one['sha256']}")
+                there = {entry["sha256"] for entry in self._last.values()}
+                for name, entry in content.items():
+                    if entry["sha256"] not in there:
+                        self._store.put(self._folder / name, f"{self._place}/objects/{entry['sha256']}")
             except FileNotFoundError:
                 return False
             self._store.write(f"{self._place}/manifests/{self._next:08d}.json", content)
             self._last = content
             self._next += 1
-            size = sum(one["bytes"] for one in content.values()) / 2**20
+            size = sum(entry["bytes"] for entry in content.values()) / 2**20
             self._say(f"checkpoint kept in S3: {len(content)} files, {size:.1f} MiB, {time.monotonic() - begun:.1f} s")
             self._tidy()
             return True
@@ -119,7 +119,7 @@ class Keeper:
         old, new = manifests[:-KEPT], manifests[-KEPT:]
         if not old:
             return
-        used = {one["sha256"] for name in new for one in (self._store.read(name) or {}).values()}
+        used = {entry["sha256"] for name in new for entry in (self._store.read(name) or {}).values()}
         self._store.delete(*old)
         objects = self._store.names(f"{self._place}/objects/")
         self._store.delete(*(name for name in objects if Path(name).name not in used))
@@ -127,23 +127,23 @@ class Keeper:
 
 def restore(store: Store, key: str, folder: Path, say: Callable[[str], None]) -> bool:
     """Bring the newest usable snapshot for these inputs into `folder`; False if there is none."""
-    found = store.names(f"checkpoints/{key}/")
-    manifests = [name for name in found if "/manifests/" in name]
-    for name in sorted(manifests, key=lambda name: (found[name], name), reverse=True):
-        place = name.partition("/manifests/")[0]
+    names = store.names(f"checkpoints/{key}/")
+    manifests = [name for name in names if "/manifests/" in name]
+    for name in sorted(manifests, key=lambda name: (names[name], name), reverse=True):
+        snapshot = name.partition("/manifests/")[0]
         try:
             content = store.read(name) or {}
-            for file, one in content.items():
+            for file, entry in content.items():
                 if not (folder / file).resolve().is_relative_to(folder.resolve()):
                     raise Damaged(f"{store.url(name)} names {file}, which is outside the checkpoint folder.")
-                store.fetch(f"{place}/objects/{one['sha256']}", folder / file, one["sha256"])
+                store.fetch(f"{snapshot}/objects/{entry['sha256']}", folder / file, entry["sha256"])
         except Unreachable:  # starting anew instead would throw away what is there
             raise
         except ClearError as error:
             shutil.rmtree(folder, ignore_errors=True)
             say(f"a checkpoint in S3 is not used: {error}")
             continue
-        say(f"continuing from a checkpoint in S3: {len(content)} files of {Path(place).name}")
+        say(f"continuing from a checkpoint in S3: {len(content)} files of {Path(snapshot).name}")
         return True
     return False
 

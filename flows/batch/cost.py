@@ -60,21 +60,21 @@ def settle(store: Store, batch: Any) -> None:
                 store.write(name, note | {"cost": hours(job) * note["hourly"], "hours": hours(job)})
 
 
-def refuse_beyond_budget(store: Store, compute: Compute, found: Estimate, stage: str) -> None:
+def refuse_beyond_budget(store: Store, compute: Compute, estimate: Estimate, stage: str) -> None:
     """Raise ClearError if the job, added to this month's, might exceed the budget."""
     before = spent(store)
-    if before + found.allowed > compute.budget_usd:
+    if before + estimate.allowed > compute.budget_usd:
         raise ClearError(
-            f"stage {stage} is not submitted: it may cost {found.allowed:.2f} USD, this month's jobs {before:.2f}, and "
-            f"compute.budget_usd is {compute.budget_usd:.2f}; raise it in infra/compute.yaml, or lower "
+            f"stage {stage} is not submitted: it may cost {estimate.allowed:.2f} USD, this month's jobs {before:.2f}, "
+            f"and compute.budget_usd is {compute.budget_usd:.2f}; raise it in infra/compute.yaml, or lower "
             f"compute.jobs.*.timeout_hours."
         )
 
 
 def enter(store: Store, job_id: str, stage: str, allowed: float, cost: float | None = None, **more) -> None:
     """Write a job into the ledger of the month in which it was submitted."""
-    place = next((name for name in store.names("ledger/") if name.endswith(f"/{job_id}.json")), None)
-    store.write(place or f"ledger/{_month()}/{job_id}.json", {"stage": stage, "allowed": allowed, "cost": cost, **more})
+    entry = next((name for name in store.names("ledger/") if name.endswith(f"/{job_id}.json")), None)
+    store.write(entry or f"ledger/{_month()}/{job_id}.json", {"stage": stage, "allowed": allowed, "cost": cost, **more})
 
 
 def _month() -> str:

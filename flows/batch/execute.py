@@ -52,10 +52,10 @@ def elsewhere(stage: str, workspace: Path, force: bool = False) -> State | None:
     if places.get(stage.partition("@")[0], LOCAL) == LOCAL:
         bring_inputs(stage, workspace, say)
         return None
-    found = state(stage, workspace)
-    if found == "same" and not force:
+    status = state(stage, workspace)
+    if status == "same" and not force:
         return Completed(name="Cached", message=f"{stage}: up to date")
-    if found == "cached" and not force:
+    if status == "cached" and not force:
         return None  # DVC has the outputs of an earlier run of these inputs here
     try:
         said = reproduce(stage, workspace, compute, say, f"{flow_run.id}" if force else "")
@@ -138,8 +138,8 @@ class _Work:
     def run(self) -> float:
         """Submit or find the job and wait for it; returns US dollars. The job is ended if this call ends early."""
         name = batch.job_name(self.compute.stack, self.inputs.stage, self.key)
-        found = [(spot, batch.find(self.account.batch, self.account.queue(spot), name)) for spot in (True, False)]
-        spot, self.job_id = next(((spot, one) for spot, one in found if one), (self.job.spot, ""))
+        queued = [(spot, batch.find(self.account.batch, self.account.queue(spot), name)) for spot in (True, False)]
+        spot, self.job_id = next(((spot, job_id) for spot, job_id in queued if job_id), (self.job.spot, ""))
         estimate = cost.estimate(self.compute, self.job)
         try:
             if self.job_id:
@@ -241,8 +241,8 @@ class _Work:
 
     def _show_log(self, shown: dict[str, int]) -> None:
         for name in self._logs():
-            found = self.store.read_bytes(name, shown.get(name, 0)) or b""
-            whole = found[: found.rfind(b"\n") + 1]
+            content = self.store.read_bytes(name, shown.get(name, 0)) or b""
+            whole = content[: content.rfind(b"\n") + 1]
             shown[name] = shown.get(name, 0) + len(whole)
             for line in whole.decode(errors="replace").splitlines():
                 self.say(f"│ {line}")
@@ -304,7 +304,7 @@ def _md5(file: Path) -> str:
 def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:
     """Raise ClearError unless an entry of dvc.lock is of exactly these inputs."""
     params = {name: value for values in entry.get("params", {}).values() for name, value in values.items()}
-    found = {
+    recorded = {
         "cmd": entry.get("cmd"),
         "deps": {dep["path"]: dep.get(dep.get("hash", "md5")) for dep in entry.get("deps", [])},
         "params": params,
@@ -312,10 +312,10 @@ def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:
     }
     wanted = {"cmd": inputs.cmd, "deps": inputs.deps, "params": inputs.params, "outs": sorted(inputs.outs)}
     for name, value in wanted.items():
-        if found[name] != value:
+        if recorded[name] != value:
             raise ClearError(
-                f"stage {inputs.stage}: the job's entry of {LOCK} has other {name} ({found[name]!r}) than it was asked "
-                f"for ({value!r}); nothing is taken over."
+                f"stage {inputs.stage}: the job's entry of {LOCK} has other {name} ({recorded[name]!r}) than it was "
+                f"asked for ({value!r}); nothing is taken over."
             )
 
 

@@ -44,8 +44,8 @@ class Account:
 def account(compute: Compute) -> Account:
     """Read the stack's outputs. Raises ClearError if it is not there or is not ours."""
     with aws.explained(f"CloudFormation stack {compute.stack} (compute.stack; `make stack` creates it)"):
-        found = client("cloudformation", compute.region).describe_stacks(StackName=compute.stack)["Stacks"][0]
-    outputs = {one["OutputKey"]: one["OutputValue"] for one in found.get("Outputs", [])}
+        stack = client("cloudformation", compute.region).describe_stacks(StackName=compute.stack)["Stacks"][0]
+    outputs = {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
     if missing := [name for name in OUTPUTS if name not in outputs]:
         raise ClearError(f"stack {compute.stack} has no output {', '.join(missing)}; update it with `make stack`.")
     return Account(outputs, client("batch", compute.region), client("s3", compute.region))
@@ -122,8 +122,8 @@ def job_name(stack: str, stage: str, key: str) -> str:
 def find(batch: Any, queue: str, name: str) -> str | None:
     """Id of the queued or running job of that name, the first submitted if there are several; None if there is none."""
     with aws.explained(f"jobs in {queue}"):
-        found = batch.list_jobs(jobQueue=queue, filters=[{"name": "JOB_NAME", "values": [name]}])["jobSummaryList"]
-    active = sorted((one.get("createdAt", 0), one["jobId"]) for one in found if one["status"] in ACTIVE)
+        listed = batch.list_jobs(jobQueue=queue, filters=[{"name": "JOB_NAME", "values": [name]}])["jobSummaryList"]
+    active = sorted((job.get("createdAt", 0), job["jobId"]) for job in listed if job["status"] in ACTIVE)
     return active[0][1] if active else None
 
 
@@ -168,8 +168,8 @@ def submit(
 def describe(batch: Any, job_id: str) -> dict[str, Any] | None:
     """What Batch knows of a job; None if it has forgotten it."""
     with aws.explained(f"job {job_id}"):
-        found = batch.describe_jobs(jobs=[job_id])["jobs"]
-    return found[0] if found else None
+        jobs = batch.describe_jobs(jobs=[job_id])["jobs"]
+    return jobs[0] if jobs else None
 
 
 def terminate(batch: Any, job_id: str, reason: str) -> None:
@@ -181,9 +181,9 @@ def terminate(batch: Any, job_id: str, reason: str) -> None:
 def hours(job: dict[str, Any]) -> float:
     """Hours in which the machines of a job have run for it, all attempts together; until now for one that runs."""
     total = 0.0
-    for one in [*job.get("attempts", []), *([job] if not job.get("attempts") and "stoppedAt" in job else [])]:
-        if "startedAt" in one:  # a machine that was lost while it started has only an end
-            total += max(0, one.get("stoppedAt", one["startedAt"]) - one["startedAt"])
+    for attempt in [*job.get("attempts", []), *([job] if not job.get("attempts") and "stoppedAt" in job else [])]:
+        if "startedAt" in attempt:  # a machine that was lost while it started has only an end
+            total += max(0, attempt.get("stoppedAt", attempt["startedAt"]) - attempt["startedAt"])
     if job["status"] == "RUNNING" and "startedAt" in job:
         total += max(0, datetime.now(UTC).timestamp() * 1000 - job["startedAt"])
     return total / 3.6e6
@@ -191,7 +191,7 @@ def hours(job: dict[str, Any]) -> float:
 
 def waiting(job: dict[str, Any]) -> float:
     """Seconds since a job that waits for a machine was submitted, or lost the last one."""
-    begun = max([job.get("createdAt", 0), *(one.get("stoppedAt", 0) for one in job.get("attempts", []))])
+    begun = max([job.get("createdAt", 0), *(attempt.get("stoppedAt", 0) for attempt in job.get("attempts", []))])
     return datetime.now(UTC).timestamp() - begun / 1000 if begun else 0.0
 
 

@@ -73,9 +73,9 @@ def describe(stage: str, workspace: Path) -> Inputs:
     deps, kinds, params = {}, {}, {}
     try:
         with Repo(str(workspace)) as repo:
-            found = find_stage(repo, stage)
-            written = {out.fs_path: out for one in repo.index.stages for out in one.outs}
-            for dep in found.deps:
+            described = find_stage(repo, stage)
+            written = {out.fs_path: out for other in repo.index.stages for out in other.outs}
+            for dep in described.deps:
                 if isinstance(dep, ParamsDependency):
                     params |= {name: dep.read_params().get(name) for name in dep.params}
                     continue
@@ -85,8 +85,8 @@ def describe(stage: str, workspace: Path) -> Inputs:
                 kinds[path] = CODE if maker is None else _kind(maker)
                 below = [out for out in written.values() if dep.fs_path in map(str, Path(out.fs_path).parents)]
                 kinds |= {os.path.relpath(out.fs_path, workspace): _kind(out) for out in below}
-            outs = {os.path.relpath(out.fs_path, workspace): bool(out.use_cache) for out in found.outs}
-            return Inputs(stage, found.cmd, deps, kinds, params, outs)
+            outs = {os.path.relpath(out.fs_path, workspace): bool(out.use_cache) for out in described.outs}
+            return Inputs(stage, described.cmd, deps, kinds, params, outs)
     except DvcException as error:
         raise ClearError(f"{workspace}: DVC cannot read this project: {error}.") from error
 
@@ -110,14 +110,14 @@ def _hash(dep: Any, maker: Any, path: str) -> str:
     return actual or recorded
 
 
-def differences(wanted: Inputs, found: Inputs) -> list[str]:
+def differences(wanted: Inputs, actual: Inputs) -> list[str]:
     """One line for each input in which two descriptions differ."""
-    one, other = asdict(wanted), asdict(found)
-    named = [name for name in ("stage", "cmd") if one[name] != other[name]]
-    lines = [f"{name}: {other[name]!r} instead of {one[name]!r}" for name in named]
+    asked, given = asdict(wanted), asdict(actual)
+    named = [name for name in ("stage", "cmd") if asked[name] != given[name]]
+    lines = [f"{name}: {given[name]!r} instead of {asked[name]!r}" for name in named]
     for part in ("deps", "params", "outs"):
-        for name in sorted(one[part] | other[part]):
-            here, there = one[part].get(name), other[part].get(name)
+        for name in sorted(asked[part] | given[part]):
+            here, there = asked[part].get(name), given[part].get(name)
             if json.dumps(here, sort_keys=True, default=str) != json.dumps(there, sort_keys=True, default=str):
                 lines.append(f"{name}: {there} instead of {here}")
     return lines
@@ -166,12 +166,12 @@ def environment_tag(workspace: Path) -> str:
 
 def expand(workspace: Path, names: list[str]) -> list[str]:
     """The files that these names stand for: a folder's are all below it; one that is not there has none."""
-    found = []
+    files = []
     for name in names:
         inside = sorted(path for path in (workspace / name).rglob("*") if path.is_file())
-        found += [path.relative_to(workspace).as_posix() for path in inside]
-        found += [name] if (workspace / name).is_file() else []
-    return found
+        files += [path.relative_to(workspace).as_posix() for path in inside]
+        files += [name] if (workspace / name).is_file() else []
+    return files
 
 
 def _remote(workspace: Path) -> dict[str, Any]:
@@ -200,7 +200,7 @@ def _committed(workspace: Path, inputs: Inputs) -> str:
     code = [path for path, kind in inputs.kinds.items() if kind == CODE]
     listed = output(workspace, "status", "--porcelain", "-z", "--no-renames", "--untracked-files=all").split("\0")
     changed = []
-    for state, name in ((one[:2], one[3:]) for one in listed if one):
+    for state, name in ((line[:2], line[3:]) for line in listed if line):
         ours = any(name == path or name.startswith(f"{path}/") for path in code)
         if name not in carried and (ours or state != "??"):
             changed.append(name)
@@ -232,7 +232,7 @@ def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, lis
     lacking = [path for path in wanted.deps if not (folder / path).exists()]
     if lacking:
         raise ClearError(f"{', '.join(lacking)}: neither in the commit nor in the DVC remote; `dvc push` there first.")
-    found = describe(wanted.stage, folder)
-    if lines := differences(wanted, found):
+    actual = describe(wanted.stage, folder)
+    if lines := differences(wanted, actual):
         raise ClearError(f"stage {wanted.stage} is not run, its inputs are not the requested ones: {'; '.join(lines)}.")
     return wanted

@@ -110,10 +110,10 @@ def from_dict(raw: Any, origin: str = str(COMPUTE)) -> Compute:
 def refuse_clusters(compute: Compute, config: Config) -> None:
     """Raise ClearError where a stage is to run on a rented machine and to use a cluster of the user's."""
     for stage, section in {"degrade": "degrade", "mmd_bench": "degrade", "evaluate": "evaluate"}.items():
-        place = getattr(compute.place, stage)
-        if getattr(config, section).cluster and place != "local":
+        placed = getattr(compute.place, stage)
+        if getattr(config, section).cluster and placed != "local":
             raise ClearError(
-                f"params: {section}.cluster and compute.place.{stage} = {place}: a rented machine cannot reach your "
+                f"params: {section}.cluster and compute.place.{stage} = {placed}: a rented machine cannot reach your "
                 f'cluster. Set {section}.cluster = "", or compute.place.{stage} = local in {COMPUTE}.'
             )
 
@@ -131,9 +131,12 @@ def _check_jobs(compute: Compute, origin: str) -> None:
             raise ClearError(f"{origin}: {full} is no stage; there are default, {', '.join(stages)}.")
         if not job.instance_types:
             raise ClearError(f"{origin}: {full}.instance_types is empty; name at least one instance type.")
-        for one in job.instance_types:
-            if one not in compute.prices:
-                raise ClearError(f"{origin}: {full}.instance_types names {one}; add its price as compute.prices.{one}.")
+        for instance_type in job.instance_types:
+            if instance_type not in compute.prices:
+                raise ClearError(
+                    f"{origin}: {full}.instance_types names {instance_type}; "
+                    f"add its price as compute.prices.{instance_type}."
+                )
         if job.nodes > 1 and job.spot:
             raise ClearError(
                 f"{origin}: {full}.nodes = {job.nodes} with spot = true: AWS Batch runs multi-node jobs on demand "

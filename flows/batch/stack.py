@@ -24,7 +24,7 @@ PLATFORM = "linux/amd64"
 
 def parameters(compute: Compute, root: Path, mail: str = "") -> dict[str, str]:
     """The template's parameters for a configuration: instance types of all jobs, disk, limits, image, weights."""
-    types = sorted({one for job in compute.jobs.values() for one in job.instance_types})
+    types = sorted({instance_type for job in compute.jobs.values() for instance_type in job.instance_types})
     return {
         "InstanceTypes": ",".join(types),
         "RootVolumeGiB": str(compute.root_volume_gib),
@@ -80,7 +80,7 @@ def _exists(formation: Any, stack: str) -> bool:
 
 def _reason(formation: Any, stack: str) -> str:
     events = formation.describe_stack_events(StackName=stack)["StackEvents"]
-    failed = [one for one in events if one["ResourceStatus"].endswith("FAILED")]
+    failed = [event for event in events if event["ResourceStatus"].endswith("FAILED")]
     first = failed[-1] if failed else {}
     return f"{first['LogicalResourceId']}: {first.get('ResourceStatusReason')}" if first else ""
 
@@ -94,8 +94,8 @@ def push_image(compute: Compute, root: Path) -> str:
     name, tag = repository, environment_tag(root)
     registry = client("ecr", compute.region)
     with aws.explained(f"repository {name}"):
-        found = registry.list_images(repositoryName=name.partition("/")[2])["imageIds"]
-        if any(one.get("imageTag") == tag for one in found):
+        images = registry.list_images(repositoryName=name.partition("/")[2])["imageIds"]
+        if any(image.get("imageTag") == tag for image in images):
             return f"{name}:{tag}"
         token = registry.get_authorization_token()["authorizationData"][0]
     user, _, password = base64.b64decode(token["authorizationToken"]).decode().partition(":")

@@ -73,9 +73,9 @@ class Store:
         with replacing(target) as partial:
             with aws.explained(self.url(name)):
                 self.client.download_file(self.bucket, self._key(name), str(partial))
-            found = sha256(partial)
-            if found != digest:
-                raise Damaged(f"{self.url(name)} has hash {found[:12]}…, expected {digest[:12]}…; it is not used.")
+            actual = sha256(partial)
+            if actual != digest:
+                raise Damaged(f"{self.url(name)} has hash {actual[:12]}…, expected {digest[:12]}…; it is not used.")
 
     def write(self, name: str, content: Any) -> None:
         """Put a JSON note."""
@@ -85,9 +85,9 @@ class Store:
 
     def read(self, name: str) -> Any:
         """A JSON note, or None if there is none. Raises Damaged if it is not JSON."""
-        found = self.read_bytes(name)
+        content = self.read_bytes(name)
         try:
-            return None if found is None else json.loads(found)
+            return None if content is None else json.loads(content)
         except ValueError as error:
             raise Damaged(f"{self.url(name)}: not valid JSON ({error}); delete it.") from error
 
@@ -109,11 +109,11 @@ class Store:
 
     def names(self, under: str) -> dict[str, datetime]:
         """Names below a folder with the time of their last change."""
-        found = {}
+        modified = {}
         with aws.explained(self.url(under)):
             for item in aws.listed(self.client, self.bucket, self._key(under)):
-                found[item["Key"].removeprefix(f"{self.prefix}/")] = item["LastModified"]
-        return found
+                modified[item["Key"].removeprefix(f"{self.prefix}/")] = item["LastModified"]
+        return modified
 
     def delete(self, *names: str) -> None:
         """Delete objects; those that are not there are no error."""

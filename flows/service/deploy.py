@@ -79,7 +79,7 @@ def main() -> int:
     except ClearError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    names = [one["name"] for one in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
+    names = [deployment["name"] for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
     print(f"Deployed {', '.join(names)}. Start a worker where the data is: prefect worker start --pool {POOL}")
     return 0
 

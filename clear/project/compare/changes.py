@@ -72,7 +72,7 @@ def images(base: Side, head: Side) -> Table:
     rows = []
     counts = [side.metrics.get("source", {}).get("images", {}) for side in (base, head)]
     for split in dict.fromkeys([*counts[0], *counts[1]]):
-        rows.append([f"clean images: {split}", *(plain(found.get(split, ABSENT)) for found in counts)])
+        rows.append([f"clean images: {split}", *(plain(images.get(split, ABSENT)) for images in counts)])
     checks = [side.metrics.get("validate") for side in (base, head)]
     rows.append(["data checks", *("no record" if c is None else _passed(c) for c in checks)])
     rows.append(["rejected rows", *(plain((c or {}).get("rejected", UNRECORDED)) for c in checks)])
@@ -87,25 +87,27 @@ def images(base: Side, head: Side) -> Table:
 
 
 def _passed(checks: dict) -> str:
-    failed = sum(len(one.get("failed", [])) for one in checks.get("datasets", {}).values())
+    failed = sum(len(dataset.get("failed", [])) for dataset in checks.get("datasets", {}).values())
     return "all passed" if checks.get("success") is True else f"{failed} failed"
 
 
 def _worst(checks: dict | None, key: str) -> str:
-    found = [one[key] for one in (checks or {}).get("datasets", {}).values() if key in one]
-    return plain(max(found)) if found else UNRECORDED
+    values = [dataset[key] for dataset in (checks or {}).get("datasets", {}).values() if key in dataset]
+    return plain(max(values)) if values else UNRECORDED
 
 
 def samples(base: Side, head: Side) -> Table:
     """Degraded training images (sft and rl together) per corruption and severity at head, with the change."""
     counts = [_training_counts(side) for side in (base, head)]
-    names = sorted({name for found in counts for name, _ in found})
+    names = sorted({name for copies in counts for name, _ in copies})
     rows = []
     for name in names:
-        cells = [[found.get((name, severity), 0) for found in counts] for severity in DAMAGED]
+        cells = [[copies.get((name, severity), 0) for copies in counts] for severity in DAMAGED]
         rows.append([name.replace("_", " "), *(_change(*cell) for cell in cells), _change(*_sums(cells))])
     if rows:
-        totals = [[sum(n for (_, s), n in found.items() if s == severity) for found in counts] for severity in DAMAGED]
+        totals = [
+            [sum(n for (_, s), n in copies.items() if s == severity) for copies in counts] for severity in DAMAGED
+        ]
         rows.append(["all", *(_change(*cell) for cell in totals), _change(*_sums(totals))])
     caption = (
         "Degraded training images (splits sft and rl), at head; in brackets the change from base."
@@ -120,12 +122,12 @@ def _sums(cells: list[list[int]]) -> list[int]:
 
 
 def _training_counts(side: Side) -> dict[tuple[str, str], int]:
-    splits, found = side.metrics.get("degrade", {}).get("images", {}), {}
+    splits, copies = side.metrics.get("degrade", {}).get("images", {}), {}
     for split in TRAINING_SPLITS:
         for name, severities in splits.get(split, {}).items():
             for severity, count in severities.items():
-                found[name, severity] = found.get((name, severity), 0) + count
-    return found
+                copies[name, severity] = copies.get((name, severity), 0) + count
+    return copies
 
 
 def data_figures(base: Side, head: Side) -> Table:
@@ -153,12 +155,12 @@ def rewards(base: Side, head: Side) -> tuple[Table, str]:
     }
     rows = []
     for key, text in names.items():
-        old, new = (found.get(key) for found in figures)
+        old, new = (final.get(key) for final in figures)
         gone = old is None or new is None
         change = "–" if gone else f"{new - old:+.4g}" if new != old else "0"
         rows.append([text, *(UNRECORDED if v is None else f"{v:.4g}" for v in (old, new)), change])
     gains = [
-        None if any(key not in found for found in figures) else figures[1][key] - figures[0][key]
+        None if any(key not in final for final in figures) else figures[1][key] - figures[0][key]
         for key in ("last_reward", "holdout_after")
     ]
     warning = ""
@@ -238,8 +240,8 @@ def latency(base: Side, head: Side, tokens: dict[str, tuple[float, float]]) -> T
     rows = []
     for model in (name for name in MODELS if name in tokens):
         records = [side.records.get(f"evaluate_{model}", {}) for side in (base, head)]
-        found = [record.get("milliseconds_per_question") for record in records]
-        shown = [UNRECORDED if value is None else f"{value:.2f}" for value in found]
+        times = [record.get("milliseconds_per_question") for record in records]
+        shown = [UNRECORDED if value is None else f"{value:.2f}" for value in times]
         rows.append([TITLES[model], *shown, *(f"{value:.2f}" for value in tokens[model])])
     return Table(
         ["model", "ms per answer, base", "head", "tokens per answer, base", "head"],
@@ -282,9 +284,9 @@ def alone(base: Side, head: Side) -> Table:
     rows = []
     for model in MODELS:
         for label, side in (("base", base), ("head", head)):
-            found = side.metrics.get(f"evaluate_{model}", {}).get("accuracy", {})
-            if found:
-                rows.append([TITLES[model], label, *(points(found.get(severity)) for severity in SEVERITIES)])
+            accuracy = side.metrics.get(f"evaluate_{model}", {}).get("accuracy", {})
+            if accuracy:
+                rows.append([TITLES[model], label, *(points(accuracy.get(severity)) for severity in SEVERITIES)])
     return Table(
         ["model", "side", *(LEVELS[severity] for severity in SEVERITIES)],
         rows,

@@ -52,20 +52,20 @@ def post(api: str, repository: str, number: int, text: str, token: str, author: 
     Raises ClearError with the server's answer if it refuses.
     """
     base = f"{api}/repos/{repository}/issues"
-    for found in _comments(f"{base}/{number}/comments", token):
+    for comment in _comments(f"{base}/{number}/comments", token):
         # Anyone can quote the marker, so only our own comment counts.
-        if MARKER in (found.get("body") or "") and (found.get("user") or {}).get("login") == author:
-            return _call("PATCH", f"{base}/comments/{found['id']}", token, {"body": text})["html_url"]
+        if MARKER in (comment.get("body") or "") and (comment.get("user") or {}).get("login") == author:
+            return _call("PATCH", f"{base}/comments/{comment['id']}", token, {"body": text})["html_url"]
     return _call("POST", f"{base}/{number}/comments", token, {"body": text})["html_url"]
 
 
 def _comments(url: str, token: str) -> list[dict]:
-    found, page = [], 1
+    comments, page = [], 1
     while True:
         part = _call("GET", f"{url}?per_page={PER_PAGE}&page={page}", token)
-        found += part
+        comments += part
         if len(part) < PER_PAGE:
-            return found
+            return comments
         page += 1
 
 

@@ -117,10 +117,10 @@ class Comparison:
 
     def robustness(self, model: str) -> dict[str, dict[str, float | None]]:
         """Absolute and relative robustness (METHOD §7) of each side on the shared rows."""
-        found = {d.severity: d for d in self.levels if d.model == model}
+        by_level = {d.severity: d for d in self.levels if d.model == model}
         return {
-            "base": scoring.robustness({severity: d.base for severity, d in found.items()}),
-            "head": scoring.robustness({severity: d.head for severity, d in found.items()}),
+            "base": scoring.robustness({severity: d.base for severity, d in by_level.items()}),
+            "head": scoring.robustness({severity: d.head for severity, d in by_level.items()}),
         }
 
 
@@ -210,20 +210,20 @@ def join(base: Side, head: Side, model: str) -> Joined:
 
 
 def _benchmark_notes(base: Side, head: Side, joined: dict[str, Joined]) -> list[str]:
-    restricted = {name: found for name, found in joined.items() if found.restricted}
+    restricted = {name: shared for name, shared in joined.items() if shared.restricted}
     hashes = [(path, base.hash_of(path), head.hash_of(path)) for path in BENCH]
     changed = [path for path, old, new in hashes if old and new and old != new]
     unknown = [path for path, old, new in hashes if not (old and new)]
     notes = []
     if restricted:
-        name, found = min(restricted.items(), key=lambda item: len(item[1].rows))
+        name, shared = min(restricted.items(), key=lambda item: len(item[1].rows))
         why = (
             f"The benchmark changed (dvc.lock: {', '.join(changed)})" if changed else "The sides asked other questions"
         )
         notes.append(
             f"{why}: everything below is restricted to the questions that both sides asked about the same pictures, "
-            f"{len(found.rows):,} of {found.base_rows:,} (base) and {found.head_rows:,} (head), about "
-            f"{found.rows['sample'].nunique():,} images (fewest: {TITLES[name]})."
+            f"{len(shared.rows):,} of {shared.base_rows:,} (base) and {shared.head_rows:,} (head), about "
+            f"{shared.rows['sample'].nunique():,} images (fewest: {TITLES[name]})."
         )
     elif changed and joined:
         notes.append(
@@ -251,7 +251,7 @@ def difference(
     a, b = rows[f"{what}_head"].to_numpy(), rows[f"{what}_base"].to_numpy()
     groups = rows.cluster.to_numpy()
     clusters = len(np.unique(groups))
-    found = statistics.paired_difference(a, b, groups, **vars(settings)) if clusters > 1 else None
+    interval = statistics.paired_difference(a, b, groups, **vars(settings)) if clusters > 1 else None
     test = statistics.sign_flip(a, b, groups)
     return Difference(
         model=model,
@@ -263,9 +263,9 @@ def difference(
         head=float(a.mean()),
         # One subtraction of sums, so that equal sides give exactly 0.
         estimate=(int(a.sum()) - int(b.sum())) / len(a),
-        low=found and found.low,
-        high=found and found.high,
-        detectable=found and found.detectable,
+        low=interval and interval.low,
+        high=interval and interval.high,
+        detectable=interval and interval.detectable,
         n=len(rows),
         clusters=clusters,
         only_base=test.only_b,
@@ -276,14 +276,14 @@ def difference(
     )
 
 
-def holm(found: list[Difference]) -> list[Difference]:
+def holm(differences: list[Difference]) -> list[Difference]:
     """The same differences with p-values corrected by Holm's method over this list (Holm 1979, step-down)."""
-    order = sorted(range(len(found)), key=lambda index: found[index].p)
-    corrected, largest = [1.0] * len(found), 0.0
+    order = sorted(range(len(differences)), key=lambda index: differences[index].p)
+    corrected, largest = [1.0] * len(differences), 0.0
     for rank, index in enumerate(order):
-        largest = max(largest, min(1.0, (len(found) - rank) * found[index].p))
+        largest = max(largest, min(1.0, (len(differences) - rank) * differences[index].p))
         corrected[index] = largest
-    return [replace(one, holm=p) for one, p in zip(found, corrected, strict=True)]
+    return [replace(difference, holm=p) for difference, p in zip(differences, corrected, strict=True)]
 
 
 def per_level(rows: "pd.DataFrame", model: str, what: str, settings: Bootstrap) -> list[Difference]:
@@ -329,15 +329,15 @@ def _relative(rows: "pd.DataFrame", settings: Bootstrap) -> Interval | None:
     return None
 
 
-def _with_own_intervals(one: Difference, rows: "pd.DataFrame", settings: Bootstrap) -> Difference:
-    if one.low is None:
-        return one
-    rows = rows[rows.severity == one.severity]
+def _with_own_intervals(difference: Difference, rows: "pd.DataFrame", settings: Bootstrap) -> Difference:
+    if difference.low is None:
+        return difference
+    rows = rows[rows.severity == difference.severity]
     groups, own = rows.cluster.to_numpy(), []
     for side in ("base", "head"):
         interval = statistics.mean_interval(rows[f"correct_{side}"].to_numpy(), groups, **vars(settings))
         own.append((interval.low, interval.high))
-    return replace(one, base_interval=own[0], head_interval=own[1])
+    return replace(difference, base_interval=own[0], head_interval=own[1])
 
 
 def changed_answers(joined: Joined) -> "pd.DataFrame":

@@ -163,10 +163,10 @@ def _read_revision(workspace: Path, name: str, commit: str, origin: str) -> Side
     # A record of this machine is this revision's if the stage was locked alike: same command, inputs and outputs.
     own = {stage for stage, entry in side.lock.items() if here.get(stage) == entry}
     records = _json_files(paths.home() / "runs" / side.profile) if side.profile else {}
-    found = {stage: record for stage, record in records.items() if _stage_name(stage) in own}
+    current = {stage: record for stage, record in records.items() if _stage_name(stage) in own}
     bench = workspace / "data" / "bench"
     same = side.hash_of(BENCH[1]) and outputs(here).get(BENCH[1]) == side.hash_of(BENCH[1])
-    return _with(side, found, bench if same else None)
+    return _with(side, current, bench if same else None)
 
 
 def _stage_name(record: str) -> str:
@@ -180,14 +180,14 @@ def _with(side: Side, records: dict[str, dict], bench: Path | None) -> Side:
 def _extract(workspace: Path, commit: str, folder: Path) -> set[str]:
     """Write the wanted files of a commit below `folder` and return their paths. Links are left out."""
     listed = _git(workspace, ["ls-tree", "-r", "-z", commit, "--", *WANTED]).decode()
-    found = {}
+    blobs = {}
     for line in filter(None, listed.split("\0")):
         (mode, kind, blob), path = line.partition("\t")[0].split(), line.partition("\t")[2]
         if kind == "blob" and mode != "120000":
-            found[path] = blob
-    content = _git(workspace, ["cat-file", "--batch"], "".join(f"{blob}\n" for blob in found.values()).encode())
+            blobs[path] = blob
+    content = _git(workspace, ["cat-file", "--batch"], "".join(f"{blob}\n" for blob in blobs.values()).encode())
     start = 0
-    for path, blob in found.items():
+    for path, blob in blobs.items():
         end = content.index(b"\n", start)
         words = content[start:end].split()
         if words[-1] == b"missing":
@@ -197,7 +197,7 @@ def _extract(workspace: Path, commit: str, folder: Path) -> set[str]:
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content[start : start + size])
         start += size + 1
-    return set(found)
+    return set(blobs)
 
 
 def _from_dvc(workspace: Path, commit: str, path: str, folder: Path) -> str:
@@ -254,12 +254,12 @@ def _yaml(file: Path, where: str) -> dict:
     if not file.is_file():
         return {}
     try:
-        found = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
         raise ClearError(f"{where}/{file.name}: not valid YAML ({' '.join(str(error).split())}).") from error
-    if not isinstance(found, dict):
+    if not isinstance(content, dict):
         raise ClearError(f"{where}/{file.name}: not a mapping of names to values; restore it from git.")
-    return found
+    return content
 
 
 def _lock(file: Path, where: str = "") -> dict[str, dict]:
@@ -271,14 +271,14 @@ def _lock(file: Path, where: str = "") -> dict[str, dict]:
 
 def _json_files(folder: Path, where: str = "") -> dict[str, dict]:
     """{stem: content} of the JSON files of a folder; empty if there is none."""
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for file in sorted(folder.glob("*.json")):
         try:
-            found[file.stem] = json.loads(file.read_text())
+            contents[file.stem] = json.loads(file.read_text())
         except json.JSONDecodeError as error:
             name = f"{where}/data/metrics/{file.name}" if where else str(file)
             raise ClearError(f"{name}: not valid JSON ({error}); make it again with its stage.") from error
-    return found
+    return contents
 
 
 def _pins(file: Path) -> dict[str, str]:

@@ -25,14 +25,14 @@ TILE = 144
 """Height of a shown picture in pixels."""
 
 
-def accuracy(path: Path, found: Comparison) -> None:
+def accuracy(path: Path, comparison: Comparison) -> None:
     """Accuracy in percent against severity, one panel per model, base and head with their own intervals."""
-    models = list(found.joined)
+    models = list(comparison.joined)
     columns = min(3, len(models))
     height = -(-len(models) // columns)
     with drawing.figure_file(path, height, columns, (3.6 * columns + 0.6, 2.9 * height), sharey=True) as (_, axes):
         for axis, model in zip(axes.flat, models, strict=False):
-            own = [d for d in found.levels if d.model == model and d.base_interval and d.head_interval]
+            own = [d for d in comparison.levels if d.model == model and d.base_interval and d.head_interval]
             places = np.array([SEVERITIES.index(d.severity) for d in own], float)
             for side, shift, style in (("base", -0.06, "--"), ("head", 0.06, "-")):
                 values = 100 * np.array([getattr(d, side) for d in own])
@@ -55,27 +55,27 @@ def accuracy(path: Path, found: Comparison) -> None:
             axis.grid(axis="x", visible=False)
             axis.legend(fontsize=8, loc="lower left")
         for axis in axes[:, 0]:
-            axis.set_ylabel(f"right answers (%)\nbars: {100 * found.settings.confidence:g} % interval")
+            axis.set_ylabel(f"right answers (%)\nbars: {100 * comparison.settings.confidence:g} % interval")
         for axis in axes[-1]:
             axis.set_xlabel("damage to the image")
         for axis in list(axes.flat)[len(models) :]:
             axis.set_visible(False)
 
 
-def heat_map(path: Path, found: Comparison, model: str) -> None:
+def heat_map(path: Path, comparison: Comparison, model: str) -> None:
     """Corruption × severity: head minus base in points for one model; a ring marks a certain difference."""
-    cells = {(d.corruption, d.severity): d for d in found.corruptions if d.model == model}
+    cells = {(d.corruption, d.severity): d for d in comparison.corruptions if d.model == model}
     names, levels = sorted({name for name, _ in cells}), [name for name in SEVERITIES if name != CLEAN]
     grid = np.full((len(names), len(levels)), np.nan)
-    for (name, severity), one in cells.items():
-        grid[names.index(name), levels.index(severity)] = 100 * one.estimate
+    for (name, severity), difference in cells.items():
+        grid[names.index(name), levels.index(severity)] = 100 * difference.estimate
     limit = max(10.0, float(np.nanmax(np.abs(grid))))
     with drawing.figure_file(path, 1, 1, (6.2, 0.36 * max(len(names), 4) + 1.4)) as (figure, axes):
         axis = axes[0, 0]
         image = axis.imshow(grid, cmap="PuOr", vmin=-limit, vmax=limit, aspect="auto")
         drawing.cell_labels(axis, grid, "{:+.0f}", lambda value: "white" if abs(value) > 0.7 * limit else "black")
-        for (name, severity), one in cells.items():
-            if one.sign:
+        for (name, severity), difference in cells.items():
+            if difference.sign:
                 spot = (levels.index(severity), names.index(name))
                 axis.plot(*spot, "o", markersize=21, markerfacecolor="none", markeredgecolor="black")
         axis.set_title(f"{TITLES[model]}: head minus base (points)")
@@ -88,13 +88,13 @@ def heat_map(path: Path, found: Comparison, model: str) -> None:
         figure.colorbar(image, ax=axis, fraction=0.05)
 
 
-def choose(found: Comparison, model: str, count: int) -> "pd.DataFrame":
+def choose(comparison: Comparison, model: str, count: int) -> "pd.DataFrame":
     """At most `count` joined rows of `model` whose right or wrong changed: one per image, losses and gains in turn.
 
     Losses first, since they are what a reviewer looks for; degraded before clean, hardest first, those with a stored
     restoration before those without. If nothing changed between right and wrong, rows with another answer.
     """
-    rows = changed_answers(found.joined[model])
+    rows = changed_answers(comparison.joined[model])
     turned = rows[rows.correct_base != rows.correct_head]
     rows = (turned if len(turned) else rows).copy()
     rows["hardness"] = -rows.severity.map(SEVERITIES.index).astype(int)
@@ -104,19 +104,19 @@ def choose(found: Comparison, model: str, count: int) -> "pd.DataFrame":
     return rows.sort_values(["turn", "correct_head", "hardness", *KEY]).head(count)
 
 
-def examples(found: Comparison, model: str, count: int) -> tuple[list[Example], str]:
+def examples(comparison: Comparison, model: str, count: int) -> tuple[list[Example], str]:
     """Strips of samples whose answer changed, and a sentence about what they show or why they are missing."""
-    rows = choose(found, model, count)
-    changed = changed_answers(found.joined[model])
+    rows = choose(comparison, model, count)
+    changed = changed_answers(comparison.joined[model])
     turned = changed[changed.correct_base != changed.correct_head]
     lost, won = int(turned.correct_base.sum()), int(turned.correct_head.sum())
     told = (
-        f"{TITLES[model]} gives another answer to {len(changed):,} of {len(found.joined[model].rows):,} shared "
+        f"{TITLES[model]} gives another answer to {len(changed):,} of {len(comparison.joined[model].rows):,} shared "
         f"questions: {won:,} became right, {lost:,} became wrong, {len(changed) - won - lost:,} stayed wrong."
     )
     if rows.empty:
         return [], told
-    bench = found.head.bench or found.base.bench
+    bench = comparison.head.bench or comparison.base.bench
     if bench is None:
         return [_example(row, model, {}) for row in records(rows)], (
             f"{told} Their pictures are not shown: data/bench of these sides is not on this machine (`dvc pull "

@@ -29,25 +29,25 @@ FORMATS = ("md", "html", "json")
 FILES = {"md": "compare.md", "html": "compare.html", "json": "compare.json"}
 
 
-def write(found: Comparison, verdict: Verdict, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
+def write(comparison: Comparison, verdict: Verdict, folder: Path, formats: tuple[str, ...] = FORMATS) -> list[Path]:
     """Write the report in the given formats into `folder` and return the files."""
     written = []
     for name in formats:
         file = folder / FILES[name]
         if name == "json":
-            write_json(file, to_json(found, verdict))
+            write_json(file, to_json(comparison, verdict))
         else:
-            write_text(file, markdown(found, verdict) if name == "md" else html(found, verdict))
+            write_text(file, markdown(comparison, verdict) if name == "md" else html(comparison, verdict))
         written.append(file)
     return written
 
 
-def markdown(found: Comparison, verdict: Verdict, limit: int = LIMIT) -> str:
+def markdown(comparison: Comparison, verdict: Verdict, limit: int = LIMIT) -> str:
     """The report as a comment of at most `limit` bytes in UTF-8."""
-    first, *rest = (_escaped(line) for line in sections.lines(found, verdict))
+    first, *rest = (_escaped(line) for line in sections.lines(comparison, verdict))
     kind = verdict.kind
     text = "\n\n".join([f"**{kind}**{first.removeprefix(kind)}", *rest])
-    parts = [part for part in sections.build(found, verdict) if not part.page]
+    parts = [part for part in sections.build(comparison, verdict) if not part.page]
     text, left_out = _fitted(text, [(part.title, _part(part)) for part in parts], limit - _END)
     end = "Plots, pictures and the other models in detail are on the page (`clear compare … --format html`)."
     if left_out:
@@ -95,12 +95,12 @@ def _escaped(text: str) -> str:
     return escaping.escape(text, quote=False)
 
 
-def html(found: Comparison, verdict: Verdict) -> str:
+def html(comparison: Comparison, verdict: Verdict) -> str:
     """The report as one page with its pictures inlined; nothing is loaded from elsewhere."""
     with tempfile.TemporaryDirectory(prefix="clear-compare-") as made:
         folder = Path(made)
-        parts = sections.build(found, verdict, folder)
-        first, *rest = sections.lines(found, verdict)
+        parts = sections.build(comparison, verdict, folder)
+        first, *rest = sections.lines(comparison, verdict)
         first = first.removeprefix(verdict.kind)
         return page(TEMPLATE, folder, _mark, kind=verdict.kind, first=first, lines=rest, sections=parts)
 
@@ -111,16 +111,16 @@ def _mark(cell: str) -> tuple[str, str]:
     return "bad" if cell.endswith("▼") or cell.startswith("✗") else "", cell
 
 
-def to_json(found: Comparison, verdict: Verdict) -> dict:
+def to_json(comparison: Comparison, verdict: Verdict) -> dict:
     """Every number of the comparison as plain values; None where something was not measured."""
     return _finite(
         verdicts.to_json(verdict)
         | {
-            "obstacles": found.obstacles,
-            "notes": [*found.notes, *verdict.notes],
-            "settings": asdict(found.settings),
-            "base": _side(found.base),
-            "head": _side(found.head),
+            "obstacles": comparison.obstacles,
+            "notes": [*comparison.notes, *verdict.notes],
+            "settings": asdict(comparison.settings),
+            "base": _side(comparison.base),
+            "head": _side(comparison.head),
             "shared": {
                 name: {
                     "questions": len(one.rows),
@@ -128,29 +128,29 @@ def to_json(found: Comparison, verdict: Verdict) -> dict:
                     "head": one.head_rows,
                     "changed_answers": len(changed_answers(one)),
                 }
-                for name, one in found.joined.items()
+                for name, one in comparison.joined.items()
             },
-            "accuracy": [_difference(one) for one in found.levels],
-            "tasks": [_difference(one) for one in found.tasks],
-            "corruptions": [_difference(one) for one in found.corruptions],
-            "call_rate": [_difference(one) for one in found.calls],
+            "accuracy": [_difference(one) for one in comparison.levels],
+            "tasks": [_difference(one) for one in comparison.tasks],
+            "corruptions": [_difference(one) for one in comparison.corruptions],
+            "call_rate": [_difference(one) for one in comparison.calls],
             "robustness": {
-                name: found.robustness(name)
-                | {"relative_difference": vars(found.relative[name]) if name in found.relative else None}
-                for name in found.joined
+                name: comparison.robustness(name)
+                | {"relative_difference": vars(comparison.relative[name]) if name in comparison.relative else None}
+                for name in comparison.joined
             },
-            "params": _triples(found.base.params, found.head.params),
+            "params": _triples(comparison.base.params, comparison.head.params),
             "metrics": {
-                name: _triples(found.base.metrics.get(name, {}), found.head.metrics.get(name, {}))
-                for name in sorted(found.base.metrics.keys() | found.head.metrics.keys())
+                name: _triples(comparison.base.metrics.get(name, {}), comparison.head.metrics.get(name, {}))
+                for name in sorted(comparison.base.metrics.keys() | comparison.head.metrics.keys())
             },
-            "versions": _triples(found.base.pins, found.head.pins),
+            "versions": _triples(comparison.base.pins, comparison.head.pins),
         }
     )
 
 
-def _difference(one: Difference) -> dict:
-    return asdict(one) | {"certain": one.sign}
+def _difference(difference: Difference) -> dict:
+    return asdict(difference) | {"certain": difference.sign}
 
 
 def _triples(base: dict, head: dict) -> dict[str, list]:

@@ -33,45 +33,47 @@ class Part:
     page: bool = False
 
 
-def lines(found: Comparison, verdict: Verdict) -> list[str]:
+def lines(comparison: Comparison, verdict: Verdict) -> list[str]:
     """What stands above everything else: the verdict first, then what the reader must know about it."""
-    sides = f"Base: {found.base.origin}. Head: {found.head.origin}."
-    if found.base.profile and found.base.profile == found.head.profile:
-        sides += f" Profile: {found.base.profile}."
-    noted = [*found.notes, *verdict.notes]
-    if found.obstacles and found.joined:
+    sides = f"Base: {comparison.base.origin}. Head: {comparison.head.origin}."
+    if comparison.base.profile and comparison.base.profile == comparison.head.profile:
+        sides += f" Profile: {comparison.base.profile}."
+    noted = [*comparison.notes, *verdict.notes]
+    if comparison.obstacles and comparison.joined:
         noted.insert(0, "The models that both sides have are compared below; that is no verdict on the change.")
     return [f"{verdict.kind} – {verdict.sentence}", *noted, sides]
 
 
-def build(found: Comparison, verdict: Verdict, folder: Path | None = None) -> list[Part]:
+def build(comparison: Comparison, verdict: Verdict, folder: Path | None = None) -> list[Part]:
     """All parts. With `folder` figures are drawn into it; without, there are none."""
     model = verdict.policy.model
     parts = [Part("The gate", [_rules(verdict)], open=True)]
-    if found.joined:
+    if comparison.joined:
         parts += [
-            _levels(found, model, folder),
-            Part("Robustness and the clean guard", [_robustness(found, verdict)]),
-            Part("How often it restores", [_calls(found)]),
+            _levels(comparison, model, folder),
+            Part("Robustness and the clean guard", [_robustness(comparison, verdict)]),
+            Part("How often it restores", [_calls(comparison)]),
         ]
-    if found.obstacles:
-        parts.append(Part("Each side alone", [changes.alone(found.base, found.head)], open=True))
-    if model in found.joined:
+    if comparison.obstacles:
+        parts.append(Part("Each side alone", [changes.alone(comparison.base, comparison.head)], open=True))
+    if model in comparison.joined:
         parts += [
-            Part("Per corruption", _corruptions(found, model, folder)),
-            Part("Per kind of question", [_cells(found.tasks, model, "task", SEVERITIES)]),
-            _answers(found, verdict, folder),
+            Part("Per corruption", _corruptions(comparison, model, folder)),
+            Part("Per kind of question", [_cells(comparison.tasks, model, "task", SEVERITIES)]),
+            _answers(comparison, verdict, folder),
         ]
-    if found.joined:
-        parts.append(Part("Tests and sizes", [_tests(found, model)]))
-    parts += [_data(found), _training(found), _params(found), _cost(found)]
-    for other in (name for name in found.joined if name != model):
+    if comparison.joined:
+        parts.append(Part("Tests and sizes", [_tests(comparison, model)]))
+    parts += [_data(comparison), _training(comparison), _params(comparison), _cost(comparison)]
+    for other in (name for name in comparison.joined if name != model):
         tables = [
-            Folded(f"{TITLES[other]}: per corruption", _cells(found.corruptions, other, "corruption", SEVERITIES[1:])),
-            Folded(f"{TITLES[other]}: per kind of question", _cells(found.tasks, other, "task", SEVERITIES)),
+            Folded(
+                f"{TITLES[other]}: per corruption", _cells(comparison.corruptions, other, "corruption", SEVERITIES[1:])
+            ),
+            Folded(f"{TITLES[other]}: per kind of question", _cells(comparison.tasks, other, "task", SEVERITIES)),
         ]
         parts.append(Part(f"{TITLES[other]} in detail", [f"{TITLES[other]}: {ABOUT[other]}.", *tables], page=True))
-    parts.append(Part("Provenance", [changes.provenance(found.base, found.head)]))
+    parts.append(Part("Provenance", [changes.provenance(comparison.base, comparison.head)]))
     return parts
 
 
@@ -86,26 +88,26 @@ def _rules(verdict: Verdict) -> Table:
     )
 
 
-def _order(found: Comparison, model: str) -> list[str]:
+def _order(comparison: Comparison, model: str) -> list[str]:
     """The gate's model first, the others in the order of the report."""
-    return sorted(found.joined, key=lambda name: name != model)
+    return sorted(comparison.joined, key=lambda name: name != model)
 
 
-def _levels(found: Comparison, model: str, folder: Path | None) -> Part:
+def _levels(comparison: Comparison, model: str, folder: Path | None) -> Part:
     rows = []
-    for name in _order(found, model):
-        cells = (found.level(name, severity) for severity in SEVERITIES)
-        rows.append([TITLES[name], *(_both(one) for one in cells)])
+    for name in _order(comparison, model):
+        cells = (comparison.level(name, severity) for severity in SEVERITIES)
+        rows.append([TITLES[name], *(_both(difference) for difference in cells)])
     table = Table(
         ["model", *(LEVELS[severity] for severity in SEVERITIES)],
         rows,
         f"Right answers in percent, base → head, with the paired difference in points and its "
-        f"{100 * found.settings.confidence:g} % interval (bootstrap over images; a minimal pair counts as one). ▲ ▼: "
-        "certain, also by the exact test by image, corrected for all comparisons of this table (Holm).",
+        f"{100 * comparison.settings.confidence:g} % interval (bootstrap over images; a minimal pair counts as one). "
+        "▲ ▼: certain, also by the exact test by image, corrected for all comparisons of this table (Holm).",
     )
     blocks: list[Block] = [table]
     if folder:
-        plots.accuracy(folder / "accuracy.png", found)
+        plots.accuracy(folder / "accuracy.png", comparison)
         blocks.append(
             Figure(
                 "accuracy.png",
@@ -116,19 +118,21 @@ def _levels(found: Comparison, model: str, folder: Path | None) -> Part:
     return Part("Accuracy", blocks, open=True)
 
 
-def _both(one: Difference | None, marks: dict[int, str] = MARKS) -> str:
-    if one is None:
+def _both(difference: Difference | None, marks: dict[int, str] = MARKS) -> str:
+    if difference is None:
         return "–"
-    return f"{points(one.base)} → {points(one.head)} ({gap(one, '')}){marks[one.sign]}"
+    return f"{points(difference.base)} → {points(difference.head)} ({gap(difference, '')}){marks[difference.sign]}"
 
 
-def _cells(found: list[Difference], model: str, column: str, severities: tuple[str, ...]) -> Table:
+def _cells(differences: list[Difference], model: str, column: str, severities: tuple[str, ...]) -> Table:
     """Differences of one model, one row per task or corruption, one column per severity."""
-    own = {(getattr(d, column), d.severity): d for d in found if d.model == model}
+    own = {(getattr(d, column), d.severity): d for d in differences if d.model == model}
     rows = []
     for name in sorted({name for name, _ in own}):
         cells = [own.get((name, severity)) for severity in severities]
-        shown = ["–" if one is None else f"{gap(one, '')}{MARKS[one.sign]}" for one in cells]
+        shown = [
+            "–" if difference is None else f"{gap(difference, '')}{MARKS[difference.sign]}" for difference in cells
+        ]
         rows.append([name.replace("_", " "), *shown])
     sizes = sorted({d.n for d in own.values()})
     each = f"{sizes[0]} to {sizes[-1]} questions" if len(sizes) > 1 else f"{sizes[0]} questions" if sizes else "nothing"
@@ -141,14 +145,14 @@ def _cells(found: list[Difference], model: str, column: str, severities: tuple[s
     )
 
 
-def _confidence(found: dict[tuple[str, str], Difference]) -> float:
-    return next(iter(found.values())).confidence if found else 1.0
+def _confidence(differences: dict[tuple[str, str], Difference]) -> float:
+    return next(iter(differences.values())).confidence if differences else 1.0
 
 
-def _corruptions(found: Comparison, model: str, folder: Path | None) -> list[Block]:
-    blocks: list[Block] = [_cells(found.corruptions, model, "corruption", SEVERITIES[1:])]
-    if folder and any(d.model == model for d in found.corruptions):
-        plots.heat_map(folder / "corruptions.png", found, model)
+def _corruptions(comparison: Comparison, model: str, folder: Path | None) -> list[Block]:
+    blocks: list[Block] = [_cells(comparison.corruptions, model, "corruption", SEVERITIES[1:])]
+    if folder and any(d.model == model for d in comparison.corruptions):
+        plots.heat_map(folder / "corruptions.png", comparison, model)
         caption = (
             "The same differences as a map: purple is better at head, orange is worse, a ring marks a certain one."
         )
@@ -156,17 +160,17 @@ def _corruptions(found: Comparison, model: str, folder: Path | None) -> list[Blo
     return blocks
 
 
-def _robustness(found: Comparison, verdict: Verdict) -> Table:
+def _robustness(comparison: Comparison, verdict: Verdict) -> Table:
     margin, rows = verdict.policy.clean_margin, []
-    for name in _order(found, verdict.policy.model):
-        sides = found.robustness(name)
-        clean = found.level(name, CLEAN)
+    for name in _order(comparison, verdict.policy.model):
+        sides = comparison.robustness(name)
+        clean = comparison.level(name, CLEAN)
         rows.append(
             [
                 TITLES[name],
                 " → ".join(points(sides[side]["absolute"]) for side in ("base", "head")),
                 " → ".join(points(sides[side]["relative"]) for side in ("base", "head")),
-                _ratio_gap(found.relative.get(name)),
+                _ratio_gap(comparison.relative.get(name)),
                 "–" if clean is None else gap(clean, ""),
                 "not measured" if clean is None or clean.low is None else _guard(clean, margin),
             ]
@@ -188,10 +192,10 @@ def _robustness(found: Comparison, verdict: Verdict) -> Table:
     )
 
 
-def _ratio_gap(found: Interval | None) -> str:
-    if found is None:
+def _ratio_gap(interval: Interval | None) -> str:
+    if interval is None:
         return "not measured"
-    return f"{points(found.estimate, True)} [{points(found.low, True)}, {points(found.high, True)}]"
+    return f"{points(interval.estimate, True)} [{points(interval.low, True)}, {points(interval.high, True)}]"
 
 
 def _guard(clean: Difference, margin: float) -> str:
@@ -200,10 +204,10 @@ def _guard(clean: Difference, margin: float) -> str:
     return "not certain" if clean.high >= -margin else "broken"
 
 
-def _calls(found: Comparison) -> Table:
+def _calls(comparison: Comparison) -> Table:
     rows = []
-    for name in found.joined:
-        own = {d.severity: d for d in found.calls if d.model == name}
+    for name in comparison.joined:
+        own = {d.severity: d for d in comparison.calls if d.model == name}
         if any(d.base or d.head for d in own.values()):
             rows.append([TITLES[name], *(_both(own.get(severity), ARROWS) for severity in SEVERITIES)])
     return Table(
@@ -216,9 +220,9 @@ def _calls(found: Comparison) -> Table:
     )
 
 
-def _tests(found: Comparison, model: str) -> Table:
+def _tests(comparison: Comparison, model: str) -> Table:
     rows = []
-    for d in sorted(found.levels, key=lambda one: one.model != model):
+    for d in sorted(comparison.levels, key=lambda difference: difference.model != model):
         counts = [f"{d.only_base:,}", f"{d.only_head:,}", probability(d.p), probability(d.holm)]
         detectable = points(d.detectable if d.only_base or d.only_head else None)
         rows.append([TITLES[d.model], LEVELS[d.severity], *counts, detectable, f"{d.n:,}", f"{d.clusters:,}"])
@@ -246,8 +250,8 @@ def probability(p: float) -> str:
     return "< 0.001" if p < 0.001 else f"{p:.3f}"
 
 
-def _answers(found: Comparison, verdict: Verdict, folder: Path | None) -> Part:
-    shown, told = plots.examples(found, verdict.policy.model, verdict.policy.pictures)
+def _answers(comparison: Comparison, verdict: Verdict, folder: Path | None) -> Part:
+    shown, told = plots.examples(comparison, verdict.policy.model, verdict.policy.pictures)
     blocks: list[Block] = [told]
     for number, example in enumerate(shown, 1):
         if folder and example.panels:
@@ -260,8 +264,8 @@ def _answers(found: Comparison, verdict: Verdict, folder: Path | None) -> Part:
     return Part("Answers that changed", blocks)
 
 
-def _data(found: Comparison) -> Part:
-    base, head = found.base, found.head
+def _data(comparison: Comparison) -> Part:
+    base, head = comparison.base, comparison.head
     return Part(
         "Data",
         [
@@ -273,9 +277,9 @@ def _data(found: Comparison) -> Part:
     )
 
 
-def _training(found: Comparison) -> Part:
-    table, warning = changes.rewards(found.base, found.head)
-    hard = found.level("grpo", HARD)
+def _training(comparison: Comparison) -> Part:
+    table, warning = changes.rewards(comparison.base, comparison.head)
+    hard = comparison.level("grpo", HARD)
     blocks: list[Block] = [warning] if warning else []
     blocks.append(table)
     if hard:
@@ -283,18 +287,18 @@ def _training(found: Comparison) -> Part:
     return Part("Reward and true accuracy", blocks)
 
 
-def _params(found: Comparison) -> Part:
-    base, head = found.base, found.head
+def _params(comparison: Comparison) -> Part:
+    base, head = comparison.base, comparison.head
     return Part(
         "Parameters, code and versions",
         [changes.params(base, head), changes.upstream(base, head), changes.versions(base, head)],
     )
 
 
-def _cost(found: Comparison) -> Part:
+def _cost(comparison: Comparison) -> Part:
     means = {
         name: tuple(float(one.rows[f"tokens_{side}"].mean()) for side in ("base", "head"))
-        for name, one in found.joined.items()
+        for name, one in comparison.joined.items()
     }
-    blocks: list[Block] = [changes.latency(found.base, found.head, means)] if means else []
-    return Part("Time", [*blocks, changes.times(found.base, found.head)])
+    blocks: list[Block] = [changes.latency(comparison.base, comparison.head, means)] if means else []
+    return Part("Time", [*blocks, changes.times(comparison.base, comparison.head)])

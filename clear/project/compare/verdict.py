@@ -93,41 +93,43 @@ def settings_of(policy: Gate) -> Bootstrap:
 def decide(base: Side, head: Side, detail: bool = True) -> tuple[Comparison, Verdict]:
     """Compare two sides under the policy that applies to them. Without `detail` only what the gate needs."""
     policy, notes = policy_of(base, head)
-    found = compare(base, head, policy.model, settings_of(policy), detail)
-    return found, judge(found, policy, notes)
+    comparison = compare(base, head, policy.model, settings_of(policy), detail)
+    return comparison, judge(comparison, policy, notes)
 
 
-def judge(found: Comparison, policy: Gate, notes: list[str]) -> Verdict:
+def judge(comparison: Comparison, policy: Gate, notes: list[str]) -> Verdict:
     """The verdict and the gate on a comparison."""
-    rules = _rules(found, policy)
-    if found.obstacles:
-        sentence = f"{'; '.join(found.obstacles)}."
+    rules = _rules(comparison, policy)
+    if comparison.obstacles:
+        sentence = f"{'; '.join(comparison.obstacles)}."
         return Verdict("not comparable", sentence, rules, NOT_COMPARABLE, policy, notes)
     status = PASSED if all(rule.kept for rule in rules) else FAILED
-    levels = [d for severity in SEVERITIES if (d := found.level(policy.model, severity)) is not None]
+    levels = [d for severity in SEVERITIES if (d := comparison.level(policy.model, severity)) is not None]
     worse = [d for d in levels if _direction(d) < 0]
-    clean, hard = (found.level(policy.model, severity) for severity in (CLEAN, HARD))
+    clean, hard = (comparison.level(policy.model, severity) for severity in (CLEAN, HARD))
     for guarded, margin in ((clean, policy.clean_margin), (hard, policy.hard_margin)):
         if guarded.high < -margin and guarded not in worse:
             worse.append(guarded)
     better = [d for d in levels if _direction(d) > 0]
     kind: Kind = "worse" if worse else "better" if better else "not distinguishable"
-    return Verdict(kind, _sentence(found, policy, kind, worse, better), rules, status, policy, notes)
+    return Verdict(kind, _sentence(comparison, policy, kind, worse, better), rules, status, policy, notes)
 
 
-def _direction(one: Difference) -> int:
+def _direction(difference: Difference) -> int:
     """+1 or −1 where head is above or below base by the rule of this module's first lines."""
-    if one.severity == HARD:
-        return int(one.low > 0) - int(one.high < 0)
-    return one.sign
+    if difference.severity == HARD:
+        return int(difference.low > 0) - int(difference.high < 0)
+    return difference.sign
 
 
-def _sentence(found: Comparison, policy: Gate, kind: Kind, worse: list[Difference], better: list[Difference]) -> str:
-    clean, hard = (found.level(policy.model, severity) for severity in (CLEAN, HARD))
+def _sentence(
+    comparison: Comparison, policy: Gate, kind: Kind, worse: list[Difference], better: list[Difference]
+) -> str:
+    clean, hard = (comparison.level(policy.model, severity) for severity in (CLEAN, HARD))
     name = TITLES[policy.model]
     if kind == "not distinguishable":
         parts = [f"{name} at hard: {change(hard)}", f"on clean images: {change(clean)}"]
-        if identical(found.joined[policy.model]):
+        if identical(comparison.joined[policy.model]):
             parts.append("both sides gave every question the same output")
         elif hard.detectable:
             parts.append(f"a true difference below {points(hard.detectable)} points at hard would have stayed hidden")
@@ -142,24 +144,24 @@ def _sentence(found: Comparison, policy: Gate, kind: Kind, worse: list[Differenc
     return f"{'; '.join(parts)} ({size})."
 
 
-def change(one: Difference) -> str:
+def change(difference: Difference) -> str:
     """`77.5 → 78.1 %, +0.6 points [−0.9, +2.1]`."""
-    return f"{points(one.base)} → {points(one.head)} %, {gap(one)}"
+    return f"{points(difference.base)} → {points(difference.head)} %, {gap(difference)}"
 
 
-def gap(one: Difference, unit: str = " points") -> str:
+def gap(difference: Difference, unit: str = " points") -> str:
     """`+0.6 points [−0.9, +2.1]`, or `no change` if no question changed sides; no interval where there is none."""
-    if one.only_base == one.only_head == 0:
+    if difference.only_base == difference.only_head == 0:
         return "no change"
-    interval = "" if one.low is None else f" [{points(one.low, True)}, {points(one.high, True)}]"
-    return f"{points(one.estimate, True)}{unit}{interval}"
+    interval = "" if difference.low is None else f" [{points(difference.low, True)}, {points(difference.high, True)}]"
+    return f"{points(difference.estimate, True)}{unit}{interval}"
 
 
-def _rules(found: Comparison, policy: Gate) -> list[Rule]:
-    base, head, name = found.base, found.head, TITLES[policy.model]
+def _rules(comparison: Comparison, policy: Gate) -> list[Rule]:
+    base, head, name = comparison.base, comparison.head, TITLES[policy.model]
     same = bool(base.profile) and base.profile == head.profile
     profile = f"both are {base.profile}" if same else f"base: {base.profile or 'none'}, head: {head.profile or 'none'}"
-    missing = [text for text in found.obstacles if "no predictions" in text]
+    missing = [text for text in comparison.obstacles if "no predictions" in text]
     lost = f"{'; '.join(missing)}" or "every model that one side has, the other has too"
     if not same:
         lost = "not looked at, since the profiles differ"
@@ -167,8 +169,8 @@ def _rules(found: Comparison, policy: Gate) -> list[Rule]:
         Rule("same profile", same, profile),
         Rule("predictions present", not missing if same else None, lost),
         _validation(head),
-        _accuracy(found, policy, CLEAN, f"clean accuracy of {name}", policy.clean_margin),
-        _accuracy(found, policy, HARD, f"hard accuracy of {name}", policy.hard_margin),
+        _accuracy(comparison, policy, CLEAN, f"clean accuracy of {name}", policy.clean_margin),
+        _accuracy(comparison, policy, HARD, f"hard accuracy of {name}", policy.hard_margin),
     ]
 
 
@@ -180,21 +182,21 @@ def _validation(head: Side) -> Rule:
         return Rule("validation passed", True, f"every check passed; rejected rows: {checks.get('rejected', '?')}")
     failed = [
         f"{dataset}: {item.get('expectation')}"
-        for dataset, one in checks.get("datasets", {}).items()
-        for item in one.get("failed", [])
+        for dataset, checked in checks.get("datasets", {}).items()
+        for item in checked.get("failed", [])
     ]
     return Rule("validation passed", False, "; ".join(failed) or "validate.json does not say that it succeeded")
 
 
-def _accuracy(found: Comparison, policy: Gate, severity: str, name: str, margin: float) -> Rule:
-    one = None if found.obstacles else found.level(policy.model, severity)
+def _accuracy(comparison: Comparison, policy: Gate, severity: str, name: str, margin: float) -> Rule:
+    difference = None if comparison.obstacles else comparison.level(policy.model, severity)
     allowed = f"may fall by {points(margin)} points" if margin else "may not fall"
-    if one is None:
+    if difference is None:
         return Rule(name, None, f"{allowed}; not comparable")
     # A fall counts only when the whole interval lies below the margin: noise alone does not stop a change.
-    kept = one.high >= -margin
-    outcome = "kept" if one.low >= -margin else "not shown to be broken" if kept else "broken with confidence"
-    return Rule(name, kept, f"{allowed}; {change(one)}: {outcome}")
+    kept = difference.high >= -margin
+    outcome = "kept" if difference.low >= -margin else "not shown to be broken" if kept else "broken with confidence"
+    return Rule(name, kept, f"{allowed}; {change(difference)}: {outcome}")
 
 
 def report_lines(verdict: Verdict) -> list[str]:

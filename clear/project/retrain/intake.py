@@ -55,7 +55,7 @@ class Source:
         if self.bucket:
             self._download(say)
             return self.mirror
-        absent = [one.name for one in sets(self.folder) if not one.present]
+        absent = [incoming.name for incoming in sets(self.folder) if not incoming.present]
         if absent and default_remote(self.workspace):
             with writer(self.workspace, say=say):
                 dvc(["pull", "--allow-missing", *(f"{self.folder / name}.dvc" for name in absent)], self.workspace)
@@ -63,34 +63,36 @@ class Source:
             say(f"{', '.join(absent)}: only the .dvc file is here and no default DVC remote is set; not looked at.")
         return self.folder
 
-    def quarantine(self, one: IncomingSet, copy: Path, problem: str) -> str:
+    def quarantine(self, incoming: IncomingSet, copy: Path, problem: str) -> str:
         """Move a refused set, with the report of its check in the clone `copy`; returns the new place."""
-        report = report_of(one.name, copy)
-        write_json(report / "refused.json", {"name": one.name, "fingerprint": one.fingerprint, "problem": problem})
+        report = report_of(incoming.name, copy)
+        write_json(
+            report / "refused.json", {"name": incoming.name, "fingerprint": incoming.fingerprint, "problem": problem}
+        )
         if self.bucket:
-            return self._move(one.name, report)
-        place = self.folder.parent / QUARANTINE
-        target = place / one.name
+            return self._move(incoming.name, report)
+        quarantined = self.folder.parent / QUARANTINE
+        target = quarantined / incoming.name
         if target.exists():  # an earlier version of it
-            target = place / f"{one.name}-{one.fingerprint[:8]}"
-        place.mkdir(exist_ok=True)
-        shutil.rmtree(place / f"{target.name}.report", ignore_errors=True)
-        shutil.copytree(report, place / f"{target.name}.report")
+            target = quarantined / f"{incoming.name}-{incoming.fingerprint[:8]}"
+        quarantined.mkdir(exist_ok=True)
+        shutil.rmtree(quarantined / f"{target.name}.report", ignore_errors=True)
+        shutil.copytree(report, quarantined / f"{target.name}.report")
         with writer(self.workspace):
             shutil.rmtree(target, ignore_errors=True)
-            (self.folder / one.name).rename(target)
-            (self.folder / f"{one.name}.dvc").unlink(missing_ok=True)
+            (self.folder / incoming.name).rename(target)
+            (self.folder / f"{incoming.name}.dvc").unlink(missing_ok=True)
         return str(target.relative_to(self.workspace))
 
     def _objects(self, client: Any) -> dict[str, dict]:
         """Path below the prefix → ETag and size. Raises ClearError where the store refuses."""
-        found = {}
+        objects = {}
         with asked(f"s3://{self.bucket}/{self.prefix}"):
             for item in aws.listed(client, self.bucket, f"{self.prefix}/"):
                 path = PurePosixPath(item["Key"].removeprefix(f"{self.prefix}/"))
                 if len(path.parts) > 1 and ".." not in path.parts and not item["Key"].endswith("/"):
-                    found[str(path)] = {"etag": item["ETag"], "size": item["Size"]}
-        return found
+                    objects[str(path)] = {"etag": item["ETag"], "size": item["Size"]}
+        return objects
 
     def _download(self, say: Callable[[str], None]) -> None:
         client = store(self.workspace)
@@ -113,18 +115,18 @@ class Source:
 
     def _move(self, name: str, report: Path) -> str:
         client = store(self.workspace)
-        place = str(PurePosixPath(self.prefix).parent / QUARANTINE)
-        with asked(f"s3://{self.bucket}/{place}"):
+        target = str(PurePosixPath(self.prefix).parent / QUARANTINE)
+        with asked(f"s3://{self.bucket}/{target}"):
             for file in sorted(path for path in report.rglob("*") if path.is_file()):
-                client.upload_file(str(file), self.bucket, f"{place}/{name}.report/{file.relative_to(report)}")
+                client.upload_file(str(file), self.bucket, f"{target}/{name}.report/{file.relative_to(report)}")
             mine = [path for path in self._objects(client) if path.startswith(f"{name}/")]
             for path in mine:
                 old = {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}"}
-                client.copy(old, self.bucket, f"{place}/{path}")
+                client.copy(old, self.bucket, f"{target}/{path}")
             for path in mine:
                 client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")
         shutil.rmtree(self.mirror / name)
-        return f"s3://{self.bucket}/{place}/{name}"
+        return f"s3://{self.bucket}/{target}/{name}"
 
 
 def report_of(name: str, copy: Path) -> Path:
@@ -144,9 +146,9 @@ def problem_of(name: str, copy: Path, run: Callable[[list[str], Path], tuple[int
     if status == 1 and lines and lines[-1].startswith("error: "):  # it cannot be read at all
         return lines[-1].removeprefix("error: ")
     if status == 1 and verdict.exists():
-        found = json.loads(verdict.read_text())
-        said = [f"'{one['expectation']}' fails for {one['count']} samples" for one in found["failed"]]
-        said += [f"{found['rejected']} rows rejected"] if found["rejected"] else []
+        checked = json.loads(verdict.read_text())
+        said = [f"'{failure['expectation']}' fails for {failure['count']} samples" for failure in checked["failed"]]
+        said += [f"{checked['rejected']} rows rejected"] if checked["rejected"] else []
         return ", ".join(said) or "no row of it can be used"
     raise ClearError(f"`clear incoming check {name}` ended with status {status}: {' | '.join(lines[-3:])}")
 
@@ -174,10 +176,10 @@ def store(workspace: Path) -> Any:
     )
 
 
-def asked(place: str) -> AbstractContextManager[None]:
+def asked(location: str) -> AbstractContextManager[None]:
     """Turn what S3 refuses inside the block into one line about `place`."""
     return aws.explained(
-        place,
+        location,
         endpoint="the endpoint of the DVC remote (`make remote`)",
         remedy="check the AWS keys, their rights, and the endpoint",
     )

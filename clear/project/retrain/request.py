@@ -42,7 +42,7 @@ def body(workspace: Path, branch: str, names: list[str], incumbent: str, retrain
     from clear.project.compare.load import read_sides
     from clear.project.compare.verdict import decide, settings_of
 
-    found, verdict = decide(*read_sides(workspace, incumbent, retrained))
+    comparison, verdict = decide(*read_sides(workspace, incumbent, retrained))
     model = verdict.policy.model
     frames = [incoming_rows(workspace, commit, model) for commit in (incumbent, retrained)]
     table = figures(*frames, model, settings_of(verdict.policy))
@@ -52,7 +52,7 @@ def body(workspace: Path, branch: str, names: list[str], incumbent: str, retrain
         f"{incumbent[:10]}), then everything was trained again (commit {retrained[:10]}). Data and models are in the "
         f"DVC remote: `git switch {branch} && dvc pull`.",
         f"### The new degradations\n\n{table.markdown()}" if table.rows else table.caption,
-        render.markdown(found, verdict, ROOM).replace(MARKER, "").strip(),
+        render.markdown(comparison, verdict, ROOM).replace(MARKER, "").strip(),
     ]
     return title, "\n\n".join(said) + "\n"
 
@@ -88,12 +88,12 @@ def figures(base: "pd.DataFrame", head: "pd.DataFrame", model: str, settings: "B
     rows["pair"] = rows.pair_base
     rows["cluster"] = statistics.clusters(rows)
     groups = rows.groupby("corruption", sort=True)
-    found = holm(
+    differences = holm(
         [difference(part, "correct", settings, model, INCOMING, corruption=str(name)) for name, part in groups]
     )
     lines = [
-        [one.corruption, f"{one.n:,} about {one.clusters:,} images", change(one), {1: "▲", -1: "▼", 0: ""}[one.sign]]
-        for one in found
+        [d.corruption, f"{d.n:,} about {d.clusters:,} images", change(d), {1: "▲", -1: "▼", 0: ""}[d.sign]]
+        for d in differences
     ]
     return Table(
         ["set", "questions", f"{TITLES[model]}, so far → retrained", ""],
@@ -108,11 +108,11 @@ def repository(workspace: Path) -> tuple[str, str]:
     api, name = os.environ.get("GITHUB_API_URL", ""), os.environ.get("GITHUB_REPOSITORY", "")
     origin = git(workspace, "remote", "get-url", "origin").text.strip()
     # https://host/owner/name.git, ssh://git@host/owner/name or git@host:owner/name.git
-    found = re.fullmatch(r"(?:\w+://)?(?:[^@/]+@)?([\w.-]+)(?::\d+)?[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?", origin)
-    if found and not api:
-        host = found[1]
+    matched = re.fullmatch(r"(?:\w+://)?(?:[^@/]+@)?([\w.-]+)(?::\d+)?[:/]([\w.-]+/[\w.-]+?)(?:\.git)?/?", origin)
+    if matched and not api:
+        host = matched[1]
         api = "https://api.github.com" if host == "github.com" else f"https://{host}/api/v3"
-    name = name or (found[2] if found else "")
+    name = name or (matched[2] if matched else "")
     if not (api and name):
         raise ClearError(
             f"origin = {origin or 'not set'}: no repository of a forge can be read from it; set GITHUB_REPOSITORY to "

@@ -74,21 +74,21 @@ def retrain(
     source = intake.Source.of(workspace, incoming, home / "incoming")
     folder = source.fetch(tools.dvc, tools.say)
     trained = known(workspace, commit)
-    news = [one for one in sets(folder) if one.present and trained.get(one.name) != one.fingerprint]
+    news = [new for new in sets(folder) if new.present and trained.get(new.name) != new.fingerprint]
     if not news:
         return Outcome(f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}.")
     fetch_branches(workspace)
     waiting = branches(workspace, commit)
     for branch, names in waiting.items():
-        if {(one.name, one.fingerprint) for one in news} & names:
+        if {(new.name, new.fingerprint) for new in news} & names:
             tools.say(f"{branch} has been trained and waits for review.")
             finished = finish(workspace, branch, commit, target, tools)
-            news = [one for one in news if (one.name, one.fingerprint) not in names]
+            news = [new for new in news if (new.name, new.fingerprint) not in names]
             if not news:
                 return finished
     if intake.default_remote(workspace) is None:
         raise ClearError(
-            f"{', '.join(one.name for one in news)}: new, but there is no default DVC remote to share data and models "
+            f"{', '.join(new.name for new in news)}: new, but there is no default DVC remote to share data and models "
             "through; set it with `make remote BUCKET=bucket/prefix`."
         )
     copy = home / "copy"
@@ -99,14 +99,14 @@ def retrain(
         tools.dvc(["pull", "--allow-missing"], copy)
         if "source" in stage_names(copy):  # a picture that a split already holds has to stay there
             tools.reproduce(copy, ["source"])
-        for one in news:
-            bring(folder / one.name, copy)
-            if problem := intake.problem_of(one.name, copy, tools.run):
-                refused[one.name] = problem
-                place = source.quarantine(one, copy, problem)
-                restore(copy, one.name, trained.get(one.name, ""))
-                tools.say(f"{one.name} is not good: {problem}. It is now in {place}, with its report beside it.")
-        news = [one for one in news if one.name not in refused]
+        for new in news:
+            bring(folder / new.name, copy)
+            if problem := intake.problem_of(new.name, copy, tools.run):
+                refused[new.name] = problem
+                moved_to = source.quarantine(new, copy, problem)
+                restore(copy, new.name, trained.get(new.name, ""))
+                tools.say(f"{new.name} is not good: {problem}. It is now in {moved_to}, with its report beside it.")
+        news = [new for new in news if new.name not in refused]
         if not news:
             shutil.rmtree(copy)
             return Outcome(f"nothing trained: {_quarantined(refused)}.", quarantined=refused)
@@ -123,10 +123,10 @@ def train(workspace: Path, copy: Path, branch: str, commit: str, news: Sequence[
     model = request.gate_model(copy)
     if "data" not in done:
         git(copy, "checkout", "--quiet", "-B", branch)
-        for one in news:
-            if not git(copy, "ls-files", f"data/incoming/{one.name}"):
-                tools.dvc(["add", "--quiet", f"data/incoming/{one.name}"], copy)
-        save(copy, "data", f"New degradation data: {', '.join(one.name for one in news)}", news)
+        for new in news:
+            if not git(copy, "ls-files", f"data/incoming/{new.name}"):
+                tools.dvc(["add", "--quiet", f"data/incoming/{new.name}"], copy)
+        save(copy, "data", f"New degradation data: {', '.join(new.name for new in news)}", news)
     if "incumbent" not in done:
         folder = incumbent_of(copy, model)
         if not folder.exists():
@@ -138,7 +138,7 @@ def train(workspace: Path, copy: Path, branch: str, commit: str, news: Sequence[
         save(copy, "incumbent", f"The model so far ({model}) on the benchmark with the new data", news)
     if "retrained" not in done:
         tools.reproduce(copy, None)
-        save(copy, "retrained", f"Retrained on {', '.join(one.name for one in news)}", news)
+        save(copy, "retrained", f"Retrained on {', '.join(new.name for new in news)}", news)
     tools.dvc(["push"], copy)
     git(copy, "push", "--quiet", "--no-verify", str(workspace), f"{branch}:{branch}")
 
@@ -153,9 +153,9 @@ def finish(
     ref = _ref(workspace, branch)
     if "origin" in git(workspace, "remote").split() and ref.startswith("refs/heads/"):
         git(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
-    found = {step: sha for sha, step, _ in _history(workspace, f"{commit}..{ref}") if step}
-    names = sorted({one for _, _, about in _history(workspace, f"{commit}..{ref}") for one, _ in about})
-    title, body = request.body(workspace, branch, names, found["incumbent"], found["retrained"])
+    commits = {step: sha for sha, step, _ in _history(workspace, f"{commit}..{ref}") if step}
+    names = sorted({name for _, _, about in _history(workspace, f"{commit}..{ref}") for name, _ in about})
+    title, body = request.body(workspace, branch, names, commits["incumbent"], commits["retrained"])
     file = workspace / "data" / "report" / branch / "pull_request.md"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(f"# {title}\n\n{body}")
@@ -181,8 +181,8 @@ def known(workspace: Path, commit: str) -> dict[str, str]:
         return {}
     try:
         content = json.loads(done.text)
-        found = content.get("incoming", {}).get("sets", {}) if isinstance(content, dict) else {}
-        return {name: one["fingerprint"] for name, one in found.items()}
+        recorded = content.get("incoming", {}).get("sets", {}) if isinstance(content, dict) else {}
+        return {name: entry["fingerprint"] for name, entry in recorded.items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ClearError(f"{commit[:10]}:{DEGRADE} is damaged ({error!r}); `dvc repro degrade`, commit it.") from error
 
@@ -197,12 +197,12 @@ def branches(workspace: Path, commit: str) -> dict[str, set[tuple[str, str]]]:
     """Branch → (set, fingerprint) it was trained on, for every finished one that the commit does not contain."""
     patterns = (f"refs/heads/{BRANCHES}/*", f"refs/remotes/*/{BRANCHES}/*")
     listed = git(workspace, "for-each-ref", "--format=%(refname)", *patterns)
-    found = {}
+    trained = {}
     for ref in listed.split():
         history = _history(workspace, f"{commit}..{ref}")
         if "retrained" in {step for _, step, _ in history}:
-            found[ref[ref.index(f"{BRANCHES}/") :]] = {pair for _, _, about in history for pair in about}
-    return found
+            trained[ref[ref.index(f"{BRANCHES}/") :]] = {pair for _, _, about in history for pair in about}
+    return trained
 
 
 def _ref(workspace: Path, branch: str) -> str:
@@ -213,20 +213,20 @@ def _ref(workspace: Path, branch: str) -> str:
 
 def _history(folder: Path, span: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
     """(commit, step or "", [(set, fingerprint)]) of a range, newest first."""
-    found = []
+    steps = []
     for text in filter(None, git(folder, "log", "--format=%H%n%B%x00", span).split("\0")):
         sha, *lines = text.strip().splitlines() or [""]
         step = next((line.removeprefix(STEP) for line in lines if line.startswith(STEP)), "")
         pairs = [tuple(line.removeprefix(SET).split(" ", 1)) for line in lines if line.startswith(SET)]
         if sha:
-            found.append((sha, step, pairs))
-    return found
+            steps.append((sha, step, pairs))
+    return steps
 
 
 def branch_name(news: Sequence[IncomingSet]) -> str:
     """`retrain/<names>-<id>`; the id follows from names and content."""
-    about = "\n".join(f"{one.name} {one.fingerprint}" for one in news)
-    names = "-".join(one.name for one in news)
+    about = "\n".join(f"{new.name} {new.fingerprint}" for new in news)
+    names = "-".join(new.name for new in news)
     return f"{BRANCHES}/{names[:40].strip('-')}-{hashlib.sha256(about.encode()).hexdigest()[:10]}"
 
 
@@ -245,7 +245,7 @@ def resumable(copy: Path, commit: str, branch: str) -> bool:
 
 def save(copy: Path, step: str, subject: str, news: Sequence[IncomingSet]) -> None:
     """Commit everything that git does not ignore, with the trailers of the step."""
-    about = "\n".join(f"{SET}{one.name} {one.fingerprint}" for one in news)
+    about = "\n".join(f"{SET}{new.name} {new.fingerprint}" for new in news)
     (copy / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed run; no other process works here
     git(copy, "add", "--all")
     identity = []
@@ -297,7 +297,7 @@ def restore(copy: Path, name: str, fingerprint: str) -> None:
     if fingerprint and ask_git(copy, "checkout", "HEAD", "--", f"data/incoming/{name}").status:
         with Repo(str(copy)) as repo:
             repo.checkout(targets=[str(target)], force=True, allow_missing=True)
-    here = {one.name: one.fingerprint for one in sets(target.parent)}
+    here = {incoming.name: incoming.fingerprint for incoming in sets(target.parent)}
     if here.get(name) != (fingerprint or None):
         shutil.rmtree(target, ignore_errors=True)
         target.with_name(f"{name}.dvc").unlink(missing_ok=True)
@@ -311,21 +311,21 @@ def stage_names(copy: Path) -> list[str]:
 def measuring(copy: Path, stage: str) -> list[str]:
     """The stages to run so that `stage` measures the model that is there: its data, but nothing that trains."""
     ordered = _ordered(copy)
-    makers = {out.fs_path: one.name for one in ordered for out in one.outs}
-    deps = {one.name: [dep.fs_path for dep in one.deps] for one in ordered}
-    wanted, found = [stage], set()
+    makers = {out.fs_path: node.name for node in ordered for out in node.outs}
+    deps = {node.name: [dep.fs_path for dep in node.deps] for node in ordered}
+    wanted, needed = [stage], set()
     while wanted:
-        found.add(name := wanted.pop())
+        needed.add(name := wanted.pop())
         read = [path for path in deps[name] if path in makers and not _is_model(path, copy)]
-        wanted += [makers[path] for path in read if makers[path] not in found]
-    return [one.name for one in ordered if one.name in found]
+        wanted += [makers[path] for path in read if makers[path] not in needed]
+    return [node.name for node in ordered if node.name in needed]
 
 
 def incumbent_of(copy: Path, model: str) -> Path:
     """The model folder that a model's evaluation reads. Raises ClearError if there is no such evaluation."""
-    for one in _ordered(copy):
-        if one.name == f"evaluate@{model}":
-            for dep in one.deps:
+    for stage in _ordered(copy):
+        if stage.name == f"evaluate@{model}":
+            for dep in stage.deps:
                 if _is_model(dep.fs_path, copy):
                     return Path(dep.fs_path)
     raise ClearError(f"{copy}/dvc.yaml: no stage evaluate@{model} that reads {MODELS}…; see gate.model in params.yaml.")
