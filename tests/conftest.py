@@ -12,6 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+pytest.register_assert_rewrite("tests.helpers")  # their asserts show values, as those of test modules do
+
 # The same switches as in the Makefile, for a bare `pytest`; set before any library reads them.
 for _name, _value in {
     "DO_NOT_TRACK": "1",
@@ -130,3 +132,45 @@ def bagel():
 @pytest.fixture(scope="module")
 def model(bagel):
     return bagel[0]
+
+
+@pytest.fixture(scope="module")
+def config():
+    """Parameters of a model for images of different sizes."""
+    from tests.helpers.mixed_sizes import mixed_config
+
+    return mixed_config()
+
+
+@pytest.fixture(scope="module")
+def images() -> list[bytes]:
+    """Images of different sizes, encoded."""
+    from tests.helpers.mixed_sizes import mixed_images
+
+    return mixed_images()
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """The working tree as it is now, committed in a repository of its own; no data, no cache."""
+    folder = tmp_path_factory.mktemp("clone")
+    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
+    for name in filter(None, dict.fromkeys(listed)):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    git(folder, "init", "-q", "-b", "main")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "the working tree")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def first(clone, tmp_path_factory) -> Path:
+    """CLEAR_HOME of an uninterrupted run with a cache and checkpoints of its own."""
+    from tests.helpers.scratch import scratch_command
+
+    home = tmp_path_factory.mktemp("first")
+    command, environment = scratch_command(home)
+    subprocess.run(command, cwd=clone, env=environment, check=True)
+    return home

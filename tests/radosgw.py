@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_flow import free_port
+from tests.helpers.processes import free_port
 
 PROGRAMS = ("ceph-authtool", "monmaptool", "ceph-mon", "ceph", "ceph-osd", "ceph-mgr", "radosgw-admin", "radosgw")
 INSTALL = "apt-get install -y --no-install-recommends radosgw ceph-mon ceph-osd ceph-mgr"

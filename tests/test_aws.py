@@ -11,7 +11,7 @@ from moto.server import ThreadedMotoServer
 from clear.data import aws
 from clear.errors import ClearError
 from tests.conftest import ROOT
-from tests.test_flow import free_port
+from tests.helpers.processes import free_port
 
 
 @pytest.fixture(autouse=True)

@@ -26,7 +26,7 @@ from clear.project.scratch import write_params
 from clear.stages import evaluate
 from tests.browser import PATIENCE, chromium
 from tests.conftest import ROOT
-from tests.test_flow import free_port, wait_until
+from tests.helpers.processes import free_port, wait_until
 from tests.tiny import save_random_model
 
 SETTINGS = ["profile=smoke", "runtime.threads=1", "sampling.max_think_tokens=4", "sampling.flow_steps=2"]

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from flows.batch.checkpoints import Keeper, forget, restore
-from tests.test_flow import wait_until
+from tests.helpers.processes import wait_until
 
 pytest_plugins = ["tests.cloud"]
 

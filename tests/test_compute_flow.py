@@ -27,7 +27,7 @@ from flows.batch.settings import Price
 from flows.batch.store import Damaged, Store
 from tests.cloud import compute_of, entry_of, write_compute
 from tests.conftest import ROOT
-from tests.test_flow import alive, wait_until
+from tests.helpers.processes import alive, wait_until
 
 pytest_plugins = ["tests.cloud"]
 

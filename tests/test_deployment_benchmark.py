@@ -11,11 +11,10 @@ from clear.config import load
 from clear.errors import ClearError
 from clear.project.scratch import write_params
 from flows.benchmark import answer_on, benchmark
-from tests import test_deployment
 from tests.conftest import git
-from tests.test_flow import run_dvc
+from tests.helpers.processes import run_dvc
 
-server = test_deployment.server
+pytest_plugins = ["tests.helpers.prefect_server"]
 
 EVALUATE = """
     evaluate:

@@ -6,11 +6,9 @@ Processes are forked from one interpreter that has imported everything (this fil
 import json
 import os
 import shutil
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -28,15 +26,11 @@ from clear.training.loop import parallel
 from clear.training.loop.parallel import share_batch
 from clear.training.loop.run import StageRun
 from clear.training.loop.trainer import optimise
-from tests.conftest import ROOT
+from tests.helpers.ranks import Interrupted, forget, fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import tiny_model, tiny_prompts
 
 SAMPLES, PHASE = 11, Phase(steps=9, batch=5, lr=0.01, warmup=2)
 """11 samples in batches of 5, 5 and 1: rows of different length, uneven shares, and a process without a row."""
-
-
-class Interrupted(Exception):
-    """Stands for the kill of the process."""
 
 
 def _rows(tokenizer, index: list[int], prompts, special, direct: int = 2):
@@ -114,41 +108,6 @@ def _train(
     run.finish(folder / f"curve_{rank}.csv")
 
 
-def forget(model: Bagel, rank: int) -> None:
-    """Under the shipped settings only the first process has weights (`load.incoming`); the others' are overwritten."""
-    if rank and os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING") == "true":
-        for value in model.parameters():
-            value.data = torch.full_like(value, torch.nan)
-
-
-def join(rank: int, world: int, port: int) -> None:
-    """Tell this process its place among `world`, as `accelerate launch` does."""
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
-
-
-def fork(worker: Callable, arguments: list[tuple], job: str) -> None:
-    """Call `worker` with each of the arguments, each in a process of its own; one failure ends all, and the caller."""
-    context = torch.multiprocessing.get_context("fork")
-    processes = [context.Process(target=worker, args=one) for one in arguments]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-        if process.exitcode != 0:
-            for other in processes:
-                other.kill()
-            sys.exit(f"{job} failed")
-
-
-def run_jobs(module: str, jobs: list | dict) -> None:
-    """Run `main` of a test module with jobs, in an interpreter of its own that forks on one thread."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", module, json.dumps(jobs)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-
-
 def _worker(rank: int, world: int, port: int, sharded: bool, job: tuple) -> None:
     if world > 1 or sharded:
         join(rank, world, port)
@@ -156,25 +115,6 @@ def _worker(rank: int, world: int, port: int, sharded: bool, job: tuple) -> None
         os.environ.update(fsdp_environment())
         shard_on_cpu()
     _train(job[0], rank, *job[1:])
-
-
-def shard_on_cpu() -> None:
-    """accelerate shards between accelerators only: let it take these CPU processes for such, and gloo for NCCL."""
-    from accelerate import DistributedType, PartialState
-
-    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
-    torch.distributed.init_process_group("gloo")
-    PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_GPU)
-
-
-def fsdp_environment() -> dict[str, str]:
-    """What `accelerate launch --config_file infra/fsdp.yaml` tells its processes, by accelerate's own code."""
-    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    arguments = launch_command_parser().parse_args(["--config_file", str(ROOT / "infra/fsdp.yaml"), "script.py"])
-    found = prepare_multi_gpu_env(_validate_launch_command(arguments)[0])
-    return {name: value for name, value in found.items() if name.startswith(("FSDP_", "ACCELERATE_"))}
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from clear.project.scratch import write_params
 from clear.reasoning import grammar
 from clear.sources.scenes.render import scenes
 from clear.traces.table import TraceRow, write_traces
-from tests.test_distributed import fork, fsdp_environment, join, run_jobs, shard_on_cpu
+from tests.helpers.ranks import fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import save_random_model
 
 SMALL = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]

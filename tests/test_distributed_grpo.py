@@ -20,7 +20,7 @@ from clear.reasoning.engine import Options
 from clear.training.load import trainable
 from clear.training.loop.run import StageRun
 from clear.training.rl.policy import Task
-from tests.test_distributed import Interrupted, forget, fork, fsdp_environment, join, run_jobs, shard_on_cpu
+from tests.helpers.ranks import Interrupted, forget, fork, fsdp_environment, join, run_jobs, shard_on_cpu
 from tests.tiny import tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=3, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=6, batch=64)

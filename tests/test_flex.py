@@ -11,8 +11,7 @@ from clear.errors import ClearError
 from clear.model import flex
 from clear.model.mot import as_bias, attend
 from clear.model.sequence import BRIDGE, LATENT, VIT, Gap, Image, SpecialTokens, Text, layout
-from tests.test_sequence import _contents
-from tests.tiny import tiny_model
+from tests.tiny import random_contents, tiny_model
 
 SPECIAL = SpecialTokens(0, 1, 2, 3)
 PROMPT = [Image(LATENT, (3, 3)), Image(VIT, (2, 2)), Text([10, 11, 12])]
@@ -106,7 +105,7 @@ def test_the_model_gives_the_same_with_either(packed, monkeypatch):
     generator = torch.Generator().manual_seed(3)
     talks = [[*RESTORING, Image(BRIDGE, (3, 3)), LONG], PROMPT]
     order = [talks[i] for row in packed or [[0], [1]] for i in row]
-    contents = _contents([segment for talk in order for segment in talk], generator)
+    contents = random_contents([segment for talk in order for segment in talk], generator)
     built, _ = layout(talks, model.config.special, packed=packed)
     found = []
     for choice in ("dense", "flex"):
@@ -129,7 +128,7 @@ def test_training_over_blocks_on_the_cpu_is_refused():
     model.language_model.attention = "flex"
     built, _ = layout([[Text([10, 11])]], model.config.special)
     with pytest.raises(ClearError, match=r"runtime.attention = flex has a backward pass on CUDA only"):
-        model(built, _contents([], torch.Generator()))
+        model(built, random_contents([], torch.Generator()))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled kernel needs a GPU")

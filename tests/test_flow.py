@@ -1,7 +1,6 @@
 """What the flows stand on, without a Prefect server: one writer per workspace, no process outlives a flow, tables."""
 
 import base64
-import contextlib
 import importlib.machinery
 import inspect
 import io
@@ -9,7 +8,6 @@ import json
 import logging
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,6 +19,7 @@ import pytest
 import yaml
 from prefect.exceptions import CancelledRun
 
+from clear.data import lock
 from clear.data.lock import Busy, holder, lock_file, writer
 from clear.data.workspace import profile
 from clear.errors import ClearError
@@ -30,46 +29,7 @@ from flows.service import children
 from flows.service.artifacts import metrics_table, picture
 from flows.service.deploy import AUTOMATIONS, DEPLOYMENTS, POOL
 from tests.conftest import ROOT, git
-
-GONE_WITHIN = 10 * max(1.0, os.getloadavg()[0] / os.cpu_count())
-"""Seconds; as many times more as others want this machine's cores."""
-
-
-def python(code: str, *arguments: str, **options) -> subprocess.Popen:
-    """Run Python code with the project on its path."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], env=environment, text=True, stdout=subprocess.PIPE, **options
-    )
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that is dead and waits to be reaped does not."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    return False
-
-
-def wait_until(condition, seconds: float, what: str):
-    """Poll until `condition()` is true and return it; fail with `what` after `seconds`."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, f"not within {seconds} s: {what}"
-        time.sleep(0.05)
-    return found
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def run_dvc(folder: Path, *arguments: str) -> str:
-    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
+from tests.helpers.processes import alive, python
 
 # The workspace's writer lock
 
@@ -100,14 +60,23 @@ def test_a_second_writer_leaves_and_says_who_holds_the_workspace(held, tmp_path)
         assert word in str(refused.value)
 
 
-def test_a_second_writer_waits_for_the_first_and_says_so_once(held, tmp_path):
-    said = []
-    threading.Timer(1.2, held.stdin.close).start()
-    begun = time.monotonic()
-    with writer(tmp_path, "wait", say=said.append):
-        assert time.monotonic() - begun > 1
+def test_a_second_writer_waits_for_the_first_and_says_so_once(held, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
+    said, freed = [], threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        threading.Timer(0.3, free).start()  # it looks several times before that, and says nothing more
+
+    def free() -> None:
+        freed.set()
+        held.stdin.close()
+
+    with writer(tmp_path, "wait", say=say):
+        assert freed.is_set(), "it waited"
         assert f"process {os.getpid()} " in holder(tmp_path)
-    assert len(said) == 1 and f"process {held.pid} " in said[0] and "waiting" in said[0]
+    named = [line for line in said if f"process {held.pid} " in line]
+    assert len(named) == 1 and "waiting" in named[0]
     assert lock_file(tmp_path).read_text() == ""
 
 
@@ -164,11 +133,13 @@ def test_the_same_process_cannot_write_twice_and_an_unknown_choice_is_refused(tm
 STUBBORN = """
 import pathlib, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); time.sleep(90)"
-child = subprocess.Popen([sys.executable, "-c", deaf])
+outlived = str(pathlib.Path(sys.argv[1]).with_name("outlived"))
+deaf = "import signal, sys, time; signal.signal(15, signal.SIG_IGN); time.sleep(90); open(sys.argv[1], 'w')"
+child = subprocess.Popen([sys.executable, "-c", deaf, outlived])
 pathlib.Path(sys.argv[1]).write_text(str(child.pid))
 print("up", flush=True)
 time.sleep(90)
+open(outlived, "w")
 """
 RUN = """
 import os, signal, sys
@@ -190,12 +161,11 @@ def test_commands_that_ignore_sigterm_are_gone_with_the_flow_and_the_next_one_wa
         family = psutil.Process(process.pid).children(recursive=True)
         assert int(file.read_text()) in {one.pid for one in family} and len(family) == 3
         os.killpg(process.pid, number)
-        begun = time.monotonic()
         said = []
         status, _ = children.run(["echo", "next"], tmp_path, dict(os.environ), said.append, tmp_path / "lock")
         assert (status, said) == (0, ["next"])
         assert not [one for one in family[1:] if alive(one.pid)], "the next command started before they were gone"
-        assert time.monotonic() - begun < GONE_WITHIN
+        assert not (tmp_path / "outlived").exists(), "they were ended, and did not end by themselves"
 
 
 def test_a_command_leaves_nothing_behind_when_it_ends_by_itself(tmp_path):
@@ -205,15 +175,20 @@ def test_a_command_leaves_nothing_behind_when_it_ends_by_itself(tmp_path):
 
 
 def test_lines_arrive_while_the_command_runs_and_progress_is_thinned_out(tmp_path):
-    code = "import time\nprint('first', flush=True)\ntime.sleep(1)\n"
+    """It prints the second line only once somebody has read the first."""
+    code = "import os, sys, time\nprint('first', flush=True)\n"
+    code += "for _ in range(3000): os.path.exists('read') or time.sleep(0.01)\n"
+    code += "os.path.exists('read') or sys.exit('nobody has read the first line')\n"
     code += "for i in range(50): print(i, end='\\r', flush=True)\nprint()\nprint('last')\nraise SystemExit(3)"
     seen = []
-    status, kept = children.run(
-        [sys.executable, "-c", code], tmp_path, dict(os.environ), lambda line: seen.append((time.monotonic(), line))
-    )
-    assert status == 3
-    assert [line for _, line in seen] == kept == ["first", "49", "last"], "only the last state of the bar"
-    assert seen[1][0] - seen[0][0] > 0.8
+
+    def say(line: str) -> None:
+        seen.append(line)
+        (tmp_path / "read").touch()
+
+    status, kept = children.run([sys.executable, "-c", code], tmp_path, dict(os.environ), say)
+    assert status == 3, kept
+    assert seen == kept == ["first", "49", "last"], "only the last state of the bar"
 
 
 def test_a_signal_ends_a_command_with_the_shells_status(tmp_path):

@@ -10,37 +10,17 @@ from clear.data.records import Question
 from clear.model import flow, lora
 from clear.model.bagel import GENERATION
 from clear.model.tokenizer import encode
-from clear.reasoning.engine import Options, denoise, generate, prefill, text_reply
+from clear.reasoning.engine import generate
 from clear.schema import Lora
 from clear.training.load import trainable
 from clear.training.loop.run import StageRun
 from clear.training.rl import grpo as module
 from clear.training.rl import scoring
 from clear.training.rl.policy import Task
+from tests.helpers.policy import BASE, OPTIONS, restored, trainer_of
 from tests.tiny import tiny_model, tiny_prompts
 
-OPTIONS = Options(flow_steps=4, shift=1.0, sigma=0.3, temperature=1.0, max_tokens=6, restore="always")
 TIMES = flow.time_grid(4, 1.0).tolist()
-BASE = (
-    "profile=smoke",
-    "runtime.log_every=1",
-    "runtime.device=cpu",
-    "grpo.warmup=0",
-    "grpo.holdout_every=0",
-    "grpo.reward_accuracy=1.0",
-    "grpo.reward_format=0.0",
-    "grpo.velocity_weight=0.0",
-)
-
-
-def trainer_of(folder, model, tokenizer, prompts, options, *overrides, quality=None):
-    """The real trainer over `prompts`, whose question's answer is "c"."""
-    config = from_dict(compose([*BASE, *overrides]))
-    (folder / "input.txt").write_text("data")
-    run = StageRun("grpo", config, [folder / "input.txt"], folder / "runs")
-    questions = [Question(str(i), "test", "a b", "c") for i in range(len(prompts))]
-    torch.manual_seed(3)
-    return module.make_trainer(run, model, Task(tokenizer, prompts, questions, options, quality=quality))
 
 
 def test_a_reward_for_one_answer_raises_its_probability_from_chance_to_certainty(tmp_path, monkeypatch):
@@ -74,15 +54,6 @@ def engine_probability(model, tokenizer, prompts, wanted: int) -> float:
         trajectory.replies[0].ids, trajectory.replies[0].forced = [wanted], 0
     scores = scoring.score(model, prompts, found, [[]] * len(found), TIMES, 0.3, 1.0)
     return scores.text.exp().min().item()
-
-
-def restored(model, prompts, trigger, sampled) -> torch.Tensor:
-    """Restored latents (count, 9, 4) from fixed noise, by the ODE."""
-    rows = prefill(model, prompts)
-    text_reply(model, rows, trigger)
-    noise = torch.randn(len(prompts), 9, 4, generator=torch.Generator().manual_seed(1))
-    with torch.inference_mode():
-        return denoise(model, rows.cache, rows.rope, (3, 3), noise, replace(sampled, sigma=0.0)).x0
 
 
 def brightness(model, prompts, trigger, sampled) -> torch.Tensor:

@@ -27,6 +27,7 @@ ORDER = (
     ("training",),
     ("report",),
     ("browse",),
+    ("serve",),
     ("stages",),
     ("project",),
     ("cli",),
@@ -131,6 +132,18 @@ def test_a_tool_is_known_where_it_belongs(tool):
 
 def test_few_modules_lie_loose():
     assert len([file for file in (ROOT / "clear").glob("*.py") if file.stat().st_size]) <= 8
+
+
+def test_no_test_module_imports_another():
+    """What several need is in tests/helpers or a fixture: a test module can be changed without reading the others."""
+    tests = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
+    imported = {
+        f"{file.name} → {name}"
+        for file in (ROOT / "tests").rglob("*.py")
+        for name in _imported(file)
+        if name.startswith("tests.") and name.split(".")[1] in tests
+    }
+    assert imported == set()
 
 
 def test_what_breaks_a_wall_is_named(tmp_path):

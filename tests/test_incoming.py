@@ -23,7 +23,6 @@ from clear.cli import app
 from clear.data.images import decode_image, encode_image
 from clear.data.records import INCOMING, read_samples, write_samples
 from clear.data.rejects import read_rejects
-from clear.degradation.corruptions import corrupt
 from clear.errors import ClearError
 from clear.project.check import drifts
 from clear.project.scratch import run
@@ -35,30 +34,7 @@ from clear.stages.report import read_beyond
 from clear.validation.incoming import check
 from clear.validation.incoming import lines as words
 from tests.conftest import ROOT, git
-
-SCENES = list(scenes("rl", 24, 31, 256, 4))
-
-
-def picture(n: int, kind: str = "dark") -> tuple[bytes, bytes, object]:
-    """Degraded bytes, clean bytes and the questions of scene n."""
-    sample = SCENES[n]
-    image = corrupt(kind, decode_image(sample.image), 0.6, np.random.default_rng(n), 0.4)
-    return encode_image(image, "jpeg"), sample.image, sample.questions
-
-
-def put(folder: Path, numbers, paired: bool = True, table: str = "rows.jsonl", kind: str = "dark") -> None:
-    """Write a set with one row per scene and question, pictures as files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for n in numbers:
-        degraded, clean, questions = picture(n, kind)
-        (folder / f"{n}.jpg").write_bytes(degraded)
-        row = {"image": f"{n}.jpg"}
-        if paired:
-            (folder / f"{n}_clean.png").write_bytes(clean)
-            row["clean"] = f"{n}_clean.png"
-        rows += [row | {"question": q.text, "answer": q.answer, "task": q.task} for q in questions]
-    (folder / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+from tests.helpers.incoming_sets import SCENES, picture, put
 
 
 def lines(folder: Path, *rows, table: str = "rows.jsonl") -> None:

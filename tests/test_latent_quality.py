@@ -18,7 +18,7 @@ from clear.sources.scenes.render import scenes
 from clear.training.load import trainable
 from clear.training.rl import grpo
 from clear.training.rl.latent_quality import LatentQuality, latent_similarities, pooled
-from tests.test_grpo_proofs import OPTIONS, restored, trainer_of
+from tests.helpers.policy import OPTIONS, restored, trainer_of
 from tests.tiny import save_random_model, tiny_model, tiny_prompts
 
 

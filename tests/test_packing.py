@@ -26,8 +26,8 @@ from clear.training.loop.run import StageRun
 from clear.training.loop.trainer import optimise
 from clear.training.rl import scoring
 from clear.training.sft import TraceData, TraceWeights, direct_loss, restoration_loss, set_trainable, trace_loss
+from tests.helpers.mixed_sizes import parts
 from tests.shapes import Shapes, passes, stage_loss
-from tests.test_mixed_sizes import config, images, parts  # noqa: F401, fixtures
 from tests.tiny import tiny_model, tiny_prompts
 
 TIMES = flow.time_grid(4, 3.0).tolist()
@@ -71,7 +71,7 @@ def _objective(name, model, data):
     return trace_loss(model, data, TraceWeights(feedback, distill=0.5, drop_vit=0.4, drop_text=0.3))
 
 
-def _traces(kind, config, images):  # noqa: F811
+def _traces(kind, config, images):
     """Model and traces of four pictures of three sizes; the second one answers at once."""
     model, tokenizer, _, data = parts("mlp" if kind == "mlp" else "direct", config, images)
     data.reply_1[1], data.reply_2[1] = encode(tokenizer, "<think> a b c </think> <answer> c </answer>"), None
@@ -95,7 +95,7 @@ def _gradients(model, loss, rows: int, budget: int):
 
 @pytest.mark.parametrize("kind", ["direct", "mlp", "restoration", "both paths", "direct answer"])
 @pytest.mark.parametrize("rows", [0, 1])
-def test_packing_changes_neither_loss_nor_gradients(config, images, kind, rows):  # noqa: F811
+def test_packing_changes_neither_loss_nor_gradients(config, images, kind, rows):
     """float32; the sums of a batch are taken in another order."""
     model, data = _traces(kind, config, images)
     loss = _objective(kind, model, data)
@@ -115,7 +115,7 @@ def test_packing_changes_neither_loss_nor_gradients(config, images, kind, rows):
 
 @pytest.mark.parametrize("rows", [0, 1])
 @pytest.mark.parametrize("world", [2, 3, 8])
-def test_processes_that_pack_their_own_shares_compute_the_batch_of_one(config, images, monkeypatch, world, rows):  # noqa: F811
+def test_processes_that_pack_their_own_shares_compute_the_batch_of_one(config, images, monkeypatch, world, rows):
     """What gradients become over `world` processes: the mean of theirs. Each of them packs what is its own."""
     model, data = _traces("direct", config, images)
     loss = _objective("direct", model, data)
@@ -136,7 +136,7 @@ def test_processes_that_pack_their_own_shares_compute_the_batch_of_one(config, i
             torch.testing.assert_close(mean / largest, value / largest, atol=2e-6, rtol=0, msg=name)
 
 
-def test_a_packed_run_logs_its_real_tokens_and_resumes_exactly(config, images, tmp_path):  # noqa: F811
+def test_a_packed_run_logs_its_real_tokens_and_resumes_exactly(config, images, tmp_path):
     class Interrupted(Exception):
         """Stands for the kill of the process."""
 
@@ -205,7 +205,7 @@ def test_a_packed_scoring_is_that_of_single_rows_and_of_the_rollout(bridge, budg
     assert packed.real == 1.0 if budget == 10**6 else packed.real < 1.0
 
 
-def test_length_is_that_of_the_layout(config, images):  # noqa: F811
+def test_length_is_that_of_the_layout(config, images):
     model, data = _traces("direct", config, images)
     seen = []
     hook = model.register_forward_pre_hook(lambda module, given: seen.append(given[0]))

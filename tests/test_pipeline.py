@@ -242,21 +242,6 @@ def test_an_interrupted_scratch_run_ends_its_stage_too(project):
         os.kill(int(pid.read_text()), 0)
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """The working tree as it is now, committed in a repository of its own; no data, no cache."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    for name in filter(None, dict.fromkeys(listed)):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    git(folder, "init", "-q", "-b", "main")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "the working tree")
-    return folder
-
-
 def _make(folder, *arguments):
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "CLEAR_HOME"))}
     command = ["make", *arguments, f"VENV={Path(sys.executable).parent.parent}"]

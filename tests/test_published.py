@@ -18,7 +18,7 @@ from clear.stages.grpo import rollout_options
 from clear.training.loop.run import StageRun
 from clear.training.loop.trainer import training_arguments
 from clear.training.sft import TraceWeights, trace_loss
-from tests.test_mixed_sizes import config, images, parts  # noqa: F401
+from tests.helpers.mixed_sizes import parts
 
 BAGEL = ("bagel_7b_lora", "bagel_7b")
 
@@ -75,7 +75,7 @@ def test_every_value_of_a_bagel_profile_names_its_source_or_reason(profile):
     [Optimiser(0.9, 0.95, 1e-8, 0.01, 1.0, 0.1), Optimiser(0.8, 0.999, 1e-15, 0.0, 0.5, 0.01)],
     ids=["neutral", "other"],
 )
-def test_the_settings_reach_optimiser_and_schedule(config, tmp_path, optimiser):  # noqa: F811
+def test_the_settings_reach_optimiser_and_schedule(config, tmp_path, optimiser):
     run = StageRun("test", config, [], tmp_path)
     phase = Phase(steps=10, batch=2, lr=0.02, warmup=2)
     args = training_arguments(TrainingArguments, run, tmp_path, 2, phase, optimiser)
@@ -93,7 +93,7 @@ def test_the_settings_reach_optimiser_and_schedule(config, tmp_path, optimiser):
     assert max(rates) == pytest.approx(phase.lr) and rates[-1] == pytest.approx(optimiser.lr_floor * phase.lr)
 
 
-def test_other_optimiser_settings_train_other_weights(config, tmp_path):  # noqa: F811
+def test_other_optimiser_settings_train_other_weights(config, tmp_path):
     """Through the loop itself: the section of the parameters is the one that is used."""
     from clear.training.loop.trainer import optimise
 
@@ -111,7 +111,7 @@ def test_other_optimiser_settings_train_other_weights(config, tmp_path):  # noqa
         assert not torch.equal(plain, trained(**other)), other
 
 
-def _step(config, images, drop_text: float, thought: str):  # noqa: F811
+def _step(config, images, drop_text: float, thought: str):
     """Figures of one step and its layout, of traces whose first reply thinks `thought`."""
     model, tokenizer, _, data = parts("direct", config, images)
     data.reply_1 = [encode(tokenizer, f"<think> {thought} </think> {TRIGGER}") for _ in data.reply_1]
@@ -123,7 +123,7 @@ def _step(config, images, drop_text: float, thought: str):  # noqa: F811
     return figures, built[0], data
 
 
-def test_dropped_text_leaves_every_reply_and_hides_the_first_from_the_velocity(config, images):  # noqa: F811
+def test_dropped_text_leaves_every_reply_and_hides_the_first_from_the_velocity(config, images):
     (shown, whole, data), (other, _, _) = (_step(config, images, 0.0, thought) for thought in ("a", "c"))
     assert shown["mse"] != other["mse"], "the velocity reads the reply"
     (hidden, dropped, _), (again, _, _) = (_step(config, images, 1.0, thought) for thought in ("a", "c"))

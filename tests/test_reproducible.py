@@ -14,29 +14,14 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from tests.test_pipeline import clone as clone  # the fixture
+from tests.helpers.scratch import scratch_command
 
 pytestmark = pytest.mark.slow
-
-
-def _command(home: Path) -> tuple[list[str], dict[str, str]]:
-    environment = os.environ | {"CLEAR_HOME": str(home), "PYTHONPATH": ""}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    return [sys.executable, "-m", "clear", "scratch", "smoke"], environment
 
 
 def _outs(home: Path) -> dict[str, str]:
     lock = yaml.safe_load((home / "scratch/smoke/dvc.lock").read_text())["stages"]
     return {out["path"]: out["md5"] for stage in lock.values() for out in stage["outs"]}
-
-
-@pytest.fixture(scope="module")
-def first(clone, tmp_path_factory) -> Path:
-    """CLEAR_HOME of an uninterrupted run with a cache and checkpoints of its own."""
-    home = tmp_path_factory.mktemp("first")
-    command, environment = _command(home)
-    subprocess.run(command, cwd=clone, env=environment, check=True)
-    return home
 
 
 @pytest.fixture(scope="module")
@@ -51,14 +36,14 @@ def _forget_cache(clone: Path) -> None:
 
 def test_two_runs_give_the_same_bytes(clone, reference, tmp_path):
     _forget_cache(clone)
-    command, environment = _command(tmp_path)
+    command, environment = scratch_command(tmp_path)
     subprocess.run(command, cwd=clone, env=environment, check=True)
     assert _outs(tmp_path) == reference
 
 
 def test_a_killed_run_continues_to_the_same_bytes(clone, reference, tmp_path):
     _forget_cache(clone)
-    command, environment = _command(tmp_path)
+    command, environment = scratch_command(tmp_path)
     for _ in range(4):
         process = subprocess.Popen(command, cwd=clone, env=environment)
         time.sleep(45)

@@ -24,9 +24,9 @@ from clear.project.retrain import request as pull_request
 from clear.project.retrain.run import Tools, retrain
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
-from tests.test_compare import rows_of
-from tests.test_flow import run_dvc
-from tests.test_incoming import put
+from tests.helpers.incoming_sets import put
+from tests.helpers.processes import run_dvc
+from tests.revisions import rows_of
 
 STAGES = """
 stages:

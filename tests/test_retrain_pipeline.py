@@ -10,10 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, git
-from tests.test_flow import run_dvc
-from tests.test_incoming import put
-from tests.test_reproducible import clone as clone  # the fixtures
-from tests.test_reproducible import first as first
+from tests.helpers.incoming_sets import put
+from tests.helpers.processes import run_dvc
 
 pytestmark = pytest.mark.slow
 

@@ -1,12 +1,10 @@
 """Data in S3: what a team shares, what each obstacle says, and that nothing half done is ever taken for data."""
 
-import hashlib
 import os
 import shutil
 import subprocess
 import sys
 import urllib.request
-from pathlib import Path
 
 import pytest
 
@@ -15,7 +13,8 @@ from clear.project.retrain.intake import Source
 from clear.sources.incoming import sets
 from flows import dvc_commands
 from tests.conftest import ROOT, git
-from tests.test_flow import free_port, run_dvc, wait_until
+from tests.helpers.processes import free_port, run_dvc, wait_until
+from tests.helpers.store import flow_dvc, objects_are_whole, refused_with, remote
 
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "eu-west-1"}
 
@@ -86,26 +85,6 @@ def store(_store):
     for key in _store.objects():
         _store.client.delete_object(Bucket="data", Key=key)
     return _store
-
-
-def remote(folder: Path, bucket: str, endpoint: str = "") -> subprocess.CompletedProcess:
-    """What `make remote` runs."""
-    command = [sys.executable, "-m", "infra.remote", bucket, endpoint]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-
-
-def flow_dvc(folder: Path, *arguments: str) -> list[str]:
-    """A DVC command as the flows run it."""
-    return dvc_commands.dvc(list(arguments), folder, lambda line: None)
-
-
-def objects_are_whole(client) -> None:
-    """Every object has the content that its name, a hash, promises."""
-    for item in client.list_objects_v2(Bucket="data").get("Contents", []):
-        content = client.get_object(Bucket="data", Key=item["Key"])["Body"].read()
-        promised = "".join(Path(item["Key"]).parts[-2:]).removesuffix(".dir")
-        assert hashlib.md5(content).hexdigest() == promised, item["Key"]
 
 
 def test_what_one_clone_pushes_another_pulls_and_need_not_reproduce(store, project, tmp_path):
@@ -253,7 +232,7 @@ def test_wrong_keys_and_a_missing_bucket_are_one_clear_line(store, project, comm
     try:
         with pytest.raises(ClearError, match=rf"`dvc {command}` .*refuses these keys; check AWS_PROFILE") as refused:
             flow_dvc(project, command)
-        _refused(
+        refused_with(
             remote(project, "data/team", store.url), "s3://data at", "InvalidAccessKeyId", "check AWS_ACCESS_KEY_ID"
         )
     finally:
@@ -291,22 +270,17 @@ def test_a_full_disk_is_one_clear_line_and_nothing_half_is_taken_for_data(store,
     assert (project / "data/big").stat().st_size == 4_000_000
 
 
-def _refused(done: subprocess.CompletedProcess, *words: str) -> None:
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-    for word in words:
-        assert word in done.stderr
-
-
 def test_a_wrong_bucket_endpoint_or_folder_is_one_line_and_nothing_is_written(store, project, tmp_path, monkeypatch):
-    _refused(remote(project, "nothing", store.url), "s3://nothing at", store.url, "NoSuchBucket", "ENDPOINT")
-    _refused(remote(project, "data", "http://127.0.0.1:1"), "s3://data at http://127.0.0.1:1: no answer", "ENDPOINT")
-    _refused(remote(project, "data", "nonsense"), "nonsense", "ENDPOINT")
-    _refused(remote(project, "", store.url), "BUCKET=")
-    _refused(remote(tmp_path, "data", store.url), "no DVC project here")
+    refused_with(remote(project, "nothing", store.url), "s3://nothing at", store.url, "NoSuchBucket", "ENDPOINT")
+    refused_with(
+        remote(project, "data", "http://127.0.0.1:1"), "s3://data at http://127.0.0.1:1: no answer", "ENDPOINT"
+    )
+    refused_with(remote(project, "data", "nonsense"), "nonsense", "ENDPOINT")
+    refused_with(remote(project, "", store.url), "BUCKET=")
+    refused_with(remote(tmp_path, "data", store.url), "no DVC project here")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     monkeypatch.setenv("HOME", str(tmp_path))
-    _refused(remote(project, "data", store.url), "no complete AWS credentials", "AWS_PROFILE")
+    refused_with(remote(project, "data", store.url), "no complete AWS credentials", "AWS_PROFILE")
     assert not (project / ".dvc/config.local").exists() or dvc_commands.remote_of(project) is None

@@ -11,8 +11,8 @@ from clear.errors import ClearError
 from flows import dvc_commands
 from tests import radosgw
 from tests.conftest import git
-from tests.test_flow import run_dvc, wait_until
-from tests.test_s3 import _refused, flow_dvc, objects_are_whole, remote
+from tests.helpers.processes import run_dvc, wait_until
+from tests.helpers.store import flow_dvc, objects_are_whole, refused_with, remote
 
 pytestmark = pytest.mark.slow
 LARGE = 20_000_000
@@ -81,7 +81,9 @@ def test_clones_share_data_a_killed_gateway_loses_none_and_wrong_keys_are_one_li
     Path(second / "data/samples").unlink()
     with pytest.raises(ClearError, match="refuses these keys"):
         flow_dvc(second, "pull")
-    _refused(remote(second, "data/team", gateway.url), "s3://data at", "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY")
+    refused_with(
+        remote(second, "data/team", gateway.url), "s3://data at", "SignatureDoesNotMatch", "AWS_SECRET_ACCESS_KEY"
+    )
 
 
 def flow_push(project: Path) -> bool:

@@ -7,24 +7,9 @@ from hypothesis import strategies as st
 
 from clear.model.bagel import Contents
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Gap, Image, Layout, Row, SpecialTokens, Text, layout
-from tests.tiny import tiny_model
+from tests.tiny import random_contents, tiny_model
 
 SPECIAL = SpecialTokens(0, 1, 2, 3)
-
-
-def _contents(segments, generator):
-    found = Contents(vit=[], latent=[], time=[], bridge=[])
-    for s in segments:
-        if not isinstance(s, Image):
-            continue
-        if s.kind == VIT:
-            found.vit.append(torch.randn(4, 48, generator=generator))
-        elif s.kind == BRIDGE:
-            found.bridge.append(torch.randn(9, 4, generator=generator))
-        else:
-            found.latent.append(torch.randn(9, 4, generator=generator))
-            found.time.append(0.4 if s.noise else 0.0)
-    return found
 
 
 def _join(a, b):
@@ -49,7 +34,7 @@ def test_continuation_of_a_cache_equals_the_full_forward(name):
     model, _ = tiny_model()
     generator = torch.Generator().manual_seed(1)
     tail = CONTINUATIONS[name]
-    first, second = _contents(PREFIX, generator), _contents(tail, generator)
+    first, second = random_contents(PREFIX, generator), random_contents(tail, generator)
     with torch.no_grad():
         whole, _ = layout([[*PREFIX, *tail]], model.config.special)
         hidden = model(whole, _join(first, second))
@@ -67,7 +52,7 @@ def test_rows_of_different_length_do_not_disturb_each_other():
     model, _ = tiny_model()
     generator = torch.Generator().manual_seed(2)
     short, long = [Text([10])], [Text([11, 12, 13, 14, 15]), Image(VIT, (2, 2)), Text([16])]
-    contents = _contents(long, generator)
+    contents = random_contents(long, generator)
     with torch.no_grad():
         both, _ = layout([short, long], model.config.special)
         hidden = model(both, contents)
@@ -82,9 +67,9 @@ def test_rows_of_different_length_do_not_disturb_each_other():
 def test_a_branch_equals_the_trunk_with_only_that_branch():
     model, _ = tiny_model()
     generator = torch.Generator().manual_seed(3)
-    contents = _contents(PREFIX, generator)
+    contents = random_contents(PREFIX, generator)
     branches = [[Text([13, 14], branch=1)], [Text([15], branch=2), Image(LATENT, (3, 3), noise=True, branch=2)]]
-    noise = _contents(branches[1], generator)
+    noise = random_contents(branches[1], generator)
     with torch.no_grad():
         packed, _ = layout([[*PREFIX, *branches[0], *branches[1]]], model.config.special)
         hidden = model(packed, _join(contents, noise))

@@ -8,10 +8,10 @@ import torch
 from clear.config import compose, from_dict
 from clear.data.io import write_json
 from clear.data.records import Sample, write_samples
-from clear.model.bagel import Bagel, BagelConfig
+from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.checkpoint import save_bagel
 from clear.model.mot import LlmConfig
-from clear.model.sequence import SpecialTokens
+from clear.model.sequence import BRIDGE, VIT, Image, SpecialTokens
 from clear.model.tokenizer import encode, word_tokenizer
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
@@ -93,3 +93,19 @@ def save_random_model(folder: Path, config: Config) -> None:
             if "_moe_gen" in name or "llm2vae" in name:
                 value.add_(0.1 * torch.randn_like(value))
     save_bagel(folder, model, AutoEncoder(shapes.vae), tokenizer)
+
+
+def random_contents(segments, generator) -> Contents:
+    """Random contents of a model of `tiny_model` for the images among `segments`."""
+    found = Contents(vit=[], latent=[], time=[], bridge=[])
+    for s in segments:
+        if not isinstance(s, Image):
+            continue
+        if s.kind == VIT:
+            found.vit.append(torch.randn(4, 48, generator=generator))
+        elif s.kind == BRIDGE:
+            found.bridge.append(torch.randn(9, 4, generator=generator))
+        else:
+            found.latent.append(torch.randn(9, 4, generator=generator))
+            found.time.append(0.4 if s.noise else 0.0)
+    return found

@@ -61,7 +61,7 @@ def bench_flow_overhead() -> dict[str, dict]:
     """Seconds of the flow and of `dvc repro`, medians of three in turn."""
     from flows.service import children  # here, for other benchmarks do without Prefect
     from flows.service.local import start_server
-    from tests.test_flow import free_port
+    from tests.helpers.processes import free_port
 
     flow, plain = [sys.executable, "-m", "flows.pipeline"], [sys.executable, "-m", "dvc", "repro"]
 

@@ -1,0 +1,37 @@
+"""A DVC remote in an S3 store: `make remote`, DVC as the flows run it, and what must hold of the store."""
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from flows import dvc_commands
+from tests.conftest import ROOT
+
+
+def remote(folder: Path, bucket: str, endpoint: str = "") -> subprocess.CompletedProcess:
+    """What `make remote` runs."""
+    command = [sys.executable, "-m", "infra.remote", bucket, endpoint]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def flow_dvc(folder: Path, *arguments: str) -> list[str]:
+    """A DVC command as the flows run it."""
+    return dvc_commands.dvc(list(arguments), folder, lambda line: None)
+
+
+def objects_are_whole(client) -> None:
+    """Every object has the content that its name, a hash, promises."""
+    for item in client.list_objects_v2(Bucket="data").get("Contents", []):
+        content = client.get_object(Bucket="data", Key=item["Key"])["Body"].read()
+        promised = "".join(Path(item["Key"]).parts[-2:]).removesuffix(".dir")
+        assert hashlib.md5(content).hexdigest() == promised, item["Key"]
+
+
+def refused_with(done: subprocess.CompletedProcess, *words: str) -> None:
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    for word in words:
+        assert word in done.stderr
