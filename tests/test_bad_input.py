@@ -6,7 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from clear.degradation.protocol import degrade
 from clear.errors import ClearError
 from clear.project.scratch import write_params
 from tests.conftest import ROOT
+from tests.helpers.processes import wait_until
 
 COUNTS = {"pretrain": 4, "sft": 4, "rl": 4, "validation": 4, "bench": 16, "development": 16}
 """With fewer in bench, corruptions would lack."""
@@ -148,22 +149,39 @@ def test_wrong_parameters_are_named_and_nothing_is_written(tmp_path, section, ke
     assert not list(folder.glob("data/**/*.parquet"))
 
 
-def _workers_are_up(pid: int) -> bool:
-    """Both workers of a run have imported their code; one that is still starting has words of its own for a kill."""
-    workers = [p for p in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
-    return len(workers) == 2 and all(p.cpu_times().user > 0.4 for p in workers)
+def _workers(pid: int) -> list[psutil.Process]:
+    return [p for p in psutil.Process(pid).children(recursive=True) if "spawn_main" in " ".join(p.cmdline())]
+
+
+def _up(worker: psutil.Process) -> bool:
+    """It has imported its code; one that is still starting has words of its own for a kill."""
+    return worker.cpu_times().user > 0.4
+
+
+@contextlib.contextmanager
+def _stopped_midway(process: subprocess.Popen, begun: Path) -> Iterator[None]:
+    """Inside, a run with two workers is under way: `begun` is there, both are up, and one of them stands still.
+
+    Results are taken in order, so the run cannot come to its end before the one that stands still goes on.
+    """
+    wait_until(lambda: process.poll() is not None or begun.exists(), 60, "the beginning of the set")
+    first = min(_workers(process.pid), key=psutil.Process.create_time)  # which is up: it has made the set before
+    first.suspend()
+    try:
+        wait_until(lambda: len(_workers(process.pid)) == 2 and all(map(_up, _workers(process.pid))), 60, "two workers")
+        yield
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            first.resume()
 
 
 def test_an_interrupted_run_leaves_nothing_half_written_and_the_same_command_completes_it(tmp_path):
-    counts = {"sft": 2400}
+    counts = {"sft": 400}  # twelve or so chunks of work: enough that the worker that stands still owes one
     reference = bytes_of(run_here(workspace(tmp_path / "whole", **counts), "source") / "data")
     folder = workspace(tmp_path / "interrupted", workers=2, **counts)
     with start(folder, "source") as process:
-        deadline = time.monotonic() + 60
-        while not ((folder / "data/samples/sft.partial").exists() and _workers_are_up(process.pid)):
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.005)
-        process.send_signal(signal.SIGTERM)
+        with _stopped_midway(process, folder / "data/samples/sft.partial"):
+            process.send_signal(signal.SIGTERM)
         _, stderr = process.communicate(timeout=30)  # ends once the workers, too, have closed stderr
     assert process.returncode == 130
     assert stderr.endswith("interrupted; run the same command again to resume from the last checkpoint\n")

@@ -36,24 +36,20 @@ def fake_stage(monkeypatch):
     return put
 
 
-def test_help_is_fast_and_names_every_stage_of_the_pipeline():
-    taken = []
-    for _ in range(3):
-        start = time.perf_counter()
-        shown = subprocess.run([sys.executable, "-m", "clear", "--help"], capture_output=True, text=True, cwd=ROOT)
-        taken.append(time.perf_counter() - start)
+def test_help_names_every_stage_of_the_pipeline():
+    shown = subprocess.run([sys.executable, "-m", "clear", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert shown.returncode == 0
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for name in (*stages, "check", "results", "params", "scratch", "ask"):
         assert re.search(rf"\b{name}\b", shown.stdout), name
-    assert min(taken) < 0.7
 
 
-def test_help_loads_nothing_heavy():
+def test_help_is_fast_for_it_loads_nothing_heavy():
     code = "import sys, clear.cli; print(*sys.modules)"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     loaded = set(shown.stdout.split())
-    assert not loaded & {"torch", "pandas", "cv2", "dvc", "pyarrow", "hydra", "omegaconf", "matplotlib"}
+    heavy = {"torch", "transformers", "pandas", "numpy", "cv2", "dvc", "pyarrow", "hydra", "omegaconf", "matplotlib"}
+    assert not loaded & heavy
 
 
 @pytest.mark.parametrize("name", [*cli.STAGES, "report"])
@@ -160,7 +156,8 @@ def test_an_interruption_that_a_callback_swallows_comes_again(project):
             thing = Thing()
             reference = weakref.ref(thing, lambda _: signal.raise_signal(signal.SIGTERM))
             del thing
-            time.sleep(20)
+            for _ in range(2000):  # the second one is noticed between two calls and wakes none that waits
+                time.sleep(0.01)
             print("went on")
         stage.run = run
         sys.modules[stage.__name__] = stage

@@ -1,9 +1,11 @@
-"""Every command that the documentation shows: its options exist, its overrides compose, its targets are there.
+"""Every command that the documentation shows: its options exist, overrides compose, targets are there, and it runs.
 
-Commands are parsed by the real parsers and not run, so the check takes seconds. What is nowhere run, and why, is
-`ELSEWHERE`; that the way through BAGEL's stages works is shown by tests/test_from_checkpoint.py.
+Commands are parsed by the real parsers here. `RUN` names the test that runs each; the blocks about BAGEL-7B are run in
+this file as they stand, apart from folders, hosts and the number of processes (slow). `NOT_RUN` lists what no test
+runs, with the reason.
 """
 
+import ast
 import json
 import os
 import re
@@ -22,18 +24,64 @@ import yaml
 from typer.testing import CliRunner
 
 from clear.config import compose, from_dict
+from clear.model.checkpoint import MODEL
 from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, serving, user_text
 from tests.conftest import ROOT, git
 from tests.tiny import save_random_model
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/*.md")
-SHELL = (".", "cp", "export", "ln", "ls", "mkdir")
-ELSEWHERE = {
-    "aws": "needs an account, and its program is not among the requirements",
-    "prefect": "asks a server; tests/test_deployment.py runs server, worker and deployments",
+NOT_PARSED = {
+    "aws": "its program is not among the requirements",
+    "prefect": "its parser is private; tests/test_deployment.py runs these commands",
 }
-"""First words of commands that are only looked at, and why."""
+"""First words of commands of which only the name is looked at, and why."""
+
+SHELL = (".", "cp", "export", "ln", "ls", "mkdir")
+"""Programs of the system, which are looked for only."""
+
+BAGEL = "test_documented::test_one_adapter_is_trained_as_documented"
+BAGEL_FULL = "test_documented::test_the_full_model_is_trained_on_several_devices_as_documented"
+DEPLOYED = "test_deployment::test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts"
+RUN = {
+    "make venv": "test_make::test_an_installation_uses_the_lock_and_marks_itself_complete",
+    "make repro": "test_pipeline::test_smoke_runs_from_end_to_end_in_a_fresh_clone",
+    "make remote": "test_s3::test_what_one_clone_pushes_another_pulls_and_need_not_reproduce",
+    "make stack": "test_stack::test_the_stack_is_created_updated_and_read",
+    "make image": "test_stack::test_an_image_is_built_from_the_lock_pushed_once_and_runs_without_root",
+    "make deploy": DEPLOYED,
+    "make prefect-local": "test_deployment::test_prefect_local_is_one_command_and_ctrl_c_stops_server_and_worker",
+    "prefect server start": DEPLOYED,
+    "prefect worker start": DEPLOYED,
+    "prefect deployment run": "test_deployment::test_the_deployed_sweeper_ends_at_once_where_nothing_is_in_the_cloud",
+    "python -m flows.sweep": "test_compute_flow::test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else",
+    "dask scheduler": "test_cluster::test_a_killed_worker_changes_no_byte",
+    "dask worker": "test_cluster::test_a_killed_worker_changes_no_byte",
+    "dvc exp run": BAGEL,
+    "dvc repro": BAGEL_FULL,
+    "dvc commit": BAGEL_FULL,
+    "dvc pull": "test_s3::test_what_one_clone_pushes_another_pulls_and_need_not_reproduce",
+    "dvc push": "test_s3::test_what_one_clone_pushes_another_pulls_and_need_not_reproduce",
+    "accelerate launch": BAGEL_FULL,
+    "clear params": BAGEL_FULL,
+    "clear memory": BAGEL,
+    "clear merge": BAGEL,
+    "clear ask": "test_cli::test_ask_prints_the_trace_and_saves_the_picture",
+    "clear browse": "test_browse::test_a_wide_window_shows_pictures_answers_and_traces",
+    "clear mmd-bench": "test_tsv::test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run",
+    "clear score": "test_score::test_the_command_prints_a_table_and_writes_json_and_rows",
+    "clear incoming": "test_incoming::test_the_commands_list_and_refuse",
+    "clear compare": "test_compare::test_all_formats_are_written_and_the_page_needs_nothing_else",
+    "clear gate": "test_compare::test_verdict_and_gate_of_real_branches",
+}
+"""First words of a command → the test that runs it."""
+
+NOT_RUN = {
+    "make test": "is what is running",
+    "make lint": "runs beside the tests (.ci/run), and a test of it would repeat it",
+    "aws": "needs an account, and its program is not among the requirements",
+}
+"""First words of a command → why no test runs it."""
 
 
 def blocks(language: str) -> list[tuple[str, str]]:
@@ -113,7 +161,23 @@ def _python(arguments: list[str]) -> None:
     return None
 
 
-PARSERS = {"clear": _clear, "dvc": _dvc, "make": _make, "accelerate": _accelerate, "python": _python}
+def _dask(arguments: list[str]) -> None:
+    from click.testing import CliRunner as Click
+    from distributed.cli import dask_scheduler, dask_worker
+
+    program = {"scheduler": dask_scheduler, "worker": dask_worker}[arguments[0]]
+    shown = Click().invoke(program.main, [*arguments[1:], "--help"])
+    assert shown.exit_code == 0, shown.output
+
+
+PARSERS = {
+    "clear": _clear,
+    "dvc": _dvc,
+    "make": _make,
+    "accelerate": _accelerate,
+    "python": _python,
+    "dask": _dask,
+}
 
 
 @pytest.mark.parametrize("words", ALL)
@@ -121,14 +185,31 @@ def test_a_documented_command_is_one(words):
     program, *arguments = words
     if program in PARSERS:
         PARSERS[program](arguments)
-    elif program not in ELSEWHERE:
-        assert program in SHELL, f"{program}: run it here, or say in ELSEWHERE why not"
+    elif program not in NOT_PARSED:
+        assert program in SHELL, f"{program}: parse it here, or say in NOT_PARSED why not"
         assert program in (".", "export") or shutil.which(program)
+
+
+def _starts(words: list[str], known: str) -> bool:
+    return words[: len(known.split())] == known.split()
+
+
+def test_every_documented_command_is_run_by_a_test_or_has_a_reason():
+    shown = [words for _, block in blocks("sh") for words in commands(block) if words[0] not in SHELL]
+    for words in shown:
+        known = [start for start in (*RUN, *NOT_RUN) if _starts(words, start)]
+        assert len(known) == 1, f"{' '.join(words)}: name the test that runs it in RUN, or a reason in NOT_RUN"
+    unused = [start for start in (*RUN, *NOT_RUN) if not any(_starts(words, start) for words in shown)]
+    assert not unused, "no document shows these any more"
+    for test in RUN.values():
+        module, name = test.split("::")
+        functions = {n.name for n in ast.parse((ROOT / f"tests/{module}.py").read_text()).body if hasattr(n, "name")}
+        assert name in functions, test
 
 
 def test_commands_stand_in_blocks_that_are_checked():
     """An indented command, or a block of another name, would escape the test above."""
-    known = "|".join(map(re.escape, (*PARSERS, *ELSEWHERE)))
+    known = "|".join(map(re.escape, (*PARSERS, *NOT_PARSED)))
     for file in (file for pattern in DOCUMENTS for file in ROOT.glob(pattern)):
         fenced = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
         assert not re.findall(rf"^ {{4}}(?:{known}) .*", fenced, re.MULTILINE), file
@@ -195,9 +276,11 @@ def _teacher(body: dict, number: int) -> tuple[int, dict, object]:
     return 200, {}, completion(f"<think> a shape </think> <answer> {answer[1] if answer else 'red'} </answer>")
 
 
-@pytest.mark.slow
-def test_the_way_with_bagel_runs_as_the_readme_shows_it(tmp_path):
-    """From a checkpoint in BAGEL's layout and a folder of photographs to the report and the merged model."""
+def _run_as_documented(tmp_path: Path, mentions: str, changes: dict[str, str]) -> Path:
+    """Run a block of docs/BAGEL.md in a clone, from a small checkpoint in BAGEL's layout and a folder of photographs.
+
+    `mentions` is text that only this block has, `changes` maps parts of its text to others. Returns the clone.
+    """
     here, photographs = tmp_path / "here", tmp_path / "photographs"
     git(tmp_path, "clone", "-q", str(ROOT), str(here))
     (here / "clear/conf/profile/bagel_7b_lora.yaml").write_text(SMALL)
@@ -214,15 +297,19 @@ def test_the_way_with_bagel_runs_as_the_readme_shows_it(tmp_path):
         for q in sample.questions[:1]
     ]
     pd.DataFrame(rows).to_parquet(photographs / "train-00000-of-00001.parquet")
-    (block,) = [text for place, text in blocks("sh") if place.startswith("docs/BAGEL.md") and "clear merge" in text]
+    (block,) = [text for place, text in blocks("sh") if place.startswith("docs/BAGEL.md") and mentions in text]
     lines = [line for line in block.splitlines() if not line.startswith("make venv")]  # tests/test_make.py installs
     with serving(_teacher) as server:
-        script = "\n".join(lines).replace("/data/llava-onevision", str(photographs)).replace("KEY=…", "KEY=secret")
+        script = "\n".join(lines)
+        for text, other in (changes | {"https://host/v1": server.url, "/photographs": str(photographs)}).items():
+            assert text in script, f"{text} is no longer part of the block"
+            script = script.replace(text, other)
         done = subprocess.run(
-            ["bash", "-ec", script.replace("https://host/v1", server.url)],
+            ["bash", "-ec", script],
             cwd=here,
             env=os.environ
             | {"PYTHONPATH": str(here), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+            | {"CLEAR_TEACHER_KEY": "secret"}
             | {f"GIT_{who}_{what}": "test" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")},
             capture_output=True,
             text=True,
@@ -230,5 +317,31 @@ def test_the_way_with_bagel_runs_as_the_readme_shows_it(tmp_path):
         )
     assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
     assert server.bodies, "the teacher wrote the traces"
+    return here
+
+
+@pytest.mark.slow
+def test_one_adapter_is_trained_as_documented(tmp_path):
+    """From the checkpoint to the report and the merged model."""
+    changes = {"KEY=…": "KEY=secret", "/data/llava-onevision": "/photographs"}
+    here = _run_as_documented(tmp_path, "clear merge", changes)
     assert json.loads((here / "data/metrics/traces.json").read_text())["teacher"]["model"] == "gpt-4.1"
     assert (here / "data/results/report.json").is_file() and (here / "merged/ema.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_the_full_model_is_trained_on_several_devices_as_documented(tmp_path):
+    """Sharded between two processes of the CPU in place of eight GPUs; then DVC has nothing left to train."""
+    launch = {
+        "infra/fsdp.yaml": "infra/fsdp.yaml --num_processes=2",
+        "-m clear $stage": "-m tests.sharded $stage",
+        "clear params": "cp -rs /photographs $PWD/data/raw/llava\nclear params",  # as in the block above it
+    }
+    here = _run_as_documented(tmp_path, "accelerate launch", launch)
+    for stage in ("sft_direct", "sft", "bridge", "grpo"):
+        assert (here / "data/models" / stage / MODEL).is_file(), f"{stage} writes all weights, not an adapter"
+    assert (here / "data/results/report.json").is_file()
+    status = subprocess.run(
+        [sys.executable, "-m", "dvc", "status"], cwd=here, capture_output=True, text=True, check=True, env=os.environ
+    )
+    assert "up to date" in status.stdout

@@ -306,33 +306,32 @@ def test_a_file_that_cannot_be_scored_is_named(tmp_path, rows, said):
         scores.read_predictions([Path(write(tmp_path / "X.tsv", rows))])
 
 
-def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path):
+def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path, clear, monkeypatch):
     """With a judge that is there only the first time: the second run asks nothing."""
+    monkeypatch.chdir(tmp_path)
     write_params(tmp_path / "params.yaml")
     files = [
         write(tmp_path / "MMVet.tsv", [mmvet(0, "x", "x"), mmvet(1, "x", "")]),
         write(tmp_path / "MMVet_LOW_LEVEL_HIGH.tsv", [mmvet(0, "x", "y")]),
     ]
-    command = [sys.executable, "-m", "clear", "score", *files, "--json", "s.json", "--rows", "out/r.parquet"]
+    arguments = ["score", *files, "--json", "s.json", "--rows", "out/r.parquet"]
 
-    def run(*more, **environment):
-        plain = {k: v for k, v in os.environ.items() if k != "CLEAR_HOME"}
-        return subprocess.run(
-            [*command, *more],
-            cwd=tmp_path,
-            env=plain | {"PYTHONPATH": str(ROOT)} | environment,
-            capture_output=True,
-            text=True,
-        )
-
-    refused = run()
-    assert refused.returncode == 1 and "set judge.url" in refused.stderr
+    status, _, stderr = clear(*arguments)
+    assert status == 1 and "set judge.url" in stderr
     text = (tmp_path / "params.yaml").read_text()
     head, tail = text.split("judge:\n")
     (tmp_path / "params.yaml").write_text(f"{head}judge:\n{tail.replace(chr(39) * 2, '$J_URL', 1)}")
-    assert "J_URL is not set" in run("--judge").stderr
+    assert "J_URL is not set" in clear(*arguments, "--judge")[2]
+    monkeypatch.setenv("CLEAR_JUDGE_KEY", "k")
     with serving(lambda body, number: (200, {}, completion("1.0" if number < 2 else "0.2"))) as server:
-        done = run("--judge", J_URL=server.url, CLEAR_JUDGE_KEY="k")
+        monkeypatch.setenv("J_URL", server.url)
+        # A process of its own: what the second run knows of this one, it has read from files.
+        done = subprocess.run(
+            [sys.executable, "-m", "clear", *arguments, "--judge"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 0, done.stderr
         assert len(server.bodies) == 3 and server.keys[0] == "Bearer k"
     found = json.loads((tmp_path / "s.json").read_text())
@@ -340,5 +339,5 @@ def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path):
     assert found["judge"]["replies"] == 3 and len(found["judge"]["prompts"]) == 12
     assert done.stdout.startswith("benchmark") and "MMVet" in done.stdout
     assert len(pd.read_parquet(tmp_path / "out/r.parquet")) == 3
-    again = run("--judge", J_URL=server.url, CLEAR_JUDGE_KEY="k")
-    assert again.returncode == 0 and again.stdout == done.stdout, again.stderr
+    status, stdout, stderr = clear(*arguments, "--judge")
+    assert status == 0 and stdout == done.stdout, stderr
