@@ -157,13 +157,13 @@ def summary(frame: "pd.DataFrame") -> dict:
     for bench, rows in frame.groupby("bench", sort=True):
         groups = _grouping(bench, rows)
         levels = {level: _level(rows[rows.severity == level], groups) for level in present(rows.severity)}
-        by_severity = {level: found["score"] for level, found in levels.items() if found["score"] is not None}
+        by_severity = {level: cell["score"] for level, cell in levels.items() if cell["score"] is not None}
         benches[bench] = {"levels": levels, "robustness": robustness(by_severity)}
         if names.family(bench) == "mmbench":
             benches[bench]["circular"] = groups is not None
     average = {}
     for level in present(frame.severity):
-        values = [found["levels"].get(level, {}).get("score") for found in benches.values()]
+        values = [cell["levels"].get(level, {}).get("score") for cell in benches.values()]
         if all(
             value is not None for value in values
         ):  # a mean over the benchmarks that happen to be there says nothing
@@ -188,7 +188,7 @@ def _grouping(bench: str, rows: "pd.DataFrame") -> "tuple[str, dict[str, int]] |
 
 def _level(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> dict:
     parts = {name: _cell(part, groups) for name, part in rows.groupby("corruption", sort=True)}
-    found = {
+    figures = {
         "questions": len(rows),
         "rejected": int((rows.reject != "").sum()),
         "unmatched": int((rows.how == "unmatched").sum()),
@@ -196,10 +196,10 @@ def _level(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") ->
         "incomplete": sum(cell.pop("incomplete") for cell in parts.values()),
     }
     keys = dict.fromkeys(key for cell in parts.values() for key in cell)
-    found |= {key: _over([cell.get(key) for cell in parts.values()]) for key in keys}
+    figures |= {key: _over([cell.get(key) for cell in parts.values()]) for key in keys}
     if len(parts) > 1:
-        found["corruptions"] = {name: cell["score"] for name, cell in parts.items()}
-    return found
+        figures["corruptions"] = {name: cell["score"] for name, cell in parts.items()}
+    return figures
 
 
 def _over(values: list) -> float | dict | None:
@@ -213,17 +213,17 @@ def _over(values: list) -> float | dict | None:
 
 def _cell(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> dict:
     """Figures of one benchmark under one corruption at one level; None where every row is rejected."""
-    found: dict = {"single": _mean(rows.score), "incomplete": 0}
+    figures: dict = {"single": _mean(rows.score), "incomplete": 0}
     if groups:
         name, of = groups
-        found[name], found["incomplete"] = _groups(rows, of, name == "pair")
+        figures[name], figures["incomplete"] = _groups(rows, of, name == "pair")
     if names.family(rows.bench.iloc[0]) == "cvbench":
         for key, column in (("by_source", "source"), ("by_category", "category")):
             if column in rows and (rows[column] != "").all():
-                found[key] = {name: _mean(part.score) for name, part in rows.groupby(column, sort=True)}
-        if "by_source" in found:
-            found["sources"] = _over(list(found["by_source"].values()))
-    return found | {"score": found.get("circular", found["single"])}
+                figures[key] = {name: _mean(part.score) for name, part in rows.groupby(column, sort=True)}
+        if "by_source" in figures:
+            figures["sources"] = _over(list(figures["by_source"].values()))
+    return figures | {"score": figures.get("circular", figures["single"])}
 
 
 def _mean(values: "pd.Series") -> float | None:
@@ -246,9 +246,9 @@ def _groups(rows: "pd.DataFrame", of: dict[str, int], pairs: bool) -> tuple[floa
     return float(right.mean()) if len(right) else None, int((~whole).sum())
 
 
-def table(found: dict) -> str:
+def table(summarised: dict) -> str:
     """The summary as lines of text: per cent, one row per benchmark."""
-    levels = [level for level in SEVERITIES if any(level in b["levels"] for b in found["benchmarks"].values())]
+    levels = [level for level in SEVERITIES if any(level in b["levels"] for b in summarised["benchmarks"].values())]
     rows = [("benchmark", *levels, "hard / clean", "questions", "unmatched", "rejected")]
 
     def percent(value: float | None) -> str:
@@ -257,7 +257,7 @@ def table(found: dict) -> str:
     def line(name: str, values: dict, relative: float | None, *counts: int | str) -> None:
         rows.append((name, *(percent(values.get(level)) for level in levels), percent(relative), *map(str, counts)))
 
-    for bench, part in found["benchmarks"].items():
+    for bench, part in summarised["benchmarks"].items():
         cells = part["levels"].values()
         counts = [sum(cell[name] for cell in cells) for name in ("questions", "unmatched", "rejected")]
         plain = " (no rotations)" if part.get("circular") is False else ""
@@ -266,11 +266,11 @@ def table(found: dict) -> str:
             values = {k: v[extra] for k, v in part["levels"].items() if v.get(extra) is not None}
             if values and (extra != "single" or part.get("circular")):
                 line(f"  {label}", values, robustness(values)["relative"] if values.get(HARD) else None, "", "", "")
-    if len(found["benchmarks"]) > 1:
-        line("average", found["average"]["levels"], found["average"]["robustness"]["relative"], "", "", "")
+    if len(summarised["benchmarks"]) > 1:
+        line("average", summarised["average"]["levels"], summarised["average"]["robustness"]["relative"], "", "", "")
     lines = aligned(rows)
     notes = []
-    for bench, part in found["benchmarks"].items():
+    for bench, part in summarised["benchmarks"].items():
         if count := sum(cell["incomplete"] for cell in part["levels"].values()):
             what = "pairs of which one half" if names.family(bench) == "mmvp" else "questions of which the first row"
             notes.append(f"{bench}: {count} {what} is missing; they are in no figure of pairs or rotations")

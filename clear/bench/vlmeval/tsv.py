@@ -80,7 +80,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Place:
+class Output:
     """Where a file goes, and the part of the manifest and the rejects that belongs to it."""
 
     target: Target
@@ -131,13 +131,13 @@ def write_benchmarks(
     degraded and TSVs that cannot be read are in `out`/rejects.parquet only. Raises ClearError where there is no clean
     TSV, and for files in `out` that were made from other data. Waits while another process writes to `out`.
     """
-    found = lmudata.files(source)
+    files = lmudata.files(source)
     if out.resolve() == (source if source.is_dir() else source.parent).resolve():
         raise ClearError(f"--out {out} is the source's own folder; name another one.")
-    clean = [file for file in found if not names.is_degraded(file.stem)]
+    clean = [file for file in files if not names.is_degraded(file.stem)]
     if not clean:
-        raise ClearError(f"{shown(found[0])}: is degraded already, by its name; name the clean benchmark.")
-    for file in found:
+        raise ClearError(f"{shown(files[0])}: is degraded already, by its name; name the clean benchmark.")
+    for file in files:
         if file not in clean:
             say(f"{shown(file.name)}: is degraded already, by its name; passed over")
     out.mkdir(parents=True, exist_ok=True)
@@ -149,8 +149,8 @@ def write_benchmarks(
             except _Unreadable as error:
                 unreadable.append(lmudata.unreadable(file, error))
                 continue
-            written += [place.path for place in made]
-            parts += [place.part for place in made]
+            written += [output.path for output in made]
+            parts += [output.part for output in made]
         _write_manifest(out / MANIFEST, parts)
         # The files of one corruption have the same rejects.
         rejects = dict.fromkeys(reject for part in parts for reject in _read_part(part)[1])
@@ -165,7 +165,7 @@ class _Unreadable(ClearError):
 
 def _write_bench(
     file: Path, out: Path, wanted: Sequence[Target], scale: float, workers: int, say: Callable[[str], None]
-) -> list[Place]:
+) -> list[Output]:
     """The files of one TSV. Raises _Unreadable before anything is written."""
     table, written = None, []
     try:
@@ -174,33 +174,33 @@ def _write_bench(
         raise _Unreadable(str(refusal(error))) from error
     state = {"source_sha256": digest, "protocol_version": PROTOCOL_VERSION, "size_scale": scale}
     for _, group in groupby(wanted, key=lambda target: target.corruption):
-        places = [Place(target, out) for target in group]
-        missing = [place for place in places if not _finished(place, state)]
-        for place in places:
-            if place not in missing:
-                say(f"{place.path.name}: already here")
+        outputs = [Output(target, out) for target in group]
+        missing = [output for output in outputs if not _finished(output, state)]
+        for output in outputs:
+            if output not in missing:
+                say(f"{output.path.name}: already here")
         if missing:
             try:
                 table = table or lmudata.Table(file)
             except ClearError as error:
                 raise _Unreadable(str(error)) from error
-            _write(missing, [place.target for place in places], state, table, scale, workers)
-        written += places
+            _write(missing, [output.target for output in outputs], state, table, scale, workers)
+        written += outputs
     return written
 
 
-def _finished(place: Place, state: dict) -> bool:
+def _finished(output: Output, state: dict) -> bool:
     """Whether a file is complete and made from this source; its part of the manifest begins with the state."""
-    if not place.path.exists():
+    if not output.path.exists():
         return False
-    if not place.part.exists():
-        raise ClearError(f"{place.path}: there, but not made by this command; move it away or choose another --out.")
-    with place.part.open() as lines:
-        if json.loads(lines.readline()) == state | {"tsv_sha256": file_sha256(place.path)}:
+    if not output.part.exists():
+        raise ClearError(f"{output.path}: there, but not made by this command; move it away or choose another --out.")
+    with output.part.open() as lines:
+        if json.loads(lines.readline()) == state | {"tsv_sha256": file_sha256(output.path)}:
             return True
     raise ClearError(
-        f"{place.path}: was changed, or made from other data, another protocol version or scale; choose another --out, "
-        f"or delete it and {place.part}."
+        f"{output.path}: was changed, or made from other data, another protocol version or scale; "
+        f"choose another --out, or delete it and {output.part}."
     )
 
 
@@ -223,27 +223,27 @@ class _Rows:
 
 
 def _write(
-    places: Sequence[Place], group: Sequence[Target], state: dict, table: lmudata.Table, scale: float, workers: int
+    outputs: Sequence[Output], group: Sequence[Target], state: dict, table: lmudata.Table, scale: float, workers: int
 ) -> None:
     """The missing files of one corruption, of `group` at all levels; a file is complete when it has its name."""
     header = table.header if "image" in table.header else [*table.header, "image"]
     with ExitStack() as stack:
-        files = [stack.enter_context(_synced(place.partial)) for place in places]
+        files = [stack.enter_context(_synced(output.partial)) for output in outputs]
         for file in files:
             _write_row(file, header)
-        rows = _degrade_rows(places, group, files, header, table, scale, workers)
+        rows = _degrade_rows(outputs, group, files, header, table, scale, workers)
     if lost := rows.reject_followers(group[0].bench, _subset(group[0])):
-        for place in places:
-            _leave_out(place.partial, header.index("index"), lost)
-    for n, place in enumerate(places):
-        with replacing(place.part) as partial, _synced(partial) as file:
-            file.write(json.dumps(state | {"tsv_sha256": file_sha256(place.partial)}) + "\n")
+        for output in outputs:
+            _leave_out(output.partial, header.index("index"), lost)
+    for n, output in enumerate(outputs):
+        with replacing(output.part) as partial, _synced(partial) as file:
+            file.write(json.dumps(state | {"tsv_sha256": file_sha256(output.partial)}) + "\n")
             for index, row in rows.made.items():
-                one = replace(rows.made[row][n], index=index) if isinstance(row, str) else row[n]
-                file.write(json.dumps(asdict(one)) + "\n")
+                entry = replace(rows.made[row][n], index=index) if isinstance(row, str) else row[n]
+                file.write(json.dumps(asdict(entry)) + "\n")
             for reject in rows.rejects.values():
                 file.write(json.dumps(asdict(reject)) + "\n")
-        place.partial.rename(place.path)
+        output.partial.rename(output.path)
 
 
 def _subset(target: Target) -> str:
@@ -251,7 +251,7 @@ def _subset(target: Target) -> str:
 
 
 def _degrade_rows(
-    places: Sequence[Place],
+    outputs: Sequence[Output],
     group: Sequence[Target],
     files: list,
     header: list[str],
@@ -291,20 +291,20 @@ def _degrade_rows(
 
     total = sum(1 for _ in lmudata.records(table.file))
     workers = 1 if total <= CHUNK else workers  # starting a pool takes longer
-    for found in parallel(_degraded, jobs(), workers, total, first.name):
+    for degraded in parallel(_degraded, jobs(), workers, total, first.name):
         pass_on()
         record, corruption, clean = waiting.popleft()
         index, id = record["index"], f"{first.bench}-{record['index']}"
-        if isinstance(found, str):
-            rows.rejects[index] = Reject(id, _subset(first), "image", found)
+        if isinstance(degraded, str):
+            rows.rejects[index] = Reject(id, _subset(first), "image", degraded)
             continue
         rows.made[index] = []
-        for place, file in zip(places, files, strict=True):
-            severity = place.target.severity
-            data = found[levels.index(severity)]
+        for output, file in zip(outputs, files, strict=True):
+            severity = output.target.severity
+            data = degraded[levels.index(severity)]
             text = base64.b64encode(data).decode()
             _write_row(file, [text if name == "image" else record[name] for name in header])
-            what = first.bench, place.path.name, index, index, corruption, severity, SEVERITIES[severity]
+            what = first.bench, output.path.name, index, index, corruption, severity, SEVERITIES[severity]
             rows.made[index].append(Made(*what, seed_of(id, corruption, severity), sha256(clean), sha256(data)))
     pass_on()
     return rows
