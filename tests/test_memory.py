@@ -237,16 +237,15 @@ def _shaped(config, count: int, rng: np.random.Generator | None = None) -> sft.T
     grids = [[(some(a // p, b // p), some(a // p, b // p)) for _ in range(count)] for a, b, p in sides]
     bank = Shapes(*grids)
     samples = [Sample(f"s{i}", "test", "sft", b"", "", degraded=b"other") for i in range(count)]
-    both = config.sft.both_paths and rng is None
-    restoring = [not both and (rng is None or rng.random() < 0.5) for _ in samples]
+    restoring = [rng is None or rng.random() < 0.5 for _ in samples]
     second = [grammar.restore_reply() if r else "" for r in restoring]
     rows = [TraceRow(f"s{i}", "q", "", "dark", "high", "", text, "", "", False) for i, text in enumerate(second)]
     data = sft.TraceData(word_tokenizer(grammar.WORDS), rows, samples, bank, bank)
     data.system = (0,) * memory.SYSTEM_TOKENS if config.sampling.system_prompt else ()
     data.question = [[0] * some(1, memory._question(config)) for _ in rows]
-    for replies in (data.reply_1, data.restored):
+    for replies in (data.reply_1, data.direct, data.restored):
         replies[:] = [[0] * some(1, memory._reply(config)) for _ in rows]
-    data.trigger = [0] * min(memory.TRIGGER_TOKENS, memory._reply(config))
+    data.trigger = [0] * min(16, memory._reply(config))
     return data
 
 

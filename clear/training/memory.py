@@ -36,9 +36,8 @@ from clear.training.footprint import (
 STAGES = ("sft", "bridge", "grpo", "evaluate")
 BAGEL_VOCABULARY = 152064
 """Rows of BAGEL's token embedding."""
-SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS, TRIGGER_TOKENS = 160, 64, 300, 16
-"""Assumed text lengths under Qwen2's vocabulary; replies are shorter where `sampling.max_think_tokens` is. The trigger
-is the fixed reply that asks for a restoration."""
+SYSTEM_TOKENS, QUESTION_TOKENS, REPLY_TOKENS = 160, 64, 300
+"""Assumed text lengths under Qwen2's vocabulary; replies are shorter where `sampling.max_think_tokens` is."""
 LIMIT = 80e9
 """The memory of one large accelerator; more than that is worth a note."""
 
@@ -123,7 +122,7 @@ def stage_batch(config: Config, stage: str, gpus: int = 1) -> Batch:
     feedback = (vit if by_vit else latent) + 2 + teacher
     length = prompt_tokens(config) + reply + 2 + rounds * (noisy * (latent + 2) + feedback + reply + 2)
     if stage != "grpo" and config.sft.both_paths and config.sft.other_path:
-        length += min(TRIGGER_TOKENS, reply) + 2  # of a row with both replies and what leads to the second
+        length += reply + 2  # the direct reply, beside a path whose first reply may be as long
     if stage == "grpo":
         completions = config.grpo.prompts * config.grpo.group_size
         traces = max(n for n in range(1, min(config.grpo.rows_per_pass, completions) + 1) if completions % n == 0)
