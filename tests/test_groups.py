@@ -3,7 +3,7 @@
 import networkx as nx
 import numpy as np
 import pandas as pd
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.bench import statistics
@@ -18,6 +18,7 @@ linked = st.integers(1, 30).flatmap(
 )
 
 
+@settings(deadline=None)
 @given(linked)
 def test_groups_are_those_of_networkx_numbered_by_their_first_nodes(given_links):
     count, links = given_links
