@@ -1,0 +1,150 @@
+"""From a request to what the model reads: one conversation with at most one picture, and a wish for each choice.
+
+The picture stands before the text, wherever the client put it, because that is where the model has learned to see it.
+Turns follow each other as texts. A system message is appended to the profile's own system prompt.
+"""
+
+import copy
+import secrets
+import threading
+from dataclasses import dataclass, replace
+
+from clear.errors import ClearError
+from clear.model.images import ImageBank
+from clear.model.tokenizer import encode
+from clear.reasoning.answering import Answerer
+from clear.serve.batch import Conversation, Row, Wish, row_texts
+from clear.serve.errors import ApiError
+from clear.serve.pictures import check_pixels, fetch, from_data_url
+from clear.serve.protocol import ChatRequest, Extra, Message
+from clear.serve.settings import Settings
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A picture as it was sent, and the field it stands in."""
+
+    url: str
+    param: str
+
+
+class Reader:
+    """Reads requests for one model; safe to use from several threads."""
+
+    def __init__(self, answerer: Answerer, settings: Settings) -> None:
+        self.answerer, self.settings = answerer, settings
+        # The model's thread decodes with its own: a tokenizer that is in use elsewhere refuses to be set up.
+        self._tokenizer, self._speaker = (copy.deepcopy(answerer.tokenizer) for _ in range(2))
+        self._turn = threading.Lock()
+
+    def conversation(self, request: ChatRequest) -> Conversation:
+        """Decode and tokenise a request. Raises ApiError (400) for what the model cannot read."""
+        systems, turns, pictures = _messages(request.messages)
+        if len(pictures) > 1:
+            what = f"{pictures[1].param}: {len(pictures)} pictures in one conversation; this model reads one."
+            raise ApiError(400, what, pictures[1].param, "several_images")
+        own = [self.answerer.system] if self.answerer.system else []
+        system, first, *more = self._encode(["\n".join([*own, *systems]), *turns])
+        # Further turns as the layout writes texts one after another: each between its own two markers.
+        special = self.answerer.model.config.special
+        question = [*first, *(token for text in more for token in (special.eos, special.bos, *text))]
+        self._check_length(len(system) + len(question))  # before the picture is decoded
+        found = Conversation(tuple(system), tuple(question), self._bank(pictures[0]) if pictures else None)
+        self._check_length(found.tokens)
+        return found
+
+    def wishes(self, request: ChatRequest, pictured: bool) -> list[Wish]:
+        """What each of the `n` choices is asked for. Raises ApiError (400) for a restoration without a picture.
+
+        Choice k has the seed + k. Without a seed it is the one of `clear ask` where nothing is drawn, else a new one.
+        """
+        extra, settings = request.clear or Extra(), self.settings
+        restore = extra.restore or settings.restore
+        if restore == "always":
+            lacks = "" if pictured else "the conversation has no picture"
+            lacks = lacks if self.answerer.options.max_restorations else "sampling.max_restorations is 0 here"
+            if lacks:
+                raise ApiError(400, f"clear.restore: always, but {lacks}.", "clear.restore")
+        temperature = request.temperature or 0.0
+        seed = request.seed
+        if seed is None:
+            seed = secrets.randbits(48) if temperature > 0 else self.answerer.config.seed
+        tokens = request.max_completion_tokens or request.max_tokens or settings.tokens
+        first = Wish(
+            restore=restore,
+            feedback=extra.feedback or settings.feedback,
+            temperature=temperature,
+            top_p=1.0 if request.top_p is None else request.top_p,
+            tokens=min(tokens, settings.tokens),
+            stop=request.stops,
+            seed=seed,
+            pictures=extra.pictures,
+        )
+        return [replace(first, seed=seed + choice) for choice in range(request.n or 1)]
+
+    def spoken(self, row: Row) -> list[str]:
+        """The replies of a row as text so far; for one thread, that of the event loop."""
+        return row_texts(row, self._speaker)
+
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        with self._turn:
+            try:
+                return [encode(self._tokenizer, text) for text in texts]
+            except ClearError as error:
+                raise ApiError(400, str(error), "messages") from error
+
+    def _check_length(self, tokens: int) -> None:
+        most = self.settings.prompt
+        if tokens > most:
+            what = f"messages: {tokens} tokens, this server reads at most {most}; shorten the conversation."
+            raise ApiError(400, what, "messages", "context_length_exceeded")
+
+    def _bank(self, picture: _Picture) -> ImageBank:
+        """The decoded picture."""
+        settings, param = self.settings, picture.param
+        if not picture.url.lower().startswith(("http://", "https://")):
+            data = from_data_url(picture.url, param)
+        elif settings.fetch:
+            data = fetch(picture.url, settings.body, param)
+        else:
+            what = f"{param}: this server fetches no pictures; send a data URL (data:image/png;base64,…)."
+            raise ApiError(400, what, param)
+        check_pixels(data, settings.pixels, param)
+        try:
+            return ImageBank([data], self.answerer.config.model, [param])
+        except ClearError as error:
+            raise ApiError(400, str(error), param) from error
+
+
+def _messages(messages: list[Message]) -> tuple[list[str], list[str], list[_Picture]]:
+    """System texts, the texts of the turns, and the pictures with their places."""
+    systems, turns, pictures = [], [], []
+    for number, message in enumerate(messages):
+        where = f"messages.{number}.content"
+        text, found = _content(message, where)
+        if found and message.role != "user":
+            raise ApiError(400, f"{found[0].param}: only a user's message may have a picture.", found[0].param)
+        pictures += found
+        if message.role in ("system", "developer"):
+            systems.append(text)
+        else:
+            turns.append(text)
+    if not messages or messages[-1].role != "user":
+        raise ApiError(400, "messages: the last one must be a user's.", "messages")
+    return systems, turns, pictures
+
+
+def _content(message: Message, where: str) -> tuple[str, list[_Picture]]:
+    if message.content is None or isinstance(message.content, str):
+        return message.content or "", []
+    texts, pictures = [], []
+    for number, part in enumerate(message.content):
+        if part.type == "text":
+            if part.text is None:
+                raise ApiError(400, f"{where}.{number}.text: missing.", f"{where}.{number}.text")
+            texts.append(part.text)
+        elif part.image_url is None:
+            raise ApiError(400, f"{where}.{number}.image_url: missing.", f"{where}.{number}.image_url")
+        else:
+            pictures.append(_Picture(part.image_url.url, f"{where}.{number}.image_url"))
+    return "\n".join(texts), pictures

@@ -1,0 +1,171 @@
+"""Where `clear serve` may fetch a picture from: real servers on two addresses, one of which plays the internet."""
+
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from clear.serve.errors import ApiError
+from clear.serve.pictures import check_pixels, fetch, from_data_url, is_public
+from tests.serving import data_url, picture
+
+INTERNET, HERE = "127.0.0.2", "127.0.0.1"
+
+
+class _Pictures(BaseHTTPRequestHandler):
+    """Paths say what to do: /p.png, /status/404, /endless, /to/<n>/<url>: n redirects to it."""
+
+    def do_GET(self) -> None:
+        self.server.asked.append((self.path, self.headers["Host"]))
+        _, what, *rest = self.path.split("/", 2)
+        if what == "to":
+            number, target = rest[0].split("/", 1)
+            self.send_response(302)
+            again = f"/to/{int(number) - 1}/{target}" if int(number) > 1 else target
+            self.send_header("Location", again)
+            self.end_headers()
+            return
+        self.send_response(int(rest[0]) if what == "status" else 200)
+        self.end_headers()
+        if what == "endless":
+            for _ in range(10_000):
+                self.wfile.write(b"x" * 1000)
+        self.wfile.write(picture())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def servers() -> Iterator[dict[str, ThreadingHTTPServer]]:
+    made = {}
+    for address in (INTERNET, HERE):
+        server = ThreadingHTTPServer((address, 0), _Pictures)
+        server.asked = []
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        made[address] = server
+    yield made
+    for server in made.values():
+        server.shutdown()
+        server.server_close()
+
+
+def _url(server: ThreadingHTTPServer, path: str) -> str:
+    return "http://{}:{}{}".format(*server.server_address[:2], path)
+
+
+def _get(url: str, most: int = 10**6) -> bytes:
+    return fetch(url, most, "field", public=lambda address: address == INTERNET)
+
+
+def test_a_picture_is_fetched_from_a_public_address(servers):
+    internet = servers[INTERNET]
+    assert _get(_url(internet, "/p.png")) == picture()
+    assert _get(_url(internet, "/to/2//p.png")) == picture(), "a redirect that stays there is followed"
+    assert internet.asked[0][1] == "{}:{}".format(*internet.server_address[:2])
+
+
+def test_nothing_private_is_asked_also_after_a_redirect(servers):
+    internet, here = servers[INTERNET], servers[HERE]
+    for url in (
+        _url(here, "/p.png"),
+        _url(internet, f"/to/1/{_url(here, '/p.png')}"),
+        _url(internet, f"/to/2/{_url(here, '/p.png')}"),
+        f"http://localhost:{here.server_address[1]}/p.png",
+    ):
+        with pytest.raises(ApiError, match="not a public address"):
+            _get(url)
+    assert here.asked == [], "the address is looked at before a connection is opened"
+
+
+def test_a_name_with_one_private_address_among_public_ones_is_refused(servers, monkeypatch):
+    import socket
+
+    internet, here = servers[INTERNET], servers[HERE]
+    port = internet.server_address[1]
+    both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in (INTERNET, HERE)]
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
+    with pytest.raises(ApiError, match="not a public address"):
+        _get(f"http://some.name:{port}/p.png")
+    assert internet.asked == here.asked == []
+
+
+def test_the_connection_goes_to_the_address_that_was_checked(servers, monkeypatch):
+    """A name that resolves to another address the second time (DNS rebinding) gains nothing."""
+    import socket
+
+    internet, here = servers[INTERNET], servers[HERE]
+    port, calls = internet.server_address[1], []
+    real = socket.getaddrinfo
+
+    def resolve(host, *more, **named):
+        if host != "some.name":
+            return real(host, *more, **named)
+        calls.append(host)
+        address = INTERNET if len(calls) == 1 else HERE
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port))]
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    assert _get(f"http://some.name:{port}/p.png") == picture()
+    assert len(calls) == 1 and here.asked == [] and internet.asked == [("/p.png", f"some.name:{port}")]
+
+
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("/status/404", "answers 404"), ("/endless/", "more than 1000 bytes"), ("/to/9//p.png", "more than 3 redirects")],
+)
+def test_what_is_no_picture_there_is_an_error(servers, path, said):
+    with pytest.raises(ApiError, match=said):
+        _get(_url(servers[INTERNET], path), most=1000)
+
+
+@pytest.mark.parametrize(
+    "url", ["ftp://host/p.png", "http:///p.png", "http://127.0.0.2:1/", "http://[::1", "http://127.0.0.2:99999/"]
+)
+def test_other_urls_are_errors_too(url):
+    with pytest.raises(ApiError):
+        _get(url)
+
+
+@pytest.mark.parametrize(
+    ("address", "public"),
+    [
+        ("93.184.216.34", True),
+        ("2606:2800:220:1::1", True),
+        ("127.0.0.1", False),
+        ("10.1.2.3", False),
+        ("172.16.0.1", False),
+        ("192.168.1.1", False),
+        ("169.254.169.254", False),
+        ("100.64.0.1", False),
+        ("0.0.0.0", False),
+        ("224.0.0.1", False),
+        ("255.255.255.255", False),
+        ("::1", False),
+        ("fe80::1", False),
+        ("fd00::1", False),
+        ("::ffff:127.0.0.1", False),
+        ("::ffff:10.0.0.1", False),
+        ("2002:7f00:1::", False),
+        ("64:ff9b::7f00:1", False),
+    ],
+)
+def test_public_addresses(address, public):
+    assert is_public(address) == public
+
+
+def test_data_urls():
+    data = picture()
+    assert from_data_url(data_url(data), "f") == data
+    assert from_data_url(data_url(data).replace("image/png", "IMAGE/PNG;charset=utf-8"), "f") == data
+    for wrong in ("data:text/html;base64,AAAA", "data:image/png,AAAA", "data:image/png;base64,A", "", "AAAA"):
+        with pytest.raises(ApiError) as refused:
+            from_data_url(wrong, "f")
+        assert refused.value.status == 400 and refused.value.param == "f"
+
+
+def test_pixels_are_counted_from_the_header():
+    check_pixels(picture(size=(10, 20)), 200, "f")
+    with pytest.raises(ApiError, match="20 x 10 pixels, at most 199"):
+        check_pixels(picture(size=(10, 20)), 199, "f")
