@@ -227,6 +227,78 @@ def ask(
 
 
 @app.command(rich_help_panel=TOOLS)
+def answer(
+    data: Annotated[list[Path], typer.Argument(help="Benchmark tables of VLMEvalKit (TSV), clean or degraded.")],
+    out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
+    model: Annotated[Path | None, typer.Option(help="Model folder that answers, such as data/models/grpo.")] = None,
+    endpoint: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server that answers instead.")] = "",
+    name: Annotated[str, typer.Option(help="The model's name in file names, and for an endpoint.")] = "",
+    restore: Annotated[str, typer.Option(help="auto, always, never or plain (a model that knows none).")] = "auto",
+    feedback: Annotated[str, typer.Option(help="bridge or reencode.")] = "bridge",
+    prompt: Annotated[str, typer.Option(help="vlmeval: as VLMEvalKit asks; plain: question and options.")] = "vlmeval",
+    form: Annotated[str, typer.Option("--format", help="tsv or xlsx.")] = "tsv",
+    cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler whose workers answer.")] = "",
+    key_from: Annotated[str, typer.Option(help="Environment variable with the endpoint's key.")] = "",
+) -> None:
+    """Answer benchmark tables: a prediction table for each, which `clear score` reads (docs/SERVE.md).
+
+    The same command again continues after an interruption. Rows without an answer are left out, are listed in
+    <model>_<bench>_rejects.parquet and make the exit status 1.
+    """
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from clear.bench.vlmeval.answering import FORMATS, answer_table, count
+    from clear.bench.vlmeval.prompts import STYLES
+    from clear.bench.vlmeval.respond import Folder, Served
+    from clear.config import load
+    from clear.llm.endpoint import connect
+    from clear.model.weights import with_local_weights
+
+    for option, value, values in (
+        ("--restore", restore, ("auto", "always", "never", "plain")),
+        ("--feedback", feedback, ("bridge", "reencode")),
+        ("--prompt", prompt, STYLES),
+        ("--format", form, FORMATS),
+    ):
+        if value not in values:
+            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    if (model is None) == (endpoint == ""):
+        raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
+    if model is not None and not model.exists():
+        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
+    if endpoint and not name:
+        raise ClearError("--endpoint needs --name: the model's name there, as its /v1/models lists it.")
+    for file in data:
+        if not file.is_file():
+            raise ClearError(f"{file}: no such file; name TSVs of VLMEvalKit's LMUData folder.")
+    config, rejects = load(), []
+    if model is not None:
+        name = name or model.resolve().name
+        respondent = nullcontext(Folder(model, with_local_weights(config, "ask"), restore, feedback, cluster))
+    else:
+        key = f"${key_from}" if key_from else ""
+        there = replace(config.teacher, url=endpoint, model=name, key=key, temperature=0.0)
+        respondent = connect(there, "teacher", out / "replies.sqlite")
+    label = name.replace("/", "_")
+    with respondent as who:
+        for file in data:
+            asked = Served(who) if endpoint else who
+            with tqdm(total=count(file), desc=file.stem, unit="row") as bar:
+                done = answer_table(file, out, label, asked, prompt, form, bar.update)
+            typer.echo(str(done.table))
+            rejects += done.rejects
+    if rejects:
+        first = rejects[0]
+        raise ClearError(
+            f"{len(rejects)} rows have no prediction; all others are written. The first: {first.id} ({first.reason}): "
+            f"{first.detail}"
+        )
+
+
+@app.command(rich_help_panel=TOOLS)
 def serve(
     model: Annotated[Path, typer.Argument(help="Model folder, or a weight file in it, such as data/models/grpo.")],
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is required.")] = HOST,
