@@ -15,7 +15,20 @@ import pytest
 from clear.data.lock import lock_file, main, writer
 from tests.conftest import ROOT
 
-TARGETS = ["venv", "repro", "results", "test", "test-all", "lint", "format", "bench", "plots", "params", "check", "remote"]
+TARGETS = [
+    "venv",
+    "repro",
+    "results",
+    "test",
+    "test-all",
+    "lint",
+    "format",
+    "bench",
+    "plots",
+    "params",
+    "check",
+    "remote",
+]
 TARGETS += ["deploy", "prefect-local", "stack", "image", "clean"]
 
 
