@@ -49,7 +49,8 @@ def workspace(folder, seed: int, **params):
     written = {"profile": "tiny", "seed": seed, "runtime": {"threads": seed}, "model": {"hidden": 8}, **params}
     (folder / "params.yaml").write_text(yaml.safe_dump(written))
     deps = [{"path": "clear/stages/base.py", "md5": "1"}, {"path": "data/samples", "md5": str(seed)}]
-    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"base": {"deps": deps}}}))
+    drawn = {"deps": [{"path": "clear/report/plots.py", "md5": str(seed)}]}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"base": {"deps": deps}, "report": drawn}}))
     (folder / "docs").mkdir(exist_ok=True)
     return folder
 

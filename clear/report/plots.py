@@ -377,5 +377,5 @@ def budget(path: Path, frame: "pd.DataFrame", title: str) -> None:
             axis.set_title(LEVELS[level])
             axis.set_xlabel("pictures restored (%)")
         axes[0, 0].set_ylabel("right answers (%)")
-        axes[0, -1].legend(loc="lower right", fontsize=8)
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
         figure.suptitle(title, fontsize=11)
