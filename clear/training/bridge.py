@@ -11,7 +11,7 @@ those at inference. Freezing the drawing weights would freeze the bridge itself,
 would need a second forward of a second model.
 
 The decision to restore comes last. Whether a restoration helps is a property of the model and not of the picture, so
-it is measured: the model answers questions that it was not trained on along both of its paths (`both_paths`), and
+it is measured: the stage lets the model answer questions that it was not trained on along both of its paths, and it
 learns the deciding token from where these differ (`decision_loss`), in turn with the traces, which keep the replies.
 """
 
@@ -59,7 +59,9 @@ class Decision:
     restore: bool
 
 
-def decisions(prompts: Sequence[Prompt], direct: Sequence[bool], restored: Sequence[bool], price: float, seed: int):
+def decisions(
+    prompts: Sequence[Prompt], direct: Sequence[bool], restored: Sequence[bool], price: float, seed: int
+) -> list[Decision]:
     """What the outcomes of both paths say about each prompt: `direct` and `restored` tell whether each was right.
 
     Where one path alone is right, it is the label. Where both are or neither is, a restoration gains nothing; of these
