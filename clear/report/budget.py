@@ -5,18 +5,24 @@ and the accuracy at every budget of restorations (PNG). Nothing that DVC or git 
 """
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 from tqdm import tqdm
 
 from clear.bench import decision
 from clear.bench.models import under_test
+from clear.bench.scoring import SEVERITIES
 from clear.data.io import replacing, write_json
 from clear.data.records import read_samples
 from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.report import plots
-from clear.report.claims import NAMES
+from clear.report.claims import LEVELS, NAMES
 from clear.schema import Config
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 DEVELOPMENT = Path("data/development")
 
@@ -39,7 +45,7 @@ def run(config: Config, model: str) -> Path:
     with replacing(out.with_suffix(".parquet")) as partial:
         frame.to_parquet(partial)
     found = decision.figures(frame, confidence=e.confidence, resamples=e.bootstrap, seed=config.seed)
-    plots.budget(out.with_suffix(".png"), frame, f"{NAMES[model]}, development split")
+    draw(out.with_suffix(".png"), frame, f"{NAMES[model]}, development split")
     write_json(out, found)
     return out
 
@@ -58,3 +64,39 @@ def table(found: dict) -> str:
             f"[{odds['low']:.1f}, {odds['high']:.1f}]"
         )
     return "\n".join(lines)
+
+
+def draw(path: Path, frame: "pd.DataFrame", title: str) -> None:
+    """Accuracy in percent against the share of pictures that are restored, one panel per severity.
+
+    `frame` has the columns of clear.bench.decision.outcomes. The curve restores the pictures first that the model most
+    wants to; the straight line is a random choice, the star the oracle, the dot the model's own decision.
+    """
+    levels = [name for name in SEVERITIES if (frame["severity"] == name).any()]
+    with plots.figure_file(path, 1, len(levels), (3.1 * len(levels), 3.4), sharex=True) as (figure, axes):
+        for axis, level in zip(axes[0], levels, strict=True):
+            rows = frame[frame["severity"] == level]
+            calls, values = decision.curve(rows)
+            direct, restored = rows["direct"].to_numpy(bool), rows["restored"].to_numpy(bool)
+            called = (rows["probability"] > decision.DECIDES).to_numpy()
+            axis.plot(100 * calls, 100 * values, color=plots.COLOURS["grpo"], linewidth=2, label="by its probability")
+            ends = [100 * values[0], 100 * values[-1]]
+            axis.plot([0, 100], ends, color=plots.COLOURS["base"], linewidth=1, linestyle="--", label="at random")
+            own = 100 * np.where(called, restored, direct).mean()
+            axis.plot(
+                100 * called.mean(), own, "o", color=plots.COLOURS["grpo"], markersize=8, label="its own decision"
+            )
+            helped = 100 * (restored & ~direct).mean()
+            axis.plot(
+                helped,
+                100 * (restored | direct).mean(),
+                "*",
+                color=plots.COLOURS["sft_direct"],
+                markersize=11,
+                label="oracle",
+            )
+            axis.set_title(LEVELS[level])
+            axis.set_xlabel("pictures restored (%)")
+        axes[0, 0].set_ylabel("right answers (%)")
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+        figure.suptitle(title, fontsize=11)

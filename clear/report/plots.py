@@ -343,39 +343,3 @@ def pictures(path: Path, panels: list[tuple[str, np.ndarray]]) -> None:
 
 def _nothing(axis, text: str) -> None:
     axis.text(0.5, 0.5, text, ha="center", va="center", transform=axis.transAxes, color="#777777")
-
-
-def budget(path: Path, frame: "pd.DataFrame", title: str) -> None:
-    """Accuracy in percent against the share of pictures that are restored, one panel per severity.
-
-    `frame` has the columns of clear.bench.decision.outcomes. The curve restores the pictures first that the model most
-    wants to; the straight line is a random choice, the star the oracle, the dot the model's own decision.
-    """
-    from clear.bench.decision import DECIDES, curve
-
-    levels = [name for name in SEVERITIES if (frame["severity"] == name).any()]
-    with figure_file(path, 1, len(levels), (3.1 * len(levels), 3.4), sharex=True) as (figure, axes):
-        for axis, level in zip(axes[0], levels, strict=True):
-            rows = frame[frame["severity"] == level]
-            calls, values = curve(rows)
-            direct, restored = rows["direct"].to_numpy(bool), rows["restored"].to_numpy(bool)
-            called = (rows["probability"] > DECIDES).to_numpy()
-            axis.plot(100 * calls, 100 * values, color=COLOURS["grpo"], linewidth=2, label="by its probability")
-            ends = [100 * values[0], 100 * values[-1]]
-            axis.plot([0, 100], ends, color=COLOURS["base"], linewidth=1, linestyle="--", label="at random")
-            own = 100 * np.where(called, restored, direct).mean()
-            axis.plot(100 * called.mean(), own, "o", color=COLOURS["grpo"], markersize=8, label="its own decision")
-            helped = 100 * (restored & ~direct).mean()
-            axis.plot(
-                helped,
-                100 * (restored | direct).mean(),
-                "*",
-                color=COLOURS["sft_direct"],
-                markersize=11,
-                label="oracle",
-            )
-            axis.set_title(LEVELS[level])
-            axis.set_xlabel("pictures restored (%)")
-        axes[0, 0].set_ylabel("right answers (%)")
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-        figure.suptitle(title, fontsize=11)
