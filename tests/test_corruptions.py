@@ -37,8 +37,8 @@ def apply(name: str, image: np.ndarray, intensity: float, scale: float = 1.0, se
 @settings(max_examples=80, deadline=None)
 @given(
     name=st.sampled_from(list(CORRUPTIONS)),
-    height=st.integers(50, 90),
-    width=st.integers(50, 90),
+    height=st.integers(64, 90),  # two blocks of 32 px, the largest, fit; smaller pictures are refused
+    width=st.integers(64, 90),
     intensity=st.floats(0, 1),
     scale=st.floats(0.1, 1),
 )
