@@ -97,8 +97,10 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.training import bridge
     from clear.training.load import at_work
+    from clear.training.loop import sharded
     from clear.training.loop.parallel import made_once
 
+    sharded.require_fresh(start.model, "phase decide")  # in all processes: the others would wait for the first
     answerer = Answerer(start.model, start.vae, start.tokenizer, config)
     samples = [s for s in read_samples("data/degraded/rl") if s.paired]
     clean = drawn([s.id for s in samples], round(config.grpo.clean_share * len(samples)))

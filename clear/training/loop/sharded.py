@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.mot import LanguageModel
 
@@ -23,6 +24,12 @@ from clear.model.mot import LanguageModel
 def enabled() -> bool:
     """Whether this process was launched to shard its weights."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def require_fresh(module: nn.Module, what: str) -> None:
+    """Raise ClearError where this process has trained `module` sharded already: its weights are no longer its own."""
+    if enabled() and any(hasattr(part, "unshard") for part in module.modules()):
+        raise ClearError(f"{what}: under FSDP a process trains one phase; repeat the command to continue.")
 
 
 def from_first() -> bool:

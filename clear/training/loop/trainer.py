@@ -33,6 +33,7 @@ from clear.errors import ClearError
 from clear.model.mot import LanguageModel
 from clear.model.runtime import device, precision
 from clear.schema import Grpo, Optimiser, Phase
+from clear.training.loop import sharded
 from clear.training.loop.parallel import Pass, barrier, gathered, one_pass, one_random_state, rank, world
 from clear.training.loop.preemption import saved_on_sigterm
 from clear.training.loop.run import StageRun, curve_rows
@@ -171,7 +172,7 @@ def training_arguments(
     runtime = run.config.runtime
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         more["accelerator_config"] = {"even_batches": False}
-        if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        if sharded.enabled():
             # Else the gradients of all weights stay whole in every process until the last part of a step.
             more["accelerator_config"]["gradient_accumulation_kwargs"] = {"sync_each_batch": True}
     args = kind(
@@ -223,10 +224,8 @@ def optimise(
         return
     if not any(p.requires_grad for p in module.parameters()):
         raise ClearError(f"phase {name} has nothing to train; lora.experts or lora.targets leave nothing for it.")
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    if sharded and any(hasattr(part, "unshard") for part in module.modules()):
-        raise ClearError(f"phase {name}: under FSDP a process trains one phase; repeat the command to continue.")
-    folder = run.folder / (f"{name}_sharded" if sharded else name)
+    sharded.require_fresh(module, f"phase {name}")
+    folder = run.folder / (f"{name}_sharded" if sharded.enabled() else name)
     args = training_arguments(TrainingArguments, run, folder, phase.batch, phase, run.config.optimiser, label_names=[])
     objective = Objective(module, loss, precision(run.config))
     average = [Ema(objective, ema)] if ema else []
@@ -241,7 +240,7 @@ def optimise(
     trainer.token_budget = run.config.runtime.token_budget
     trainer.remove_callback(PrinterCallback)
     module.train()
-    _always_both_experts(objective, sharded)
+    _always_both_experts(objective)
     checkpoint = last_complete(folder)
     with saved_on_sigterm(trainer) as leave:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -261,17 +260,17 @@ def optimise(
         raise KeyboardInterrupt
 
 
-def _always_both_experts(objective: Objective, sharded: bool) -> None:
+def _always_both_experts(objective: Objective) -> None:
     """Under FSDP every parameter takes part in every step, if need be with no token.
 
     So weights that no row of a batch uses get a zero gradient there, and AdamW goes on with their momentum; elsewhere
     they get none and stay as they are.
     """
-    objective.anchored = sharded
+    objective.anchored = sharded.enabled()
     for part in objective.modules():
         if isinstance(part, LanguageModel):
             for layer in part.model.layers:
-                layer.always_both = sharded
+                layer.always_both = objective.anchored
 
 
 def _unshard(module: nn.Module) -> None:
