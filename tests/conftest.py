@@ -153,16 +153,9 @@ def images() -> list[bytes]:
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """The working tree as it is now, committed in a repository of its own; no data, no cache."""
-    folder = tmp_path_factory.mktemp("clone")
-    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    for name in filter(None, dict.fromkeys(listed)):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    git(folder, "init", "-q", "-b", "main")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "the working tree")
-    return folder
+    from tests.helpers.scratch import committed_copy
+
+    return committed_copy(tmp_path_factory.mktemp("clone"))
 
 
 @pytest.fixture(scope="module")

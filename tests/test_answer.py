@@ -1,7 +1,6 @@
 """`clear answer`: prediction tables that VLMEvalKit would have written, resumable, with every row accounted for."""
 
 import base64
-import csv
 import json
 import os
 import signal
@@ -31,21 +30,12 @@ from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, settings, user_text
 from tests.chat_server import serving as chatting
 from tests.conftest import ROOT
+from tests.helpers.tables import b64, write_tsv
 from tests.serving import make_workspace, serving
 
 
 def png(number: int, side: int = 48) -> bytes:
     return encode_image(np.random.default_rng(number).integers(0, 255, (side, side, 3), np.uint8))
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def write(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_NONNUMERIC)
-    return file
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +64,7 @@ def sheet(folder: Path, name: str = "MMStar.tsv", count: int = 10) -> Path:
         }
         for n in range(count)
     ]
-    return write(folder / name, rows)
+    return write_tsv(folder / name, rows)
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -188,7 +178,7 @@ def test_rows_that_cannot_be_answered_are_rejected_and_the_others_kept(workspace
         {"index": 4, **good, "question": " "},
         {"index": 5, **good},
     ]
-    file = write(tmp_path / "MMStar.tsv", rows)
+    file = write_tsv(tmp_path / "MMStar.tsv", rows)
     monkeypatch.chdir(workspace)
     status, out, said = clear("answer", file, "--out", tmp_path / "out", "--model", "model", "--prompt", "plain")
     assert status == 1 and "4 rows have no prediction" in said.splitlines()[-1]
@@ -206,7 +196,7 @@ def test_rows_that_cannot_be_answered_are_rejected_and_the_others_kept(workspace
 
 def test_a_table_without_answers_is_answered_and_scoring_says_why_not(workspace, tmp_path, clear, monkeypatch):
     rows = [{"index": n, "image": b64(png(n)), "question": "is there a red circle ?"} for n in range(2)]
-    file = write(tmp_path / "MMStar.tsv", rows)
+    file = write_tsv(tmp_path / "MMStar.tsv", rows)
     monkeypatch.chdir(workspace)
     assert clear("answer", file, "--out", tmp_path, "--model", "model", "--prompt", "plain")[0] == 0
     status, _, said = clear("score", tmp_path / "model/model_MMStar.tsv")
@@ -327,7 +317,7 @@ def test_degrade_answer_score(workspace, tmp_path, clear, monkeypatch):
                     "answer": question.answer,
                 }
             )
-    write(tmp_path / "LMUData/MMStar.tsv", rows)
+    write_tsv(tmp_path / "LMUData/MMStar.tsv", rows)
     monkeypatch.chdir(workspace)
     made = clear("mmd-bench", "--source", tmp_path / "LMUData", "--out", tmp_path / "mmd", "--workers", "1")
     assert made[0] == 0, made[2]

@@ -12,22 +12,12 @@ from clear.data import aws
 from clear.errors import ClearError
 from tests.conftest import ROOT
 from tests.helpers.processes import free_port
+from tests.helpers.store import aws_environment
 
 
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch, tmp_path):
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    settings = {
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
+    aws_environment(monkeypatch, tmp_path)
 
 
 @pytest.fixture(scope="module")

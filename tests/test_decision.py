@@ -9,7 +9,6 @@ from clear.model.sequence import IGNORE
 from clear.model.tokenizer import encode
 from clear.reasoning import engine, grammar
 from clear.training.bridge import Decision, decision_loss, decisions
-from clear.training.sft import fork
 from tests.tiny import tiny_model, tiny_prompts
 
 OUTCOMES = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
@@ -63,7 +62,7 @@ def test_a_decision_is_one_token_and_the_other_batches_are_traces():
     (total, figures), seen = seen_by(model, decision_loss(model, tokenizer, chosen, traces, share=1.0), [0, 1, 2, 3])
     built = seen[0]
     direct, trigger = encode(tokenizer, grammar.direct_prefix()), encode(tokenizer, grammar.restore_reply())
-    place = fork(direct, trigger)
+    place = grammar.fork(direct, trigger)
     assert (built.target != IGNORE).sum(1).tolist() == [1] * 4
     assert set(built.target[built.target != IGNORE].tolist()) <= {direct[place], trigger[place]}
     assert total.item() == pytest.approx(figures["decision"])
@@ -77,7 +76,7 @@ def test_the_engine_follows_what_was_learned():
     chosen = [Decision(prompts[0], True), Decision(prompts[1], False)]
     loss = decision_loss(model, tokenizer, chosen, lambda index: None, share=1.0)
     first = [encode(tokenizer, text) for text in (grammar.restore_reply(), grammar.direct_prefix())]
-    place = fork(*first)
+    place = grammar.fork(*first)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
     torch.manual_seed(0)
     for _ in range(60):

@@ -13,6 +13,7 @@ from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Text, layout
 from clear.model.tokenizer import encode
+from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
 from clear.schema import Phase
@@ -92,7 +93,7 @@ def test_the_path_a_trace_did_not_choose_is_learned_behind_its_deciding_token(co
     model, tokenizer, _, data = parts("direct", config, images)
     data.direct = [encode(tokenizer, "<think> a b c </think> <answer> c </answer>") for _ in data.rows]
     data.reply_1[1], data.reply_2[1] = data.direct[1], None  # trace 0 restores, trace 1 answers directly
-    place = data.fork(0)
+    place = grammar.fork(data.direct[0], data.trigger)
     assert data.direct[0][:place] == data.trigger[:place] and data.direct[0][place] != data.trigger[place]
 
     def learned(loss, n) -> list[list[int]]:

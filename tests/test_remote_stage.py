@@ -21,6 +21,7 @@ from flows.batch.request import describe, receive, send
 from tests.cloud import OVERRIDES, compute_of, dvc, entry_of, use_remote, write_compute
 from tests.conftest import ROOT, git
 from tests.helpers.processes import wait_until
+from tests.helpers.scratch import committed_copy
 
 pytest_plugins = ["tests.cloud"]
 
@@ -84,15 +85,7 @@ def test_a_job_whose_machine_is_reclaimed_goes_on_and_leaves_the_bytes_of_a_loca
 @pytest.fixture
 def smoke(cloud, moto_url, tmp_path, monkeypatch) -> Path:
     """The working tree, committed in a repository of its own, with the smoke profile's data and `base` in the cloud."""
-    folder = tmp_path / "smoke"
-    listed = git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")
-    for name in filter(None, dict.fromkeys(listed)):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    git(folder, "init", "-q", "-b", "main")
-    git(folder, "add", "-A")
-    git(folder, "commit", "-q", "-m", "the working tree")
+    folder = committed_copy(tmp_path / "smoke")
     places = [one.replace("place.sft", "place.base") for one in OVERRIDES]
     write_params(folder / "params.yaml", ["profile=smoke"])
     write_compute(folder, places)

@@ -1,6 +1,5 @@
 """Real data as clean samples: each layout is read, every row that is not used has a reason, splits follow content."""
 
-import base64
 import contextlib
 import hashlib
 import json
@@ -29,6 +28,7 @@ from clear.sources import folder, llava_onevision, lmudata
 from clear.sources.rows import SPLITS, options_in, pixel_hash, split_of
 from clear.stages import source
 from tests.conftest import ROOT
+from tests.helpers.tables import b64
 
 
 def picture(number: int, width: int = 80, height: int = 64) -> np.ndarray:
@@ -39,10 +39,6 @@ def encoded(number: int, kind: str = "PNG", **size) -> bytes:
     out = BytesIO()
     Image.fromarray(picture(number, **size)).save(out, kind)
     return out.getvalue()
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
 
 
 def config_of(*overrides: str):

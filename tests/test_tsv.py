@@ -1,7 +1,6 @@
 """Degraded benchmark files: read back as VLMEvalKit reads them, nothing but pictures changed, resumable, documented."""
 
 import base64
-import csv
 import os
 import re
 import shutil
@@ -28,6 +27,7 @@ from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
 from clear.sources import lmudata
 from tests.conftest import ROOT
+from tests.helpers.tables import b64, write_tsv
 
 
 def picture(number: int, side: int = 64) -> bytes:
@@ -35,16 +35,6 @@ def picture(number: int, side: int = 64) -> bytes:
     return encode_image(
         np.kron(rng.integers(0, 255, (8, 8, 3), np.uint8), np.ones((side // 8, side // 8, 1), np.uint8))
     )
-
-
-def b64(data: bytes) -> str:
-    return base64.b64encode(data).decode()
-
-
-def write_tsv(file: Path, rows: list[dict]) -> Path:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pd.DataFrame(rows).to_csv(file, sep="\t", index=False, quoting=csv.QUOTE_NONNUMERIC)
-    return file
 
 
 def mmbench(folder: Path, count: int = 6) -> Path:

@@ -15,6 +15,7 @@ from clear.errors import ClearError
 from clear.model import weights
 from clear.model.weights import etag_matches, fetch, with_local_weights
 from clear.project.scratch import write_params
+from tests.helpers.store import aws_environment
 
 MIB = 2**20
 FILES = {"llm_config.json": b"{}", "ema.safetensors": os.urandom(300_000), "empty.txt": b""}
@@ -34,21 +35,8 @@ def server():
 @pytest.fixture
 def bucket(server, tmp_path, monkeypatch):
     """A bucket with a model folder, beside which lie files of another one; requests are counted."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-    settings = {
-        "AWS_ENDPOINT_URL": server,
-        "AWS_ACCESS_KEY_ID": "key",
-        "AWS_SECRET_ACCESS_KEY": "secret",
-        "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_CONFIG_FILE": str(tmp_path / "none"),
-        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
-        "AWS_EC2_METADATA_DISABLED": "true",
-        "AWS_MAX_ATTEMPTS": "1",
-        "CLEAR_HOME": str(tmp_path / "home"),
-    }
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
+    places = {"AWS_ENDPOINT_URL": server, "AWS_DEFAULT_REGION": "us-east-1", "CLEAR_HOME": str(tmp_path / "home")}
+    aws_environment(monkeypatch, tmp_path, **places)
     client = boto3.client("s3")
     name = f"models-{tmp_path.name.replace('_', '-')}"[:60].strip("-")
     client.create_bucket(Bucket=name)

@@ -10,6 +10,7 @@ files differ.
 import json
 import threading
 from collections.abc import Callable, Container, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
@@ -21,11 +22,15 @@ from clear.bench.models import UnderTest
 from clear.bench.scoring import is_correct
 from clear.data.images import encode_image
 from clear.data.pool import parallel
-from clear.data.records import Question, Sample
+from clear.data.records import Question, Sample, read_samples
 from clear.errors import ClearError
 
 if TYPE_CHECKING:
     from clear.reasoning.answering import Answer, Answerer
+    from clear.schema import Config
+
+DEVELOPMENT = Path("data/development")
+"""The split on which recipes are compared; the benchmark stays unseen."""
 
 DECODED = 128
 """Restored pictures that the autoencoder decodes at once."""
@@ -46,6 +51,14 @@ class Answered:
 
     rows: list[dict]
     seconds: float
+
+
+def development() -> list[Sample]:
+    """The development split, clean and degraded. Raises ClearError where it holds no question."""
+    samples = [sample for part in ("clean", "degraded") for sample in read_samples(DEVELOPMENT / part)]
+    if not any(sample.questions for sample in samples):
+        raise ClearError(f"{DEVELOPMENT} holds no question; raise params: source.development (or its share) and rerun.")
+    return samples
 
 
 def answer(
@@ -100,19 +113,17 @@ def answer_shard(shard: Shard) -> Answered:
     """Answer the questions of one shard. Raises ClearError where the model's folder is missing or another one."""
     from clear.model.images import ImageBank
 
-    with _one_at_a_time:
-        answerer = _loaded(shard.model)
+    model = shard.model
+    with loaded(model.folder, model.config, model.digest, 'set evaluate.cluster to ""') as answerer:
         samples = list({sample.key: sample for sample, _ in shard.asked}.values())
         place = {sample.key: i for i, sample in enumerate(samples)}
         bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
         paired = {s.image_sha256: s for s in samples if s.degraded is not None and s.paired}
-        bases = ImageBank(
-            [s.image for s in paired.values()], shard.model.config.model, [s.key for s in paired.values()]
-        )
+        bases = ImageBank([s.image for s in paired.values()], model.config.model, [s.key for s in paired.values()])
         clean = {name: bases.uint8(i) for i, name in enumerate(paired)}
         asked = [(place[sample.key], question) for sample, question in shard.asked]
         start = perf_counter()
-        answers = answerer.answer(bank, asked, shard.model.restore, shard.model.feedback, first=shard.first)
+        answers = answerer.answer(bank, asked, model.restore, model.feedback, first=shard.first)
         seconds = perf_counter() - start
         pictures = _pictures(answerer, answers)
     kept = _kept([sample for sample, _ in shard.asked], pictures)
@@ -145,21 +156,28 @@ _held: dict[str, "Answerer"] = {}
 """The model that this process has loaded, by what it was loaded from."""
 
 
-def _loaded(model: UnderTest) -> "Answerer":
+@contextmanager
+def loaded(folder: Path, config: "Config", digest: str = "", remedy: str = "") -> "Iterator[Answerer]":
+    """The model of a folder, for the length of a with block in which this process uses no other.
+
+    It stays loaded until another one is asked for. `digest`, if given, is what the files of the folder must be: on a
+    Dask worker, whose `remedy` says how to do without. Raises ClearError where they are not.
+    """
     from clear.model.runtime import apply_runtime
     from clear.reasoning.answering import Answerer
 
-    key = repr((model.folder, model.config, model.digest))
-    if key not in _held:
-        if model.digest and digest_of(model.folder) != model.digest:
-            raise ClearError(
-                f"{model.folder}: a Dask worker does not find the model under test there; give the workers this folder "
-                'under the same path (a shared file system), or set evaluate.cluster to "".'
-            )
-        _held.clear()
-        apply_runtime(model.config)
-        _held[key] = Answerer.load(model.folder, model.config)
-    return _held[key]
+    key = repr((folder, config, digest))
+    with _one_at_a_time:
+        if key not in _held:
+            if digest and digest_of(folder) != digest:
+                raise ClearError(
+                    f"{folder}: a Dask worker does not find the model under test there; give the workers this folder "
+                    f"under the same path (a shared file system), or {remedy}."
+                )
+            _held.clear()
+            apply_runtime(config)
+            _held[key] = Answerer.load(folder, config)
+        yield _held[key]
 
 
 def _pictures(answerer: "Answerer", answers: "Sequence[Answer]") -> dict[int, np.ndarray]:

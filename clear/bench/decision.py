@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from clear.bench import statistics
-from clear.bench.answers import answer
+from clear.bench.answers import answer, loaded
 from clear.bench.models import UnderTest
 from clear.bench.predictions import KEY
 from clear.bench.scoring import SEVERITIES
@@ -39,15 +39,14 @@ def outcomes(model: UnderTest, samples: Sequence[Sample], progress: Callable[[in
     """
     import pandas as pd
 
-    from clear.reasoning.answering import Answerer
-
     if model.restore != "auto":
         raise ClearError(f"decision: the model in {model.folder} never restores, so there is nothing to decide.")
     paths = {path: answer(replace(model, restore=path), samples, progress)[0] for path in ("never", "always")}
     frame = pd.DataFrame([{name: row[name] for name in (*KEY, "pair")} for row in paths["never"]])
     frame["direct"] = [row["correct"] for row in paths["never"]]
     frame["restored"] = [row["correct"] for row in paths["always"]]
-    frame["probability"] = probabilities(Answerer.load(model.folder, model.config), samples)
+    with loaded(model.folder, model.config) as answerer:
+        frame["probability"] = probabilities(answerer, samples)
     return frame
 
 
@@ -59,13 +58,11 @@ def probabilities(answerer: "Answerer", samples: Sequence[Sample]) -> np.ndarray
     import torch
 
     from clear.model import lora
-    from clear.model.tokenizer import encode
-    from clear.reasoning import engine, grammar
+    from clear.reasoning import engine
     from clear.reasoning.prompts import make_prompt, question_text
 
     tokenizer, model = answerer.tokenizer, answerer.model
-    direct, trigger = (encode(tokenizer, text) for text in (grammar.direct_prefix(), grammar.restore_reply()))
-    place = next(n for n, (a, b) in enumerate(zip(direct, trigger, strict=False)) if a != b)
+    begun, direct, trigger = engine.deciding(tokenizer)
     asked = [(sample, question) for sample in samples for question in sample.questions]
     found: list[float] = []
     size = answerer.config.sampling.batch
@@ -79,9 +76,9 @@ def probabilities(answerer: "Answerer", samples: Sequence[Sample]) -> np.ndarray
         prompts = [make_prompt(tokenizer, bank, number[s.key], question_text(q), answerer.system) for s, q in part]
         with torch.inference_mode(), lora.autocast(model):
             rows = engine.prefill(model, prompts)
-            begun = torch.tensor([[model.config.special.bos, *trigger[:place]]] * len(part), device=rows.rope.device)
-            logits = engine.feed(model, rows, begun)
-        found += torch.sigmoid(logits[:, trigger[place]] - logits[:, direct[place]]).double().tolist()
+            fed = torch.tensor([[model.config.special.bos, *begun]] * len(part), device=rows.rope.device)
+            logits = engine.feed(model, rows, fed)
+        found += torch.sigmoid(logits[:, trigger] - logits[:, direct]).double().tolist()
     return np.array(found)
 
 

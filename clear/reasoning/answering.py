@@ -43,7 +43,12 @@ class Answer:
     @property
     def trace(self) -> str:
         """The whole output, with a mark where the restored picture entered."""
-        return "\n[restored image]\n".join(self.replies)
+        return joined(self.replies)
+
+
+def joined(replies: Sequence[str]) -> str:
+    """The replies of a row as one output, with a mark where a restored picture entered."""
+    return "\n[restored image]\n".join(replies)
 
 
 def guidance(sampling: Sampling) -> Guidance:

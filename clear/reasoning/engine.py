@@ -94,6 +94,13 @@ def generate(
     return done
 
 
+def deciding(tokenizer) -> tuple[list[int], int, int]:
+    """What both kinds of first reply begin with, and the next token: of a direct one, of one that asks to restore."""
+    direct, trigger = (encode(tokenizer, text) for text in (grammar.direct_prefix(), grammar.restore_reply()))
+    place = grammar.fork(direct, trigger)
+    return direct[:place], direct[place], trigger[place]
+
+
 def vocabulary(tokenizer) -> int:
     """How many ids a tokenizer can decode: its highest id + 1. Logits beyond are cut off in sampling and scoring."""
     return max(tokenizer.get_vocab(with_added_tokens=True).values()) + 1

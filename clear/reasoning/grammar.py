@@ -7,6 +7,7 @@ text that has read the degraded image otherwise keeps its first answer.
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 THINK, END_THINK, ANSWER, END_ANSWER, TRIGGER = "<think>", "</think>", "<answer>", "</answer>", "<image_restore>"
@@ -63,6 +64,12 @@ def extract_answer(text: str) -> str:
     """The content of the last answer block, or "" where there is none."""
     found = _ANSWER.findall(text)
     return found[-1] if found else ""
+
+
+def fork(one: Sequence[int], other: Sequence[int]) -> int:
+    """The first place where two replies (token ids) differ: a direct one and one that asks decide there."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def asks_restoration(reply: str) -> bool:

@@ -11,20 +11,17 @@ import numpy as np
 from tqdm import tqdm
 
 from clear.bench import decision
+from clear.bench.answers import development
 from clear.bench.models import under_test
 from clear.bench.scoring import SEVERITIES
 from clear.data.io import replacing, write_json
-from clear.data.records import read_samples
 from clear.data.workspace import home
-from clear.errors import ClearError
 from clear.report import plots
 from clear.report.claims import LEVELS, NAMES
 from clear.schema import Config
 
 if TYPE_CHECKING:
     import pandas as pd
-
-DEVELOPMENT = Path("data/development")
 
 
 def run(config: Config, model: str) -> Path:
@@ -33,10 +30,8 @@ def run(config: Config, model: str) -> Path:
     Raises ClearError for a model that never restores, and where the split holds no question.
     """
     tested = under_test(model, config)
-    samples = [sample for part in ("clean", "degraded") for sample in read_samples(DEVELOPMENT / part)]
+    samples = development()
     total = 2 * sum(len(sample.questions) for sample in samples)
-    if not total:
-        raise ClearError(f"{DEVELOPMENT} holds no question; raise params: source.development (or its share) and rerun.")
     with tqdm(total=total, desc=f"decision {model}", unit="answer", mininterval=2) as bar:
         frame = decision.outcomes(tested, samples, bar.update)
     e = config.evaluate

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from clear.data.images import encode_image
+from clear.reasoning.answering import joined
 from clear.reasoning.output import answer, thinking
 from clear.serve.batch import Row
 from clear.serve.protocol import chunk, completion, usage
@@ -35,7 +36,7 @@ def whole(rows: Sequence[Row], id: str, created: int, model: str) -> dict:
 
 def extra(row: Row) -> dict[str, Any]:
     """What only this server says of an ended row: the raw output, and what was restored."""
-    said: dict[str, Any] = {"restored": bool(row.restorations), "trace": "\n[restored image]\n".join(row.texts)}
+    said: dict[str, Any] = {"restored": bool(row.restorations), "trace": joined(row.texts)}
     if row.wish.pictures:
         encoded = (base64.b64encode(encode_image(picture)).decode() for picture in row.pictures)
         said["pictures"] = [f"data:image/png;base64,{text}" for text in encoded]

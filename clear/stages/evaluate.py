@@ -11,22 +11,22 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clear.bench import predictions
-from clear.bench.answers import answer
+from clear.bench.answers import answer, development
 from clear.bench.models import UnderTest, under_test
 from clear.data.io import write_json
 from clear.data.records import Sample, read_samples
-from clear.errors import ClearError
 from clear.schema import Config
 
-BENCH, DEVELOPMENT = Path("data/bench"), Path("data/development")
+BENCH = Path("data/bench")
 
 
 def run(config: Config, model: str) -> None:
     """Evaluate one model of MODELS on data/bench."""
     tested = under_test(model, config)
-    rows = _answered(tested, model, [BENCH / "clean", BENCH / "degraded"], "milliseconds_per_question")
-    came = _answered(tested, model, [BENCH / "incoming"], "milliseconds_per_incoming_question")
-    extra = _answered(tested, model, [BENCH / "extra"], "milliseconds_per_extra_question")
+    samples = [sample for part in ("clean", "degraded") for sample in read_samples(BENCH / part)]
+    rows = _answered(tested, model, samples, "milliseconds_per_question")
+    came = _answered(tested, model, list(read_samples(BENCH / "incoming")), "milliseconds_per_incoming_question")
+    extra = _answered(tested, model, list(read_samples(BENCH / "extra")), "milliseconds_per_extra_question")
     out = Path("data/predictions") / f"{model}.parquet"
     predictions.write(out, rows + came + extra)
     found = _figures(out, config)
@@ -45,9 +45,7 @@ def run_development(config: Config, model: str) -> Path:
     from clear.data.workspace import home
 
     tested = under_test(model, config)
-    rows = _answered(tested, model, [DEVELOPMENT / "clean", DEVELOPMENT / "degraded"])
-    if not rows:
-        raise ClearError(f"{DEVELOPMENT} holds no question; raise params: source.development (or its share) and rerun.")
+    rows = _answered(tested, model, development())
     out = home() / "development" / config.profile / f"{model}.parquet"
     predictions.write(out, rows)
     write_json(out.with_suffix(".json"), _figures(out, config))
@@ -59,11 +57,10 @@ def _figures(out: Path, config: Config) -> dict:
     return predictions.metrics(predictions.read(out), confidence=e.confidence, resamples=e.bootstrap, seed=config.seed)
 
 
-def _answered(tested: UnderTest, model: str, parts: list[Path], figure: str = "") -> list[dict]:
-    """Rows for every question of the folders `parts`; the time goes to the run record as `figure`, if it is named."""
+def _answered(tested: UnderTest, model: str, samples: list[Sample], figure: str = "") -> list[dict]:
+    """Rows for every question of `samples`; the time goes to the run record as `figure`, if it is named."""
     from clear.data.workspace import record_run
 
-    samples: list[Sample] = [sample for part in parts for sample in read_samples(part)]
     total = sum(len(sample.questions) for sample in samples)
     if not total:
         return []

@@ -24,13 +24,11 @@ from torch import Tensor
 
 from clear.model.bagel import Bagel, Contents
 from clear.model.sequence import IGNORE, Text
-from clear.model.tokenizer import encode
-from clear.reasoning import grammar
-from clear.reasoning.engine import Options, denoise, dropped_contexts, prefill, text_reply
+from clear.reasoning.engine import Options, deciding, denoise, dropped_contexts, prefill, text_reply
 from clear.reasoning.prompts import Prompt
 from clear.training.loop.parallel import share_batch
 from clear.training.loop.trainer import Loss
-from clear.training.sft import TraceData, fork
+from clear.training.sft import TraceData
 
 
 @torch.no_grad()
@@ -83,17 +81,16 @@ def decision_loss(model: Bagel, tokenizer, chosen: Sequence[Decision], traces: L
     The deciding token is the first one in which a direct reply and the trigger reply differ; nothing else of a
     decision carries a loss. The numbers of a batch count traces; decisions are drawn evenly.
     """
-    direct, trigger = (encode(tokenizer, text) for text in (grammar.direct_prefix(), grammar.restore_reply()))
-    place = fork(direct, trigger)
+    begun, direct, trigger = deciding(tokenizer)
+    scored = [False] * len(begun) + [True]
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         if torch.rand(()) >= share:
             return traces(index)
         drawn = [chosen[k] for k in torch.randint(len(chosen), (len(index),)).tolist()]
         prompts = [decision.prompt for decision in drawn]
-        said = [(trigger if decision.restore else direct)[: place + 1] for decision in drawn]
-        deciding = [False] * place + [True]
-        rows = [[*p.segments(), Text(ids, deciding, eos=False)] for p, ids in zip(prompts, said, strict=True)]
+        said = [Text([*begun, trigger if d.restore else direct], scored, eos=False) for d in drawn]
+        rows = [[*prompt.segments(), text] for prompt, text in zip(prompts, said, strict=True)]
         contents = Contents([p.patches for p in prompts], [p.latent for p in prompts], [0.0] * len(prompts))
         built, contents, part = share_batch(rows, contents, model.config.special)
         logits, target = model.scored_logits(model(built, contents), built)

@@ -66,10 +66,6 @@ class TraceData:
         self.restored = [encode(tokenizer, row.restored) for row in rows]
         self.trigger = encode(tokenizer, grammar.restore_reply())
 
-    def fork(self, n: int) -> int:
-        """Where the direct reply of trace n and the reply that asks for a restoration part: the deciding token."""
-        return fork(self.direct[n], self.trigger)
-
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -87,11 +83,6 @@ class TraceData:
         if not drop_vit:
             contents.vit.append(prompt.patches)
         return prompt.segments(drop_vit, *drop_texts)
-
-
-def fork(a: Sequence[int], b: Sequence[int]) -> int:
-    """The first place where two replies differ."""
-    return next((place for place, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
@@ -141,7 +132,10 @@ def _direct(data: TraceData, n: int, decided: bool) -> Text:
     So a question whose trace restores teaches the direct path its answer all the same.
     """
     reply = data.direct[n]
-    return Text(reply, scored=True if decided else [place > data.fork(n) for place in range(len(reply) + 1)])
+    if decided:
+        return Text(reply, scored=True)
+    deciding = grammar.fork(reply, data.trigger)
+    return Text(reply, scored=[place > deciding for place in range(len(reply) + 1)])
 
 
 def _velocity_apart(path: Sequence[Segment]) -> list[Segment]:

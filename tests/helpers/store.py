@@ -10,6 +10,22 @@ from flows import dvc_commands
 from tests.conftest import ROOT
 
 
+def aws_environment(monkeypatch, tmp_path: Path, **more: str) -> None:
+    """Keys for a store of this machine, asked once, and nothing of the user's own AWS settings; `more` besides."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    settings = {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_CONFIG_FILE": str(tmp_path / "none"),
+        "AWS_SHARED_CREDENTIALS_FILE": str(tmp_path / "none"),
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "AWS_MAX_ATTEMPTS": "1",
+    }
+    for name, value in (settings | more).items():
+        monkeypatch.setenv(name, value)
+
+
 def remote(folder: Path, bucket: str, endpoint: str = "") -> subprocess.CompletedProcess:
     """What `make remote` runs."""
     command = [sys.executable, "-m", "infra.remote", bucket, endpoint]

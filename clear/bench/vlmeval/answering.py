@@ -15,7 +15,6 @@ outage, is not journaled: the same command asks again.
 """
 
 import csv
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from clear.bench.vlmeval.prompts import prompt_of
 from clear.bench.vlmeval.respond import Asked, Given, Respondent, Shard, shards_of
 from clear.data.io import replacing
+from clear.data.records import file_sha256
 from clear.data.rejects import Reject, write_rejects
 from clear.errors import ClearError, naming
 from clear.sources import lmudata
@@ -65,7 +65,7 @@ def answer_table(
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{name}_{bench}"
-    state = {"version": VERSION, "table": _sha256(file), "prompt": style, "by": respondent.identity()}
+    state = {"version": VERSION, "table": file_sha256(file), "prompt": style, "by": respondent.identity()}
     unread: list[Given] = []
     with _Journal(stem.with_name(stem.name + ".jsonl"), state) as journal:
         if progress:
@@ -127,11 +127,6 @@ def _rows(table: lmudata.Table, bench: str, style: str, unread: list[Given]) -> 
             unread.append(Given(index, reject="question", detail="the row asks nothing"))
             continue
         yield Asked(index, text, image)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
 
 
 class _Journal:

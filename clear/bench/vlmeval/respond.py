@@ -5,14 +5,13 @@ from the table in its order whatever is already done, so that an answer does not
 restoration depends on the row's number in the table.
 """
 
-import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
 
-from clear.bench.answers import digest_of
+from clear.bench.answers import digest_of, loaded
 from clear.data.images import decode_image, encode_image
 from clear.data.pool import parallel
 from clear.data.records import Question
@@ -110,34 +109,10 @@ class Folder:
         yield from parallel(_answer, jobs, workers=1, cluster=self.cluster, section="evaluate", chunk=1)
 
 
-_turn = threading.Lock()
-"""A worker with several threads has one model."""
-_held: dict[str, "Answerer"] = {}
-"""The model that this process has loaded, by what it was loaded from."""
-
-
-def _answerer(model: Folder) -> "Answerer":
-    from clear.model.runtime import apply_runtime
-    from clear.reasoning.answering import Answerer
-
-    key = repr((model.folder, model.config))
-    if key not in _held:
-        if model.digest and digest_of(model.folder) != model.digest:
-            raise ClearError(
-                f"{model.folder}: a Dask worker finds other files there; give the workers this folder under the same "
-                "path (a shared file system), or leave out --cluster."
-            )
-        _held.clear()
-        apply_runtime(model.config)
-        _held[key] = Answerer.load(model.folder, model.config)
-    return _held[key]
-
-
 def _answer(job: tuple[Folder, Shard]) -> list[Given]:
     """Answer one shard with a folder. A row that cannot be read or asked is rejected alone."""
     model, shard = job
-    with _turn:
-        answerer = _answerer(model)
+    with loaded(model.folder, model.config, model.digest, "leave out --cluster") as answerer:
         rejected = {row.index: found for row in shard.rows if (found := _unusable(answerer, row))}
         good = [row for row in shard.rows if row.index not in rejected]
         given: dict[str, Given] = {}
