@@ -163,3 +163,28 @@ def test_what_breaks_a_wall_is_named(tmp_path):
         ["clear.report.page"],
         [],
     ]
+
+
+PICKLING = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve"}
+
+
+def _pickles(root: Path) -> list[str]:
+    """Places that read or write pickles: an import of such a module, or torch.load that is not limited to weights."""
+    found = []
+    for name, file in _modules(root).items():
+        found += [f"{name} imports {other}" for other in sorted(_imported(file) & PICKLING)]
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
+                given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+                found += [] if given.get("weights_only") == "True" else [f"{name} calls {ast.unparse(node)}"]
+    return found
+
+
+def test_nothing_is_read_or_written_as_a_pickle(tmp_path):
+    assert _pickles(ROOT) == []
+    assert "torch.load" in (ROOT / "clear/training/loop/saved.py").read_text(), "there is something to look at"
+    for name, code in {"a": "import pickle", "b": "torch.load(f, weights_only=False)", "c": "torch.load(f)"}.items():
+        (tmp_path / "clear").mkdir(exist_ok=True)
+        (tmp_path / f"clear/{name}.py").write_text(code)
+    (tmp_path / "clear/good.py").write_text("torch.load(f, weights_only=True)")
+    assert sorted(place.split()[0] for place in _pickles(tmp_path)) == ["clear.a", "clear.b", "clear.c"]
