@@ -13,8 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from clear.data.aws import Unreachable
+from clear.data.records import file_sha256
 from clear.errors import ClearError
-from flows.batch.store import Damaged, Store, sha256
+from flows.batch.store import Damaged, Store
 
 KEPT = 2
 COMPLETE, SHARDED = "complete", "_sharded"  # marks of clear/training/loop
@@ -111,7 +112,7 @@ class Keeper:
         stat = file.stat()
         mark = (str(file), stat.st_size, stat.st_mtime_ns)
         if mark not in self._known:
-            self._known[mark] = sha256(file)
+            self._known[mark] = file_sha256(file)
         return {"sha256": self._known[mark], "bytes": stat.st_size}
 
     def _tidy(self) -> None:

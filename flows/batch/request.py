@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear.config import PARAMS
+from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.project.git import output
 from flows.batch.settings import COMPUTE
-from flows.batch.store import Store, sha256
+from flows.batch.store import Store
 from flows.dvc_commands import address
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def send(store: Store, inputs: Inputs, key: str, workspace: Path, **more: Any) -
     name = f"bundles/{commit}-{uuid.uuid4().hex[:8]}"
     try:
         output(workspace, "bundle", "create", "--quiet", str(bundle), "HEAD")
-        digest = sha256(bundle)
+        digest = file_sha256(bundle)
         store.put(bundle, name)
     finally:
         bundle.unlink(missing_ok=True)

@@ -13,7 +13,6 @@
 refuses is a ClearError, and what may pass Unreachable (clear/data/aws.py).
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,6 +21,7 @@ from typing import Any
 
 from clear.data import aws
 from clear.data.io import replacing
+from clear.data.records import file_sha256
 from clear.errors import ClearError
 
 PREFIX = "compute"
@@ -34,12 +34,6 @@ class Damaged(ClearError):
 def client(service: str, region: str = "") -> Any:
     """A boto3 client for a job's or a flow's own use; `region` is that of the configuration."""
     return aws.client(service, region=region, settings="AWS_PROFILE, compute.region or AWS_ENDPOINT_URL")
-
-
-def sha256(file: Path) -> str:
-    """Hash of a file's content."""
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 @dataclass(frozen=True)
@@ -64,7 +58,7 @@ class Store:
 
     def keep(self, file: Path, under: str = "objects") -> str:
         """Upload a file under its hash and return the hash."""
-        digest = sha256(file)
+        digest = file_sha256(file)
         self.put(file, f"{under}/{digest}")
         return digest
 
@@ -73,7 +67,7 @@ class Store:
         with replacing(target) as partial:
             with aws.explained(self.url(name)):
                 self.client.download_file(self.bucket, self._key(name), str(partial))
-            actual = sha256(partial)
+            actual = file_sha256(partial)
             if actual != digest:
                 raise Damaged(f"{self.url(name)} has hash {actual[:12]}…, expected {digest[:12]}…; it is not used.")
 

@@ -28,11 +28,12 @@ from typing import Any
 
 from clear.data import aws
 from clear.data.ports import spare_loopback
+from clear.data.records import file_sha256
 from clear.errors import ClearError
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
 from flows.batch.request import LOCK, Inputs, expand, receive
-from flows.batch.store import Store, client, sha256, split
+from flows.batch.store import Store, client, split
 from flows.service import children
 
 SAVE_SECONDS = 18.0
@@ -274,7 +275,7 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
         file.parent.mkdir(parents=True, exist_ok=True)
         with aws.explained(store.url(name)):
             store.client.download_file(bucket, f"{store.prefix}/{name}", str(file))
-        if name in known and sha256(file) != known[name]["sha256"]:
+        if name in known and file_sha256(file) != known[name]["sha256"]:
             raise ClearError(f"{address}/{name} is not the file that the base was registered with; upload that one.")
     say(f"weights: {len(names)} files from {address}")
 
