@@ -12,7 +12,7 @@ from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.errors import ClearError
-from clear.project import scratch, seeds
+from clear.project import check, scratch, seeds
 from clear.report import seeds as page
 
 RIGHT = {"base": 0.5, "sft_direct": 0.6, "sft": 0.65, "reencode": 0.65, "bridge": 0.65, "grpo": 0.75}
@@ -48,9 +48,11 @@ def workspace(folder, seed: int, **params):
         predictions.write(folder / f"data/predictions/{model}.parquet", rows)
     written = {"profile": "tiny", "seed": seed, "runtime": {"threads": seed}, "model": {"hidden": 8}, **params}
     (folder / "params.yaml").write_text(yaml.safe_dump(written))
-    deps = [{"path": "clear/stages/base.py", "md5": "1"}, {"path": "data/samples", "md5": str(seed)}]
-    drawn = {"deps": [{"path": "clear/report/plots.py", "md5": str(seed)}]}
-    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": {"base": {"deps": deps}, "report": drawn}}))
+    stages = {}
+    for model in MODELS:
+        out = {"path": seeds.PREDICTIONS.format(model), "md5": f"{model} of {seed}"}
+        stages[f"evaluate@{model}"] = {"deps": [{"path": "clear/stages/evaluate.py", "md5": "1"}], "outs": [out]}
+    (folder / "dvc.lock").write_text(yaml.safe_dump({"stages": stages}))
     (folder / "docs").mkdir(exist_ok=True)
     return folder
 
@@ -64,14 +66,15 @@ def home(tmp_path, monkeypatch):
         runs.append((profile, name))
         return workspace(tmp_path / name, seed)
 
-    runs = []
+    runs, stale = [], []
     monkeypatch.setattr(scratch, "run", run)
+    monkeypatch.setattr(check, "drifts", lambda folder: stale)
     found = workspace(tmp_path / "home", 1)
-    return found, runs
+    return found, runs, stale
 
 
 def test_seeds_run_aside_and_are_pooled_as_worlds_of_their_own(home):
-    folder, runs = home
+    folder, runs, _ = home
     text = seeds.run(folder, [1, 2, 3]).read_text()
     assert runs == [("tiny", "tiny-seed-2"), ("tiny", "tiny-seed-3")]
     files = sorted((folder / seeds.FOLDER).iterdir())
@@ -91,7 +94,7 @@ def test_seeds_run_aside_and_are_pooled_as_worlds_of_their_own(home):
 
 
 def test_what_it_must_show_follows_the_figures(home):
-    folder, _ = home
+    folder, _, stale = home
     lines = {row[0]: row for row in _conditions(folder, [1, 2, 3])}
     gain = lines["CLEAR over direct fine-tuning at hard: at least 3 points"]
     assert gain[2] == "holds" and gain[1].startswith("+")
@@ -115,28 +118,44 @@ def _conditions(folder, wanted):
     return page.must_show(models, page.calling.figures(models, page.SETTINGS)).rows
 
 
-def test_runs_of_other_parameters_or_code_are_not_pooled(home, tmp_path):
-    folder, _ = home
+def test_runs_of_other_parameters_or_results_are_not_pooled_and_those_of_rewritten_code_are(home):
+    folder, _, stale = home
     seeds.run(folder, [1, 2])
-    target = folder / seeds.FOLDER / "3.parquet"
-    seeds.collect(workspace(tmp_path / "other", 3, model={"hidden": 9}), target)
-    with pytest.raises(ClearError, match=r"the seeds 1, 2 were run with other parameters or other code than seed 3"):
-        seeds.render(folder)
-    same = workspace(tmp_path / "same", 3)
-    lock = yaml.safe_load((same / "dvc.lock").read_text())
-    seeds.collect(same, target)
-    seeds.render(folder)
-    lock["stages"]["base"]["deps"][0]["md5"] = "2"
-    (same / "dvc.lock").write_text(json.dumps(lock))
-    seeds.collect(same, target)
+    lock, params = (yaml.safe_load((folder / name).read_text()) for name in ("dvc.lock", "params.yaml"))
+    edited = lock["stages"]["evaluate@base"]
+    edited["deps"][0]["md5"] = "2"  # other code, the same predictions of the seed that is committed
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"runtime": {"threads": 64}}))
+    assert "3 seeds" in seeds.run(folder, [3]).read_text()
+    edited["outs"][0]["md5"] = "other predictions"
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+    with pytest.raises(ClearError, match=r"the seeds 1, 2, 3 were run with other .* than seed 4.* cannot be pooled"):
+        seeds.run(folder, [4])
+    (folder / seeds.FOLDER / "4.parquet").unlink()
+    edited["outs"][0]["md5"] = "base of 1"
+    (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
     with pytest.raises(ClearError, match="cannot be pooled"):
-        seeds.render(folder)
+        seeds.run(folder, [5])
+
+
+def test_no_seed_is_run_under_a_setting_that_is_not_what_dvc_lock_has(home):
+    folder, runs, stale = home
+    stale.append("params.yaml: seed is 7, dvc.lock has 1: run `dvc repro`.")
+    with pytest.raises(ClearError, match=r"out of date: params.yaml: seed is 7"):
+        seeds.run(folder, [2])
+    assert not runs
 
 
 def test_an_empty_folder_says_what_to_run(home):
-    folder, _ = home
+    folder, _, stale = home
     with pytest.raises(ClearError, match=r'make results SEEDS="1 2 3"'):
         seeds.run(folder, [])
+    lock = yaml.safe_load((folder / "dvc.lock").read_text())
+    del lock["stages"]["evaluate@grpo"]
+    (folder / "dvc.lock").write_text(json.dumps(lock))
+    with pytest.raises(ClearError, match=r"dvc.lock has no data/predictions/grpo.parquet; run `make repro`"):
+        seeds.run(folder, [1])
     (folder / "dvc.lock").unlink()
     with pytest.raises(ClearError, match="run `make repro`"):
         seeds.run(folder, [1])

@@ -14,10 +14,11 @@ from clear.bench.models import MODELS
 from clear.config import PARAMS
 from clear.data.io import replacing, write_text
 from clear.errors import ClearError
-from clear.project import scratch
+from clear.project import check, scratch
 from clear.report import seeds
 
 FOLDER, PAGE = Path("data/results/seeds"), Path("docs/RESULTS.md")
+PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
 _SETTING = b"clear.setting"
 
@@ -25,20 +26,23 @@ _SETTING = b"clear.setting"
 def run(workspace: Path, wanted: Sequence[int]) -> Path:
     """Run every seed that is wanted, then render the page from all seeds there are; returns the page.
 
-    The parameters are those of the workspace. Raises ClearError where a run stops, or for seeds of different settings.
+    The parameters are those of the workspace. Raises ClearError where a run stops, for seeds of different settings, and
+    where the workspace's own results are not those of its code and parameters, which say what the setting is.
     """
     params = _yaml(workspace / PARAMS)
+    if wanted and (stale := check.drifts(workspace)):
+        raise ClearError(
+            f"seeds are run under the setting of the committed results, and these are out of date: {stale[0]}"
+        )
     for seed in wanted:
-        if seed == params["seed"]:
-            collect(workspace, workspace / FOLDER / f"{seed}.parquet")
-            continue
         name = f"{params['profile']}-seed-{seed}"
-        folder = scratch.run(workspace, params["profile"], [f"seed={seed}"], name)
-        collect(folder, workspace / FOLDER / f"{seed}.parquet")
+        own = seed == params["seed"]
+        folder = workspace if own else scratch.run(workspace, params["profile"], [f"seed={seed}"], name)
+        collect(folder, workspace / FOLDER / f"{seed}.parquet", setting(workspace))
     return render(workspace)
 
 
-def collect(folder: Path, target: Path) -> None:
+def collect(folder: Path, target: Path, made_under: str) -> None:
     """Write the predictions of all models in a workspace as one small file, with the setting they were made under."""
     import pandas as pd
     import pyarrow as pa
@@ -48,24 +52,29 @@ def collect(folder: Path, target: Path) -> None:
 
     frames = []
     for model in MODELS:
-        frame = predictions.read(folder / f"data/predictions/{model}.parquet")
+        frame = predictions.read(folder / PREDICTIONS.format(model))
         frames.append(frame.drop(columns=list(DROPPED)).assign(model=model))
     table = pa.Table.from_pandas(pd.concat(frames, ignore_index=True), preserve_index=False)
-    table = table.replace_schema_metadata({_SETTING: setting(folder).encode()})
+    table = table.replace_schema_metadata({_SETTING: made_under.encode()})
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
         pq.write_table(table, partial, compression="zstd", compression_level=19)
 
 
-def setting(folder: Path) -> str:
-    """Hash of a workspace's parameters without the seed, and of the code that dvc.lock says its results are of."""
-    params = {key: value for key, value in _yaml(folder / PARAMS).items() if key not in ("seed", "runtime")}
-    code: dict[str, str] = {}
-    for name, stage in _yaml(folder / "dvc.lock").get("stages", {}).items():
-        if name == "report":  # what is drawn from the predictions does not change them
-            continue
-        code |= {dep["path"]: dep["md5"] for dep in stage.get("deps", []) if dep["path"].startswith("clear/")}
-    return hashlib.sha256(json.dumps([params, code], sort_keys=True).encode()).hexdigest()
+def setting(workspace: Path) -> str:
+    """Hash of the parameters without the seed, and of what code they are, told by what the code makes of its own seed.
+
+    The code is not hashed as text: an edit that leaves every prediction of the workspace's own seed as it was would
+    leave those of other seeds too, and hours of training stay good. An edit that changes one changes the setting.
+    """
+    params = {key: value for key, value in _yaml(workspace / PARAMS).items() if key not in ("seed", "runtime")}
+    stages = _yaml(workspace / "dvc.lock").get("stages", {}).values()
+    made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
+    missing = [path for path in map(PREDICTIONS.format, MODELS) if path not in made]
+    if missing:
+        raise ClearError(f"dvc.lock has no {missing[0]}; run `make repro`.")
+    own = [made[PREDICTIONS.format(model)] for model in MODELS]
+    return hashlib.sha256(json.dumps([params, own], sort_keys=True).encode()).hexdigest()
 
 
 def _yaml(file: Path) -> dict:
@@ -89,8 +98,8 @@ def render(workspace: Path) -> Path:
         newest = settings[int(files[-1].stem)]
         odd = [str(seed) for seed, value in settings.items() if value != newest]
         raise ClearError(
-            f"{FOLDER}: the seeds {', '.join(odd)} were run with other parameters or other code than seed "
-            f"{files[-1].stem}, so they cannot be pooled; delete the outdated files and run `make results` for them."
+            f"{FOLDER}: the seeds {', '.join(odd)} were run with other parameters, or code with other results, than "
+            f"seed {files[-1].stem}, so they cannot be pooled; delete them and run `make results` for them."
         )
     page = workspace / PAGE
     write_text(page, seeds.page({seed: table.to_pandas() for seed, table in tables.items()}))
