@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from clear import cli
+from clear.cli.pipeline import STAGES
 from clear.data import workspace
 from clear.data.io import replacing, write_json, write_text
 from clear.errors import ClearError, naming, refusal
@@ -52,7 +53,7 @@ def test_help_is_fast_for_it_loads_nothing_heavy():
     assert not loaded & heavy
 
 
-@pytest.mark.parametrize("name", [*cli.STAGES, "report"])
+@pytest.mark.parametrize("name", [*STAGES, "report"])
 def test_a_stage_runs_its_own_module_with_the_checked_parameters(project, clear, fake_stage, name):
     calls = []
     fake_stage("sft" if name == "sft_direct" else name, lambda config, **more: calls.append((config.profile, more)))

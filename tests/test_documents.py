@@ -234,8 +234,8 @@ DESIGN = "# D\n\n## Contracts\n\n**Interleaved GRPO.** Text.\n"
         ("docs/x.md", "`infra/*.toml`", "infra/*.toml is not there"),
         ("clear/x.py", '"""As docs/NONE.md says."""\n', "docs/NONE.md is not there"),
         ("clear/x.py", "# as in clear.no_such\n", "clear has no module no_such"),
-        ("docs/x.md", "`clear.cli.no_such`", "clear/cli.py defines no no_such"),
-        ("docs/x.md", "`clear/cli.py` → `no_such`", "clear/cli.py defines no no_such"),
+        ("docs/x.md", "`clear.config.no_such`", "clear/config.py defines no no_such"),
+        ("docs/x.md", "`clear/cli/use.py` → `no_such`", "clear/cli/use.py defines no no_such"),
     ],
 )
 def test_a_reference_that_leads_nowhere_is_named(name, text, said):
@@ -250,7 +250,7 @@ def test_a_reference_that_leads_nowhere_is_named(name, text, said):
         ("docs/x.md", 'DESIGN "Contracts", [a](METHOD.md), [b](../README.md), [c](https://example.org/none)'),
         (
             "docs/x.md",
-            "`tests/conftest.py`, `infra/*.yaml`, `clear.cli.main`, `clear/cli.py` → `main`, `data/none.json`",
+            "`tests/conftest.py`, `infra/*.yaml`, `clear.cli.main`, `clear/cli/__init__.py` → `main`, `data/none.json`",
         ),
         ("docs/x.md", "```\nMETHOD §9, [a](NONE.md), clear/no_such.py\n```\n"),
         ("clear/x.py", 'raise ValueError("METHOD §9, clear/no_such.py")\n'),

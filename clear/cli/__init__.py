@@ -1,0 +1,99 @@
+"""The command line: one command per pipeline stage, named as in dvc.yaml, and the commands a person uses.
+
+A command is a function of one of these modules: its signature with the help texts, and a few lines that call the
+library. Everything heavy is imported inside the command that needs it, so `clear --help` answers at once. A ClearError
+is one line on stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes from its checkpoint.
+"""
+
+import _thread
+import signal
+import sys
+import threading
+from typing import Any, NoReturn
+
+import typer
+
+from clear.cli import benchmark, incoming, pipeline, project, review, use
+from clear.data.ports import spare_loopback
+from clear.errors import ClearError, refusal
+
+INTERRUPTED = 130
+TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
+
+app = typer.Typer(
+    help="Teach a multimodal model to restore a degraded image when it needs to. Start with `make repro`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+# In the order of `clear --help`.
+for _command in (
+    project.results,
+    review.check,
+    review.compare,
+    review.gate,
+    project.params,
+    project.memory,
+    project.scratch,
+    use.ask,
+    use.answer,
+    use.serve,
+    use.browse,
+    benchmark.score,
+    benchmark.mmd_bench,
+    use.merge,
+    use.decision,
+):
+    app.command(rich_help_panel=TOOLS)(_command)
+app.add_typer(incoming.app, name="incoming", rich_help_panel=TOOLS)
+for _name, _summary in pipeline.STAGES.items():
+    app.command(_name, help=_summary, rich_help_panel=PIPELINE)(pipeline.stage(_name))
+app.command(rich_help_panel=PIPELINE)(pipeline.evaluate)
+app.command(rich_help_panel=PIPELINE)(pipeline.seeds)
+app.command("report", help=pipeline.REPORT, rich_help_panel=PIPELINE)(pipeline.stage("report"))
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or undecided, 130 interrupted."""
+    try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        sys.unraisablehook = _again
+        spare_loopback()
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file name may not be valid text
+        app()
+    except ClearError as error:
+        _refuse(error)
+    except OSError as error:
+        if (refused := refusal(error)) is None:
+            raise
+        _refuse(refused)
+    except KeyboardInterrupt:
+        _interrupted()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
+            _interrupted()
+        raise
+
+
+def _again(lost: Any) -> None:
+    """An interruption in the middle of a callback (of the garbage collector, of imports), where Python drops it, comes
+    again a moment later; anything else that was dropped is reported as ever."""
+    if not issubclass(lost.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    again = threading.Timer(0.05, _thread.interrupt_main, [signal.SIGTERM])
+    again.daemon = True
+    again.start()
+
+
+def _interrupted() -> NoReturn:
+    for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not print the interpreter's traceback
+        signal.signal(number, signal.SIG_IGN)
+    typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
+    sys.exit(INTERRUPTED)
+
+
+def _refuse(error: ClearError) -> NoReturn:
+    typer.echo(f"error: {error}", err=True)
+    sys.exit(error.status)

@@ -1,0 +1,76 @@
+"""The pipeline's stages as commands, named as in dvc.yaml; normally `dvc repro` runs them, in the project's folder."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clear.bench.models import MODELS
+from clear.errors import ClearError
+
+STAGES = {
+    "source": "Clean samples, split once.",
+    "degrade": "Degraded copies for training and validation.",
+    "mmd_bench": "The benchmark, clean and degraded.",
+    "validate": "Check that the data is what it claims to be.",
+    "base": "Train the model that has seen no degraded question, or register a checkpoint.",
+    "traces": "Demonstrations: restore and answer, or answer directly.",
+    "sft": "Supervised fine-tuning on the traces.",
+    "sft_direct": "The baseline without restoration.",
+    "bridge": "Train the latent representation bridge.",
+    "grpo": "Interleaved GRPO.",
+}
+REPORT = "Render tables, statistics and pictures."
+
+
+def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
+    """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`."""
+    from clear.config import load
+    from clear.data.workspace import stage_run
+    from clear.model.weights import with_local_weights
+
+    config = with_local_weights(load(), module)
+    with stage_run(name):
+        importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
+
+
+def stage(name: str) -> Callable[[], None]:
+    """The command that runs a stage without arguments."""
+
+    def command() -> None:
+        if name == "sft_direct":
+            run_stage(name, "sft", direct=True)
+        else:
+            run_stage(name, name)
+
+    return command
+
+
+def evaluate(
+    model: Annotated[str, typer.Argument(help=f"{', '.join([*MODELS][:-1])} or {[*MODELS][-1]}.")],
+    development: Annotated[
+        bool, typer.Option("--development", help="Answer data/development, where recipes are compared, instead.")
+    ] = False,
+) -> None:
+    """Run MMD-Bench for one model."""
+    if model not in MODELS:
+        raise ClearError(f"evaluate {model}: choose one of {', '.join(MODELS)}.")
+    if development:
+        from clear.config import load
+        from clear.model.weights import with_local_weights
+        from clear.stages.evaluate import run_development
+
+        typer.echo(f"figures: {run_development(with_local_weights(load(), 'evaluate'), model)}")
+        return
+    run_stage(f"evaluate_{model}", "evaluate", model)
+
+
+def seeds(
+    wanted: Annotated[list[int] | None, typer.Argument(help="Seeds to run; none: only render the page again.")] = None,
+) -> None:
+    """Run the pipeline under several seeds, one after the other, and write docs/RESULTS.md from all there are."""
+    from clear.project import seeds as several
+
+    typer.echo(f"results: {several.run(Path.cwd(), wanted or [])}")

@@ -1,0 +1,215 @@
+"""Commands that use a trained model: ask it, let it answer, serve it, look at it, measure its decision, merge it."""
+
+import importlib
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clear.data.ports import HOST
+from clear.errors import ClearError
+
+
+def ask(
+    image: Annotated[Path, typer.Argument(help="PNG or JPEG file.")],
+    question: Annotated[str, typer.Argument(help="The question, in quotes.")],
+    model: Annotated[Path, typer.Option(help="Model folder, or a weight file in it.")] = Path("data/models/grpo"),
+    save: Annotated[Path | None, typer.Option(help="Write the restored image here (PNG).")] = None,
+    restore: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
+) -> None:
+    """Ask a trained model about one image."""
+    from clear.config import load
+    from clear.data.images import encode_image
+    from clear.model.weights import with_local_weights
+
+    if restore not in ("auto", "always", "never"):
+        raise ClearError(f"--restore {restore}: choose auto, always or never.")
+    if not image.is_file():
+        raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
+    if not model.exists():
+        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
+    config = with_local_weights(load(), "ask")
+    answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
+    typer.echo(answer.trace)
+    typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
+    typer.echo(f"answer: {answer.answer}")
+    if save is not None:
+        if answer.picture is None:
+            raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
+        save.write_bytes(encode_image(answer.picture))
+        typer.echo(f"restored image: {save}")
+
+
+def answer(
+    data: Annotated[list[Path], typer.Argument(help="Benchmark tables of VLMEvalKit (TSV), clean or degraded.")],
+    out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
+    model: Annotated[Path | None, typer.Option(help="Model folder that answers, such as data/models/grpo.")] = None,
+    endpoint: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server that answers instead.")] = "",
+    name: Annotated[str, typer.Option(help="The model's name in file names, and for an endpoint.")] = "",
+    restore: Annotated[str, typer.Option(help="auto, always, never or plain (a model that knows none).")] = "auto",
+    feedback: Annotated[str, typer.Option(help="bridge or reencode.")] = "bridge",
+    prompt: Annotated[str, typer.Option(help="vlmeval: as VLMEvalKit asks; plain: question and options.")] = "vlmeval",
+    form: Annotated[str, typer.Option("--format", help="tsv or xlsx.")] = "tsv",
+    cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler whose workers answer.")] = "",
+    key_from: Annotated[str, typer.Option(help="Environment variable with the endpoint's key.")] = "",
+) -> None:
+    """Answer benchmark tables: a prediction table for each, which `clear score` reads (docs/SERVE.md).
+
+    The same command again continues after an interruption. Rows without an answer are left out, are listed in
+    <model>_<bench>_rejects.parquet and make the exit status 1.
+    """
+    from contextlib import nullcontext
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from clear.bench.vlmeval.answering import FORMATS, answer_table, count
+    from clear.bench.vlmeval.prompts import STYLES
+    from clear.bench.vlmeval.respond import Folder, Served
+    from clear.config import load
+    from clear.llm.endpoint import connect
+    from clear.model.weights import with_local_weights
+
+    for option, value, values in (
+        ("--restore", restore, ("auto", "always", "never", "plain")),
+        ("--feedback", feedback, ("bridge", "reencode")),
+        ("--prompt", prompt, STYLES),
+        ("--format", form, FORMATS),
+    ):
+        if value not in values:
+            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    if (model is None) == (endpoint == ""):
+        raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
+    if model is not None and not model.exists():
+        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
+    if endpoint and not name:
+        raise ClearError("--endpoint needs --name: the model's name there, as its /v1/models lists it.")
+    for file in data:
+        if not file.is_file():
+            raise ClearError(f"{file}: no such file; name TSVs of VLMEvalKit's LMUData folder.")
+    config, rejects = load(), []
+    if model is not None:
+        name = name or model.resolve().name
+        respondent = nullcontext(Folder(model, with_local_weights(config, "ask"), restore, feedback, cluster))
+    else:
+        key = f"${key_from}" if key_from else ""
+        there = replace(config.teacher, url=endpoint, model=name, key=key, temperature=0.0)
+        respondent = connect(there, "teacher", out / "replies.sqlite")
+    label = name.replace("/", "_")
+    with respondent as who:
+        for file in data:
+            asked = Served(who) if endpoint else who
+            with tqdm(total=count(file), desc=file.stem, unit="row") as bar:
+                done = answer_table(file, out, label, asked, prompt, form, bar.update)
+            typer.echo(str(done.table))
+            rejects += done.rejects
+    if rejects:
+        first = rejects[0]
+        raise ClearError(
+            f"{len(rejects)} rows have no prediction; all others are written. The first: {first.id} ({first.reason}): "
+            f"{first.detail}"
+        )
+
+
+def serve(
+    model: Annotated[Path, typer.Argument(help="Model folder, or a weight file in it, such as data/models/grpo.")],
+    host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is required.")] = HOST,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any that is free.")] = 8000,
+    name: Annotated[str, typer.Option(help="What clients call the model; default: the folder's name.")] = "",
+    key_from: Annotated[
+        str, typer.Option(help="Environment variable with the key that clients must send.")
+    ] = "CLEAR_SERVE_KEY",
+    restore: Annotated[str, typer.Option(help="Unless a request says: auto, always, never or plain.")] = "auto",
+    feedback: Annotated[str, typer.Option(help="Unless a request says: bridge or reencode.")] = "bridge",
+    rows: Annotated[int, typer.Option(min=0, help="Answered at once; 0 = sampling.batch of params.yaml.")] = 0,
+    queue: Annotated[int, typer.Option(min=1, help="Answers that may wait; beyond, status 429.")] = 256,
+    max_prompt: Annotated[int, typer.Option(min=1, help="Tokens of a conversation, its picture included.")] = 8192,
+    max_tokens: Annotated[
+        int, typer.Option(min=0, help="Tokens of an answer; 0 = what params.yaml allows all its replies.")
+    ] = 0,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Pixels of a picture.")] = 50_000_000,
+    max_body: Annotated[int, typer.Option(min=1, help="Bytes of a request.")] = 20 * 2**20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds of a request.")] = 300.0,
+    fetch: Annotated[
+        bool, typer.Option("--fetch-pictures", help="Fetch pictures by http(s) URL, from public addresses only.")
+    ] = False,
+) -> None:
+    """Serve a model to OpenAI-compatible clients (docs/SERVE.md)."""
+    from clear.config import load
+    from clear.model.weights import with_local_weights
+    from clear.serve import serve as run
+    from clear.serve.settings import Settings
+
+    for option, value, values in (
+        ("--restore", restore, ("auto", "always", "never", "plain")),
+        ("--feedback", feedback, ("bridge", "reencode")),
+    ):
+        if value not in values:
+            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    if not model.exists():
+        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
+    config = with_local_weights(load(), "ask")
+    sampling = config.sampling
+    settings = Settings(
+        name=name or model.resolve().name,
+        key=os.environ.get(key_from, ""),
+        rows=rows or sampling.batch,
+        queue=queue,
+        body=max_body,
+        pixels=max_pixels,
+        prompt=max_prompt,
+        tokens=max_tokens or sampling.max_think_tokens * (sampling.max_restorations + 1),
+        seconds=timeout,
+        fetch=fetch,
+        restore=restore,
+        feedback=feedback,
+    )
+    run(model, config, settings, host, port, lambda line: typer.echo(line))
+
+
+def browse(
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on the loopback interface.")] = 8501,
+    open_browser: Annotated[bool, typer.Option("--open/--no-open", help="Open a browser.")] = True,
+) -> None:
+    """Look at the evaluation in a web page: images, answers and traces; degrade and ask about your own image."""
+    from clear.browse import serve
+
+    serve(Path(), port, open_browser)
+
+
+def decision(
+    model: Annotated[str, typer.Argument(help="sft, reencode, bridge or grpo.")] = "grpo",
+) -> None:
+    """Measure when a model restores: accuracy against the share of pictures restored, on data/development."""
+    import json
+
+    from clear.config import load
+    from clear.model.weights import with_local_weights
+    from clear.report import budget
+
+    file = budget.run(with_local_weights(load(), "evaluate"), model)
+    typer.echo(budget.table(json.loads(file.read_text())))
+    typer.echo(f"figures: {file}\ncurves: {file.with_suffix('.png')}")
+
+
+def merge(
+    folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as data/models/grpo.")],
+    out: Annotated[Path, typer.Argument(help="The new folder, with all weights.")],
+    base: Annotated[Path | None, typer.Option(help="The weights (folder or file) it adapts, if moved.")] = None,
+    weights: Annotated[str, typer.Option(help="float32 or bfloat16 in the new folder; default: runtime.weights.")] = "",
+) -> None:
+    """Add an adapter to the weights it was trained on: summed in float32, layer by layer, stored as `--weights` says.
+
+    Memory: the new weights once (29 GB for BAGEL-7B in bfloat16, 58 GB in float32); the old ones are mapped from disk.
+    """
+    from clear.config import load
+
+    if not folder.is_dir():
+        raise ClearError(f"{folder}: no folder here; name one that a training stage wrote with lora.rank > 0.")
+    kind = weights or load().runtime.weights
+    if kind not in ("float32", "bfloat16"):
+        raise ClearError(f"--weights {kind}: choose float32 or bfloat16.")
+    types = importlib.import_module("clear.training.load").TYPES
+    importlib.import_module("clear.model.lora").merge(folder, out, types[kind], base)
+    typer.echo(f"{out} written.")
