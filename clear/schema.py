@@ -240,7 +240,7 @@ class Bridge:
     distill: Phase
     answer: Phase
     own_latents: float = between(0, 1)  # share of restored rows that read the model's own denoised latent
-    decide: Phase  # learns when to restore from where the model's two paths differ; 0 steps = the traces' rule stays
+    decide: Phase  # learns when to restore from what the model's two paths are worth; 0 steps = the traces' rule stays
     decision_share: float = between(0, 1)  # of the batches of `decide`; the others are traces, which keep the replies
     price: float = between(0, 1)  # accuracy that a restoration must bring to be worth its time
 

@@ -13,16 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from clear.config import compose, from_dict, load
-from clear.data.records import write_samples
-from clear.degradation.build import degraded_samples
-from clear.degradation.protocol import CELLS
-from clear.project.scratch import write_params
-from clear.reasoning import grammar
-from clear.sources.scenes.render import scenes
-from clear.traces.table import TraceRow, write_traces
+from clear.config import load
+from tests.helpers.bridging import bridge_workspace
 from tests.helpers.ranks import fork, fsdp_environment, join, run_jobs, shard_on_cpu
-from tests.tiny import save_random_model
 
 SMALL = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]
 SMALL += ["runtime.log_every=1", "runtime.checkpoint_every=4", "sampling.flow_steps=2"]
@@ -74,20 +67,7 @@ def main() -> None:
 @pytest.mark.slow
 def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir()
-    write_params(one / "params.yaml", SMALL)
-    save_random_model(one / "data/models/sft", from_dict(compose(SMALL)))
-    clean = list(scenes("sft", 8, 3, 256, 4))
-    write_samples(one / "data/degraded/sft", degraded_samples(((s, *CELLS[2]) for s in clean), 0.4, workers=1))
-    others = list(scenes("rl", 4, 4, 256, 4))
-    write_samples(one / "data/degraded/rl", degraded_samples(((s, *CELLS[2]) for s in others), 0.4, workers=1))
-    rows = []
-    for sample in clean:
-        question = sample.questions[0]
-        direct = f"<think> </think> <answer> {question.answer} </answer>"
-        replies = (grammar.restore_reply(), direct, direct, direct)
-        rows.append(TraceRow(sample.id, question.id, question.text, *CELLS[2], *replies, False))
-    write_traces(one / "data/traces", rows)
+    bridge_workspace(one, SMALL)
     shutil.copytree(one, two)
     run_jobs("tests.test_distributed_bridge", {str(one): 1, str(two): 2})
 
@@ -100,7 +80,7 @@ def test_two_sharded_processes_make_the_bridge_of_one(tmp_path):
         for key, value in wanted.items():
             torch.testing.assert_close(found[key], value, atol=1e-4, rtol=1e-3, msg=key)
     figures = [json.loads((folder / "data/metrics/bridge.json").read_text()) for folder in (one, two)]
-    assert figures[0]["own_latents"] == figures[1]["own_latents"] == len(clean)
+    assert figures[0]["own_latents"] == figures[1]["own_latents"] == 8
     assert figures[0]["decisions"] == figures[1]["decisions"]
     for phase in ("answer", "decide"):
         loss = [one["training"][f"{phase}_loss"] for one in figures]

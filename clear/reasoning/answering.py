@@ -3,6 +3,7 @@
 What the stages `traces` and `evaluate` and the command `clear ask` share.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,11 +28,15 @@ from clear.schema import Config, Sampling
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model did with one question. `latent` is the last denoised latent (N, C), if it restored."""
+    """What a model did with one question. `latent` is the last denoised latent (N, C), if it restored.
+
+    `probability` is that of the last reply's own tokens, given what was forced.
+    """
 
     replies: tuple[str, ...]
     prediction: str
     tokens: int
+    probability: float
     latent: Tensor | None
     grid: tuple[int, int] | None
 
@@ -135,6 +140,7 @@ class Answerer:
             texts,
             extract_answer(texts[-1]),
             sum(len(reply.ids) for reply in trajectory.replies),
+            math.exp(sum(trajectory.replies[-1].log_probs)),
             last.x0 if last else None,
             last.grid if last else None,
         )

@@ -74,6 +74,8 @@ def run(config: Config) -> None:
         chosen, measured = _decisions(start, config, work)
         traces = sft.trace_loss(model, data, replace(weights, decide=False), own)
         loss = bridge.decision_loss(model, start.tokenizer, chosen, traces, config.bridge.decision_share)
+        if not lora.has_adapter(model):
+            trainable(model, only=bridge.DECIDING)
         optimise(work, "decide", model, loss, len(data), config.bridge.decide)
     save(Path("data/models/bridge"), start, config)
     last = {row["phase"]: row for row in work.curve}
@@ -109,29 +111,28 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     bank = answerer.bank([image for _, image, _ in shown], [name for name, _, _ in shown])
 
     def make() -> dict[str, torch.Tensor]:
+        found = {}
         with at_work(start.model, config):
-            answers = {path: answerer.answer(bank, asked, restore=path) for path in ("never", "always")}
-        return {
-            path: torch.tensor([is_correct(a.prediction, q) for a, (_, q) in zip(own, asked, strict=True)])
-            for path, own in answers.items()
-        }
+            for path in ("never", "always"):
+                answers = answerer.answer(bank, asked, restore=path)
+                right = [is_correct(a.prediction, q) for a, (_, q) in zip(answers, asked, strict=True)]
+                found[path] = torch.tensor(right)
+                found[f"{path}_probability"] = torch.tensor([a.probability for a in answers], dtype=torch.float64)
+        return found
 
-    right = made_once(work.folder / "both_paths.safetensors", make)
-    direct, restored = right["never"].tolist(), right["always"].tolist()
+    found = made_once(work.folder / "both_paths.safetensors", make)
+    direct, restored = found["never"].tolist(), found["always"].tolist()
+    scores = [(found[path] * found[f"{path}_probability"]).tolist() for path in ("never", "always")]
     prompts = [make_prompt(start.tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
-    chosen = bridge.decisions(prompts, direct, restored, config.bridge.price, config.seed)
+    chosen = bridge.decisions(prompts, *scores, config.bridge.price)
     if not chosen:
-        raise ClearError(
-            f"bridge: the two paths agree on all {len(asked)} questions of data/degraded/rl, and bridge.price = "
-            f"{config.bridge.price} draws none of them: nothing to learn a decision from. Set bridge.decide.steps = 0, "
-            "or raise bridge.price."
-        )
+        raise ClearError("bridge: data/degraded/rl holds no question to learn the decision from; raise source.rl.")
     degraded = sum(len(s.questions) for s in samples)
     pairs = list(zip(direct, restored, strict=True))[:degraded]
     figures = {
         "questions": len(asked),
-        "labels": len(chosen),
-        "restoring_labels": sum(d.restore for d in chosen),
+        "differing": sum(a != b for a, b in zip(direct, restored, strict=True)),
+        "better_restored": sum(d.restore for d in chosen),
         "direct_accuracy": sum(a for a, _ in pairs) / max(1, degraded),
         "restored_accuracy": sum(b for _, b in pairs) / max(1, degraded),
         "either_accuracy": sum(a or b for a, b in pairs) / max(1, degraded),

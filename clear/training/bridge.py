@@ -12,7 +12,9 @@ would need a second forward of a second model.
 
 The decision to restore comes last. Whether a restoration helps is a property of the model and not of the picture, so
 it is measured: the stage lets the model answer questions that it was not trained on along both of its paths, and it
-learns the deciding token from where these differ (`decision_loss`), in turn with the traces, which keep the replies.
+learns the deciding token from what each path is worth (`decision_loss`), in turn with the traces, which keep the
+replies. Only the output head learns it: all weights together learn the questions by heart, not what the model sees in
+them (docs/LOG.md has the figures). Adapters do not reach the head, so a model with adapters learns it in these.
 """
 
 from collections.abc import Hashable, Sequence
@@ -29,6 +31,9 @@ from clear.reasoning.prompts import Prompt
 from clear.training.loop.parallel import share_batch
 from clear.training.loop.trainer import Loss
 from clear.training.sft import TraceData
+
+DECIDING = ("lm_head",)
+"""What learns the decision, in a model without adapters."""
 
 
 @torch.no_grad()
@@ -51,43 +56,40 @@ def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: O
 
 @dataclass(frozen=True)
 class Decision:
-    """A prompt, and whether its picture is better restored before the answer."""
+    """A prompt, whether its picture is better restored before the answer, and how much depends on it (> 0)."""
 
     prompt: Prompt
     restore: bool
+    weight: float
 
 
 def decisions(
-    prompts: Sequence[Prompt], direct: Sequence[bool], restored: Sequence[bool], price: float, seed: int
+    prompts: Sequence[Prompt], direct: Sequence[float], restored: Sequence[float], price: float
 ) -> list[Decision]:
-    """What the outcomes of both paths say about each prompt: `direct` and `restored` tell whether each was right.
+    """What both paths say about each prompt: `direct` and `restored` are the probability of a right reply, in [0, 1].
 
-    Where one path alone is right, it is the label. Where both are or neither is, a restoration gains nothing; of these
-    prompts the share `price` (drawn by `seed`) is labelled direct. A model that fits the labels then restores where
-    P(only the restored answer is right) − P(only the direct one is) > price · P(no difference): `price` is about the
-    accuracy that a restoration must bring to be worth its time.
+    A restoration is right where it gains more than `price`, and the weight is how much more, or less. A model that fits
+    them restores where the expected gain is above the price: the accuracy that a restoration must bring to be worth its
+    time. A prompt that gains exactly the price says nothing and is left out.
     """
-    drawn = torch.rand(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
-    return [
-        Decision(prompt, b and not a)
-        for prompt, a, b, number in zip(prompts, direct, restored, drawn, strict=True)
-        if a != b or number < price
-    ]
+    gains = [b - a - price for a, b in zip(direct, restored, strict=True)]
+    return [Decision(prompt, gain > 0, abs(gain)) for prompt, gain in zip(prompts, gains, strict=True) if gain]
 
 
 def decision_loss(model: Bagel, tokenizer, chosen: Sequence[Decision], traces: Loss, share: float) -> Loss:
     """Batches of two kinds at random: with probability `share` the deciding tokens of `chosen`, else the trace loss.
 
     The deciding token is the first one in which a direct reply and the trigger reply differ; nothing else of a
-    decision carries a loss. The numbers of a batch count traces; decisions are drawn evenly.
+    decision carries a loss. The numbers of a batch count traces; decisions are drawn by their weights.
     """
+    weights = torch.tensor([decision.weight for decision in chosen], dtype=torch.float64)
     begun, direct, trigger = deciding(tokenizer)
     scored = [False] * len(begun) + [True]
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         if torch.rand(()) >= share:
             return traces(index)
-        drawn = [chosen[k] for k in torch.randint(len(chosen), (len(index),)).tolist()]
+        drawn = [chosen[k] for k in torch.multinomial(weights, len(index), replacement=True).tolist()]
         prompts = [decision.prompt for decision in drawn]
         said = [Text([*begun, trigger if d.restore else direct], scored, eos=False) for d in drawn]
         rows = [[*prompt.segments(), text] for prompt, text in zip(prompts, said, strict=True)]
