@@ -1,4 +1,7 @@
-"""Bad input and interruptions, end to end through the real command: one line that names what is wrong, no traceback."""
+"""Bad input and interruptions, end to end through the real command: one line that names what is wrong, no traceback.
+
+Where the matter is not the process, the command runs in this one: a new Python spends its time on imports.
+"""
 
 import contextlib
 import os
@@ -59,14 +62,24 @@ def start(folder: Path, stage: str) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
 
 
-def refusal(folder: Path, stage: str) -> str:
+def one_line(stage: str, status: int, stderr: str) -> str:
     """The one line with which a stage refuses; progress lines aside, nothing else is on stderr."""
-    with start(folder, stage) as process:
-        _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1, stderr
+    assert status == 1, stderr
     said = [line for line in stderr.splitlines() if line and not line.startswith((f"{stage}: ", f"{stage} "))]
     assert len(said) == 1 and said[0].startswith("error: "), stderr
     return said[0]
+
+
+@pytest.fixture
+def refusal(clear, monkeypatch):
+    """Function: run a stage in a folder, in this process; returns the one line with which it refuses."""
+
+    def call(folder: Path, stage: str) -> str:
+        monkeypatch.chdir(folder)
+        status, _, stderr = clear(stage)
+        return one_line(stage, status, stderr)
+
+    return call
 
 
 def truncate_last(folder: Path, field: str) -> str:
@@ -93,7 +106,7 @@ def made(_made, tmp_path) -> Path:
     return Path(shutil.copytree(_made, tmp_path / "made"))
 
 
-def test_validate_names_the_sample_whose_degraded_image_is_truncated(made):
+def test_validate_names_the_sample_whose_degraded_image_is_truncated(made, refusal):
     key = truncate_last(made / "data/degraded/sft", "degraded")
     line = refusal(made, "validate")
     assert f"for 1 samples: {key}" in line and "degraded_sft" in line and "repair" in line
@@ -105,20 +118,22 @@ def test_degrade_names_the_sample_whose_clean_image_is_truncated(made):
     workspace(made, workers=2)  # the error comes out of a worker process
     before = bytes_of(made / "data/degraded")
     sample = truncate_last(made / "data/samples/rl", "image").split("/")[0]
-    line = refusal(made, "degrade")
+    with start(made, "degrade") as process:
+        _, stderr = process.communicate(timeout=60)
+    line = one_line("degrade", process.returncode, stderr)
     assert f"sample {sample}" in line and "not a complete image; replace or remove" in line
     after = {name: data for name, data in bytes_of(made / "data/degraded").items() if ".partial" not in name}
     assert after == before
 
 
-def test_a_shard_without_a_column_is_named_with_the_column(made):
+def test_a_shard_without_a_column_is_named_with_the_column(made, refusal):
     shard = shards(made / "data/samples/sft")[0]
     pq.write_table(pq.read_table(shard).drop_columns(["questions"]), shard)
     line = refusal(made, "degrade")
     assert f"{shard.relative_to(made)}: column 'questions' is missing" in line
 
 
-def test_a_shard_that_is_no_parquet_file_is_named(made):
+def test_a_shard_that_is_no_parquet_file_is_named(made, refusal):
     shard = shards(made / "data/samples/sft")[0]
     shard.write_bytes(shard.read_bytes()[:-100])
     assert str(shard.relative_to(made)) in refusal(made, "degrade")
@@ -140,7 +155,7 @@ def test_an_unknown_corruption_is_named_with_the_sample_and_the_choice(corruptio
         ("runtime", "threads", "many", "runtime.threads"),
     ],
 )
-def test_wrong_parameters_are_named_and_nothing_is_written(tmp_path, section, key, value, said):
+def test_wrong_parameters_are_named_and_nothing_is_written(tmp_path, refusal, section, key, value, said):
     folder = workspace(tmp_path / "work")
     params = yaml.safe_load((folder / "params.yaml").read_text())
     params[section][key] = value

@@ -6,6 +6,7 @@ dependencies of a reader as well. Commands count as what they start: `["git", â€
 
 import ast
 import itertools
+from functools import cache
 from pathlib import Path
 
 import networkx as nx
@@ -54,26 +55,30 @@ def _modules(root: Path) -> dict[str, Path]:
 
 def _imported(file: Path) -> set[str]:
     """Dotted names that a file imports, `from a import b` as both a and a.b."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
+    return _read(file.read_text())[0]
+
+
+def _started(file: Path) -> set[str]:
+    """Programs that a file starts, by the first word of a command or the module behind `-m`."""
+    return _read(file.read_text())[1]
+
+
+@cache
+def _read(text: str) -> tuple[set[str], set[str]]:
+    """What a program imports and what it starts; every test asks for every file."""
+    found, started = set(), set()
+    for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
         elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module":
             found |= {word.value for word in node.args[:1] if isinstance(word, ast.Constant)}
-    return found
-
-
-def _started(file: Path) -> set[str]:
-    """Programs that a file starts, by the first word of a command or the module behind `-m`."""
-    found = set()
-    for node in ast.walk(ast.parse(file.read_text())):
-        if isinstance(node, ast.List | ast.Tuple):
+        elif isinstance(node, ast.List | ast.Tuple):
             words = [word.value if isinstance(word, ast.Constant) else None for word in node.elts]
-            found |= {word for word in words[:1] if isinstance(word, str)}
-            found |= {after for word, after in itertools.pairwise(words) if word == "-m"}
-    return found
+            started |= {word for word in words[:1] if isinstance(word, str)}
+            started |= {after for word, after in itertools.pairwise(words) if word == "-m"}
+    return found, started
 
 
 def _imports(root: Path) -> dict[str, set[str]]:
@@ -173,7 +178,8 @@ def _pickles(root: Path) -> list[str]:
     found = []
     for name, file in _modules(root).items():
         found += [f"{name} imports {other}" for other in sorted(_imported(file) & PICKLING)]
-        for node in ast.walk(ast.parse(file.read_text())):
+        text = file.read_text()
+        for node in ast.walk(ast.parse(text)) if "torch" in text else ():
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
                 given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
                 found += [] if given.get("weights_only") == "True" else [f"{name} calls {ast.unparse(node)}"]
