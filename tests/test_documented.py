@@ -46,7 +46,7 @@ BAGEL_FULL = "test_documented::test_the_full_model_is_trained_on_several_devices
 DEPLOYED = "test_deployment::test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts"
 RUN = {
     "make venv": "test_make::test_an_installation_uses_the_lock_and_marks_itself_complete",
-    "make repro": "test_pipeline::test_smoke_runs_from_end_to_end_in_a_fresh_clone",
+    "make repro": "test_smoke::test_smoke_runs_from_end_to_end_in_a_fresh_clone",
     "make remote": "test_s3::test_what_one_clone_pushes_another_pulls_and_need_not_reproduce",
     "make stack": "test_stack::test_the_stack_is_created_updated_and_read",
     "make image": "test_stack::test_an_image_is_built_from_the_lock_pushed_once_and_runs_without_root",
@@ -129,7 +129,8 @@ def _clear(arguments: list[str]) -> None:
 
 
 def _composes(overrides: list[str]) -> None:
-    from_dict(compose([text.replace("$PWD", "/here") for text in overrides]))
+    if overrides:
+        compose([text.replace("$PWD", "/here") for text in overrides])
 
 
 def _dvc(arguments: list[str]) -> None:

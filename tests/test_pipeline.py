@@ -1,4 +1,4 @@
-"""The pipeline as DVC sees it: stages and code belong together, a scratch run leaves no trace, smoke runs for real."""
+"""The pipeline as DVC sees it: stages and code belong together, a scratch run leaves no trace."""
 
 import ast
 import hashlib
@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,7 @@ def _definition(stage):
     return STAGES[stage].get("do", STAGES[stage])
 
 
+@cache  # the stages share most of their files
 def _imports(file: Path) -> set[Path]:
     """The files of this project that a file imports, wherever in it (type checking aside)."""
     tree = ast.parse(file.read_text())
@@ -235,49 +237,8 @@ def test_an_interrupted_scratch_run_ends_its_stage_too(project):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGTERM)
-        _, stderr = process.communicate(timeout=30)
+        _, stderr = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "interrupted; run the same command again" in stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
-
-
-def _make(folder, *arguments):
-    plain = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "CLEAR_HOME"))}
-    command = ["make", *arguments, f"VENV={Path(sys.executable).parent.parent}"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=plain)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-def test_smoke_runs_from_end_to_end_in_a_fresh_clone(clone):
-    before = git(clone, "status", "--porcelain", "--ignored")
-    first = _make(clone, "repro", "PROFILE=smoke")
-
-    scratch = clone / ".clear/scratch/smoke"
-    for model in MODELS:
-        assert model in first
-        metrics = json.loads((scratch / f"data/metrics/evaluate_{model}.json").read_text())
-        assert set(metrics["accuracy"]) == {"clean", "low", "mid", "high"}
-        assert (scratch / f"data/predictions/{model}.parquet").stat().st_size > 0
-    for stage in STAGES:
-        if stage != "evaluate":
-            assert (scratch / _folder_of_figures(stage) / f"{stage}.json").exists(), stage
-    pages = [line for line in first.splitlines() if line.startswith("report: ")]
-    assert Path(pages[0].removeprefix("report: ")).is_relative_to(clone / "data/report/smoke")
-    assert Path(pages[0].removeprefix("report: ")).stat().st_size > 0
-    records = {file.stem for file in (clone / ".clear/runs/smoke").glob("*.json")}
-    assert records == {*(set(STAGES) - {"evaluate"}), *(f"evaluate_{model}" for model in MODELS)}
-    assert not [file for file in (clone / ".clear/checkpoints").rglob("*") if file.is_file()], "success deletes them"
-
-    after = git(clone, "status", "--porcelain", "--ignored")
-    new = set(after.splitlines()) - set(before.splitlines())
-    assert {line.split()[1].split("/")[0] for line in new if "__pycache__" not in line} <= {".clear", "data", ".dvc"}
-    assert git(clone, "status", "--porcelain") == ""
-
-    made = {file: file.stat().st_mtime_ns for file in (clone / ".clear/runs/smoke").glob("*.json")}
-    again = _make(clone, "repro", "PROFILE=smoke")
-    assert {file: file.stat().st_mtime_ns for file in made} == made, "nothing is run twice"
-    assert [line for line in again.splitlines() if line.startswith(tuple(MODELS))] == [
-        line for line in first.splitlines() if line.startswith(tuple(MODELS))
-    ]
