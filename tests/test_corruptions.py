@@ -426,8 +426,11 @@ def test_unknown_names_and_wrong_input_are_refused():
             apply("dark", picture(), intensity, scale)
 
 
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 40), (129, 96), (200, 131)])
-@pytest.mark.parametrize(("spatial", "color"), [(1, 3), (7, 18), (36, 36), (70, 20)])
+LARGE = [pytest.param(*size, marks=pytest.mark.slow) for size in ((129, 96), (200, 131))]
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 40), (65, 48), (100, 67), *LARGE])
+@pytest.mark.parametrize(("spatial", "color"), [(1, 3), (7, 18), (36, 36), (70, 20)])  # windows within and beyond both
 def test_the_mean_shift_kernel_has_the_pixels_of_opencv(height, width, spatial, color):
     rng = np.random.default_rng(height + spatial)
     noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
