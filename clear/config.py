@@ -5,7 +5,9 @@ stage reads the composed `params.yaml`, however it was edited, and every value p
 wrong type or a value out of range is rejected with its full name.
 """
 
+from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,7 +139,16 @@ def read_yaml(path: Path | str) -> Any:
 
 
 def compose(overrides: tuple[str, ...] | list[str] = ()) -> dict:
-    """Compose `clear/conf` with Hydra, as `dvc exp run -S` does, and return plain dictionaries."""
+    """Compose `clear/conf` with Hydra, as `dvc exp run -S` does, and return plain dictionaries.
+
+    Hydra takes a third of a second, so what was asked for before is kept until a file of `clear/conf` changes.
+    """
+    stamps = tuple((str(file), file.stat().st_mtime_ns) for file in sorted(CONF_DIR.rglob("*.yaml")))
+    return deepcopy(_composed(tuple(overrides), stamps))
+
+
+@cache
+def _composed(overrides: tuple[str, ...], stamps: tuple[tuple[str, int], ...]) -> dict:
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.errors import HydraException

@@ -1,8 +1,12 @@
 """Configuration: what is wrong is refused by its full name; every profile composes; Hydra and DVC agree."""
 
+import shutil
+from pathlib import Path
+
 import pytest
 import yaml
 
+from clear import config as configuration
 from clear.config import CONF_DIR, compose, from_dict, load
 from clear.errors import ClearError
 from clear.project.scratch import write_params
@@ -58,6 +62,17 @@ def test_every_profile_composes_and_passes(profile):
 
 def test_every_profile_file_is_a_profile():
     assert {file.stem for file in (CONF_DIR / "profile").glob("*.yaml")} == set(PROFILES)
+
+
+def test_what_is_composed_again_is_nobody_else_s_and_follows_the_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(configuration, "CONF_DIR", Path(shutil.copytree(CONF_DIR, tmp_path / "conf")))
+    first = compose(["profile=smoke"])
+    seed = first["seed"]
+    first["seed"] = -1
+    assert compose(["profile=smoke"])["seed"] == seed
+    file = tmp_path / "conf/config.yaml"
+    file.write_text(file.read_text().replace(f"seed: {seed}", "seed: 7"))
+    assert compose(["profile=smoke"])["seed"] == 7
 
 
 def test_an_unknown_profile_and_an_unknown_override_are_refused():
