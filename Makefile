@@ -39,8 +39,10 @@ SEEDS ?= 20260421 1 2
 results: $(READY)  ## run the pipeline under SEEDS="20260421 1 2", in any number of sittings, and write docs/RESULTS.md
 	@python -m clear seeds $(SEEDS)
 
-test: $(READY)  ## run the suite, the smoke pipeline from end to end included
-	@python -m pytest -m "not slow" --durations=15
+# A file's tests share what is expensive, so a file stays together.
+WORKERS ?= 2
+test: $(READY)  ## run the suite, the smoke pipeline from end to end included, in WORKERS=2 processes
+	@python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
 test-all: $(READY)  ## run the slow tests too: reproducibility and resumption of the whole pipeline
 	@python -m pytest --durations=15

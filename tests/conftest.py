@@ -25,6 +25,15 @@ for _name, _value in {
 }.items():
     os.environ.setdefault(_name, _value)
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers: threads that wait for each other would stand idle
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def pytest_collection_modifyitems(items):
+    """The longest test comes first: at the end one worker would be waited for while the others have nothing to do."""
+    items.sort(key=lambda item: item.path.name != "test_smoke.py")
+
 
 @pytest.fixture(autouse=True)
 def _own_home(monkeypatch):
