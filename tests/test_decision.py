@@ -1,4 +1,4 @@
-"""The decision to restore, learned from where a model's own two paths differ (clear/training/bridge.py)."""
+"""The decision to restore, learned from what a model's own two paths are worth (clear/training/bridge.py)."""
 
 import json
 from pathlib import Path
