@@ -49,7 +49,7 @@ class Source:
     The other kinds read `path` (docs/DATA.md): `shares` of the images go to the splits by the hash of their pixels.
     """
 
-    kind: str = one_of("scenes", "llava_onevision", "lmudata", "folder")
+    kind: str = one_of("scenes", "llava_onevision", "lmudata", "folder", "clear_train")
     path: str = field()  # below data/raw, where DVC sees changes; not for scenes
     bench_path: str = field()  # a folder or file of VLMEvalKit TSVs that becomes the split bench; empty = split it off
     shares: list[float] = field(metadata={"low": 0, "high": 1})  # pretrain, sft, rl, validation, bench[, development]
@@ -110,6 +110,7 @@ class ModelSize:
     """Shapes of a BAGEL model (METHOD §1). `checkpoint` names a folder with weights; empty trains from scratch."""
 
     checkpoint: str
+    base: str  # folder with the configs, autoencoder and tokenizer, where `checkpoint` has weights alone
     hidden: int = count()
     layers: int = count()
     heads: int = count()
@@ -176,10 +177,11 @@ class Base:
 class Traces:
     """Demonstrations. `restore_when`: the paper's rule is "base_wrong" (see clear/traces/oracle.py).
 
-    `teacher` writes them through the endpoint of that name (clear/traces/teacher.py); the last two keys are for it.
+    `teacher` writes them through the endpoint of that name (clear/traces/teacher.py); give_answer and judge are for it.
+    `given` takes those that come with the data (clear/traces/given.py) and needs no other key.
     """
 
-    kind: str = one_of("oracle", "teacher")
+    kind: str = one_of("oracle", "teacher", "given")
     restore_when: str = one_of("base_wrong", "degradation", "always", "never", "teacher")  # the last: it decides itself
     give_answer: bool = field()  # tell the teacher the reference answer
     judge: bool = field()  # let the endpoint `judge` compare free answers that do not match exactly

@@ -1,10 +1,11 @@
 """What the sources of real data share: rows and rejects, the sampling rules, and the split by content (METHOD §6).
 
-A reader (llava_onevision, lmudata, folder) yields a `Row` for every row it can read and a `Reject` for every other
-one. `examine` decodes the image, applies the rules and makes a `Sample`. Which split a sample belongs to follows from
-the hash of its decoded pixels and the seed: the same picture under another name, in another file or re-encoded without
-loss is always in the same split. Departures from the published sampling: it draws at random, so duplicates end up in
-different splits, and it skips rows silently; here a row is sampled, left out by its hash, or rejected with a reason.
+A reader (llava_onevision, lmudata, folder, clear_train) yields a `Row` for every row it can read and a `Reject` for
+every other one. `examine` decodes the image, applies the rules and makes a `Sample`. Which split a sample belongs to
+follows from the hash of its decoded pixels and the seed: the same picture under another name, in another file or
+re-encoded without loss is always in the same split. Departures from the published sampling: it draws at random, so
+duplicates end up in different splits, and it skips rows silently; here a row is sampled, left out by its hash, or
+rejected with a reason.
 """
 
 import hashlib
@@ -18,7 +19,7 @@ import numpy as np
 
 from clear.data.images import decode_image, encode_image
 from clear.data.pool import threaded
-from clear.data.records import Question, Sample, sha256
+from clear.data.records import CLEAN, INCOMING, Question, Sample, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted
 from clear.schema import Source
@@ -27,6 +28,8 @@ from clear.sources.scenes.words import LABELS
 
 SPLITS = ("pretrain", "sft", "rl", "validation", "bench", "development")
 """In the order of `source.shares`. Recipes are compared on `development`, so that `bench` stays unseen."""
+TAUGHT = ("sft", "rl")
+"""The splits in which a sample may bring its degraded copy."""
 
 _CJK = re.compile("[\u1100-\u11ff\u2e80-\u2fdf\u3005-\u30ff\u3100-\u318f\u31a0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
                   "\ua960-\ua97f\uac00-\ud7ff\uf900-\ufaff\uff66-\uffdc\U00020000-\U0003ffff]")  # fmt: skip
@@ -35,13 +38,15 @@ _CJK = re.compile("[\u1100-\u11ff\u2e80-\u2fdf\u3005-\u30ff\u3100-\u318f\u31a0-\
 
 @dataclass(frozen=True)
 class Row:
-    """One readable row: an encoded image with its questions. `origin` is kept as the sample's annotation."""
+    """One readable row: an encoded image with its questions. `origin` is kept as the sample's annotation; `degraded` is
+    a degraded copy, if the data bring one."""
 
     id: str
     subset: str
     image: bytes
     questions: tuple[Question, ...]
     origin: dict
+    degraded: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,7 @@ def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
         return reject("language", "Chinese, Japanese or Korean characters (source.skip_cjk)")
     try:
         array = decode_image(row.image, row.id)
+        copy = decode_image(row.degraded, f"{row.id}, degraded") if row.degraded else None
     except ClearError as error:
         return reject("image", str(error))
     height, width = array.shape[:2]
@@ -94,11 +100,22 @@ def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
         return reject("size", f"{width} x {height} px, source.min_side = {rules.min_side}")
     if rules.max_aspect and max(height, width) > rules.max_aspect * min(height, width):
         return reject("aspect", f"{width} x {height} px, source.max_aspect = {rules.max_aspect:g}")
-    kept = row.image.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"))
-    image = row.image if kept else encode_image(array, "jpeg")
+    if copy is not None and copy.shape != array.shape:
+        return reject("partner", f"clean {width} x {height} px, degraded {copy.shape[1]} x {copy.shape[0]} px")
+    if copy is not None and np.array_equal(copy, array):
+        return reject("partner", "the degraded picture has the pixels of the clean one")
+    image = _stored(row.image, array)
     origin = json.dumps(row.origin, sort_keys=True, ensure_ascii=False) if row.origin else ""
     questions = row.questions[: rules.questions_per_image]
-    return Examined(Sample(row.id, rules.kind, "", image, sha256(image), questions, origin), pixel_hash(array))
+    sample = Sample(row.id, rules.kind, "", image, sha256(image), questions, origin)
+    if copy is not None:
+        copied = _stored(row.degraded, copy)
+        sample = replace(sample, degraded=copied, corruption=rules.kind, severity=INCOMING)
+    return Examined(sample, pixel_hash(array))
+
+
+def _stored(data: bytes, array: np.ndarray) -> bytes:
+    return data if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) else encode_image(array, "jpeg")
 
 
 def examined(rows: Iterable[Row | Reject], rules: Source, workers: int) -> Iterator[Examined | Reject]:
@@ -109,7 +126,11 @@ def examined(rows: Iterable[Row | Reject], rules: Source, workers: int) -> Itera
 def assigned(
     found: Iterable[Examined | Reject], seed: int, shares: Sequence[float], held_out: set[bytes] = frozenset()
 ) -> Iterator[Sample | Reject]:
-    """Give every sample its split ("" = not sampled) and reject what is in `held_out` or repeats an id."""
+    """Give every sample its split ("" = not sampled) and reject what is in `held_out` or repeats an id.
+
+    A degraded copy that came with the data stays with the samples that are trained on; elsewhere the protocol makes the
+    copies.
+    """
     ids: set[bytes] = set()
     for item in found:
         if isinstance(item, Reject):
@@ -125,6 +146,8 @@ def assigned(
         else:
             if split:
                 ids.add(key)
+            if sample.degraded is not None and split not in TAUGHT:
+                sample = replace(sample, degraded=None, corruption=CLEAN, severity=CLEAN)
             yield replace(sample, split=split)
 
 

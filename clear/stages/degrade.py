@@ -2,15 +2,16 @@
 
 Reads data/samples/{sft,rl,validation}, writes data/degraded/<split>/ and data/metrics/degrade.json. Training images
 draw their corruption and severity from the published weights; validation images go through all 48 cells in turn.
-Naturally degraded images (data/incoming) are appended to their slice, sft or rl; rows of theirs that cannot be used are
-listed in data/rejects/incoming.parquet.
+A sample that brings its degraded copy (source.kind = clear_train) keeps it. Naturally degraded images (data/incoming)
+are appended to their slice, sft or rl; rows of theirs that cannot be used are listed in data/rejects/incoming.parquet.
 """
 
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 from clear.data.io import write_json
-from clear.data.records import Sample, ShardWriter, read_samples
+from clear.data.records import CLEAN, Sample, ShardWriter, read_samples
 from clear.data.rejects import write_rejects
 from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned
@@ -43,10 +44,13 @@ def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[s
     variants = _cycled(folder, copies) if split == "validation" else drawn
     counts: dict[str, dict[str, int]] = {}
     writer = ShardWriter(DEGRADED / split)
-    total = count_rows(folder) * copies
-    for sample in degraded_samples(
+    brought = sum(sample.corruption != CLEAN for sample in read_samples(folder, ["corruption"]))
+    total = (count_rows(folder) - brought) * copies
+    made = degraded_samples(
         variants, settings.size_scale, settings.workers, total, f"degrade {split}", names, settings.cluster
-    ):
+    )
+    kept = (sample for sample in read_samples(folder) if sample.degraded is not None) if brought else ()
+    for sample in chain(made, kept):
         writer.add(sample)
         row = counts.setdefault(sample.corruption, {})
         row[sample.severity] = row.get(sample.severity, 0) + 1
@@ -58,7 +62,8 @@ def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[s
 
 def _drawn(folder: Path, weights: dict[str, float], severity_weights: list[float]) -> Iterator[tuple[Sample, str, str]]:
     for sample in read_samples(folder):
-        yield sample, *draw(sample.id, weights, severity_weights)
+        if sample.degraded is None:
+            yield sample, *draw(sample.id, weights, severity_weights)
 
 
 def _cycled(folder: Path, copies: int) -> Iterator[tuple[Sample, str, str]]:

@@ -117,12 +117,13 @@ def _found(kind: str, path: str, rules: Source, workers: int, key: str) -> Itera
             f"`cp -rs {link.resolve()} $PWD/{link}`."
         )
     from clear.bench.vlmeval.names import is_degraded
-    from clear.sources import folder, llava_onevision, lmudata
+    from clear.sources import clear_train, folder, llava_onevision, lmudata
 
     for file in lmudata.files(place) if kind == "lmudata" else ():
         if is_degraded(file.stem):
             raise ClearError(f"{file}: is degraded already, by its name; remove it here and keep the clean benchmark.")
-    reader = {"folder": folder, "llava_onevision": llava_onevision, "lmudata": lmudata}[kind]
+    readers = {"folder": folder, "llava_onevision": llava_onevision, "lmudata": lmudata, "clear_train": clear_train}
+    reader = readers[kind]
     items = examined(reader.rows(place), rules, workers)
     return tqdm(items, desc=f"source {place.name}", total=reader.count(place), unit="row", mininterval=1)
 

@@ -2,9 +2,10 @@
 
 With `traces.kind: oracle` their words come from the evidence of the source, with `teacher` from a model behind an
 endpoint (clear/traces/teacher.py): what it cannot write goes to data/rejects/traces.parquet, its cost to the run
-record. The written table is then checked by named expectations (clear/traces/checks.py); a violated one stops the
-stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its rows can be
-looked up.
+record. With `given` they come with the data (clear/traces/given.py), no base is asked, and a demonstration that is not
+as it must be is rejected. The written table is then checked by named expectations (clear/traces/checks.py); a violated
+one stops the stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its
+rows can be looked up.
 
 Images are read from the shards again for each purpose, so that memory does not grow with their number; a question keeps
 only two verdicts and its trace, some hundred bytes.
@@ -27,9 +28,10 @@ from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
 from clear.schema import Config
 from clear.traces.checks import TRACE_CHECKS, trace_frame
+from clear.traces.given import given
 from clear.traces.oracle import restores, trace_row
 from clear.traces.table import TraceRow, read_traces, write_traces
-from clear.validation.expectations import Failure, as_json, listed, run_checks
+from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
 
 if TYPE_CHECKING:
     from clear.reasoning.answering import Answerer
@@ -42,8 +44,66 @@ def run(config: Config) -> None:
 
     Raises ClearError naming expectation and rows if an expectation fails.
     """
-    if config.traces.kind == "teacher":
+    kind = config.traces.kind
+    if kind == "teacher":
         _check_endpoints(config)  # before anything that takes long
+    found = _given(config) if kind == "given" else _demonstrated(config)
+    rejected: Counter = Counter()
+    with RejectWriter(REJECTS) as rejects:
+        rows = []
+        for one in found:
+            if isinstance(one, Reject):
+                rejects.add(one)
+                rejected[one.reason] += 1
+            else:
+                rows.append(one)
+        if not rows:
+            who = "the data brought" if kind == "given" else "the teacher wrote"
+            raise ClearError(f"traces: {who} no usable trace; {REJECTS} says why ({dict(rejected)}).")
+        write_traces(OUT, rows)
+        failures = _failures(config, rejects)
+    shown = Counter(row.severity for row in rows)
+    restored = Counter(row.severity for row in rows if row.reply_2)
+    figures = {
+        "traces": len(rows),
+        "validation": {"success": not failures, "expectations": len(TRACE_CHECKS), "failed": as_json(failures)},
+        "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
+    }
+    if kind == "given":
+        figures["rejects"] = rejected
+    else:
+        answered = Counter(row.severity for row in rows if row.base_correct)
+        figures["base_accuracy"] = {s: answered[s] / shown[s] for s in sorted(shown)}
+    write_json(METRICS, figures | (_teaching(config, rejected) if kind == "teacher" else {}))
+    if failures:
+        verdict = listed({"data/traces": failures}, "traces")
+        raise ClearError(f"traces: {verdict}. See {REJECTS}; repair the samples, or the code that wrote these traces.")
+
+
+def _given(config: Config) -> Iterator[TraceRow | Reject]:
+    """The traces that came with the data; each of them that breaks an expectation is rejected under its name."""
+    rows, wanted = [], ("id", "source", "questions", "annotation", "corruption", "severity")
+    for _, sample, question in _asked(config, wanted):
+        found = given(sample, question)
+        if isinstance(found, Reject):
+            yield found
+        else:
+            rows.append(found)
+    if not rows:
+        return
+    frame = trace_frame(rows, read_samples("data/degraded/sft"))
+    broken: dict[int, Check] = {}
+    for check in TRACE_CHECKS:
+        broken |= {n: check for n in frame.index[check.failing(frame)] if n not in broken}
+    for n, row in enumerate(rows):
+        if check := broken.get(n):
+            yield Reject(frame.at[n, "key"], row.severity, check.name, f"not true that {check.means}")
+        else:
+            yield row
+
+
+def _demonstrated(config: Config) -> Iterable[TraceRow | Reject]:
+    """The traces that the oracle or the teacher writes, once the base has answered."""
     apply_runtime(config)
     from clear.data.workspace import model_folder
     from clear.reasoning.answering import Answerer
@@ -70,39 +130,10 @@ def run(config: Config) -> None:
             if n in shown_clean:
                 yield sample, question, False, clean[n], True
 
-    rejected: Counter = Counter()
-    with RejectWriter(REJECTS) as rejects:
-        if config.traces.kind == "teacher":
-            rows = []
-            total += len(shown_clean)
-            for found in tqdm(_taught(config, wanted()), desc="teacher", total=total, unit="trace", mininterval=2):
-                if isinstance(found, Reject):
-                    rejects.add(found)
-                    rejected[found.reason] += 1
-                else:
-                    rows.append(found)
-        else:
-            rows = [trace_row(*task) for task in wanted()]
-        if not rows:
-            raise ClearError(f"traces: the teacher wrote no usable trace; {REJECTS} says why ({dict(rejected)}).")
-        write_traces(OUT, rows)
-        failures = _failures(config, rejects)
-    shown = Counter(row.severity for row in rows)
-    restored = Counter(row.severity for row in rows if row.reply_2)
-    answered = Counter(row.severity for row in rows if row.base_correct)
-    write_json(
-        METRICS,
-        {
-            "traces": len(rows),
-            "validation": {"success": not failures, "expectations": len(TRACE_CHECKS), "failed": as_json(failures)},
-            "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
-            "base_accuracy": {s: answered[s] / shown[s] for s in sorted(shown)},
-            **(_teaching(config, rejected) if config.traces.kind == "teacher" else {}),
-        },
-    )
-    if failures:
-        verdict = listed({"data/traces": failures}, "traces")
-        raise ClearError(f"traces: {verdict}. See {REJECTS}; repair the samples, or the code that wrote these traces.")
+    if config.traces.kind == "teacher":
+        total += len(shown_clean)
+        return tqdm(_taught(config, wanted()), desc="teacher", total=total, unit="trace", mininterval=2)
+    return (trace_row(*task) for task in wanted())
 
 
 def _failures(config: Config, rejects: RejectWriter) -> list[Failure]:
