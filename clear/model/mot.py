@@ -23,7 +23,10 @@ from clear.model.flex import attend_blocks
 
 @dataclass(frozen=True)
 class LlmConfig:
-    """Shapes of the language model; the defaults are Qwen2.5-7B's, as BAGEL has them."""
+    """Shapes of the language model; the defaults are Qwen2.5-7B's, as BAGEL has them.
+
+    `positions` are the rope positions it was trained on; 0 = not stated, and nothing is refused for its length.
+    """
 
     vocab: int = 152064
     hidden: int = 3584
@@ -33,6 +36,7 @@ class LlmConfig:
     mlp: int = 18944
     rms_eps: float = 1e-6
     rope_theta: float = 1e6
+    positions: int = 0
 
     @property
     def head_dim(self) -> int:

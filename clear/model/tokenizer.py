@@ -166,9 +166,16 @@ def encode(tokenizer, text: str) -> list[int]:
     """Token ids of `text`, none of which is a control token: their names are text like any other.
 
     Raises ClearError naming a word outside a closed vocabulary; there the names of the control tokens are such words.
+    Also for a text that no UTF-8 holds, as of an argument that the terminal wrote in another encoding.
     """
     tokenizer.encode_special_tokens = True  # "as text"; the setting is not part of the tokenizer's file
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    try:
+        encoding = tokenizer.encode(text, add_special_tokens=False)
+    except TypeError as error:
+        odd = next((char for char in text if "\ud800" <= char <= "\udfff"), None)
+        if odd is None:
+            raise
+        raise ClearError(f"The text contains U+{ord(odd):04X}, which is no character; write it in UTF-8.") from error
     refused = {tokenizer.token_to_id(token) for token in (UNKNOWN, _END, *MARKERS)}
     if not refused.isdisjoint(encoding.ids):
         start, end = next(at for i, at in zip(encoding.ids, encoding.offsets, strict=True) if i in refused)

@@ -45,6 +45,11 @@ class Prompt:
         system = [Text(self.system)] if self.system and not drop_system else []
         return [*system, *image, *([] if drop_question else [Text(self.question)])]
 
+    @property
+    def positions(self) -> int:
+        """Rope positions: one for each token of a text and its two markers, one for each picture's tokens together."""
+        return sum(len(part.ids) + 2 if isinstance(part, Text) else 1 for part in self.segments())
+
 
 def question_text(question: Question) -> str:
     """The question as a model or a judge reads it: with its options, as the text lists them or else one letter a line.

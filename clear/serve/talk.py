@@ -13,6 +13,7 @@ from clear.errors import ClearError
 from clear.model.images import ImageBank
 from clear.model.tokenizer import encode
 from clear.reasoning.answering import Answerer
+from clear.reasoning.prompts import Prompt
 from clear.serve.batch import Conversation, Row, Wish, row_texts
 from clear.serve.errors import ApiError
 from clear.serve.pictures import check_pixels, fetch, from_data_url
@@ -51,6 +52,10 @@ class Reader:
         self._check_length(len(system) + len(question))  # before the picture is decoded
         found = Conversation(tuple(system), tuple(question), self._bank(pictures[0]) if pictures else None)
         self._check_length(found.tokens)
+        try:
+            self.answerer.check_length(Prompt(found.system, found.question))
+        except ClearError as error:
+            raise ApiError(400, f"messages: {error}", "messages", "context_length_exceeded") from error
         return found
 
     def wishes(self, request: ChatRequest, pictured: bool) -> list[Wish]:
