@@ -307,7 +307,7 @@ def test_the_state_of_a_training_is_named_for_what_it_is(folder, file):
         torch.save({}, folder / name)
     load_bagel(folder)
     (folder / file).unlink()
-    said = r"training checkpoint holds weights alone: copy" if file.endswith("json") else r"checkpoint of a training"
+    said = r"training checkpoint holds weights alone: name" if file.endswith("json") else r"checkpoint of a training"
     with pytest.raises(ClearError, match=rf"{file} is missing.*{said}.*of the model") as refused:
         load_bagel(folder)
     assert "Convert" not in str(refused.value) and "convert" not in str(refused.value)

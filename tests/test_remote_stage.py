@@ -336,6 +336,9 @@ def test_weights_come_from_s3_and_are_those_of_the_base(cloud, tmp_path):
     manifest.write_text(json.dumps({"files": {"ae.safetensors": {"sha256": "0"}}}))
     with pytest.raises(ClearError, match=r"ae\.safetensors there"):
         worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+    (tmp_path / "params.yaml").write_text("model: {checkpoint: weights, base: BAGEL}\n")
+    with pytest.raises(ClearError, match=r"model\.base is not brought to a job"):
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     before = sorted(tmp_path.rglob("*"))
     for checkpoint in ("''", "s3://cloud/bagel"):
         (tmp_path / "params.yaml").write_text(f"model: {{checkpoint: {checkpoint}}}\n")

@@ -127,6 +127,12 @@ def test_runs_of_other_parameters_or_results_are_not_pooled_and_those_of_rewritt
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
     (folder / "params.yaml").write_text(yaml.safe_dump(params | {"runtime": {"threads": 64}}))
     assert "3 seeds" in seeds.run(folder, [3]).read_text()
+    before = seeds.setting(folder)
+    later = params | {"model": params.get("model", {}) | {"base": ""}}
+    (folder / "params.yaml").write_text(yaml.safe_dump(later))  # a parameter that seeds of before do not have
+    assert "3 seeds" in seeds.run(folder, []).read_text()
+    assert seeds.setting(folder) == before, "and that changes nothing while it is empty"
+    (folder / "params.yaml").write_text(yaml.safe_dump(params))
     edited["outs"][0]["md5"] = "other predictions"
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
     with pytest.raises(ClearError, match=r"the seeds 1, 2, 3 were run with other .* than seed 4.* cannot be pooled"):

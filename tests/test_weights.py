@@ -185,6 +185,11 @@ def test_only_readers_of_weights_fetch_them(bucket, gets):
     url = f"s3://{name}/bagel/7b/model.safetensors"
     named = from_dict(compose(["profile=bagel_7b_lora", f"model.checkpoint={url}"]))
     assert with_local_weights(named, "sft").model.checkpoint == f"{found}/model.safetensors", "one file of the folder"
+    base = f"model.base=s3://{name}/bagel/7b"
+    alone = with_local_weights(
+        from_dict(compose(["profile=bagel_7b_lora", "model.checkpoint=CLEAR", base])), "sft"
+    ).model
+    assert (alone.checkpoint, alone.base) == ("CLEAR", found), "what completes weights alone, too"
     local = from_dict(compose(["profile=bagel_7b_lora", "model.checkpoint=weights"]))
     assert with_local_weights(local, "sft") is local
 

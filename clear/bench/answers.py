@@ -97,16 +97,21 @@ def _shards(model: UnderTest, samples: Sequence[Sample]) -> Iterator[Shard]:
 def _shared(model: UnderTest) -> UnderTest:
     """The model as other machines find it: by absolute paths, and only if the files are these."""
     folder, given = model.folder.absolute(), model.config.model
-    if given.checkpoint:
-        given = replace(given, checkpoint=str(Path(given.checkpoint).absolute()))
-    return replace(model, folder=folder, config=replace(model.config, model=given), digest=digest_of(folder))
+    here = {name: getattr(given, name) for name in ("checkpoint", "base")}
+    given = replace(given, **{name: str(Path(path).absolute()) for name, path in here.items() if path})
+    config = replace(model.config, model=given)
+    return replace(model, folder=folder, config=config, digest=digest_of(folder, config))
 
 
-def digest_of(folder: Path) -> str:
-    """The content of a model folder as one string; of weights that an adapter names, the names and hashes it has."""
+def digest_of(folder: Path, config: "Config") -> str:
+    """The content of a model folder as one string, with the files that complete weights alone; of weights that an
+    adapter names, the names and hashes it has."""
+    from clear.data.workspace import completing
     from clear.model.checkpoint import fingerprint
+    from clear.model.lora import is_adapter
 
-    return json.dumps({name: file["sha256"] for name, file in fingerprint(folder).items()}, sort_keys=True)
+    files = fingerprint(folder, None if is_adapter(folder) else completing(config))
+    return json.dumps({name: file["sha256"] for name, file in files.items()}, sort_keys=True)
 
 
 def answer_shard(shard: Shard) -> Answered:
@@ -169,7 +174,7 @@ def loaded(folder: Path, config: "Config", digest: str = "", remedy: str = "") -
     key = repr((folder, config, digest))
     with _one_at_a_time:
         if key not in _held:
-            if digest and digest_of(folder) != digest:
+            if digest and digest_of(folder, config) != digest:
                 raise ClearError(
                     f"{folder}: a Dask worker does not find the model under test there; give the workers this folder "
                     f"under the same path (a shared file system), or {remedy}."

@@ -10,6 +10,16 @@ import typer
 from clear.data.ports import HOST
 from clear.errors import ClearError
 
+Base = Annotated[
+    Path | None,
+    typer.Option(help="Folder that completes weights alone, or has the weights an adapter adapts."),
+]
+
+
+def _called(model: Path) -> str:
+    """What a model is called where no name is given: as its folder, also where one weight file in it is named."""
+    return (model.parent if model.is_file() else model).resolve().name
+
 
 def ask(
     image: Annotated[Path, typer.Argument(help="PNG or JPEG file.")],
@@ -17,11 +27,12 @@ def ask(
     model: Annotated[Path, typer.Option(help="Model folder, or a weight file in it.")] = Path("data/models/grpo"),
     save: Annotated[Path | None, typer.Option(help="Write the restored image here (PNG).")] = None,
     restore: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
+    base: Base = None,
 ) -> None:
     """Ask a trained model about one image."""
     from clear.config import load
     from clear.data.images import encode_image
-    from clear.model.weights import with_local_weights
+    from clear.model.weights import with_base, with_local_weights
 
     if restore not in ("auto", "always", "never"):
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
@@ -29,7 +40,7 @@ def ask(
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
     if not model.exists():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
-    config = with_local_weights(load(), "ask")
+    config = with_local_weights(with_base(load(), base), "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
     typer.echo(answer.trace)
     typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
@@ -45,6 +56,7 @@ def answer(
     data: Annotated[list[Path], typer.Argument(help="Benchmark tables of VLMEvalKit (TSV), clean or degraded.")],
     out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
     model: Annotated[Path | None, typer.Option(help="Model folder that answers, such as data/models/grpo.")] = None,
+    base: Base = None,
     endpoint: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server that answers instead.")] = "",
     name: Annotated[str, typer.Option(help="The model's name in file names, and for an endpoint.")] = "",
     restore: Annotated[str, typer.Option(help="auto, always, never or plain (a model that knows none).")] = "auto",
@@ -69,7 +81,7 @@ def answer(
     from clear.bench.vlmeval.respond import Folder, Served
     from clear.config import load
     from clear.llm.endpoint import connect
-    from clear.model.weights import with_local_weights
+    from clear.model.weights import with_base, with_local_weights
 
     for option, value, values in (
         ("--restore", restore, ("auto", "always", "never", "plain")),
@@ -90,8 +102,9 @@ def answer(
             raise ClearError(f"{file}: no such file; name TSVs of VLMEvalKit's LMUData folder.")
     config, rejects = load(), []
     if model is not None:
-        name = name or model.resolve().name
-        respondent = nullcontext(Folder(model, with_local_weights(config, "ask"), restore, feedback, cluster))
+        name = name or _called(model)
+        config = with_local_weights(with_base(config, base), "ask")
+        respondent = nullcontext(Folder(model, config, restore, feedback, cluster))
     else:
         key = f"${key_from}" if key_from else ""
         there = replace(config.teacher, url=endpoint, model=name, key=key, temperature=0.0)
@@ -114,6 +127,7 @@ def answer(
 
 def serve(
     model: Annotated[Path, typer.Argument(help="Model folder, or a weight file in it, such as data/models/grpo.")],
+    base: Base = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is required.")] = HOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any that is free.")] = 8000,
     name: Annotated[str, typer.Option(help="What clients call the model; default: the folder's name.")] = "",
@@ -137,7 +151,7 @@ def serve(
 ) -> None:
     """Serve a model to OpenAI-compatible clients (docs/SERVE.md)."""
     from clear.config import load
-    from clear.model.weights import with_local_weights
+    from clear.model.weights import with_base, with_local_weights
     from clear.serve import serve as run
     from clear.serve.settings import Settings
 
@@ -149,10 +163,10 @@ def serve(
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
     if not model.exists():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
-    config = with_local_weights(load(), "ask")
+    config = with_local_weights(with_base(load(), base), "ask")
     sampling = config.sampling
     settings = Settings(
-        name=name or model.resolve().name,
+        name=name or _called(model),
         key=os.environ.get(key_from, ""),
         rows=rows or sampling.batch,
         queue=queue,

@@ -77,6 +77,13 @@ def model_folder(stage: str, config: Config) -> Path:
     return Path(config.model.checkpoint if given else f"data/models/{stage}")
 
 
+def completing(config: Config) -> Path | None:
+    """The model folder that completes a folder of weights alone (clear/model/checkpoint): `model.base`, or else the
+    checkpoint itself, whose configs and tokenizer a model trained from it has."""
+    given = config.model.base or config.model.checkpoint
+    return Path(given) if given else None
+
+
 def _made(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

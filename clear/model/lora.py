@@ -41,6 +41,7 @@ from clear.model.checkpoint import (
     load_weights,
     model_file,
     named_file,
+    places,
     read_header,
     samples_sha256,
     save_bagel,
@@ -146,10 +147,16 @@ def set_dropout(model: nn.Module, share: float) -> None:
 
 
 def save_adapter(
-    folder: Path | str, model: Bagel, base: Path | str, files: dict[str, dict[str, Any]], dtype: torch.dtype
+    folder: Path | str,
+    model: Bagel,
+    base: Path | str,
+    files: dict[str, dict[str, Any]],
+    dtype: torch.dtype,
+    rest: Path | str | None = None,
 ) -> None:
     """Write the adapter and the bridge of `model` in `dtype`, and what they belong to: `files` of the folder `base`.
 
+    `rest` is the folder that completes `base` where that has weights alone (`clear.model.checkpoint.places`).
     The bytes depend on the adapter, the configuration and `base` only. All files are written or none.
     """
 
@@ -161,6 +168,9 @@ def save_adapter(
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     content = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
     known = {"folder": str(base), "bridge": model.config.bridge, "files": files}
+    parts = places(base, rest)
+    if not parts.whole:
+        known["rest"] = str(parts.shapes)
     texts = {
         name: json.dumps(c, indent=2, sort_keys=True, default=str) + "\n"
         for name, c in ((ADAPTER_CONFIG, content), (BASE, known))
@@ -191,9 +201,16 @@ def _is_recorded(path: Path, record: dict[str, Any]) -> bool:
     return record.get("samples_sha256") in (None, samples_sha256(path))  # adapters of before have no samples
 
 
-def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
+def rest_of(folder: Path | str, base: Path | str, rest: Path | str | None) -> Path | str | None:
+    """The folder that completes the weights `base` of an adapter folder: `rest`, or the one that the adapter names."""
+    known = _read(Path(folder) / BASE).get("rest")
+    return rest if known is None or (rest is not None and Path(rest) != Path(base)) else known
+
+
+def base_of(folder: Path | str, base: Path | str | None = None, rest: Path | str | None = None) -> Path:
     """The folder (or weight file) an adapter folder belongs to (`base` overrides where it lies), checked.
 
+    `rest` overrides where the folder lies that completes weights alone.
     Raises ClearError if it is absent or its files are not those the adapter was trained on, as far as
     that shows without reading a large file whole.
     """
@@ -207,10 +224,11 @@ def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
         raise ClearError(
             f"{folder} adapts the weights in {found}, which is not here; name their folder in model.checkpoint."
         )
+    parts = places(found, rest_of(folder, found, rest))
     for name, expected in files.items():
-        if not _is_recorded(place / name, expected):
+        if not _is_recorded(parts.file(name), expected):
             raise ClearError(
-                f"{place / name} is not the file that {folder} was trained on; restore it, or train again."
+                f"{parts.file(name)} is not the file that {folder} was trained on; restore it, or train again."
             )
     weights = model_file(found)
     if weights.name not in files and not is_adapter(found):
@@ -219,24 +237,29 @@ def base_of(folder: Path | str, base: Path | str | None = None) -> Path:
 
 
 def load_model(
-    folder: Path | str, dtype: torch.dtype | None = torch.float32, device: str = "cpu", base: Path | str | None = None
+    folder: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: str = "cpu",
+    base: Path | str | None = None,
+    rest: Path | str | None = None,
 ):
     """Model, autoencoder and tokenizer of a folder with weights or with an adapter; the model is in eval mode.
 
     The weights get `dtype` (None: they keep the stored type), adapter and bridge of an adapter folder stay float32,
     and the autoencoder is float32 always. `base` says where the weights of an adapter folder lie, if not where it says
-    itself; either may be a weight file instead of its folder.
+    itself; either may be a weight file instead of its folder. `rest` is the model folder that completes weights alone
+    (`clear.model.checkpoint.places`).
     """
     folder = Path(folder)
     if not is_adapter(folder):
-        return load_bagel(folder, dtype, device)
+        return load_bagel(folder, dtype, device, rest)
     from peft import LoraConfig
 
     check_whole(folder)
-    weights = base_of(folder, base)
+    weights = base_of(folder, base, rest)
     if is_adapter(weights):
         raise ClearError(f"{folder} adapts {weights}, which is an adapter itself; merge that one first (clear merge).")
-    model, vae, tokenizer = load_bagel(weights, dtype, device)
+    model, vae, tokenizer = load_bagel(weights, dtype, device, rest_of(folder, weights, rest))
     kind = _read(folder / BASE).get("bridge", "direct")
     model.config = replace(model.config, bridge=kind)
     if kind == "mlp":

@@ -1,4 +1,5 @@
-"""Weights in S3: `model.checkpoint: s3://bucket/prefix` is fetched once to a folder that the stages then read.
+"""Weights in S3: `model.checkpoint: s3://bucket/prefix` is fetched once to a folder that the stages then read; so is
+`model.base`.
 
     $CLEAR_HOME/weights/<bucket>/<prefix>/     the files directly under the prefix
     $CLEAR_HOME/weights/<bucket>/<prefix>.s3.json    their sizes and ETags, as far as they are here and verified
@@ -47,30 +48,46 @@ class Remote:
 
 
 def with_local_weights(config: Config, stage: str) -> Config:
-    """The configuration with `model.checkpoint` as a local path, which is fetched first if it lies in S3."""
-    url = config.model.checkpoint
-    if stage not in READERS or not url.startswith("s3://"):
+    """The configuration with `model.checkpoint` and `model.base` as local paths, fetched first if they lie in S3."""
+    urls = {name: getattr(config.model, name) for name in ("checkpoint", "base")}
+    there = {name: url for name, url in urls.items() if url.startswith("s3://")}
+    if stage not in READERS or not there:
         return config
+    return replace(config, model=replace(config.model, **{name: _fetched(name, url) for name, url in there.items()}))
+
+
+def with_base(config: Config, base: Path | None) -> Config:
+    """The configuration in which a model folder that a command names builds on `base`: an adapter adapts its weights,
+    and weights alone are completed from it. None changes nothing. Raises ClearError where nothing is there."""
+    if base is None:
+        return config
+    if not base.exists():
+        raise ClearError(f"--base {base}: nothing is there; name the folder of BAGEL-7B-MoT, or the weights adapted.")
+    path = str(base.absolute())
+    return replace(config, model=replace(config.model, checkpoint=path, base=path))
+
+
+def _fetched(name: str, url: str) -> str:
     from clear.model.checkpoint import named_file
 
     _, file = named_file(url)
-    folder = fetch(url if file is None else url.removesuffix(file.name))
-    return replace(config, model=replace(config.model, checkpoint=str(folder / file.name if file else folder)))
+    folder = fetch(url if file is None else url.removesuffix(file.name), name)
+    return str(folder / file.name if file else folder)
 
 
-def fetch(url: str) -> Path:
+def fetch(url: str, name: str = "checkpoint") -> Path:
     """Bring the files of `s3://bucket/prefix` to their folder, those that are not there yet, and return it.
 
-    One process at a time fetches; others wait. Raises ClearError for no credentials, no bucket, an empty prefix, an
-    interrupted or a corrupt download, each with what to do.
+    `name` is the key under `model` that errors name. One process at a time fetches; others wait. Raises ClearError for
+    no credentials, no bucket, an empty prefix, an interrupted or a corrupt download, each with what to do.
     """
     found = re.fullmatch(r"s3://([^/]+)/+(.*?)/*", url)
     if not found or not found[2]:
-        raise ClearError(f"params: model.checkpoint = {url!r} is not an S3 folder; write s3://bucket/prefix.")
+        raise ClearError(f"params: model.{name} = {url!r} is not an S3 folder; write s3://bucket/prefix.")
     bucket, prefix = found.groups()
     folder = home() / "weights" / bucket / prefix
     if ".." in folder.parts:
-        raise ClearError(f"params: model.checkpoint = {url!r} leaves its folder; write s3://bucket/prefix.")
+        raise ClearError(f"params: model.{name} = {url!r} leaves its folder; write s3://bucket/prefix.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with aws.explained(url, again="repeat the command, the download resumes"), _locked(folder):

@@ -21,6 +21,8 @@ FOLDER, PAGE = Path("data/results/seeds"), Path("docs/RESULTS.md")
 PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
 _SETTING = b"clear.setting"
+_LATER = {("model", "base"): ""}
+"""Parameters that seeds of before do not have, with the value that changes nothing."""
 
 
 def run(workspace: Path, wanted: Sequence[int]) -> Path:
@@ -68,6 +70,9 @@ def setting(workspace: Path) -> str:
     leave those of other seeds too, and hours of training stay good. An edit that changes one changes the setting.
     """
     params = {key: value for key, value in _yaml(workspace / PARAMS).items() if key not in ("seed", "runtime")}
+    for (section, key), neutral in _LATER.items():
+        if isinstance(params.get(section), dict) and params[section].get(key) == neutral:
+            del params[section][key]
     stages = _yaml(workspace / "dvc.lock").get("stages", {}).values()
     made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
     missing = [path for path in map(PREDICTIONS.format, MODELS) if path not in made]

@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from clear.data.records import Question
+from clear.data.workspace import completing
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.flow import Guidance
 from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
 from clear.model.runtime import device
+from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
-from clear.reasoning.prompts import SYSTEM, make_prompt, question_text
+from clear.reasoning.prompts import SYSTEM, Prompt, make_prompt, question_text
 from clear.schema import Config, Sampling
 
 
@@ -74,12 +76,14 @@ class Answerer:
 
     @classmethod
     def load(cls, folder: Path | str, config: Config) -> "Answerer":
-        """Load a folder with weights, or with an adapter on weights.
+        """Load a folder with weights, or with an adapter on weights; weights alone are completed from `model.base`, or
+        else from `model.checkpoint`.
 
         Raises ClearError if it has no tokenizer, or cuts images otherwise than `config.model` does, and as `device`.
         """
         kind = torch.bfloat16 if config.runtime.weights == "bfloat16" else torch.float32
-        model, vae, tokenizer = lora.load_model(folder, kind, device(config), config.model.checkpoint or None)
+        base, rest = config.model.checkpoint or None, completing(config)
+        model, vae, tokenizer = lora.load_model(folder, kind, device(config), base, rest)
         if tokenizer is None:
             raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
         check_geometry(config.model, model.config, folder)
@@ -103,6 +107,21 @@ class Answerer:
         """The system prompt of this profile."""
         return SYSTEM if self.config.sampling.system_prompt else ""
 
+    def check_question(self, text: str) -> None:
+        """Raise ClearError for a question that the model cannot be asked: as `encode`, and as `check_length`."""
+        system, question = (tuple(encode(self.tokenizer, part)) if part else () for part in (self.system, text))
+        none = torch.empty(0)
+        self.check_length(Prompt(system, question, latent=none, patches=none))
+
+    def check_length(self, prompt: Prompt) -> None:
+        """Raise ClearError for a prompt with more positions than the model was trained on."""
+        most, taken = self.model.config.llm.positions, prompt.positions
+        if most and taken > most:
+            raise ClearError(
+                f"The question takes {len(prompt.question)} tokens and its prompt {taken} positions, this model has "
+                f"{most} (max_position_embeddings in llm_config.json); shorten it."
+            )
+
     def bank(self, images: Sequence[bytes], names: Sequence[str]) -> ImageBank:
         """Decode and encode images once for all questions about them."""
         return ImageBank(images, self.config.model, names).encode(self.vae)
@@ -118,9 +137,12 @@ class Answerer:
     ) -> list[Answer]:
         """Answer (image number, question) pairs in order. Noise depends on the seed and the place in the list only.
 
-        For a part of a longer list, `first` is the place of its first question there.
+        For a part of a longer list, `first` is the place of its first question there. Raises ClearError as `encode` and
+        `check_length`.
         """
         prompts = [make_prompt(self.tokenizer, bank, i, question_text(q), self.system) for i, q in asked]
+        for prompt in prompts:
+            self.check_length(prompt)
         options = replace(self.options, restore=restore, feedback=feedback, noise_seed=self.config.seed + first)
         with lora.autocast(self.model):
             done = generate(

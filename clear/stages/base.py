@@ -6,6 +6,7 @@ import torch
 
 from clear.data.io import write_json
 from clear.data.records import read_samples
+from clear.data.workspace import completing
 from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
 from clear.schema import Config
@@ -17,7 +18,7 @@ def run(config: Config) -> None:
     """Train, or for a profile with `model.checkpoint` write the manifest of that folder's files."""
     apply_runtime(config)
     if config.model.checkpoint:
-        _manifest(Path(config.model.checkpoint))
+        _manifest(Path(config.model.checkpoint), completing(config))
         return
     if config.source.kind != "scenes":
         raise ClearError(
@@ -72,15 +73,16 @@ def run(config: Config) -> None:
     work.finish(CURVE)
 
 
-def _manifest(folder: Path) -> None:
-    """List the files of a checkpoint folder with their hashes; the weights stay where they are.
+def _manifest(folder: Path, base: Path | None) -> None:
+    """List the files of a checkpoint folder with their hashes, with those from `base` that complete weights alone; the
+    weights stay where they are.
 
     Raises ClearError for whatever keeps the stages behind from loading it, before they are run.
     """
     from clear.model.checkpoint import fingerprint, load_bagel
 
-    load_bagel(folder, None, "meta")
-    files = fingerprint(folder)
+    load_bagel(folder, None, "meta", base)
+    files = fingerprint(folder, base)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})
     write_json(METRICS, {"files": len(files)})

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from clear.data.records import read_samples
+from clear.data.workspace import completing
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import FROZEN, Bagel
@@ -36,13 +37,15 @@ MANIFEST = Path("data/models/base/manifest.json")
 
 @dataclass
 class Incoming:
-    """The model a training stage starts from, and for an adapter the folder and files with the weights under it."""
+    """The model a training stage starts from, and for an adapter the folder and files with the weights under it; `rest`
+    completes them where they are weights alone."""
 
     model: Bagel
     vae: AutoEncoder
     tokenizer: Any
     weights: Path
     files: dict[str, dict[str, Any]]
+    rest: Path | None = None
 
 
 def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
@@ -54,7 +57,7 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     and `config.lora` or the image sizes of `config.model` disagree.
     """
     place = device(config)
-    base = config.model.checkpoint or None
+    base, rest = config.model.checkpoint or None, completing(config)
     adapted = lora.is_adapter(folder)
     if adapted and not config.lora.rank:
         raise ClearError(
@@ -63,7 +66,7 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     kind, start = TYPES[config.runtime.weights], place
     if sharded.enabled():
         start = "meta" if rank() and not whole and sharded.from_first() else "cpu"
-    model, vae, tokenizer = lora.load_model(folder, kind, start, base)
+    model, vae, tokenizer = lora.load_model(folder, kind, start, base, rest)
     if tokenizer is None:
         raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
     check_geometry(config.model, model.config, folder)
@@ -71,18 +74,19 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     if adapted:
         lora.check_same(model, config.lora, folder)
         lora.set_dropout(model, config.lora.dropout)
-        weights = lora.base_of(folder, base)
+        weights = lora.base_of(folder, base, rest)
+        rest = lora.rest_of(folder, weights, rest)
         files = json.loads((Path(folder) / lora.BASE).read_text())["files"]
     elif config.lora.rank:
         torch.manual_seed(config.seed)
         lora.attach(model, config.lora)
         given = base is not None and Path(base) == Path(folder) and MANIFEST.exists()
-        files = json.loads(MANIFEST.read_text())["files"] if given else fingerprint(folder)
+        files = json.loads(MANIFEST.read_text())["files"] if given else fingerprint(folder, rest)
     if start == "meta":
         model.to_empty(device="cpu")  # never touched, so no memory; accelerate tells parameters apart by their address
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     model.language_model.attention = config.runtime.attention
-    return Incoming(model, vae.to(place), tokenizer, weights, files)
+    return Incoming(model, vae.to(place), tokenizer, weights, files, rest)
 
 
 @contextmanager
@@ -110,7 +114,8 @@ def save(folder: Path | str, start: Incoming, config: Config) -> None:
     if rank():
         return
     if lora.has_adapter(start.model):
-        lora.save_adapter(folder, start.model, start.weights, start.files, TYPES[config.runtime.weights])
+        kind = TYPES[config.runtime.weights]
+        lora.save_adapter(folder, start.model, start.weights, start.files, kind, start.rest)
     else:
         save_bagel(folder, start.model, start.vae, start.tokenizer)
 

@@ -258,6 +258,8 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
     model = (yaml.safe_load((folder / "params.yaml").read_text()) or {}).get("model") or {}
     if not model.get("checkpoint") or str(model["checkpoint"]).startswith("s3://"):
         return
+    if model.get("base"):
+        raise ClearError("params: model.base is not brought to a job; make one whole folder (docs/PUBLISHED.md).")
     if not address:
         raise ClearError("params: model.checkpoint is set and compute.weights is not; name the weights' s3:// prefix.")
     bucket, prefix = split(address.rstrip("/") + "/")

@@ -98,13 +98,14 @@ class Folder:
         from dataclasses import asdict
 
         settings = {"sampling": asdict(self.config.sampling), "seed": self.config.seed}
-        shapes = {k: v for k, v in asdict(self.config.model).items() if k != "checkpoint"}
+        shapes = {k: v for k, v in asdict(self.config.model).items() if k not in ("checkpoint", "base")}
         how = {"restore": self.restore, "feedback": self.feedback}
-        return {"files": digest_of(self.folder)} | settings | {"model": shapes} | how
+        return {"files": digest_of(self.folder, self.config)} | settings | {"model": shapes} | how
 
     def respond(self, shards: Iterable[Shard]) -> Iterator[list[Given]]:
         """Answer the shards; the model is loaded once for each process. Raises ClearError as `parallel`."""
-        there = replace(self, folder=self.folder.absolute(), digest=digest_of(self.folder) if self.cluster else "")
+        digest = digest_of(self.folder, self.config) if self.cluster else ""
+        there = replace(self, folder=self.folder.absolute(), digest=digest)
         jobs = ((there, shard) for shard in shards)
         yield from parallel(_answer, jobs, workers=1, cluster=self.cluster, section="evaluate", chunk=1)
 
@@ -130,11 +131,9 @@ def _answer(job: tuple[Folder, Shard]) -> list[Given]:
 
 def _unusable(answerer: "Answerer", row: Asked) -> Given | None:
     """Why the model cannot be asked this row, if it cannot."""
-    from clear.model.tokenizer import encode
-
     for reason, check in (
         ("image", lambda: decode_image(row.image, row.index)),
-        ("question", lambda: encode(answerer.tokenizer, row.text)),
+        ("question", lambda: answerer.check_question(row.text)),
     ):
         try:
             check()

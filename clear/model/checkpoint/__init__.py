@@ -1,7 +1,9 @@
 """Model folders in the layout of BAGEL-7B-MoT: safetensors and JSON only (METHOD §1 "Checkpoint folder").
 
 The model is `ema.safetensors`, `model.safetensors` or the shards that `model.safetensors.index.json` lists; a folder
-with several of them is rejected unless one is named by its path, because the choice would be a guess. The published
+with several of them is rejected unless one is named by its path, because the choice would be a guess. A folder with
+weights alone, as trainings leave and publish them, is completed from another one (`places`); there of several files
+the average counts, with which the published reinforcement learning starts (METHOD §4). The published
 folder has an index without the shards it names, so an index counts only if shards exist. Next to the weights are
 `ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json` and the tokenizer's files. This project adds
 `bridge.safetensors` for the mlp bridge, `vae_config.json` for autoencoders of another size than FLUX's and
@@ -26,6 +28,7 @@ from clear.model.checkpoint.format import (
     fingerprint,
     model_file,
     named_file,
+    places,
     read_header,
     samples_sha256,
 )
@@ -49,6 +52,7 @@ __all__ = [
     "load_weights",
     "model_file",
     "named_file",
+    "places",
     "read_config",
     "read_header",
     "samples_sha256",

@@ -6,24 +6,15 @@ from pathlib import Path
 
 from clear.errors import ClearError
 from clear.model.bagel import BagelConfig
-from clear.model.checkpoint.format import named_file
+from clear.model.checkpoint.format import WORDS, places
 from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
-from clear.model.tokenizer import (
-    ADDED,
-    MARKERS,
-    MERGES,
-    SETTINGS,
-    TOKENIZER,
-    VOCABULARY,
-    read_text,
-    read_tokenizer,
-)
+from clear.model.tokenizer import MARKERS, SETTINGS, TOKENIZER, read_text, read_tokenizer
 from clear.model.vae import VaeConfig
 from clear.model.vit import VitConfig
 
 _SPECIAL = dict(zip(("bos_token_id", "eos_token_id", "start_of_image", "end_of_image"), MARKERS, strict=True))
-SOURCES = (VOCABULARY, MERGES, SETTINGS, ADDED, "special_tokens_map.json")
+SOURCES = WORDS[1:]
 """Tokenizer files beside tokenizer.json; the published code reads them, so they are kept when a model is saved."""
 
 
@@ -41,6 +32,7 @@ def config_files(config: BagelConfig) -> dict[str, dict]:
             "intermediate_size": llm.mlp,
             "rms_norm_eps": llm.rms_eps,
             "rope_theta": llm.rope_theta,
+            **({"max_position_embeddings": llm.positions} if llm.positions else {}),
         },
         # One layer more than is used and stored: the published file counts a last layer that is dropped.
         "vit_config.json": {
@@ -64,13 +56,14 @@ def config_files(config: BagelConfig) -> dict[str, dict]:
     }
 
 
-def read_config(folder: Path | str, tokenizer=None) -> BagelConfig:
+def read_config(folder: Path | str, tokenizer=None, base: Path | str | None = None) -> BagelConfig:
     """The configuration of a model folder (or weight file). Markers come from its tokenizer, else config.json.
 
-    `tokenizer` is the folder's own if it has been loaded already. Raises ClearError where the files disagree.
+    `tokenizer` is the model's own if it has been loaded already; `base` completes weights alone (see `places`). Raises
+    ClearError where the files disagree.
     """
-    folder, _ = named_file(folder)
-    tokenizer = tokenizer or load_tokenizer(folder)
+    parts = places(folder, base)
+    tokenizer, folder = tokenizer or load_tokenizer(parts.tokenizer), parts.shapes
     try:
         config = _config_of(folder, None if tokenizer is None else special_tokens(tokenizer))
     except KeyError as error:
@@ -100,6 +93,7 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
             mlp=llm["intermediate_size"],
             rms_eps=llm["rms_norm_eps"],
             rope_theta=llm["rope_theta"],
+            positions=llm.get("max_position_embeddings", 0),
         ),
         vit=VitConfig(
             hidden=vit["hidden_size"],
@@ -183,9 +177,8 @@ def read_json(folder: Path, name: str, required: bool = True) -> dict:
         if required:
             raise ClearError(
                 f"{path} is missing; a model folder has the files of BAGEL-7B-MoT (docs/BAGEL.md). "
-                "A training checkpoint holds weights alone: copy the JSON files, ae.safetensors and the tokenizer of "
-                "the model it came from into its folder, or put it into that model's folder and name its file as "
-                "model.checkpoint."
+                "A training checkpoint holds weights alone: name the folder of the model it came from, as --base or "
+                "in params as model.base."
             )
         return {}
     try:

@@ -12,11 +12,15 @@ import torch
 
 from clear.data.records import file_sha256
 from clear.errors import ClearError
-from clear.model.tokenizer import LFS
+from clear.model.tokenizer import ADDED, LFS, MERGES, SETTINGS, TOKENIZER, VOCABULARY
 
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
 PLAIN, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SHAPES = ("llm_config.json", "vit_config.json", "vae_config.json", "config.json")
+"""What says how large a model is. A folder without the first of them has weights alone."""
+WORDS = (TOKENIZER, VOCABULARY, MERGES, SETTINGS, ADDED, "special_tokens_map.json")
+"""The tokenizer's files. The published code reads all but the first, so they are kept when a model is saved."""
 _TABLES = {
     "latent_pos_embed.pos_embed": ("max_latent_size", "config.json"),
     "vit_pos_embed.pos_embed": ("vit_max_num_patch_per_side", "config.json"),
@@ -48,6 +52,50 @@ class Entry:
     stop: int
 
 
+@dataclass(frozen=True)
+class Places:
+    """The folders that the parts of a model are read from; the same one for all parts of a whole model folder."""
+
+    weights: Path
+    shapes: Path
+    autoencoder: Path
+    tokenizer: Path
+
+    @property
+    def whole(self) -> bool:
+        """Whether the folder with the weights has its own description."""
+        return self.shapes == self.weights
+
+    def file(self, name: str) -> Path:
+        """Where the file of this name is, or would be."""
+        folders = dict.fromkeys(SHAPES, self.shapes) | dict.fromkeys(WORDS, self.tokenizer) | {VAE: self.autoencoder}
+        return folders.get(name, self.weights) / name
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a folder describes its model; else it has weights alone, as trainings leave them."""
+    return (folder / SHAPES[0]).is_file()
+
+
+def places(path: Path | str, base: Path | str | None = None) -> Places:
+    """Where the parts of the model at `path` are: a folder of weights alone takes what it lacks from `base`.
+
+    The config files come together and from `base`; the autoencoder and the tokenizer are the folder's own if it has
+    them. Raises ClearError if `base` is needed and is no model folder; without one, what lacks is missed in `path`.
+    """
+    folder, _ = named_file(path)
+    other, _ = named_file(path if base is None else base)
+    if other == folder or is_whole(folder):
+        return Places(folder, folder, folder, folder)
+    if not is_whole(other):
+        raise ClearError(
+            f"{folder} has weights alone, and {other} is not the model folder to complete them: {SHAPES[0]} is missing "
+            "there; name the folder of BAGEL-7B-MoT (--base, or model.base in params)."
+        )
+    has_words = any((folder / name).is_file() for name in (TOKENIZER, VOCABULARY, MERGES))
+    return Places(folder, other, folder if (folder / VAE).is_file() else other, folder if has_words else other)
+
+
 def named_file(path: Path | str) -> tuple[Path, Path | None]:
     """(folder, weight file) of a path that names a model: its folder (no file), or one of the weight files in it."""
     path = Path(path)
@@ -71,13 +119,15 @@ def _weight_files(folder: Path) -> list[Path]:
 def model_file(path: Path | str) -> Path:
     """The file of the model weights of a folder, or the one that `path` names itself.
 
-    A folder with none gives the name of the file that is missed. Raises ClearError for a folder with several.
+    A folder with none gives the name of the file that is missed. Of several in a folder of weights alone, which are one
+    training's, the average counts (`ema.safetensors`, with which the published reinforcement learning starts). In a
+    whole model folder the other file may be of another training: there ClearError asks for its path.
     """
     folder, named = named_file(path)
     if named is not None:
         return named
     found = _weight_files(folder)
-    if len(found) > 1:
+    if len(found) > 1 and is_whole(folder):
         raise ClearError(
             f"{folder} holds several models' weights ({', '.join(file.name for file in found)}); say which one by the "
             f"path of its file, such as model.checkpoint={found[-1]}, or move the others away."
@@ -91,18 +141,25 @@ def check_whole(folder: Path) -> None:
         raise ClearError(f"{folder} is half-written ({SAVING} is still there); run the stage that makes it again.")
 
 
-def fingerprint(folder: Path | str) -> dict[str, dict[str, Any]]:
+def fingerprint(folder: Path | str, base: Path | str | None = None) -> dict[str, dict[str, Any]]:
     """{file name: {"bytes", "sha256"}} of a model folder's files, as the manifest of the base stage lists them.
 
     Files over HASHED_ON_LOAD bytes also have "samples_sha256", with which they are compared without being read whole.
-    Where `folder` is a weight file (see `named_file`), the folder's other weights are left out.
+    Where `folder` is a weight file (see `named_file`), the folder's other weights are left out. Of a folder of weights
+    alone, the files that complete it (see `places`) are listed too, and the state of its training is not.
     """
-    folder, named = named_file(folder)
+    parts, (folder, named) = places(folder, base), named_file(folder)
+    if not parts.whole and named is None:
+        named = model_file(folder)
     others = set()
     if named is not None:
         others = {*_weight_files(folder), *([] if named.name == INDEX else _shard_files(folder))} - {named}
+    files = [path for path in folder.glob("[!.]*.*") if path not in others]
+    if not parts.whole:
+        files = [path for path in files if parts.file(path.name) == path and not _TRAINING.match(path.name)]
+        files += [parts.file(name) for name in (*SHAPES, *WORDS, VAE) if parts.file(name) not in files]
     found = {}
-    for path in sorted(p for p in folder.glob("[!.]*.*") if p.is_file() and p not in others):
+    for path in sorted((p for p in files if p.is_file()), key=lambda path: path.name):
         found[path.name] = {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
         if found[path.name]["bytes"] > HASHED_ON_LOAD:
             found[path.name]["samples_sha256"] = samples_sha256(path)

@@ -21,27 +21,37 @@ from clear.model.checkpoint.format import (
     missing,
     model_file,
     named_file,
+    places,
     read_header,
     refuse,
 )
 from clear.model.vae import AutoEncoder
 
 
-def load_bagel(path: Path | str, dtype: torch.dtype | None = torch.float32, device: str = "cpu"):
+def load_bagel(
+    path: Path | str,
+    dtype: torch.dtype | None = torch.float32,
+    device: str = "cpu",
+    base: Path | str | None = None,
+):
     """Model, autoencoder and tokenizer (None where the folder has none) of a folder in BAGEL-7B-MoT's layout.
 
-    `path` is the folder, or one weight file in it where it holds several. dtype None keeps each tensor's stored type.
-    With the stored type on the CPU the weights stay mapped from the file (private: training does not write to it); on
-    "meta" only the autoencoder has weights. The autoencoder is float32 whatever `dtype`: it runs without autocast, and
-    its file is float32. Raises ClearError for whatever does not fit.
+    `path` is the folder, or one weight file in it where it holds several; a folder of weights alone is completed from
+    the model folder `base` (see `places`), at which a whole one does not look. dtype None keeps each tensor's stored
+    type. With the stored type on the CPU the weights stay mapped from the file (private: training does not write to
+    it); on "meta" only the autoencoder has weights. The autoencoder is float32 whatever `dtype`: it runs without
+    autocast, and its file is float32. Raises ClearError for whatever does not fit.
     """
     folder, _ = named_file(path)
     if not folder.is_dir():
         raise ClearError(f"{folder} is not a folder with model weights; run the stage that makes it or `dvc pull` it.")
     check_whole(folder)
+    parts = places(path, base)
+    if not parts.whole:
+        check_whole(parts.shapes)
     weights = model_file(path)
-    tokenizer = load_tokenizer(folder)
-    config = read_config(folder, tokenizer)
+    tokenizer = load_tokenizer(parts.tokenizer)
+    config = read_config(path, tokenizer, base)
     with torch.device("meta"):
         model, vae = Bagel(config), AutoEncoder(config.vae)
     bridge = getattr(model, "bridge", None)
@@ -49,7 +59,7 @@ def load_bagel(path: Path | str, dtype: torch.dtype | None = torch.float32, devi
         del model.bridge
         load_weights(bridge, folder / BRIDGE, dtype, device)
     load_weights(model, weights, dtype, device)
-    load_weights(vae, folder / VAE, torch.float32, "cpu" if torch.device(device).type == "meta" else device)
+    load_weights(vae, parts.file(VAE), torch.float32, "cpu" if torch.device(device).type == "meta" else device)
     if bridge is not None:
         model.bridge = bridge
     for table in (model.vit_pos_embed, model.latent_pos_embed):
