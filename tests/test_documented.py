@@ -28,6 +28,7 @@ from clear.model.checkpoint import MODEL
 from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, serving, user_text
 from tests.conftest import ROOT, git
+from tests.helpers.tables import b64, write_tsv
 from tests.tiny import save_random_model
 
 DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/*.md")
@@ -332,6 +333,36 @@ def test_one_adapter_is_trained_as_documented(tmp_path):
     here = _run_as_documented(tmp_path, "clear merge", changes)
     assert json.loads((here / "data/metrics/traces.json").read_text())["teacher"]["model"] == "gpt-4.1"
     assert (here / "data/results/report.json").is_file() and (here / "merged/ema.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_a_published_checkpoint_is_scored_as_documented(tmp_path):
+    """The table of docs/PUBLISHED.md: weights alone and their base, small ones, on tables under the authors' names."""
+    here = tmp_path / "here"
+    git(tmp_path, "clone", "-q", str(ROOT), str(here))
+    (here / "clear/conf/profile/bagel_7b_lora.yaml").write_text(SMALL)
+    save_random_model(here / "weights/BAGEL", from_dict(compose(["profile=smoke"])))
+    (here / "weights/CLEAR").mkdir()
+    shutil.copy(here / "weights/BAGEL" / MODEL, here / "weights/CLEAR/model.safetensors")
+    (sample, *_) = scenes("bench", 2, 3, 256, 1)
+    (here / "picture.png").write_bytes(sample.image)
+    row = {"index": 0, "image": b64(sample.image), "question": "is the circle red ?", "answer": "yes"}
+    for end in ("", "_LOW_LEVEL_HIGH", "_jpeg_compression"):
+        write_tsv(here / f"lmu/RealWorldQA{end}.tsv", [row])
+    (block,) = [t for place, t in blocks("sh") if place.startswith("docs/PUBLISHED.md") and "clear score" in t]
+    # The small model's vocabulary has no words for the prompts of the evaluation kit.
+    script = block.replace("make venv && . .venv/bin/activate\n", "").replace("--out out", "--out out --prompt plain")
+    done = subprocess.run(
+        ["bash", "-ec", script],
+        cwd=here,
+        env=os.environ | {"PYTHONPATH": str(here), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}{done.stderr[-4000:]}"
+    found = json.loads((here / "scores.json").read_text())["benchmarks"]
+    assert found.keys() == {"CLEAR_RealWorldQA", "BAGEL_RealWorldQA"}
 
 
 @pytest.mark.slow
