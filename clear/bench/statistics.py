@@ -2,13 +2,13 @@
 
 Questions about one image are not independent, and neither are the two images of a minimal pair, so whole clusters are
 resampled: an image with all its questions, copies and its pair partner. A resample needs the sum and the count
-of every cluster only, which makes the bootstrap a gather of integers instead of a resampling of rows. Intervals are
+of every cluster only, and how often it drew it, which makes the bootstrap a product of two matrices. Intervals are
 percentile intervals; the seed is fixed, so equal predictions give equal intervals. The published evaluation reports no
 uncertainty (METHOD §7); everything here is an addition.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -80,7 +80,7 @@ def mean_interval(
 
     Raises ClearError for no rows, unequal lengths, a value that is not finite, or fewer than two clusters.
     """
-    return _interval([(a, clusters)], lambda means: means[0], confidence, resamples, seed)
+    return combined_interval([(a, clusters)], lambda means: means[0], confidence, resamples, seed)
 
 
 def paired_difference(
@@ -109,7 +109,7 @@ def mean_contrast(
 ) -> Interval:
     """Mean of a (n,) minus mean of b (m,): other rows of the same clusters, such as two levels of the same images."""
     parts = [(a, clusters_a), (b, clusters_b)]
-    return _interval(parts, lambda means: means[0] - means[1], confidence, resamples, seed)
+    return combined_interval(parts, lambda means: means[0] - means[1], confidence, resamples, seed)
 
 
 def paired_ratio_difference(
@@ -126,7 +126,9 @@ def paired_ratio_difference(
     mean_interval; also where a resample has no right answer to a clean question.
     """
     parts = [(one[part], clusters[part]) for one in (a, b) for part in (0, 1)]
-    return _interval(parts, lambda means: means[0] / means[1] - means[2] / means[3], confidence, resamples, seed)
+    return combined_interval(
+        parts, lambda means: means[0] / means[1] - means[2] / means[3], confidence, resamples, seed
+    )
 
 
 def odds_ratio(
@@ -189,14 +191,38 @@ def _mantel_haenszel(tables: np.ndarray) -> np.ndarray:
     return np.nansum(both * neither / total, axis=0) / np.nansum(outcome * exposed / total, axis=0)
 
 
-def _interval(
-    parts: list[tuple[np.ndarray, np.ndarray]],
+def combined_interval(
+    parts: Sequence[tuple[np.ndarray, np.ndarray]],
     statistic: Callable[[np.ndarray], np.ndarray],
-    confidence: float,
-    resamples: int,
-    seed: int,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
-    """Interval of `statistic` (K means, …) over K (values, clusters); clusters of all parts are drawn together."""
+    """Interval of a function of K means, such as a ratio of two levels; arguments as of `resampled`, `interval_of`."""
+    means = resampled(parts, resamples, seed)
+    return interval_of(means, statistic, range(len(parts)), confidence)
+
+
+@dataclass(frozen=True)
+class Resampled:
+    """K means, as they are (K,) and in every resample (K, R); rows of each (K,), clusters of all and of each.
+
+    The draws are the same for all, so every figure made of these means is paired with every other. NaN where a resample
+    has no row of a part.
+    """
+
+    means: np.ndarray
+    drawn: np.ndarray
+    rows: np.ndarray
+    clusters: list[np.ndarray]
+
+
+def resampled(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 2000, seed: int = 0) -> Resampled:
+    """The means of `parts`, each (values (n,), their clusters (n,)), over draws of whole clusters.
+
+    A cluster number means the same cluster in every part: it is drawn with all its rows, or with none. Raises
+    ClearError for an empty part, unequal lengths, a value that is not finite, or fewer than two clusters.
+    """
     parts = [(np.asarray(values, float), np.asarray(groups)) for values, groups in parts]
     for values, groups in parts:
         if len(values) == 0 or values.shape != groups.shape:
@@ -209,13 +235,30 @@ def _interval(
     count = len(names)
     if count < 2:
         raise ClearError("All scores belong to one image: the bootstrap needs at least two; evaluate more images.")
-    sums, start = [], 0
+    sums, own, start = [], [], 0
     for values, groups in parts:
-        own, start = codes[start : start + len(groups)], start + len(groups)
-        sums += [np.bincount(own, values, count), np.bincount(own, minlength=count).astype(float)]
-    with np.errstate(invalid="ignore", divide="ignore"):  # an empty level is named below
-        estimate = statistic(_means(np.stack([column.sum() for column in sums])))
-        drawn = statistic(_means(_resample(np.stack(sums), resamples, seed)))
+        cluster, start = codes[start : start + len(groups)], start + len(groups)
+        own.append(np.unique(cluster))
+        sums += [np.bincount(cluster, values, count), np.bincount(cluster, minlength=count).astype(float)]
+    with np.errstate(invalid="ignore", divide="ignore"):  # `interval_of` names what is empty
+        means = _means(np.stack([column.sum() for column in sums]))
+        drawn = _means(_resample(np.stack(sums), resamples, seed))
+    return Resampled(means, drawn, np.array([len(values) for values, _ in parts]), own)
+
+
+def interval_of(
+    means: Resampled,
+    statistic: Callable[[np.ndarray], np.ndarray],
+    used: Sequence[int],
+    confidence: float = 0.95,
+) -> Interval:
+    """Interval of `statistic`, which maps the means (K, …) to figures (…) and reads those numbered `used`.
+
+    Raises ClearError where a resample has no row of a part that is used, or the figure is not finite.
+    """
+    count = len(np.unique(np.concatenate([means.clusters[number] for number in used])))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        estimate, drawn = statistic(means.means), statistic(means.drawn)
     if not np.isfinite(drawn).all():
         raise ClearError(
             f"Only {count} images, and not all have every level: too few for an interval; evaluate more images."
@@ -223,7 +266,7 @@ def _interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(drawn, [tail, 1 - tail])
     power = NormalDist().inv_cdf(1 - tail) + NormalDist().inv_cdf(POWER)
-    rows = sum(len(values) for values, _ in parts)
+    rows = int(sum(means.rows[number] for number in used))
     return Interval(float(estimate), float(low), float(high), rows, count, float(power * drawn.std(ddof=1)))
 
 
@@ -234,9 +277,9 @@ def _resample(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     block = max(1, _BLOCK // count)
     for start in range(0, resamples, block):
         size = min(block, resamples - start)
-        picks = generator.integers(count, size=(size, count))
-        for row, column in enumerate(sums):
-            result[row, start : start + size] = column[picks].sum(axis=1)
+        picks = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+        times = np.bincount(picks.ravel(), minlength=size * count).reshape(size, count)
+        result[:, start : start + size] = sums @ times.T.astype(float)  # exact for whole numbers, in any order
     return result
 
 

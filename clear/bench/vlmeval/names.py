@@ -41,12 +41,16 @@ _KNOWN = (
 )
 """Names in VLMEvalKit, also the small and the translated sets."""
 
+DAMAGED = re.compile(r"R-?Bench-?Dis", re.IGNORECASE)
+"""Benchmarks whose pictures are damaged as published: beside others they count as hard, never as clean."""
+
 _DEGRADED = re.compile(
     rf"(?P<bench>.+?)_(?:(?:(?P<mixed>LOW_LEVEL)|(?P<ours>{'|'.join(CORRUPTIONS)}))_(?P<level>{'|'.join(LEVELS.values())})"
     rf"|(?P<theirs>{'|'.join(AUTHORS.values())}))"
 )
 _PLAIN_LEVEL = re.compile(rf"(?P<bench>.+?)_(?P<level>{'|'.join(LEVELS.values())})")
 _BENCH = re.compile(rf"(?:.*_)?{_KNOWN}", re.IGNORECASE)
+_MODEL_AND_BENCH = re.compile(rf"(?P<model>.+?)_(?P<bench>{_KNOWN})", re.IGNORECASE)
 _BENCH_AND_MORE = re.compile(rf"(?:.*_)?{_KNOWN}(?P<more>_.*)", re.IGNORECASE)
 _MORE = re.compile(
     rf"_(?P<more>(?:low_?level|low|mid|high|hard|{'|'.join([*CORRUPTIONS, *AUTHORS.values()])}"
@@ -95,6 +99,18 @@ def parsed(name: str) -> tuple[str, str, str]:
             "name (a result of VLMEvalKit?); name a file of predictions, or add columns bench, corruption and severity."
         )
     return bench, corruption, severity
+
+
+def of_model(bench: str, folder: str) -> tuple[str, str]:
+    """(model, benchmark) of a benchmark's name with a model's in front, in a folder of that name or any other.
+
+    The folder's name decides where the file's begins with it, as `clear answer` and VLMEvalKit write them; else a known
+    benchmark at the end does. The model is "" where neither says.
+    """
+    if folder and bench.startswith(f"{folder}_") and len(bench) > len(folder) + 1:
+        return folder, bench[len(folder) + 1 :]
+    match = _MODEL_AND_BENCH.fullmatch(bench)
+    return (match["model"], match["bench"]) if match else ("", bench)
 
 
 def is_degraded(name: str) -> bool:

@@ -45,7 +45,7 @@ def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    frame = pd.concat([_file(Path(file)) for file in files], ignore_index=True).fillna("")
+    frame = pd.concat([read_file(Path(file)) for file in files], ignore_index=True).fillna("")
     again = frame[frame.duplicated([*WHERE, "index"])]
     if len(again):
         which = "/".join(again.iloc[0][[*WHERE, "index"]])
@@ -53,13 +53,14 @@ def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
     return frame
 
 
-def _file(path: Path) -> "pd.DataFrame":
+def read_file(path: Path) -> "pd.DataFrame":
+    """The rows of one file, as `read_predictions`; `bench` still has the model's name in front."""
     import pandas as pd
 
     header, rows = tables.read(path, skip=("", "image", "image_path"))
     for column in ("index", "question", "answer", "prediction"):
         if column not in header and not (column == "question" and "prompt" in header):
-            raise ClearError(f"{path}: no column '{column}' among {', '.join(header)}; is it a prediction file?")
+            raise ClearError(f"{path}: no column '{column}' among {', '.join(header)}; {_without(column)}")
     frame = pd.DataFrame([row.cells for row in rows], columns=header, dtype=str)
     frame = frame.rename(columns={} if "question" in frame else {"prompt": "question"})
     if frame.empty:
@@ -81,6 +82,15 @@ def _file(path: Path) -> "pd.DataFrame":
             what = f"is not one of {', '.join(known)}" if known else "is empty"
             raise ClearError(f"{path}: index {odd['index'].iloc[0]}: {column} {odd[column].iloc[0]!r} {what}.")
     return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
+
+
+def _without(column: str) -> str:
+    if column == "answer":
+        return (
+            "without the right answers nothing can be scored here: score a split whose TSV has them (as "
+            "MMBench_DEV_EN_V11 has), or send the predictions to the benchmark's own server."
+        )
+    return "is it a prediction file?"
 
 
 def _gold(path: Path, row: dict) -> str:
@@ -155,7 +165,7 @@ def summary(frame: "pd.DataFrame") -> dict:
     """
     benches: dict[str, dict] = {}
     for bench, rows in frame.groupby("bench", sort=True):
-        groups = _grouping(bench, rows)
+        groups = grouping(bench, rows)
         levels = {level: _level(rows[rows.severity == level], groups) for level in present(rows.severity)}
         by_severity = {level: cell["score"] for level, cell in levels.items() if cell["score"] is not None}
         benches[bench] = {"levels": levels, "robustness": robustness(by_severity)}
@@ -173,8 +183,11 @@ def summary(frame: "pd.DataFrame") -> dict:
     return {"benchmarks": benches, "average": whole, "rows": len(frame), "rejected": rejected}
 
 
-def _grouping(bench: str, rows: "pd.DataFrame") -> "tuple[str, dict[str, int]] | None":
-    """(name of the figure, group of every index) of the benchmarks that are scored by groups of rows."""
+def grouping(bench: str, rows: "pd.DataFrame") -> "tuple[str, dict[str, int]] | None":
+    """(name of the figure, group of every index) of the benchmarks that are scored by groups of rows, for one model.
+
+    The figure is "pair" or "circular"; None for every other benchmark, and for MMBench where a file has no rotations.
+    """
     indices = dict.fromkeys(rows["index"])
     if names.family(bench) == "mmvp":
         return "pair", names.pairs(zip(rows["index"], rows["question"], strict=True))
