@@ -377,3 +377,23 @@ def test_names_are_text_in_every_form(tmp_path):
     row = next(line for line in markdown.splitlines() if line.startswith("|") and "模型" in line and "measured" in line)
     assert r"\<b\>x\</b\> \| a\\\|b \*c\* \`d\` \[e\](f) \&amp; 模型" in row
     json.dumps(board)
+
+
+def test_the_command_makes_all_forms_and_leaves_one_model_as_it_was(tmp_path, clear, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = [*map(str, put(tmp_path / "out", "a", MMStar=rows(30, lambda n: n < 15)))]
+    other = [*map(str, put(tmp_path / "out", "b", MMStar=rows(30, lambda n: n < 25)))]
+    status, stdout, stderr = clear("score", *one)
+    assert status == 0 and stdout.startswith("benchmark") and "a_MMStar" in stdout, stderr
+    forms = ["--json", "f/x.json", "--markdown", "f/x.md", "--html", "f/x.html", "--rows", "f/x.parquet"]
+    status, stdout, stderr = clear("score", *one, *other, "--reference", "a", "--published", *forms)
+    assert status == 0 and stdout.startswith("Averages and robustness") and "+33.33" in stdout, stderr
+    found = json.loads((tmp_path / "f/x.json").read_text())
+    assert found["models"]["b"]["levels"]["clean"]["average"]["minus_reference"]["low"] > 0
+    assert found["published"]["CLEAR-RL"]["levels"]["clean"]["benchmarks"]["MMStar"] == {"estimate": 0.6586}
+    assert len(pd.read_parquet(tmp_path / "f/x.parquet")) == 60
+    assert "+33.33" in (tmp_path / "f/x.md").read_text()
+    page = (tmp_path / "f/x.html").read_text()
+    assert "+33.33" in page and not re.search(r"(src|href)=", page), "it loads nothing"
+    status, stdout, stderr = clear("score", *one, "--reference", "c")
+    assert status == 1 and stderr.startswith("error: --reference c: no table is of this model; name one of a.")

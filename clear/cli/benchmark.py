@@ -2,53 +2,98 @@
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from clear.errors import ClearError, naming
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 
 def score(
     files: Annotated[
-        list[Path], typer.Argument(help="Tables of predictions (TSV, xlsx, CSV, Parquet, JSON), one per set.")
+        list[Path], typer.Argument(help="Tables of predictions (TSV, xlsx, CSV, Parquet, JSON), one per set and model.")
     ],
     out: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     rows: Annotated[Path | None, typer.Option(help="Write the scored rows here (Parquet).")] = None,
     judge: Annotated[
         bool, typer.Option("--judge", help="Grade MM-Vet and unmatched answers by the endpoint `judge` of params.yaml.")
     ] = False,
+    reference: Annotated[
+        str, typer.Option(help="The model that all others are compared with, question by question.")
+    ] = "",
+    published: Annotated[
+        bool, typer.Option("--published", help="Add the paper's figures, as rows that are marked as published.")
+    ] = False,
+    manifest: Annotated[
+        Path | None, typer.Option(help="manifest.parquet of mmd-bench: which questions share a picture.")
+    ] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Write the leaderboard here (Markdown).")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the leaderboard here (one HTML page).")] = None,
 ) -> None:
-    """Score prediction files of VLMEvalKit on benchmarks and their degraded copies (docs/DATA.md)."""
-    from contextlib import nullcontext
+    """Score prediction files of VLMEvalKit on benchmarks and their degraded copies (docs/DATA.md).
 
-    from tqdm import tqdm
+    Tables of several models, or one of the options from --reference on, make a leaderboard (docs/LEADERBOARD.md).
+    """
+    from clear.bench.vlmeval import collect, scores
+    from clear.data.io import write_json, write_text
 
-    from clear.bench.vlmeval import scores
-    from clear.config import load
-    from clear.data.io import write_json
-    from clear.data.workspace import replies_file
-    from clear.llm.endpoint import connect
+    several = len({*collect.models_of(files)} - {""}) > 1
+    if several or reference or published or manifest or markdown or html:
+        from clear.bench.vlmeval.leaderboard import leaderboard
+        from clear.bench.vlmeval.published import rows as published_rows
+        from clear.report import leaderboard as forms
 
-    frame = scores.read_predictions(files)
-    with connect(load().judge, "judge", replies_file("judge")) if judge else nullcontext() as client:
-        with tqdm(desc="judge", unit="question", disable=not judge) as bar:
-            frame = scores.score(frame, client, bar.update)
+        frame, report = _scored(collect.read(files, manifest), judge)
+        found = leaderboard(frame, reference, report.get("model", ""))
+        if published:
+            found["published"], notes = published_rows(found)
+            found["notes"] += notes
+        shown = forms.text(found)
+        for path, form in ((markdown, forms.markdown), (html, forms.html)):
+            if path is not None:
+                write_text(path, form(found))
+    else:
+        frame, report = _scored(scores.read_predictions(files), judge)
         found = scores.summary(frame)
-        if client is not None:
-            from clear.bench.judge import prompt_hash
-
-            found["judge"] = client.report() | {"prompts": prompt_hash()}
-    typer.echo(scores.table(found))
-    if found["rejected"]:
-        reason = frame["reject"][frame["reject"] != ""].iloc[0]
-        typer.echo(f"{found['rejected']} rows have no verdict and are in no figure; the first: {reason}", err=True)
+        shown = scores.table(found)
+    if report:
+        found["judge"] = report
+    typer.echo(shown)
+    rejected = frame["reject"][frame["reject"] != ""]
+    if len(rejected):
+        typer.echo(
+            f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", err=True
+        )
     if out is not None:
         write_json(out, found)
     if rows is not None:
         rows.parent.mkdir(parents=True, exist_ok=True)
         with naming(rows):
             frame.to_parquet(rows, index=False)
+
+
+def _scored(frame: "pd.DataFrame", judge: bool) -> "tuple[pd.DataFrame, dict]":
+    """The rows with their scores, and what the judge says of itself; nothing where there is none."""
+    from contextlib import nullcontext
+
+    from tqdm import tqdm
+
+    from clear.bench.vlmeval import scores
+    from clear.config import load
+    from clear.data.workspace import replies_file
+    from clear.llm.endpoint import connect
+
+    with connect(load().judge, "judge", replies_file("judge")) if judge else nullcontext() as client:
+        with tqdm(desc="judge", unit="question", disable=not judge) as bar:
+            frame = scores.score(frame, client, bar.update)
+        if client is None:
+            return frame, {}
+        from clear.bench.judge import prompt_hash
+
+        return frame, client.report() | {"prompts": prompt_hash()}
 
 
 def mmd_bench(
