@@ -43,6 +43,7 @@ for _command in (
     benchmark.score,
     benchmark.mmd_bench,
     use.merge,
+    use.export,
     use.decision,
 ):
     app.command(rich_help_panel=TOOLS)(_command)

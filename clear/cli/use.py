@@ -1,4 +1,4 @@
-"""Commands that use a trained model: ask it, let it answer, serve it, look at it, measure its decision, merge it."""
+"""Commands that use a trained model: ask, answer, serve, browse, measure its decision, merge, export."""
 
 import importlib
 import os
@@ -227,3 +227,41 @@ def merge(
     types = importlib.import_module("clear.training.load").TYPES
     importlib.import_module("clear.model.lora").merge(folder, out, types[kind], base)
     typer.echo(f"{out} written.")
+
+
+def export(
+    folder: Annotated[Path, typer.Argument(help="A model of this project, weights or adapter: data/models/grpo.")],
+    out: Annotated[Path, typer.Argument(help="The new folder: all weights and a model card.")],
+    base: Annotated[Path | None, typer.Option(help="The weights (folder or file) an adapter adapts, if moved.")] = None,
+    weights: Annotated[str, typer.Option(help="float32 or bfloat16 in the new folder; default: as stored.")] = "",
+    name: Annotated[
+        str, typer.Option(help="The model's name on the card and in --scores; default: the folder's.")
+    ] = "",
+    license: Annotated[
+        str, typer.Option(help="Its licence, as the hub names it; needed if weights or data were given.")
+    ] = "",
+    base_model: Annotated[
+        str, typer.Option(help="The base model's name on the hub; default: BAGEL's, if it is one.")
+    ] = "",
+    dataset: Annotated[list[str] | None, typer.Option(help="Names of its training data on the hub.")] = None,
+    language: Annotated[list[str] | None, typer.Option(help="Languages of its data; default: en.")] = None,
+    evaluation: Annotated[
+        str, typer.Option(help="Whose metrics: grpo, bridge, …; default: by the folder's name.")
+    ] = "",
+    scores: Annotated[Path | None, typer.Option(help="JSON of `clear score`: a leaderboard with this model.")] = None,
+) -> None:
+    """Write a model for others: the files that BAGEL's tools and vLLM-Omni read, and a model card.
+
+    Memory as for merge. docs/LEADERBOARD.md says what the card has.
+    """
+    from clear.config import load
+
+    if not folder.is_dir():
+        raise ClearError(f"{folder}: no folder here; name one that a training stage wrote.")
+    if weights not in ("", "float32", "bfloat16"):
+        raise ClearError(f"--weights {weights}: choose float32 or bfloat16.")
+    release = importlib.import_module("clear.project.release")
+    types = importlib.import_module("clear.training.load").TYPES
+    wishes = release.Wishes(name, license, base_model, dataset or [], language or ["en"], evaluation, scores)
+    for file in release.export(folder, out, load(), wishes, types.get(weights), base):
+        typer.echo(str(file))

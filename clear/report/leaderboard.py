@@ -54,14 +54,14 @@ def markdown(board: dict) -> str:
     """The tables in GitHub's Markdown."""
     parts = ["# MMD-Bench"]
     for section in sections(board):
-        parts.append(f"## {_text(section.title)}")
+        parts.append(f"## {as_text(section.title)}")
         for block in section.blocks:
             if isinstance(block, Table):
-                header = [_text(cell) for cell in block.header]
-                cells = [[_text(cell) for cell in row] for row in block.rows]
-                parts.append(Table(header, cells, _text(block.caption)).markdown())
+                header = [as_text(cell) for cell in block.header]
+                cells = [[as_text(cell) for cell in row] for row in block.rows]
+                parts.append(Table(header, cells, as_text(block.caption)).markdown())
             else:
-                parts.append(_text(block))
+                parts.append(as_text(block))
     return "\n\n".join(parts) + "\n"
 
 
@@ -70,7 +70,7 @@ def html(board: dict) -> str:
     return page(TEMPLATE, TEMPLATE.parent, _mark, reference=board["reference"] or "", sections=sections(board))
 
 
-def _text(text: str) -> str:
+def as_text(text: str) -> str:
     """Text that Markdown shows as it is, in one line; bars are escaped by the table."""
     return _ACTIVE.sub(r"\\\1", _line(text))
 
@@ -84,7 +84,7 @@ def _mark(cell: str) -> tuple[str, str]:
     return "number" if number else "", cell
 
 
-def _interval(cell: dict | None, signed: bool = False) -> str:
+def interval(cell: dict | None, signed: bool = False) -> str:
     """`65.3 [63.0, 67.5]`; without brackets where there is no interval."""
     if not cell or cell["estimate"] is None:
         return NONE
@@ -95,7 +95,7 @@ def _interval(cell: dict | None, signed: bool = False) -> str:
 
 
 def _difference(cell: dict | None) -> str:
-    return _interval((cell or {}).get("minus_reference"), signed=True)
+    return interval((cell or {}).get("minus_reference"), signed=True)
 
 
 def _averages(board: dict, rows: Rows) -> Table:
@@ -109,9 +109,9 @@ def _averages(board: dict, rows: Rows) -> Table:
     cells = []
     for name, row in rows:
         averages = {level: row["levels"][level]["average"] for level in levels}
-        line = [name, row["source"], *(_interval(averages[level]) for level in levels)]
+        line = [name, row["source"], *(interval(averages[level]) for level in levels)]
         if robust:
-            line += [_interval(row["robustness"][kind]) for kind in ("absolute", "relative")]
+            line += [interval(row["robustness"][kind]) for kind in ("absolute", "relative")]
         if reference:
             line += [_difference(averages[level]) for level in levels if level in (CLEAN, HARD)]
             line += [_difference(row["robustness"]["relative"])] * robust
@@ -137,7 +137,7 @@ def _level(board: dict, rows: Rows, level: str) -> Table:
     for name, row in rows:
         found = row["levels"][level]["benchmarks"]
         if any(found.values()) or row["levels"][level]["average"]:
-            line = [*(_interval(found[bench]) for bench in benches), _interval(row["levels"][level]["average"])]
+            line = [*(interval(found[bench]) for bench in benches), interval(row["levels"][level]["average"])]
             cells.append([_line(name), row["source"], *line])
     counts = ", ".join(f"{bench} {board['benchmarks'][bench]['levels'][level]['rows']}" for bench in benches)
     caption = f"Percent. Rows of every measured model: {counts}."
