@@ -18,18 +18,15 @@ from clear.model.checkpoint import MODEL, PLAIN, VAE, fingerprint, load, load_ba
 from clear.model.checkpoint import format as folder_format
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
-from clear.model.tokenizer import MARKERS, encode
+from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Options, generate
-from clear.schema import Lora
 from clear.training.load import incoming, save, trainable
 from clear.training.rl import scoring
+from tests.helpers.adapters import PAIRS, SETTINGS, TEXTS, adapted, qwen_folder
 from tests.tiny import SIZES, tiny_model, tiny_prompts
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-SETTINGS = Lora(rank=2, alpha=4.0, dropout=0.0, targets=TARGETS, experts="both")
 
 
 def batch(tokenizer, count: int = 3):
@@ -55,17 +52,6 @@ def loss_of(model: Bagel, given) -> torch.Tensor:
     """Answer loss and velocity loss together."""
     logits, target, velocity = outputs(model, given)
     return F.cross_entropy(logits, target) + velocity.pow(2).mean()
-
-
-def adapted(bridge: str = "direct", settings: Lora = SETTINGS) -> tuple[Bagel, object]:
-    """The tiny model with an adapter whose weights are all random: no factor is zero."""
-    model, tokenizer = tiny_model(bridge)
-    lora.attach(model, settings)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_" in name:
-                value.normal_(std=0.3)
-    return model.eval(), tokenizer
 
 
 @pytest.fixture
@@ -189,31 +175,6 @@ def test_sums_on_bfloat16_weights_are_made_in_float32_and_rounded_once(tmp_path,
     assert deltas and found.keys() == base.keys()
     for key, value in base.items():
         assert torch.equal(found[key], (value.float() + deltas.get(key, 0.0)).to(kind)), key
-
-
-PAIRS = ["vocab.json", "merges.txt", "tokenizer_config.json"]
-TEXTS = ["the circle is red ?", "größer als 128 😀\n\n zwei", f"{MARKERS[0]}red{MARKERS[1]} <|box_start|>"]
-
-
-def qwen_folder(folder: Path) -> None:
-    """A model folder with Qwen2's tokenizer as BAGEL's published code reads it: PAIRS and no tokenizer.json."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-
-    folder.mkdir()
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(TEXTS * 9, trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    first, names = tokenizer.get_vocab_size(), ["<|endoftext|>", *MARKERS[:2], "<|box_start|>", *MARKERS[2:]]
-    stated = {str(first + i): {"content": name, "special": True} for i, name in enumerate(names)}
-    settings = {"added_tokens_decoder": stated, "tokenizer_class": "Qwen2Tokenizer", "eos_token": MARKERS[1]}
-    shapes = tiny_model("direct")[0].config
-    special = SpecialTokens(*(first + names.index(marker) for marker in MARKERS))
-    shapes = replace(shapes, special=special, llm=replace(shapes.llm, vocab=first + len(names)))
-    torch.manual_seed(0)
-    save_bagel(folder, Bagel(shapes).initialise(), AutoEncoder(shapes.vae))
-    tokenizer.model.save(str(folder))
-    (folder / PAIRS[2]).write_text(json.dumps(settings))
 
 
 @pytest.mark.parametrize("way", ["trained", "merged"])

@@ -23,6 +23,7 @@ from clear.model.vit import VitConfig
 from clear.project import release as exporting
 from clear.report import card
 from tests.conftest import ROOT, git
+from tests.helpers.adapters import TEXTS, adapted, qwen_folder
 from tests.tiny import save_random_model, tiny_model
 
 GOLDEN = ROOT / "tests/golden"
@@ -103,8 +104,6 @@ def test_a_folder_that_others_could_not_read_is_refused(tmp_path, name, change, 
 
 
 def test_an_adapter_is_added_and_what_its_base_came_with_is_kept(tmp_path):
-    from tests.test_lora import adapted
-
     base, folder, out = (tmp_path / name for name in ("base", "adapter", "out"))
     plain, tokenizer = tiny_model("direct")
     save_bagel(base, plain, AutoEncoder(plain.config.vae), tokenizer)
@@ -124,8 +123,6 @@ def test_an_adapter_is_added_and_what_its_base_came_with_is_kept(tmp_path):
 
 def test_a_tokenizer_is_found_by_its_files(tmp_path):
     from transformers import AutoTokenizer
-
-    from tests.test_lora import TEXTS, qwen_folder
 
     qwen_folder(tmp_path / "qwen")
     release.write(tmp_path / "qwen", tmp_path / "out")
