@@ -229,7 +229,10 @@ def test_what_is_not_known_is_refused_or_said(workspace):
     with pytest.raises(ClearError, match="is evaluated as grpo"):
         exporting.gather(grpo, config, exporting.Wishes(model="base"))
     (workspace / "dvc.lock").unlink()
-    facts = exporting.gather(grpo, bagel, exporting.Wishes(license="other", datasets=["a/b"]))
+    with pytest.raises(ClearError, match="--base-model is missing"):
+        exporting.gather(grpo, bagel, exporting.Wishes(license="other"))
+    wishes = exporting.Wishes(license="other", base_model="ByteDance-Seed/BAGEL-7B-MoT", datasets=["a/b"])
+    facts = exporting.gather(grpo, bagel, wishes)
     text = card.render(card.Facts(**facts))
     header = yaml.safe_load(text.split("---")[1])
     assert header["base_model"] == "ByteDance-Seed/BAGEL-7B-MoT" and header["license"] == "other"

@@ -241,7 +241,7 @@ def export(
         str, typer.Option(help="Its licence, as the hub names it; needed if weights or data were given.")
     ] = "",
     base_model: Annotated[
-        str, typer.Option(help="The base model's name on the hub; default: BAGEL's, if it is one.")
+        str, typer.Option(help="The base model's name on the hub; needed if weights were given.")
     ] = "",
     dataset: Annotated[list[str] | None, typer.Option(help="Names of its training data on the hub.")] = None,
     language: Annotated[list[str] | None, typer.Option(help="Languages of its data; default: en.")] = None,

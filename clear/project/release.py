@@ -23,8 +23,6 @@ from clear.schema import Config
 
 LOCK = Path("dvc.lock")
 CARD = "README.md"
-BAGEL = "ByteDance-Seed/BAGEL-7B-MoT"
-"""The base model of the BAGEL profiles, on the Hugging Face hub."""
 
 _METRICS = ("traces", "degrade", *(f"evaluate_{name}" for name in MODELS))
 
@@ -48,8 +46,8 @@ def export(
     """Write the release of a model folder to `out` and return its files.
 
     Raises ClearError as clear.model.release.write; for a folder that is not of this project's training; for a model of
-    given weights or data without a named licence; for figures that are not of these weights, or of no model of the
-    scores.
+    given weights or data without a named licence and base; for figures that are not of these weights, or of no model
+    of the scores.
     """
     facts = gather(folder, config, wishes)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -81,6 +79,11 @@ def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(
             "--license is missing: weights or data were given to this training, and only you know their terms; name "
             "a licence of the hub, such as apache-2.0, or other."
         )
+    if config.model.checkpoint and not wishes.base_model:
+        raise ClearError(
+            "--base-model is missing: this training began with given weights; name the model they are on the hub, such "
+            "as ByteDance-Seed/BAGEL-7B-MoT."
+        )
     stage = folder.resolve().name
     names = [name for name, (of, *_) in MODELS.items() if of == stage]
     if folder.resolve().parent != (workspace / "data/models").resolve() or not names:
@@ -106,7 +109,7 @@ def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(
         "name": wishes.name or folder.resolve().name,
         "config": config,
         "license": wishes.license or card.LICENSE,
-        "base_model": wishes.base_model or (BAGEL if config.model.checkpoint else ""),
+        "base_model": wishes.base_model,
         "datasets": wishes.datasets,
         "languages": wishes.languages,
         "stage": stage,

@@ -141,7 +141,7 @@ def _body(facts: Facts) -> list[str]:
 
 def _origins(facts: Facts) -> Table:
     config = facts.config
-    base = facts.base_model or ("none: trained from scratch" if not config.model.checkpoint else "not named")
+    base = facts.base_model or "none: trained from scratch"
     rows = [
         [
             "this model",
