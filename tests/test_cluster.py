@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from clear.bench.answers import answer, answer_shard
+from clear.bench.answers import Shard, answer, answer_shard
 from clear.bench.models import UnderTest
 from clear.config import compose, from_dict
 from clear.data.pool import code_digest, parallel
@@ -18,6 +18,7 @@ from clear.degradation.build import degraded_samples
 from clear.degradation.protocol import CELLS
 from clear.errors import ClearError
 from clear.sources.scenes.render import scenes
+from clear.validation import metrics
 from tests.conftest import ROOT
 from tests.tiny import save_random_model
 
@@ -108,6 +109,18 @@ def benchmark():
     return clean + list(degraded_samples([(s, *cell) for s in clean for cell in CELLS[::10]], 0.4, workers=1))
 
 
+def test_a_degraded_picture_is_compared_once_for_all_questions_about_it(tested, benchmark, monkeypatch):
+    """Its PSNR and SSIM stand in the row of each; a restored picture belongs to one answer and is compared for it."""
+    compared, psnr = [], metrics.psnr
+    monkeypatch.setattr(metrics, "psnr", lambda one, two: (compared.append(two.tobytes()), psnr(one, two))[1])
+    asked = tuple((s, q) for s in (benchmark[0], benchmark[8]) for q in s.questions)
+    rows = answer_shard(Shard(tested, 0, asked)).rows
+    assert len(rows) == 6 and [row["psnr_degraded"] is None for row in rows] == [True] * 3 + [False] * 3
+    assert len({(row["psnr_degraded"], row["ssim_degraded"]) for row in rows[3:]}) == 1
+    restored = sum(row["psnr_restored"] is not None for row in rows)
+    assert len(compared) == 1 + restored and [row["restored"] for row in rows[3:]].count(True) == restored
+
+
 @pytest.mark.slow
 def test_a_benchmark_that_a_cluster_answers_has_the_rows_of_a_local_run(tmp_path, start, tested, benchmark):
     here, _ = answer(tested, benchmark)
@@ -143,7 +156,6 @@ def test_a_question_has_the_same_noise_in_any_shard(tested, benchmark):
 
 
 def test_a_worker_with_another_model_or_other_code_is_refused(tested, benchmark):
-    from clear.bench.answers import Shard
     from clear.data.pool import _run_remote
 
     shard = Shard(replace(tested, digest="{}"), 0, ((benchmark[0], benchmark[0].questions[0]),))

@@ -208,7 +208,7 @@ def test_clean_prompts_are_a_share_of_the_paired_images_whatever_their_order(tmp
     config = from_dict(compose(["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "grpo.clean_share=0.4"]))
     save_random_model(Path("data/models/bridge"), config)
     made = list(degraded_samples([(sample, "dark", "high") for sample in scenes("rl", 10, 1, 64, 1)], 0.1, 1))
-    made[3] = replace(made[3], image=made[3].degraded)  # naturally degraded: it has no clean image to show
+    made[3] = replace(made[3], image=made[3].degraded, paired=False)  # it came degraded: no clean image to show
     write_samples("data/degraded/validation", made[:1])
     seen, bank = [], Answerer.bank
     monkeypatch.setattr(Answerer, "bank", lambda self, images, names: seen.append(images) or bank(self, images, names))

@@ -1,6 +1,7 @@
 """Demonstrations: the rule that chooses them, their table, and tables that are not whole."""
 
 import json
+from collections import Counter
 from dataclasses import replace
 
 import pyarrow as pa
@@ -98,7 +99,7 @@ def test_a_missing_column_is_named(tmp_path, rows, column):
 # --- the expectations ------------------------------------------------------------------------------------------------
 
 CHOICE = Question("q3", "colour", "is the cup red or blue ?", "B", options=("red", "blue"), evidence="cup is blue")
-ALONE = Sample("s2", "incoming/set", "sft", b"x", "", (QUESTION,), degraded=b"x", corruption="set", severity="incoming")
+ALONE = replace(SAMPLE, id="s2", image=b"x", degraded=b"x", corruption="set", severity="incoming", paired=False)
 ASKED = replace(SAMPLE, questions=(QUESTION, CHOICE))
 GOOD = [
     trace_row(ASKED, QUESTION, restore=True, base_correct=False),
@@ -247,6 +248,23 @@ def test_the_blocks_that_bound_the_memory_change_no_byte(tmp_path, monkeypatch):
     clean = sorted(drawn([f"{sample.id}/{q.id}" for sample in samples for q in sample.questions[:3]], 6))
     assert [row.question for row in rows] == [*asked, *(asked[n] for n in clean)]
     assert [row.severity for row in rows] == ["low"] * 12 + [CLEAN] * 6
+
+
+def test_pictures_are_read_twice(tmp_path, monkeypatch):
+    """To ask the base about the degraded and about the clean ones; the rule, the rows and the checks need the text."""
+    monkeypatch.chdir(tmp_path)
+    samples = list(degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 6, 1, 64, 2)], 0.1, 1))
+    config = trace_workspace(tmp_path, ["traces.clean_share=0.5", "traces.questions=2", "sampling.batch=4"], samples)
+    read, pictures = traces.read_samples, Counter()
+
+    def counted(folder, columns=None):
+        for sample in read(folder, columns):
+            pictures[sample.id] += bool(sample.image or sample.degraded)
+            yield sample
+
+    monkeypatch.setattr(traces, "read_samples", counted)
+    traces.run(config)
+    assert pictures == {sample.id: 2 for sample in samples}
 
 
 def test_the_share_of_clean_traces_is_the_one_asked_for(tmp_path, monkeypatch):

@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 DEVELOPMENT = Path("data/development")
 """The split on which recipes are compared; the benchmark stays unseen."""
 
+QUALITY = ("psnr_degraded", "psnr_restored", "ssim_degraded", "ssim_restored")
+"""Columns of a row that are empty where there is nothing to compare."""
+
 DECODED = 128
 """Restored pictures that the autoencoder decodes at once."""
 
@@ -119,13 +122,15 @@ def answer_shard(shard: Shard) -> Answered:
     from clear.model.images import ImageBank
 
     model = shard.model
-    with loaded(model.folder, model.config, model.digest, 'set evaluate.cluster to ""') as answerer:
+    with loaded(model.folder, model.config, model.digest, 'set evaluate.cluster to "") as answerer:
         samples = list({sample.key: sample for sample, _ in shard.asked}.values())
         place = {sample.key: i for i, sample in enumerate(samples)}
         bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
         paired = {s.image_sha256: s for s in samples if s.degraded is not None and s.paired}
         bases = ImageBank([s.image for s in paired.values()], model.config.model, [s.key for s in paired.values()])
         clean = {name: bases.uint8(i) for i, name in enumerate(paired)}
+        partner = {s.key: clean[s.image_sha256] for s in samples if s.degraded is not None and s.paired}
+        degraded = {key: _compared("degraded", to, bank.uint8(place[key])) for key, to in partner.items()}
         asked = [(place[sample.key], question) for sample, question in shard.asked]
         start = perf_counter()
         answers = answerer.answer(bank, asked, model.restore, model.feedback, first=shard.first)
@@ -134,7 +139,9 @@ def answer_shard(shard: Shard) -> Answered:
     kept = _kept([sample for sample, _ in shard.asked], pictures)
     rows = []
     for n, ((sample, question), given) in enumerate(zip(shard.asked, answers, strict=True)):
-        before = None if sample.degraded is None or not sample.paired else clean[sample.image_sha256]
+        quality = dict.fromkeys(QUALITY) | degraded.get(sample.key, {})
+        if sample.key in partner and n in pictures:
+            quality |= _compared("restored", partner[sample.key], pictures[n])
         row = {
             "sample": sample.id,
             "corruption": sample.corruption,
@@ -151,7 +158,7 @@ def answer_shard(shard: Shard) -> Answered:
             "tokens": given.tokens,
             "restored_png": encode_image(pictures[n]) if n in kept else None,
         }
-        rows.append(row | _quality(before, bank.uint8(place[sample.key]), pictures.get(n)))
+        rows.append(row | quality)
     return Answered(rows, seconds)
 
 
@@ -209,13 +216,8 @@ def _kept(samples: Sequence[Sample], restored: Container[int]) -> set[int]:
     return set(first.values())
 
 
-def _quality(clean: np.ndarray | None, shown: np.ndarray, restored: np.ndarray | None) -> dict:
-    """PSNR and SSIM at the model's own resolution; absent where there is nothing to compare."""
+def _compared(kind: str, clean: np.ndarray, other: np.ndarray) -> dict[str, float]:
+    """PSNR and SSIM of a `degraded` or `restored` picture at the model's own resolution."""
     from clear.validation.metrics import psnr, ssim
 
-    row = {f"{name}_{kind}": None for name in ("psnr", "ssim") for kind in ("degraded", "restored")}
-    if clean is not None:
-        row |= {"psnr_degraded": psnr(clean, shown), "ssim_degraded": ssim(clean, shown)}
-        if restored is not None:
-            row |= {"psnr_restored": psnr(clean, restored), "ssim_restored": ssim(clean, restored)}
-    return row
+    return {f"psnr_{kind}": psnr(clean, other), f"ssim_{kind}": ssim(clean, other)}

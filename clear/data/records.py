@@ -51,6 +51,7 @@ def schema() -> "pa.Schema":
             ("severity", pa.string()),
             ("intensity", pa.float64()),
             ("seed", pa.uint64()),
+            ("paired", pa.bool_()),
         ]
     )
 
@@ -77,7 +78,8 @@ class Sample:
     """One image and its questions; with `degraded` set, one degraded copy of it.
 
     `image` and `degraded` are encoded bytes (PNG or JPEG). `annotation` is JSON known to the source only.
-    `seed` is the one that made the degradation, so that any copy can be made again.
+    `seed` is the one that made the degradation, so that any copy can be made again. `paired` is false for a naturally
+    degraded image without a clean one to restore; it is in both fields then.
     """
 
     id: str
@@ -92,16 +94,12 @@ class Sample:
     severity: str = CLEAN
     intensity: float = 0.0
     seed: int = 0
+    paired: bool = True
 
     @property
     def seen(self) -> bytes:
         """The encoded image that a model is shown: the degraded one where there is one."""
         return self.image if self.degraded is None else self.degraded
-
-    @property
-    def paired(self) -> bool:
-        """Whether there is a clean image to restore; a naturally degraded image without one is in both fields."""
-        return self.degraded is None or self.degraded != self.image
 
     @property
     def key(self) -> str:
@@ -250,7 +248,8 @@ def check_schema(file: Path, found: "pa.Schema") -> None:
     for column in schema():
         if column.name not in found.names:
             raise ClearError(
-                f"{file}: column '{column.name}' is missing; a Sample shard has {', '.join(schema().names)}."
+                f"{file}: column '{column.name}' is missing; a Sample shard has {', '.join(schema().names)}. Run the "
+                "stage that makes it again, or write it with clear.data.records."
             )
         if found.field(column.name).type != column.type:
             kind = found.field(column.name).type

@@ -91,6 +91,7 @@ def _sample(row: Row, plan: _Planned) -> Sample:
         degraded=row.image,
         corruption=row.set,
         severity=INCOMING,
+        paired=plan.paired,
     )
 
 

@@ -7,8 +7,9 @@ as it must be is rejected. The written table is then checked by named expectatio
 one stops the stage once metrics, rejects and Data Docs (traces/data_docs in the report folder) are written, so that its
 rows can be looked up.
 
-Images are read from the shards again for each purpose, so that memory does not grow with their number; a question keeps
-only two verdicts and its trace, some hundred bytes.
+Images are streamed from the shards, so that memory does not grow with their number: once to ask the base about the
+degraded ones, once about the clean ones, and again for a teacher, who is shown them. Everything else reads the text
+alone. A question keeps only two verdicts and its trace, some hundred bytes.
 """
 
 from collections import Counter
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from clear.reasoning.answering import Answerer
 
 OUT, METRICS, REJECTS = Path("data/traces"), Path("data/metrics/traces.json"), Path("data/rejects/traces.parquet")
+
+TEXT = ("id", "questions", "corruption", "severity", "paired")
+"""What a trace needs of a sample besides its pictures."""
 
 
 def run(config: Config) -> None:
@@ -111,7 +115,7 @@ def _demonstrated(config: Config) -> Iterable[TraceRow | Reject]:
     total = _checked(config)
     answerer = Answerer.load(model_folder("base", config), config)
     # Without a clean partner there is neither a clean image to show nor one to restore.
-    paired = {n: f"{sample.id}/{question.id}" for n, sample, question in _asked(config) if sample.paired}
+    paired = {n: f"{sample.id}/{question.id}" for n, sample, question in _asked(config, TEXT) if sample.paired}
     chosen = drawn(list(paired.values()), round(config.traces.clean_share * total))
     shown_clean = {n for place, n in enumerate(paired) if place in chosen}
     seen = _right(config, answerer, ((n, s.key, s.seen, q) for n, s, q in _asked(config)), total)
@@ -119,14 +123,15 @@ def _demonstrated(config: Config) -> Iterable[TraceRow | Reject]:
     asked = shown_clean | {n for n, right in seen.items() if not right}
     tasks = ((n, s.key, s.image, q) for n, s, q in _asked(config) if n in asked)
     clean = _right(config, answerer, tasks, len(asked))
+    columns = None if config.traces.kind == "teacher" else TEXT
 
     def wanted() -> Iterator[tuple[Sample, Question, bool | None, bool, bool]]:
         """(sample, question, whether to restore, base_correct, clean) of every trace."""
         rule = config.traces.restore_when
-        for n, sample, question in _asked(config):
+        for n, sample, question in _asked(config, columns):
             restore = None if rule == "teacher" else restores(rule, seen[n], clean.get(n, True))
             yield sample, question, restore if sample.paired else False, seen[n], False
-        for n, sample, question in _asked(config):
+        for n, sample, question in _asked(config, columns):
             if n in shown_clean:
                 yield sample, question, False, clean[n], True
 
@@ -141,7 +146,7 @@ def _failures(config: Config, rejects: RejectWriter) -> list[Failure]:
     folder."""
     from clear.data.workspace import report_dir
 
-    frame = trace_frame(read_traces(OUT), read_samples("data/degraded/sft"), config.traces.judge)
+    frame = trace_frame(read_traces(OUT), read_samples("data/degraded/sft", TEXT), config.traces.judge)
     for check in TRACE_CHECKS:
         for row in frame[check.failing(frame)].itertuples():
             rejects.add(Reject(row.key, row.severity, check.name, f"not true that {check.means}"))

@@ -65,7 +65,7 @@ def measure(sample: Sample) -> Measured:
         "questions": len(sample.questions),
         "answers": tuple((q.task, q.answer) for q in sample.questions),
         "split": sample.split,
-        "paired": sample.paired or sample.severity != INCOMING,
+        "paired": sample.paired,
         "hash_true": sha256(sample.image or b"") == sample.image_sha256,
     }
     try:
