@@ -144,7 +144,7 @@ def test_a_bank_of_different_grids(size):
     bank = ImageBank([encode_image(a) for a in arrays], size)
     torch.manual_seed(0)
     vae = AutoEncoder(VaeConfig(8, tuple(size.vae_mult), 1, 4, 4)).eval()
-    bank.encode(vae, batch=2)
+    bank.encode(vae)
     assert len(bank) == 4
     assert [bank.latent_grid(i) for i in range(4)] == [(6, 6), (6, 3), (2, 6), (6, 6)]
     for i in range(4):
@@ -167,7 +167,7 @@ def test_a_sampled_posterior_depends_on_the_image_alone(size):
     arrays = [_image(64, 64, seed) for seed in range(3)]
     encoded, vae = [encode_image(a) for a in arrays], _vae(size)
     sampled = ImageBank(encoded, replace(size, posterior="sample")).encode(vae)
-    again = ImageBank(encoded[::-1], replace(size, posterior="sample")).encode(vae, batch=1)
+    again = ImageBank(encoded[::-1], replace(size, posterior="sample")).encode(vae)
     mean = ImageBank(encoded, size).encode(vae)
     noises = []
     for i in range(3):

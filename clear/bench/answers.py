@@ -122,7 +122,7 @@ def answer_shard(shard: Shard) -> Answered:
     from clear.model.images import ImageBank
 
     model = shard.model
-    with loaded(model.folder, model.config, model.digest, 'set evaluate.cluster to "") as answerer:
+    with loaded(model.folder, model.config, model.digest, 'set evaluate.cluster to ""', model.latents) as answerer:
         samples = list({sample.key: sample for sample, _ in shard.asked}.values())
         place = {sample.key: i for i, sample in enumerate(samples)}
         bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
@@ -169,16 +169,19 @@ _held: dict[str, "Answerer"] = {}
 
 
 @contextmanager
-def loaded(folder: Path, config: "Config", digest: str = "", remedy: str = "") -> "Iterator[Answerer]":
+def loaded(
+    folder: Path, config: "Config", digest: str = "", remedy: str = "", latents: Path | None = None
+) -> "Iterator[Answerer]":
     """The model of a folder, for the length of a with block in which this process uses no other.
 
     It stays loaded until another one is asked for. `digest`, if given, is what the files of the folder must be: on a
-    Dask worker, whose `remedy` says how to do without. Raises ClearError where they are not.
+    Dask worker, whose `remedy` says how to do without. `latents` is the folder in which latents are kept, if any.
+    Raises ClearError where the files are others.
     """
     from clear.model.runtime import apply_runtime
     from clear.reasoning.answering import Answerer
 
-    key = repr((folder, config, digest))
+    key = repr((folder, config, digest, latents))
     with _one_at_a_time:
         if key not in _held:
             if digest and digest_of(folder, config) != digest:
@@ -188,7 +191,7 @@ def loaded(folder: Path, config: "Config", digest: str = "", remedy: str = "") -
                 )
             _held.clear()
             apply_runtime(config)
-            _held[key] = Answerer.load(folder, config)
+            _held[key] = Answerer.load(folder, config, latents)
         yield _held[key]
 
 

@@ -45,7 +45,7 @@ def outcomes(model: UnderTest, samples: Sequence[Sample], progress: Callable[[in
     frame = pd.DataFrame([{name: row[name] for name in (*KEY, "pair")} for row in paths["never"]])
     frame["direct"] = [row["correct"] for row in paths["never"]]
     frame["restored"] = [row["correct"] for row in paths["always"]]
-    with loaded(model.folder, model.config) as answerer:
+    with loaded(model.folder, model.config, latents=model.latents) as answerer:
         frame["probability"] = probabilities(answerer, samples)
     return frame
 

@@ -35,15 +35,17 @@ class UnderTest:
     config: "Config"
     digest: str = ""
     """What the files of the folder must be (clear/bench/answers.py); empty where it is this machine's own."""
+    latents: Path | None = None
+    """The folder in which the latents of what it is shown are kept (clear/model/latents.py)."""
 
 
 def under_test(model: str, config: "Config") -> UnderTest:
     """How a model of MODELS answers under `config`; its folder is one of the working directory."""
     if model not in MODELS:
         raise ClearError(f"evaluate: model '{model}' is not one of {', '.join(MODELS)}.")
-    from clear.data.workspace import model_folder
+    from clear.data.workspace import latents_dir, model_folder
 
     folder, restore, feedback = MODELS[model]
     if model == "sft" and config.bridge.kind == "direct":
         feedback = "bridge"
-    return UnderTest(model_folder(folder, config), restore, feedback, config)
+    return UnderTest(model_folder(folder, config), restore, feedback, config, latents=latents_dir())

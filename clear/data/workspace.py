@@ -7,6 +7,7 @@ its report in the user's own folder. Nothing here may enter a tracked output.
 
     $CLEAR_HOME/checkpoints/<profile>/<stage>/    resumable training state, deleted on success
     $CLEAR_HOME/runs/<profile>/<stage>.json       seconds, memory and whatever the stage adds with `record_run`
+    $CLEAR_HOME/latents/                          latents that stages share, see clear/model/latents.py
     $CLEAR_HOME/scratch/<profile>/                copies of the workspace for other profiles
     $CLEAR_HOME/../data/report/<profile>/         the report
     $CLEAR_HOME/../data/replies/<name>.sqlite     paid replies of a teacher or judge, kept by `make clean`
@@ -61,6 +62,11 @@ def report_dir(name: str | None = None, create: bool = True) -> Path:
 def replies_file(name: str) -> Path:
     """Where the replies of an endpoint (`teacher`, `judge`) are kept; every profile and scratch copy shares them."""
     return _made(home().parent / "data" / "replies") / f"{name}.sqlite"
+
+
+def latents_dir() -> Path:
+    """Folder of the latents that stages, profiles and scratch copies share; not created here."""
+    return home() / "latents"
 
 
 def checkpoint_dir(stage: str) -> Path:

@@ -10,12 +10,16 @@ Two settings where the reference code is inconsistent; training and inference al
 
 Departure: the pixel cap scales the sides by the square root of the excess (the reference over-shrinks). With
 the published sizes only images more than about seven times as long as wide reach it.
+
+Convolutions choose their algorithm by the size of the batch, and round by it. Stages share latents
+(clear/model/latents.py), whose bits must not depend on what is encoded beside an image: there every batch is full.
 """
 
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,8 +31,11 @@ from clear.model.bagel import BagelConfig
 from clear.model.vae import AutoEncoder, patchify
 from clear.schema import ModelSize
 
+if TYPE_CHECKING:
+    from clear.model.latents import LatentStore
+
 MAX_PIXELS = 14 * 14 * 9 * 1024
-ENCODE_IMAGES, ENCODE_PIXELS = 64, 2**20
+ENCODE_IMAGES, ENCODE_PIXELS = 16, 2**20
 """The autoencoder reads at most so many images at once, and so many pixels (but always one image)."""
 
 KEPT_BYTES = 2**30
@@ -160,8 +167,10 @@ class ImageBank:
         self._kept: dict[int, tuple[Tensor, Tensor]] = {}
         self._paired: dict[int, Tensor] = {}
         self._sizes: list[tuple[tuple[int, int], tuple[int, int]]] = []
+        self._digests: list[str] = []
         with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-            for i, (vae, vit) in enumerate(pool.map(self._decode, range(len(images)))):
+            for i, (vae, vit, digest) in enumerate(pool.map(self._examined, range(len(images)))):
+                self._digests.append(digest)
                 self._sizes.append((tuple(vae.shape[1:]), tuple(vit.shape[1:])))
                 if self._fits(vae.nbytes + (0 if vit is vae else vit.nbytes)):
                     self._kept[i] = vae, vit
@@ -178,6 +187,13 @@ class ImageBank:
         if _vit_size(vae if self.size.resize == "reference" else array, self.size) == vae.shape[:2]:
             return pack, pack
         return pack, _tensor(vit_array(array, self.size))
+
+    def _examined(self, i: int) -> tuple[Tensor, Tensor, str]:
+        """What `_decode` gives, and a digest of what the latent is made of."""
+        vae, vit = self._decode(i)
+        digest = hashlib.sha256(repr((tuple(vae.shape), self.size.posterior)).encode())
+        digest.update(np.ascontiguousarray(vae.permute(1, 2, 0).numpy()))
+        return vae, vit, digest.hexdigest()
 
     def _fits(self, size: int) -> bool:
         """Whether so many bytes may be kept; if so they are taken from the room that is left."""
@@ -232,21 +248,35 @@ class ImageBank:
         return h // self.latent_stride, w // self.latent_stride
 
     @torch.no_grad()
-    def encode(self, vae: AutoEncoder, batch: int = ENCODE_IMAGES) -> "ImageBank":
-        """Fill `latents` with tokens (N, C) of the posterior (`size.posterior`), in batches of one image size."""
+    def encode(self, vae: AutoEncoder, store: "LatentStore | None" = None) -> "ImageBank":
+        """Fill `latents` with tokens (N, C) of the posterior (`size.posterior`), in batches of one image size.
+
+        With the `store` of this autoencoder only what it lacks is encoded, in full batches, and kept there.
+        """
         groups: dict[tuple[int, int], list[int]] = {}
         for i, (size, _) in enumerate(self._sizes):
-            groups.setdefault(size, []).append(i)
+            z = store.read(self._digests[i]) if store else None
+            if z is None:
+                groups.setdefault(size, []).append(i)
+            else:
+                self.latents[i] = self._tokens(z)
         device = next(vae.parameters()).device
         for (h, w), members in groups.items():
-            step = min(batch, encode_batch(h, w))
+            step = encode_batch(h, w)
             for start in range(0, len(members), step):
                 chunk = members[start : start + step]
-                x = torch.stack([self.pixels(i) for i in chunk]).to(device)
-                z = vae.encode(x, self._posterior_noise(vae, chunk, device))
-                for i, tokens in zip(chunk, patchify(z, self.size.latent_patch).cpu(), strict=True):
-                    self.latents[i] = tokens
+                filled = chunk + chunk[-1:] * (step - len(chunk)) if store else chunk
+                x = torch.stack([self.pixels(i) for i in filled]).to(device)
+                z = vae.encode(x, self._posterior_noise(vae, filled, device))[: len(chunk)]
+                for i, latent in zip(chunk, z.cpu(), strict=True):
+                    self.latents[i] = self._tokens(latent)
+                    if store:
+                        store.write(self._digests[i], latent)
         return self
+
+    def _tokens(self, latent: Tensor) -> Tensor:
+        """Tokens (N, C) of a latent (z, h, w), in memory always in the same order: noise that is drawn like them is."""
+        return patchify(latent[None].contiguous(), self.size.latent_patch)[0]
 
     def _posterior_noise(self, vae: AutoEncoder, chunk: Sequence[int], device: torch.device) -> Tensor | None:
         """Noise for images of one size, or None where the mean is wanted."""

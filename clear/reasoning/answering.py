@@ -19,6 +19,7 @@ from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.flow import Guidance
 from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
+from clear.model.latents import LatentStore
 from clear.model.runtime import device
 from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, unpatchify
@@ -67,17 +68,18 @@ def guidance(sampling: Sampling) -> Guidance:
 
 @dataclass
 class Answerer:
-    """A model ready to answer."""
+    """A model ready to answer; `store` keeps the latents of the images it is shown."""
 
     model: Bagel
     vae: AutoEncoder
     tokenizer: object
     config: Config
+    store: LatentStore | None = None
 
     @classmethod
-    def load(cls, folder: Path | str, config: Config) -> "Answerer":
+    def load(cls, folder: Path | str, config: Config, latents: Path | None = None) -> "Answerer":
         """Load a folder with weights, or with an adapter on weights; weights alone are completed from `model.base`, or
-        else from `model.checkpoint`.
+        else from `model.checkpoint`. `latents` is the folder of its store, if any.
 
         Raises ClearError if it has no tokenizer, or cuts images otherwise than `config.model` does, and as `device`.
         """
@@ -87,7 +89,7 @@ class Answerer:
         if tokenizer is None:
             raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
         check_geometry(config.model, model.config, folder)
-        return cls(model, vae, tokenizer, config)
+        return cls(model, vae, tokenizer, config, LatentStore(latents, vae) if latents else None)
 
     @property
     def options(self) -> Options:
@@ -124,7 +126,7 @@ class Answerer:
 
     def bank(self, images: Sequence[bytes], names: Sequence[str]) -> ImageBank:
         """Decode and encode images once for all questions about them."""
-        return ImageBank(images, self.config.model, names).encode(self.vae)
+        return ImageBank(images, self.config.model, names).encode(self.vae, store=self.store)
 
     def answer(
         self,

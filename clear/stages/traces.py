@@ -109,11 +109,11 @@ def _given(config: Config) -> Iterator[TraceRow | Reject]:
 def _demonstrated(config: Config) -> Iterable[TraceRow | Reject]:
     """The traces that the oracle or the teacher writes, once the base has answered."""
     apply_runtime(config)
-    from clear.data.workspace import model_folder
+    from clear.data.workspace import latents_dir, model_folder
     from clear.reasoning.answering import Answerer
 
     total = _checked(config)
-    answerer = Answerer.load(model_folder("base", config), config)
+    answerer = Answerer.load(model_folder("base", config), config, latents_dir())
     # Without a clean partner there is neither a clean image to show nor one to restore.
     paired = {n: f"{sample.id}/{question.id}" for n, sample, question in _asked(config, TEXT) if sample.paired}
     chosen = drawn(list(paired.values()), round(config.traces.clean_share * total))

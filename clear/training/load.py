@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from clear.data.records import read_samples
-from clear.data.workspace import completing
+from clear.data.workspace import completing, latents_dir
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import FROZEN, Bagel
 from clear.model.checkpoint import fingerprint, save_bagel
 from clear.model.images import ImageBank, check_geometry
+from clear.model.latents import LatentStore
 from clear.model.runtime import device
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
@@ -121,9 +122,9 @@ def save(folder: Path | str, start: Incoming, config: Config) -> None:
 
 
 def trace_data(tokenizer, vae: AutoEncoder, config: Config) -> TraceData:
-    """The traces of data/traces with the degraded and clean images of data/degraded/sft, encoded once."""
-    samples = list(read_samples("data/degraded/sft"))
-    shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae)
-    clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae)
+    """The traces of data/traces with the degraded and clean images of data/degraded/sft, each encoded by one stage."""
+    samples, store = list(read_samples("data/degraded/sft")), LatentStore(latents_dir(), vae)
+    shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae, store=store)
+    clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae, store=store)
     system = SYSTEM if config.sampling.system_prompt else ""
     return TraceData(tokenizer, read_traces("data/traces"), samples, shown, clean, system)
