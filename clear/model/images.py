@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from clear.model.latents import LatentStore
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
-ENCODE_IMAGES, ENCODE_PIXELS = 64, 2**20
+ENCODE_IMAGES, ENCODE_PIXELS = 16, 2**20
 """The autoencoder reads at most so many images at once, and so many pixels (but always one image)."""
 
 KEPT_BYTES = 2**30
