@@ -29,6 +29,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several workers: threads that 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun with `&`: what the tests start would not hear a Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_collection_modifyitems(items):
     """The longest test comes first: at the end one worker would be waited for while the others have nothing to do."""

@@ -191,7 +191,8 @@ def test_export_writes_a_folder_with_a_card_of_the_committed_metrics(workspace, 
         assert entry.metric_value == pytest.approx(100 * metrics["accuracy"][level], abs=0.005)
         ends = [entry.metric_args[end] for end in ("low", "high")]
         assert ends == pytest.approx([100 * end for end in metrics["interval"][level]], abs=0.005)
-    assert "83.2 [81.1, 85.4]" in text and "of exactly these weights" in text
+    hard = [100 * value for value in (metrics["accuracy"]["high"], *metrics["interval"]["high"])]
+    assert "{:.1f} [{:.1f}, {:.1f}]".format(*hard) in text and "of exactly these weights" in text
     report = json.loads((ROOT / "data/results/report.json").read_text())["claims"]["beats_direct"]
     assert f"| +{100 * report['estimate']:.1f} | +{100 * report['low']:.1f} to" in text
     assert "interleaved GRPO | 80 steps of 16 questions × 8 rollouts" in text
