@@ -1,7 +1,8 @@
 """How fast the attention of the language model is on CPU, against torch's fused kernel with the same additive mask.
 
-Forward and backward in bfloat16 autocast, at the size of one training step of the default profile. The allocator is
-set as in every stage (`clear.model.runtime`): freed activations are reused instead of paged in anew.
+Forward and backward in the type that `runtime.precision: auto` takes on this processor, at the size of one training
+step of the default profile: elsewhere bfloat16 is emulated, and no stage uses it. The allocator is set as in every
+stage (`clear.model.runtime`): freed activations are reused instead of paged in anew.
 """
 
 import statistics
@@ -19,6 +20,7 @@ from clear.model.mot import as_bias, attend
 ROWS, HEADS, LENGTH, CHANNELS = 32, 4, 225, 32
 IMAGE = slice(20, 58)  # tokens that see each other in both directions, as those of a picture do
 WARMUP, REPEATS = 3, 15
+KIND = torch.bfloat16 if runtime.has_bfloat16("cpu") else torch.float32
 
 
 def allowed() -> Tensor:
@@ -28,10 +30,15 @@ def allowed() -> Tensor:
     return rule.expand(ROWS, -1, -1)
 
 
+def autocast() -> torch.autocast:
+    """As in training."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=KIND is torch.bfloat16)
+
+
 def seconds(attention: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], gradient: Tensor) -> float:
     """Seconds of one forward and backward; the gradients of the inputs are dropped."""
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         mixed = attention(*inputs)
     mixed.backward(gradient)
     taken = time.perf_counter() - start
@@ -45,10 +52,10 @@ def bench_attention() -> dict[str, dict]:
     runtime.tune_allocator()
     generator = torch.Generator().manual_seed(0)
     shape = (ROWS, HEADS, LENGTH, CHANNELS)
-    draws = [torch.randn(shape, generator=generator).bfloat16() for _ in range(4)]
+    draws = [torch.randn(shape, generator=generator).to(KIND) for _ in range(4)]
     inputs, gradient = [x.requires_grad_() for x in draws[:3]], draws[3]
     bias = as_bias(allowed())
-    fused_bias = bias.bfloat16()  # the kernel wants the inputs' type; cast once, as the mask of a forward is
+    fused_bias = bias.to(KIND)  # the kernel wants the inputs' type; cast once, as the mask of a forward is
 
     def ours(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, bias)
@@ -56,7 +63,7 @@ def bench_attention() -> dict[str, dict]:
     def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=fused_bias)
 
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+    with torch.no_grad(), autocast():
         off = (ours(*inputs).float() - fused(*inputs).float()).abs().max().item()
     if off > 0.05:
         raise ClearError(f"attend differs from scaled_dot_product_attention by {off:.3f}, beyond bfloat16's rounding.")
