@@ -275,7 +275,7 @@ def test_every_stage_reads_what_another_has_encoded(tmp_path, monkeypatch, encod
     traces.run(config)
     assert encoded == [ENCODE_IMAGES] * 2, "the degraded and the clean pictures"
     start = incoming("data/models/base", config, config)
-    data = trace_data(start.tokenizer, start.vae, config)
+    data = trace_data(start, config)
     bridge._decisions(start, config, StageRun("bridge", config, (), tmp_path / "checkpoints"))
     grpo.prepare(config)
     answer(under_test("grpo", config), samples)

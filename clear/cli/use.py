@@ -3,7 +3,7 @@
 import importlib
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -207,6 +207,14 @@ def decision(
     typer.echo(f"figures: {file}\ncurves: {file.with_suffix('.png')}")
 
 
+def _type(weights: str) -> Any:
+    """The torch type that `--weights` names."""
+    types = importlib.import_module("clear.training.load").TYPES
+    if weights not in types:
+        raise ClearError(f"--weights {weights}: choose {' or '.join(types)}.")
+    return types[weights]
+
+
 def merge(
     folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as data/models/grpo.")],
     out: Annotated[Path, typer.Argument(help="The new folder, with all weights.")],
@@ -221,11 +229,8 @@ def merge(
 
     if not folder.is_dir():
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote with lora.rank > 0.")
-    kind = weights or load().runtime.weights
-    if kind not in ("float32", "bfloat16"):
-        raise ClearError(f"--weights {kind}: choose float32 or bfloat16.")
-    types = importlib.import_module("clear.training.load").TYPES
-    importlib.import_module("clear.model.lora").merge(folder, out, types[kind], base)
+    kind = _type(weights or load().runtime.weights)
+    importlib.import_module("clear.model.lora").merge(folder, out, kind, base)
     typer.echo(f"{out} written.")
 
 
@@ -258,10 +263,8 @@ def export(
 
     if not folder.is_dir():
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote.")
-    if weights not in ("", "float32", "bfloat16"):
-        raise ClearError(f"--weights {weights}: choose float32 or bfloat16.")
+    kind = _type(weights) if weights else None
     release = importlib.import_module("clear.project.release")
-    types = importlib.import_module("clear.training.load").TYPES
     wishes = release.Wishes(name, license, base_model, dataset or [], language or ["en"], evaluation, scores)
-    for file in release.export(folder, out, load(), wishes, types.get(weights), base):
+    for file in release.export(folder, out, load(), wishes, kind, base):
         typer.echo(str(file))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from clear.errors import naming
+from clear.errors import ClearError, naming
 
 
 @contextmanager
@@ -30,6 +30,12 @@ def replacing(path: Path | str, several: bool = False) -> Iterator[Path]:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def require_new(folder: Path) -> None:
+    """Raise ClearError if something would be written over: `folder` is there and is not an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ClearError(f"{folder} exists and is not empty; name a new folder.")
 
 
 def write_text(path: Path | str, text: str) -> None:

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from clear.data.io import require_new
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
@@ -393,7 +394,6 @@ def merge(folder: Path | str, out: Path | str, dtype: torch.dtype, base: Path | 
     folder, out = Path(folder), Path(out)
     if not is_adapter(folder):
         raise ClearError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing); there is nothing to merge.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ClearError(f"{out} exists and is not empty; name a new folder.")
+    require_new(out)
     model, vae, tokenizer = load_model(folder, None, base=base)
     save_bagel(out, merge_adapter(model, dtype), vae, tokenizer)

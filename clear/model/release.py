@@ -17,10 +17,11 @@ from typing import Any
 
 import torch
 
+from clear.data.io import require_new
 from clear.errors import ClearError
 from clear.model.bagel import BagelConfig
 from clear.model.checkpoint import INDEX, MODEL, VAE, named_file, read_config, read_header, save_bagel
-from clear.model.checkpoint.config import config_files
+from clear.model.checkpoint.config import config_files, read_json
 from clear.model.checkpoint.format import refuse
 from clear.model.lora import base_of, is_adapter, load_model, merge_adapter
 from clear.model.tokenizer import MARKERS, MERGES, SETTINGS, TOKENIZER, VOCABULARY
@@ -78,8 +79,7 @@ def write(
     and is not empty, and if what was written is not what `check` asks for.
     """
     folder, out = Path(folder), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ClearError(f"{out} exists and is not empty; name a new folder.")
+    require_new(out)
     adapter = is_adapter(folder)
     model, vae, tokenizer = load_model(folder, None, base=base)
     dtype = dtype or model.vae2llm.weight.dtype
@@ -95,8 +95,8 @@ def reader_files(config: BagelConfig, origin: Path, dtype: torch.dtype, tokenize
     """JSON files by name: those of `origin`, completed, with what this model is in place of what they say of it."""
     own = config_files(config)
     kind = {"torch_dtype": _TYPES.get(dtype, str(dtype).removeprefix("torch."))}
-    llm = LLM | _origin(origin, "llm_config.json") | own["llm_config.json"] | kind
-    vit = VIT | _origin(origin, "vit_config.json") | own["vit_config.json"]
+    llm = LLM | read_json(origin, "llm_config.json", required=False) | own["llm_config.json"] | kind
+    vit = VIT | read_json(origin, "vit_config.json", required=False) | own["vit_config.json"]
     nested = {"llm_config": llm, "vit_config": vit}
     vae = own["vae_config.json"] | {"downsample": config.vae.downsample, "in_channels": 3, "out_ch": 3}
     side = vit["image_size"]
@@ -104,13 +104,13 @@ def reader_files(config: BagelConfig, origin: Path, dtype: torch.dtype, tokenize
         "llm_config.json": llm,
         "vit_config.json": vit,
         "config.json": WHOLE
-        | _origin(origin, "config.json")
+        | read_json(origin, "config.json", required=False)
         | own["config.json"]
         | nested
         | {"vae_config": vae}
         | kind,
         "generation_config.json": {"bos_token_id": config.special.bos, "eos_token_id": config.special.eos}
-        | _origin(origin, "generation_config.json"),
+        | read_json(origin, "generation_config.json", required=False),
         "preprocessor_config.json": {
             "image_processor_type": "SiglipImageProcessor",
             "do_resize": True,
@@ -121,7 +121,7 @@ def reader_files(config: BagelConfig, origin: Path, dtype: torch.dtype, tokenize
             "image_mean": [0.5, 0.5, 0.5],
             "image_std": [0.5, 0.5, 0.5],
         }
-        | _origin(origin, "preprocessor_config.json"),
+        | read_json(origin, "preprocessor_config.json", required=False),
         INDEX: _index(config),
     }
     if tokenizer is not None and SETTINGS not in getattr(tokenizer, "sources", {}):
@@ -132,19 +132,6 @@ def reader_files(config: BagelConfig, origin: Path, dtype: torch.dtype, tokenize
             "eos_token": MARKERS[1],
         }
     return files
-
-
-def _origin(folder: Path, name: str) -> dict:
-    file = folder / name
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ClearError(f"{file} is not JSON ({error}); fetch it again.") from error
-    if not isinstance(content, dict):
-        raise ClearError(f"{file} holds no JSON object; fetch it again.")
-    return content
 
 
 def _index(config: BagelConfig) -> dict:
@@ -180,7 +167,7 @@ def check(folder: Path | str) -> None:
     """Raise ClearError unless a folder has the files, JSON keys and tensors that READ and the manifest name."""
     folder = Path(folder)
     for name, keys in READ.items():
-        content = _origin(folder, name)
+        content = read_json(folder, name, required=False)
         refuse(folder / name, [f"key {key} is missing" for key in keys if key not in content], ["Write it again."])
     config = read_config(folder)
     wanted, entries = expected(config), read_header(folder / MODEL)
@@ -195,7 +182,7 @@ def check(folder: Path | str) -> None:
     known = set(_manifest()[VAE])
     odd = [key for key in sorted(read_header(folder / VAE)) if _general(key) not in known]
     refuse(folder / VAE, [f"key {key} is not one of BAGEL's" for key in odd], ["Write it again."])
-    mapped = _origin(folder, INDEX)["weight_map"]
+    mapped = read_json(folder, INDEX, required=False)["weight_map"]
     here = {**dict.fromkeys(entries, MODEL), **dict.fromkeys(read_header(folder / VAE), VAE)}
     if mapped != here:
         raise ClearError(f"{folder / INDEX} does not name the tensors of {MODEL} and {VAE}; write it again.")

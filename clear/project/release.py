@@ -13,11 +13,13 @@ from pathlib import Path
 import torch
 
 from clear.bench.models import MODELS
+from clear.data.io import require_new
 from clear.data.records import file_sha256
 from clear.errors import ClearError, quoted
 from clear.model import release
 from clear.model.checkpoint import fingerprint, read_config
 from clear.project.git import NoGit, git
+from clear.project.results import parse
 from clear.report import card
 from clear.schema import Config
 
@@ -50,8 +52,7 @@ def export(
     of the scores.
     """
     facts = gather(folder, config, wishes)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ClearError(f"{out} exists and is not empty; name a new folder.")
+    require_new(out)
     partial = out.with_name(f"{out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     try:
@@ -178,15 +179,7 @@ def _board(wishes: Wishes) -> tuple[dict, str]:
 
 
 def _read(file: Path) -> dict:
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ClearError(f"{file}: not valid JSON ({error}); run the stage that writes it again.") from error
-    if not isinstance(content, dict):
-        raise ClearError(f"{file}: no JSON object; run the stage that writes it again.")
-    return content
+    return parse(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else {}
 
 
 def _commit(workspace: Path) -> str:

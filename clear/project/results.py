@@ -26,7 +26,7 @@ def render(workspace: Path) -> str:
         raise ClearError(f"{workspace / 'data/metrics'}: no evaluations here; run `make repro`.")
     rows, differ = [HEADER], 0
     for model, file in files.items():
-        figures = _cells(_parse(file.read_text(), str(file)))
+        figures = _cells(parse(file.read_text(), str(file)))
         rows.append((model, *figures))
         committed = _committed(workspace, file.relative_to(workspace))
         if committed is not None and committed != figures:
@@ -52,7 +52,7 @@ def markdown(workspace: Path) -> str:
         file = workspace / folder / f"{name}.json"
         if not file.exists():
             raise ClearError(f"{file} is not here; run `make repro`.")
-        return _parse(file.read_text(), str(file))
+        return parse(file.read_text(), str(file))
 
     rows = []
     for model in MODELS:
@@ -97,7 +97,7 @@ def _points(claim: dict) -> list[str]:
     return [points(claim["estimate"], True), f"{points(claim['low'], True)} to {points(claim['high'], True)}"]
 
 
-def _parse(text: str, name: str) -> dict:
+def parse(text: str, name: str) -> dict:
     try:
         metrics = json.loads(text)
         if not isinstance(metrics, dict):
@@ -119,7 +119,7 @@ def _committed(workspace: Path, file: Path) -> tuple[str, ...] | None:
         shown = git(workspace, "show", f"HEAD:./{file.as_posix()}")
     except NoGit:
         return None
-    return _cells(_parse(shown.text, f"HEAD:{file}")) if shown.status == 0 else None
+    return _cells(parse(shown.text, f"HEAD:{file}")) if shown.status == 0 else None
 
 
 def _report_line(workspace: Path) -> str:

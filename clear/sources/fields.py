@@ -200,6 +200,12 @@ def tables(path: Path, *suffixes: str, deep: bool = False) -> list[Path]:
     return [file for file in files if deep or file == path or file.parent == path]
 
 
+def count_lines(file: Path) -> int:
+    """Lines of a file that are not blank: as many as `json_lines` gives."""
+    with file.open("rb") as lines:
+        return sum(1 for line in lines if line.strip())
+
+
 def json_lines(file: Path) -> Iterator[tuple[int, Any]]:
     """(number, value) of every line of a file that is not blank, an Unusable instead of one that is not JSON in UTF-8.
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from clear.data.records import Question
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
-from clear.sources.fields import Unusable, id_of, json_lines, options_of, picture_of, tables, text_of
+from clear.sources.fields import Unusable, count_lines, id_of, json_lines, options_of, picture_of, tables, text_of
 from clear.sources.rows import Row, question
 
 _TEXTS = ("question", "answer", "task", "evidence", "pair")
@@ -29,11 +29,7 @@ def files(path: Path) -> list[Path]:
 
 def count(path: Path) -> int | None:
     """Number of lines."""
-    total = 0
-    for file in files(path):
-        with file.open("rb") as lines:
-            total += sum(1 for line in lines if line.strip())
-    return total
+    return sum(map(count_lines, files(path)))
 
 
 def rows(path: Path) -> Iterator[Row | Reject]:

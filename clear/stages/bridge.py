@@ -40,7 +40,7 @@ def run(config: Config) -> None:
 
     start = incoming(model_folder("sft", config), config, whole=not one_machine())
     model = start.model
-    data = trace_data(start.tokenizer, start.vae, config)
+    data = trace_data(start, config)
     work = StageRun("bridge", config, INPUTS, checkpoint_dir("bridge"))
     mlp = config.bridge.kind == "mlp"
     if mlp:
@@ -95,8 +95,6 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     """
     import torch
 
-    from clear.data.workspace import latents_dir
-    from clear.model.latents import LatentStore
     from clear.reasoning.answering import Answerer
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.training import bridge
@@ -105,8 +103,7 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     from clear.training.loop.parallel import made_once
 
     sharded.require_fresh(start.model, "phase decide")  # in all processes: the others would wait for the first
-    store = LatentStore(latents_dir(), start.vae)
-    answerer = Answerer(start.model, start.vae, start.tokenizer, config, store)
+    answerer = Answerer(start.model, start.vae, start.tokenizer, config, start.store)
     samples = [s for s in read_samples("data/degraded/rl") if s.paired]
     clean = drawn([s.id for s in samples], round(config.grpo.clean_share * len(samples)))
     shown = [(s.key, s.seen, s) for s in samples] + [(s.id, s.image, s) for i, s in enumerate(samples) if i in clean]

@@ -42,10 +42,9 @@ def rollout_options(config: Config) -> "Options":
 
 def prepare(config: Config) -> "tuple[Incoming, Task]":
     """Load the bridge model, choose what is trained, and gather the rl split's prompts and what judges the policy."""
-    from clear.data.workspace import latents_dir, model_folder
+    from clear.data.workspace import model_folder
     from clear.model import lora
     from clear.model.bagel import FROZEN, GENERATION
-    from clear.model.latents import LatentStore
     from clear.reasoning.answering import Answerer
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.training.load import incoming, trainable
@@ -56,7 +55,7 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     start = incoming(model_folder("bridge", config), config, whole=False)
     model, tokenizer = start.model, start.tokenizer
     lora.set_dropout(model, 0.0)
-    answerer = Answerer(model, start.vae, tokenizer, config, LatentStore(latents_dir(), start.vae))
+    answerer = Answerer(model, start.vae, tokenizer, config, start.store)
     samples = list(read_samples("data/degraded/rl"))
     paired = [i for i, s in enumerate(samples) if s.paired]
     clean = {paired[k] for k in drawn([samples[i].id for i in paired], round(g.clean_share * len(samples)))}

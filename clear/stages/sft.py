@@ -27,7 +27,7 @@ def run(config: Config, direct: bool = False) -> None:
     name = "sft_direct" if direct else "sft"
     start = incoming(model_folder("base", config), config, whole=False)
     model, ema = start.model, config.sft.ema
-    data = trace_data(start.tokenizer, start.vae, config)
+    data = trace_data(start, config)
     work = StageRun(name, config, ["data/models/base", "data/traces", "data/degraded/sft"], checkpoint_dir(name))
     warm, traces, both = config.sft.restoration, config.sft.traces, config.sft.both_paths
     if direct:

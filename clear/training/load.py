@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,11 @@ class Incoming:
     weights: Path
     files: dict[str, dict[str, Any]]
     rest: Path | None = None
+
+    @cached_property
+    def store(self) -> LatentStore:
+        """The latents of this autoencoder that stages share."""
+        return LatentStore(latents_dir(), self.vae)
 
 
 def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
@@ -121,10 +127,10 @@ def save(folder: Path | str, start: Incoming, config: Config) -> None:
         save_bagel(folder, start.model, start.vae, start.tokenizer)
 
 
-def trace_data(tokenizer, vae: AutoEncoder, config: Config) -> TraceData:
+def trace_data(start: Incoming, config: Config) -> TraceData:
     """The traces of data/traces with the degraded and clean images of data/degraded/sft, each encoded by one stage."""
-    samples, store = list(read_samples("data/degraded/sft")), LatentStore(latents_dir(), vae)
+    samples, vae, store = list(read_samples("data/degraded/sft")), start.vae, start.store
     shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae, store=store)
     clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae, store=store)
     system = SYSTEM if config.sampling.system_prompt else ""
-    return TraceData(tokenizer, read_traces("data/traces"), samples, shown, clean, system)
+    return TraceData(start.tokenizer, read_traces("data/traces"), samples, shown, clean, system)
