@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results test test-all lint format bench plots params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint format bench plots params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -38,6 +38,9 @@ endif
 SEEDS ?= 20260421 1 2
 results: $(READY)  ## run the pipeline under SEEDS="20260421 1 2", in any number of sittings, and write docs/RESULTS.md
 	@python -m clear seeds $(SEEDS)
+
+ablations: $(READY)  ## change one setting at a time (NAMES="…" of clear/conf/ablations.yaml; default all), for docs/RESULTS.md
+	@python -m clear ablations $(NAMES)
 
 # A file's tests share what is expensive, so a file stays together.
 WORKERS ?= 2

@@ -211,6 +211,21 @@ def test_a_scratch_run_changes_nothing_but_its_own_folder(project, monkeypatch):
     assert yaml.safe_load((folder / "params.yaml").read_text())["grpo"]["steps"] == 2
 
 
+def test_a_scratch_run_of_targets_begins_with_what_the_workspace_has_made(project, capfd):
+    profile = yaml.safe_load((project / "params.yaml").read_text())["profile"]
+    (project / "code/lib/b.txt").write_text("code of evaluate alone")
+    folder = run(Path(), profile, name="changed", targets=["evaluate"])
+    said = capfd.readouterr().out
+    assert "Stage 'source' didn't change, skipping" in said and "Running stage 'evaluate'" in said
+    assert (folder / "data/samples").read_text() == "code/source.txt"
+    run(Path(), profile, name="changed", targets=["evaluate"])
+    assert "Running" not in capfd.readouterr().out, "a second run begins with what the first has made"
+    shutil.rmtree(folder)
+    shutil.rmtree(project / ".dvc/cache")
+    with pytest.raises(ClearError, match=r"not all that dvc\.lock names is in the cache"):
+        run(Path(), profile, name="changed", targets=["evaluate"])
+
+
 def test_a_scratch_run_that_cannot_start_or_fails_is_refused(project, tmp_path):
     with pytest.raises(ClearError, match="not one of smoke, tiny"):
         run(Path(), "huge")

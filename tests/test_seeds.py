@@ -12,7 +12,7 @@ from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.errors import ClearError
-from clear.project import check, scratch, seeds
+from clear.project import ablations, check, scratch, seeds
 from clear.report import seeds as page
 
 RIGHT = {"base": 0.5, "sft_direct": 0.6, "sft": 0.65, "reencode": 0.65, "bridge": 0.65, "grpo": 0.75}
@@ -61,9 +61,9 @@ def workspace(folder, seed: int, **params):
 def home(tmp_path, monkeypatch):
     """A workspace whose own seed is 1; other seeds run in invented copies."""
 
-    def run(folder, profile, overrides, name):
+    def run(folder, profile, overrides, name, targets=()):
         seed = int(overrides[0].removeprefix("seed="))
-        runs.append((profile, name))
+        runs.append((profile, name, *overrides[1:], *targets))
         return workspace(tmp_path / name, seed)
 
     runs, stale = [], []
@@ -165,3 +165,48 @@ def test_an_empty_folder_says_what_to_run(home):
     (folder / "dvc.lock").unlink()
     with pytest.raises(ClearError, match="run `make repro`"):
         seeds.run(folder, [1])
+
+
+def test_an_ablation_runs_once_and_is_compared_with_its_model_question_by_question(home, monkeypatch, tmp_path):
+    folder, runs, _ = home
+    seeds.run(folder, [1, 2])
+    runs.clear()
+    monkeypatch.setitem(RIGHT, "grpo", 0.35)
+    text = ablations.run(folder, ["grpo_text"]).read_text()
+    assert runs == [("tiny", "tiny-grpo_text", "grpo.image_weight=0", "grpo.velocity_weight=0", "evaluate@grpo")]
+    assert not (tmp_path / "tiny-grpo_text").exists(), "the copy goes once its predictions are kept"
+    own, default = (
+        pd.read_parquet(folder / name) for name in (seeds.ABLATIONS / "grpo_text.parquet", seeds.FOLDER / "1.parquet")
+    )
+    assert set(own["model"]) == {"grpo"}
+    hard = [f[(f.model == "grpo") & (f.severity == "high")].correct.mean() for f in (own, default)]
+    row = next(line for line in text.splitlines() if line.startswith("| `grpo_text`"))
+    assert f"{100 * (hard[0] - hard[1]):+.1f} [" in row and "text term alone" in row
+    ablations.run(folder, ["grpo_text"])
+    assert len(runs) == 1, "what is there does not run again"
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
+    shutil.rmtree(folder / seeds.FOLDER)
+    text = seeds.run(folder, [1]).read_text()
+    assert "| `grpo_text`" not in text and "left out: grpo_text." in text, "another setting is not compared"
+    ablations.run(folder, ["grpo_text"])
+    assert len(runs) == 2
+
+
+def test_ablations_are_of_the_form_and_of_parameters_that_there_are(home, tmp_path):
+    from clear.config import compose
+
+    folder, runs, stale = home
+    for ablation in ablations.listed().values():
+        assert compose(list(ablation.changes)) != compose([]), ablation.name
+    with pytest.raises(ClearError, match="ablation 'grpo_txt' is not one of bridge_direct"):
+        ablations.run(folder, ["grpo_txt"])
+    stale.append("params.yaml: seed is 7, dvc.lock has 1.")
+    with pytest.raises(ClearError, match=r"out of date: params.yaml: seed is 7"):
+        ablations.run(folder, ["grpo_text"])
+    assert not runs
+    file = tmp_path / "ablations.yaml"
+    for entry, said in (("{model: grpo}", "needs `model`, `set`"), ("{model: x, set: [], what: w}", "'x' is not one")):
+        file.write_text(f"odd: {entry}")
+        with pytest.raises(ClearError, match=said):
+            ablations.listed(file)

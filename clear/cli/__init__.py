@@ -52,6 +52,7 @@ for _name, _summary in pipeline.STAGES.items():
     app.command(_name, help=_summary, rich_help_panel=PIPELINE)(pipeline.stage(_name))
 app.command(rich_help_panel=PIPELINE)(pipeline.evaluate)
 app.command(rich_help_panel=PIPELINE)(pipeline.seeds)
+app.command(rich_help_panel=PIPELINE)(pipeline.ablations)
 app.command("report", help=pipeline.REPORT, rich_help_panel=PIPELINE)(pipeline.stage("report"))
 
 

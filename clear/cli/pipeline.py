@@ -74,3 +74,12 @@ def seeds(
     from clear.project import seeds as several
 
     typer.echo(f"results: {several.run(Path.cwd(), wanted or [])}")
+
+
+def ablations(
+    wanted: Annotated[list[str] | None, typer.Argument(help="Names in clear/conf/ablations.yaml; none: all.")] = None,
+) -> None:
+    """Change one setting at a time, run what it reaches, and add the comparison to docs/RESULTS.md."""
+    from clear.project import ablations as changed
+
+    typer.echo(f"results: {changed.run(Path.cwd(), wanted or list(changed.listed()))}")

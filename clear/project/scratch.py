@@ -49,11 +49,14 @@ def _yaml(tree: dict[str, Any], indent: str = "") -> list[str]:
     return lines
 
 
-def run(workspace: Path, profile: str, overrides: Sequence[str] = (), name: str = "") -> Path:
+def run(
+    workspace: Path, profile: str, overrides: Sequence[str] = (), name: str = "", targets: Sequence[str] = ()
+) -> Path:
     """Reproduce the pipeline of `workspace` under `profile` in its scratch copy and return the copy's folder.
 
-    `name` is the copy's, where it is not the profile's: a variant that `overrides` describe. Raises ClearError if the
-    profile is unknown, the workspace is not a git and DVC project, or a stage fails.
+    `name` is the copy's, where it is not the profile's: a variant that `overrides` describe. With `targets` only these
+    stages are made, from all that the workspace itself has made: what the overrides do not reach does not run again.
+    Raises ClearError if the profile is unknown, the workspace is not a git and DVC project, or a stage fails.
     """
     if profile not in PROFILES:
         raise ClearError(f"profile {profile!r} is not one of {', '.join(PROFILES)}.")
@@ -68,7 +71,9 @@ def run(workspace: Path, profile: str, overrides: Sequence[str] = (), name: str 
     sets = sorted(file.relative_to(folder).as_posix() for file in folder.glob("data/incoming/*.dvc"))
     if sets and _call([sys.executable, "-m", "dvc", "checkout", "-q", *sets], folder, environment):
         raise ClearError(f"{', '.join(sets)}: not all of this is in the cache; `dvc pull` or `dvc add` it first.")
-    if _call([sys.executable, "-m", "dvc", "repro"], folder, environment):
+    if targets:
+        _take_over(workspace.resolve(), folder, environment)
+    if _call([sys.executable, "-m", "dvc", "repro", *targets], folder, environment):
         raise ClearError(f"the run in {folder} stopped (see above); the same command continues where it stopped.")
     return folder
 
@@ -105,6 +110,24 @@ def refresh(workspace: Path, folder: Path) -> None:
     settings.mkdir(exist_ok=True)
     shutil.copy2(workspace / ".dvc" / "config", settings / "config")
     (settings / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {_cache(workspace)}\n")
+
+
+def _take_over(workspace: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Let the copy begin where the workspace is: its dvc.lock, its small results, its data from the cache."""
+    lock, begun = workspace / "dvc.lock", folder / ".dvc" / "begun-from"
+    if not lock.exists():
+        raise ClearError(f"{lock} is not here; run `make repro`.")
+    if begun.exists() and begun.read_bytes() == lock.read_bytes():
+        return  # an interrupted run goes on with what it has made itself
+    for name in _listed(workspace):
+        if name.startswith("data/") and not name.startswith("data/incoming/"):
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(workspace / name, target, follow_symlinks=False)
+    shutil.copy2(lock, folder / "dvc.lock")
+    if _call([sys.executable, "-m", "dvc", "checkout", "-q", "--force"], folder, environment):
+        raise ClearError(f"{workspace}: not all that dvc.lock names is in the cache; `dvc pull` or `make repro` first.")
+    shutil.copy2(lock, begun)
 
 
 def _listed(workspace: Path) -> list[str]:

@@ -2,7 +2,8 @@
 
 Each seed is a world of its own (pictures, questions, training) in a scratch copy of the workspace; the same command
 continues where it was stopped. What a seed leaves is small and tracked: the predictions of all models without texts
-and pictures, `data/results/seeds/<seed>.parquet`. docs/RESULTS.md is made from all files in that folder.
+and pictures, `data/results/seeds/<seed>.parquet`. docs/RESULTS.md is made from all files in that folder, and from those
+of clear/project/ablations.py. Each file says in its metadata what it was made under.
 """
 
 import hashlib
@@ -17,10 +18,11 @@ from clear.errors import ClearError
 from clear.project import check, scratch
 from clear.report import seeds
 
-FOLDER, PAGE = Path("data/results/seeds"), Path("docs/RESULTS.md")
+FOLDER, ABLATIONS, PAGE = Path("data/results/seeds"), Path("data/results/ablations"), Path("docs/RESULTS.md")
 PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
-_SETTING = b"clear.setting"
+_ABOUT = "clear."
+"""Prefix of the metadata that says what a file was made under: its setting, and what an ablation changes."""
 _LATER = {("model", "base"): ""}
 """Parameters that seeds of before do not have, with the value that changes nothing."""
 
@@ -31,7 +33,7 @@ def run(workspace: Path, wanted: Sequence[int]) -> Path:
     The parameters are those of the workspace. Raises ClearError where a run stops, for seeds of different settings, and
     where the workspace's own results are not those of its code and parameters, which say what the setting is.
     """
-    params = _yaml(workspace / PARAMS)
+    params = parameters(workspace)
     if wanted and (stale := check.drifts(workspace)):
         raise ClearError(
             f"seeds are run under the setting of the committed results, and these are out of date: {stale[0]}"
@@ -40,12 +42,12 @@ def run(workspace: Path, wanted: Sequence[int]) -> Path:
         name = f"{params['profile']}-seed-{seed}"
         own = seed == params["seed"]
         folder = workspace if own else scratch.run(workspace, params["profile"], [f"seed={seed}"], name)
-        collect(folder, workspace / FOLDER / f"{seed}.parquet", setting(workspace))
+        collect(folder, workspace / FOLDER / f"{seed}.parquet", list(MODELS), {"setting": setting(workspace)})
     return render(workspace)
 
 
-def collect(folder: Path, target: Path, made_under: str) -> None:
-    """Write the predictions of all models in a workspace as one small file, with the setting they were made under."""
+def collect(folder: Path, target: Path, models: Sequence[str], made: dict[str, str]) -> None:
+    """Write the predictions of `models` in a workspace as one small file, with what `about` shall say of it."""
     import pandas as pd
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -53,14 +55,28 @@ def collect(folder: Path, target: Path, made_under: str) -> None:
     from clear.bench import predictions
 
     frames = []
-    for model in MODELS:
+    for model in models:
         frame = predictions.read(folder / PREDICTIONS.format(model))
         frames.append(frame.drop(columns=list(DROPPED)).assign(model=model))
     table = pa.Table.from_pandas(pd.concat(frames, ignore_index=True), preserve_index=False)
-    table = table.replace_schema_metadata({_SETTING: made_under.encode()})
+    table = table.replace_schema_metadata({_ABOUT + key: value for key, value in made.items()})
     target.parent.mkdir(parents=True, exist_ok=True)
     with replacing(target) as partial:
         pq.write_table(table, partial, compression="zstd", compression_level=19)
+
+
+def about(file: Path) -> dict[str, str]:
+    """What a file of `collect` was made under; empty where there is none."""
+    import pyarrow.parquet as pq
+
+    found = (pq.read_schema(file).metadata or {}) if file.exists() else {}
+    texts = {key.decode(): value.decode() for key, value in found.items()}
+    return {key.removeprefix(_ABOUT): text for key, text in texts.items() if key.startswith(_ABOUT)}
+
+
+def parameters(workspace: Path) -> dict:
+    """The parameters of a workspace. Raises ClearError where it has none."""
+    return _yaml(workspace / PARAMS)
 
 
 def setting(workspace: Path) -> str:
@@ -69,7 +85,7 @@ def setting(workspace: Path) -> str:
     The code is not hashed as text: an edit that leaves every prediction of the workspace's own seed as it was would
     leave those of other seeds too, and hours of training stay good. An edit that changes one changes the setting.
     """
-    params = {key: value for key, value in _yaml(workspace / PARAMS).items() if key not in ("seed", "runtime")}
+    params = {key: value for key, value in parameters(workspace).items() if key not in ("seed", "runtime")}
     for (section, key), neutral in _LATER.items():
         if isinstance(params.get(section), dict) and params[section].get(key) == neutral:
             del params[section][key]
@@ -92,13 +108,12 @@ def _yaml(file: Path) -> dict:
 
 def render(workspace: Path) -> Path:
     """Write the page from every seed in the folder. Raises ClearError for none, or where their settings differ."""
-    import pyarrow.parquet as pq
+    import pandas as pd
 
     files = sorted((workspace / FOLDER).glob("*.parquet"), key=lambda file: int(file.stem))
     if not files:
         raise ClearError(f'{FOLDER}: no seed here; run `make results SEEDS="1 2 3"`.')
-    tables = {int(file.stem): pq.read_table(file) for file in files}
-    settings = {seed: (table.schema.metadata or {}).get(_SETTING, b"").decode() for seed, table in tables.items()}
+    settings = {int(file.stem): about(file).get("setting", "") for file in files}
     if len(set(settings.values())) > 1:
         newest = settings[int(files[-1].stem)]
         odd = [str(seed) for seed, value in settings.items() if value != newest]
@@ -106,6 +121,14 @@ def render(workspace: Path) -> Path:
             f"{FOLDER}: the seeds {', '.join(odd)} were run with other parameters, or code with other results, than "
             f"seed {files[-1].stem}, so they cannot be pooled; delete them and run `make results` for them."
         )
+    frames = {int(file.stem): pd.read_parquet(file) for file in files}
+    ablations, others = {}, []
+    for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
+        said = about(file)
+        if said.get("setting") in settings.values() and int(said["seed"]) in frames:
+            ablations[file.stem] = seeds.Ablation(said["what"], int(said["seed"]), pd.read_parquet(file))
+        else:
+            others.append(file.stem)
     page = workspace / PAGE
-    write_text(page, seeds.page({seed: table.to_pandas() for seed, table in tables.items()}))
+    write_text(page, seeds.page(frames, ablations, others))
     return page

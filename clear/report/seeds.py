@@ -5,10 +5,13 @@ figure moves from seed to seed is shown beside it. With few seeds the interval s
 for *these* trainings; the spread says how much the next one may differ.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from clear.bench import statistics
 from clear.bench.models import MODELS
 from clear.bench.scoring import HARD, SEVERITIES
 from clear.data.records import CLEAN
@@ -37,8 +40,20 @@ def pooled(frames: Frames) -> "dict[str, pd.DataFrame]":
     }
 
 
-def page(frames: Frames) -> str:
-    """The whole page as Markdown; `frames` are the files of clear/project/seeds.py by seed."""
+@dataclass(frozen=True)
+class Ablation:
+    """A run with something changed: `what` in words, its seed, and the predictions of one model."""
+
+    what: str
+    seed: int
+    frame: "pd.DataFrame"
+
+
+def page(frames: Frames, ablations: dict[str, Ablation] | None = None, others: Sequence[str] = ()) -> str:
+    """The whole page as Markdown; `frames` are the files of clear/project/seeds.py by seed, `ablations` by name.
+
+    `others` are names of ablations that cannot be compared, because they ran under another setting.
+    """
     models = pooled(frames)
     found = calling.figures(models, SETTINGS)
     decided = claims.evaluate(models, SETTINGS)
@@ -67,6 +82,10 @@ def page(frames: Frames) -> str:
         "## Beside other figures",
         gains(models).markdown(),
     ]
+    if ablations:
+        parts += ["## Ablations", one_change(frames, ablations).markdown()]
+    if others:
+        parts.append(f"Run under other parameters, or code with other results, and left out: {', '.join(others)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -159,3 +178,30 @@ def gains(models: "dict[str, pd.DataFrame]") -> Table:
         "another model (METHOD §7)."
     )
     return Table(["level", "base → CLEAR", "relative gain", "hoped for in the brief"], rows, caption)
+
+
+def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
+    """Each ablation against the same model of the same seed without the change, on the same questions."""
+    rows = []
+    for name, run in ablations.items():
+        own = run.frame
+        model = str(own["model"].iloc[0])
+        default = frames[run.seed][frames[run.seed]["model"] == model]
+        row = [f"`{name}`: {run.what}", NAMES[model]]
+        for level in (CLEAN, "mid", HARD):
+            pair = {"changed": own, "default": default.reset_index(drop=True)}
+            a, b, clusters = claims.paired(pair, "changed", "default", level)
+            found = statistics.paired_difference(a, b, clusters, **vars(SETTINGS))
+            ends = f"[{points(found.low, True)}, {points(found.high, True)}]"
+            row.append(f"{points(found.estimate, True)} {ends}")
+        hard = own[own["severity"] == HARD]
+        was = default[default["severity"] == HARD]
+        gained = (hard["psnr_restored"] - hard["psnr_degraded"]).mean()
+        row.append(f"{100 * was['restored'].mean():.1f} → {100 * hard['restored'].mean():.1f}")
+        row.append("–" if np.isnan(gained) else f"{gained:+.1f}")
+        rows.append(row)
+    caption = (
+        "Points against the committed run of the same seed with everything as it is, paired by question; the restored "
+        "share is that of the hard questions, in percent, and the last column what a restoration gains there in PSNR."
+    )
+    return Table(["changed", "model", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)

@@ -1,0 +1,68 @@
+"""One setting changed at a time, beside the committed run: `make ablations`, in any number of sittings.
+
+An ablation is a name in clear/conf/ablations.yaml: which parameters it changes, and the model that it is about. It runs
+in a scratch copy that begins with everything the committed run has made, so that only the stages run again that its
+parameters reach. What it leaves is small and tracked, `data/results/ablations/<name>.parquet`: the predictions of its
+model. docs/RESULTS.md compares them with those of the committed run, question by question.
+"""
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from clear.bench.models import MODELS
+from clear.config import CONF_DIR
+from clear.errors import ClearError
+from clear.project import check, scratch, seeds
+
+LISTED = CONF_DIR / "ablations.yaml"
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A change of parameters (`changes`, as in Hydra), the model of MODELS that shows it, and what it is in words."""
+
+    name: str
+    model: str
+    changes: tuple[str, ...]
+    what: str
+
+
+def listed(file: Path = LISTED) -> dict[str, Ablation]:
+    """The ablations there are, by name. Raises ClearError for an entry that is not of the form."""
+    import yaml
+
+    found = {}
+    for name, entry in (yaml.safe_load(file.read_text()) or {}).items():
+        try:
+            found[name] = Ablation(name, entry["model"], tuple(entry["set"]), entry["what"])
+        except (TypeError, KeyError) as error:
+            raise ClearError(f"{file}: {name} needs `model`, `set` (a list of KEY=VALUE) and `what`.") from error
+        if entry["model"] not in MODELS:
+            raise ClearError(f"{file}: {name}: model {entry['model']!r} is not one of {', '.join(MODELS)}.")
+    return found
+
+
+def run(workspace: Path, wanted: Sequence[str]) -> Path:
+    """Run every ablation that is wanted and not there yet, then render the page; returns it.
+
+    Raises ClearError for an unknown name, where a run stops, and where the workspace's own results are out of date.
+    """
+    known = listed()
+    if unknown := [name for name in wanted if name not in known]:
+        raise ClearError(f"ablation {unknown[0]!r} is not one of {', '.join(known)} (clear/conf/{LISTED.name}).")
+    if wanted and (stale := check.drifts(workspace)):
+        raise ClearError(f"ablations are compared with the committed results, and these are out of date: {stale[0]}")
+    params = seeds.parameters(workspace)
+    for name in wanted:
+        ablation, file = known[name], workspace / seeds.ABLATIONS / f"{name}.parquet"
+        about = {"setting": seeds.setting(workspace), "changes": " ".join(ablation.changes), "what": ablation.what}
+        about |= {"seed": str(params["seed"])}
+        if seeds.about(file) == about:
+            continue
+        overrides, copy = [f"seed={params['seed']}", *ablation.changes], f"{params['profile']}-{name}"
+        folder = scratch.run(workspace, params["profile"], overrides, copy, [f"evaluate@{ablation.model}"])
+        seeds.collect(folder, file, [ablation.model], about)
+        shutil.rmtree(folder)
+    return seeds.render(workspace)
