@@ -284,6 +284,7 @@ class Grpo:
     reward_accuracy: float = between(0, 1)
     reward_format: float = between(0, 1)
     reward_decision: float = between(0, 1)
+    reward_direct: float = between(0, 1)  # for no restoration: what one must bring to be worth its time
     reward_answer: float = between(0, 1)  # how probable the right answer was
     reward_latent_quality: float = between(0, 1)  # how close the restored picture is to the clean one
     latent_quality: str = one_of("vae", "vit", "both")  # close as latents, as the ViT sees it, or a mean of both

@@ -232,6 +232,19 @@ def test_a_judges_score_replaces_exact_match_and_decides_what_counts_as_right():
     assert weighted(found, config, ("reward_answer", "absent")) == config.reward_answer * 0.25
 
 
+def test_a_restoration_must_bring_more_than_it_costs():
+    config = from_dict(compose(["profile=smoke", "grpo.reward_direct=0.2", "grpo.reward_accuracy=0.9"])).grpo
+    question, right, wrong = (
+        Question("q", "test", "a b", "c"),
+        ["<think> a </think> <answer> c </answer>"],
+        ["<think> a </think> <answer> d </answer>"],
+    )
+    direct, restored = (rewards(right, how, question, config)["reward"] for how in (False, True))
+    assert direct - restored == pytest.approx(0.2), "of two right answers the cheaper one is better"
+    assert restored > rewards(wrong, False, question, config)["reward"] + 0.6, "and a right one beats a cheap one"
+    assert advantages([direct, restored], 2, "none") == pytest.approx([0.1, -0.1])
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [("0.5", 0.5), (" 1.0\n", 1.0), ("1", 1.0), (".25.", 0.25), ("1.5", None), ("right", None), ("0.9 of 1", None)],

@@ -61,7 +61,7 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     clean = {paired[k] for k in drawn([samples[i].id for i in paired], round(g.clean_share * len(samples)))}
     shown = [s.image if i in clean else s.seen for i, s in enumerate(samples)]
     bank = answerer.bank(shown, [s.key for s in samples])
-    asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:1]]
+    asked = [(i, q) for i, s in enumerate(samples) for q in s.questions]
     prompts = [make_prompt(tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
 
     quality = None

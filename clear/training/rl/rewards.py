@@ -1,8 +1,9 @@
 """Rewards of interleaved GRPO (METHOD §4 "Rewards") for the text of a trajectory.
 
 Accuracy is exact match, or a judge's score. Each reward is logged separately, together with the true metric (held-out
-accuracy). Addition: the right answer's probability as a reward, which differs within a group even if exact match does
-not. The reward of the restored latent itself is in latent_quality.py.
+accuracy). Additions: the right answer's probability as a reward, which differs within a group even if exact match does
+not; and a small one for a direct answer, without which a restoration that changes nothing costs nothing and calls drift
+upwards. The reward of the restored latent itself is in latent_quality.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -63,6 +64,7 @@ def rewards(
         "reward_accuracy": accuracy,
         "reward_format": format_reward(replies),
         "reward_decision": DECISION[config.decision_table][restored, correct],
+        "reward_direct": float(not restored),
         **(more or {}),
     }
     return {"reward": weighted(parts, config, tuple(parts)), **parts}
