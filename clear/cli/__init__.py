@@ -5,7 +5,6 @@ library. Everything heavy is imported inside the command that needs it, so `clea
 is one line on stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes from its checkpoint.
 """
 
-import _thread
 import signal
 import sys
 import threading
@@ -84,7 +83,8 @@ def _again(lost: Any) -> None:
     if not issubclass(lost.exc_type, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
-    again = threading.Timer(0.05, _thread.interrupt_main, [signal.SIGTERM])
+    # A signal to the main thread and not `interrupt_main`, which would not wake it from a blocking call.
+    again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM])
     again.daemon = True
     again.start()
 
