@@ -2,53 +2,17 @@
 
 import base64
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from clear.config import compose, from_dict
-from clear.data.images import encode_image
 from clear.data.rejects import Reject, read_rejects, write_rejects
 from clear.errors import ClearError, quoted
-from clear.sources import folder, incoming, intake, llava_onevision
-from clear.sources.fields import look_through
+from clear.sources import folder, incoming, llava_onevision
 from clear.sources.rows import examine
-from tests.conftest import ROOT
-
-PICTURE = encode_image(np.random.default_rng(0).integers(0, 255, (40, 48, 3), np.uint8))
-GOOD = {"image": "a.png", "question": "Which?", "answer": "red"}
-RULES = from_dict(compose([])).source
-
-
-def read_folder(place: Path, rows: list) -> list:
-    """What the source `folder` makes of JSON lines: questions, or the reject."""
-    (place / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = [examine(row, RULES) for row in folder.rows(place)]
-    return [row if isinstance(row, Reject) else row.sample.questions[0] for row in found]
-
-
-def read_incoming(place: Path, rows: list, kind: str = "jsonl") -> list:
-    """What data/incoming makes of a table of a kind: questions, or the reject, by row."""
-    inside = place / "road"
-    inside.mkdir(exist_ok=True)
-    (inside / "a.png").write_bytes((place / "a.png").read_bytes())
-    if kind == "jsonl":
-        (inside / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    else:
-        pq.write_table(pa.Table.from_pylist(rows), inside / "t.parquet")
-    seen = [incoming.look(row) for row in incoming.rows_of(inside)]
-    return [row.reject or row.questions[0] for row in seen]
-
-
-def read_parquet(place: Path, rows: list) -> list:
-    return read_incoming(place, rows, "parquet")
-
+from tests.helpers.rows import GOOD, PICTURE, RULES, parts, read_folder, read_incoming, read_parquet, turns
 
 EVERY = pytest.mark.parametrize("read", [read_folder, read_incoming, read_parquet])
 JSON = pytest.mark.parametrize("read", [read_folder, read_incoming])
@@ -216,14 +180,6 @@ def test_odd_json_is_one_reject(place, line):
     assert reject.reason == "line" and len(reject.detail) < 300 and kept.questions[0].answer == "red"
 
 
-def parts(*texts: str | None) -> list[dict]:
-    return [{"type": "image", "text": None} if text is None else {"type": "text", "text": text} for text in texts]
-
-
-def turns(question: object, answer: object) -> list[dict]:
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def test_turns_of_parts_are_read_as_chat_templates_write_them(place):
     talks = [
         turns(parts(None, "Which?"), parts("red")),
@@ -264,147 +220,3 @@ def test_a_text_in_parquet_that_is_no_utf8_is_one_reject(place):
     kept, reject = incoming.rows_of(place / "road")
     assert kept.questions[0].answer == "red"
     assert reject.where == "t.parquet:2" and "byte 4 of a text is not UTF-8" in reject.reject.detail
-
-
-# --- files and folders -----------------------------------------------------------------------------------------------
-
-
-def test_what_file_managers_leave_is_no_part_of_a_set_and_no_table(place):
-    plain = read_incoming(place, [GOOD])
-    before = incoming.sets(place)[0].fingerprint
-    for inside in (place, place / "road"):
-        for name in (
-            ".DS_Store",
-            "._a.png",
-            "._t.jsonl",
-            "._x.parquet",
-            "Thumbs.db",
-            "desktop.ini",
-            "__MACOSX/x.jsonl",
-        ):
-            (inside / name).parent.mkdir(exist_ok=True)
-            (inside / name).write_bytes(b"\x00\x05\x16\x07")
-    assert incoming.sets(place)[0].fingerprint == before and not incoming.sets(place)[0].faults
-    assert [incoming.look(row).questions[0] for row in incoming.rows_of(place / "road")] == plain
-    assert len(read_folder(place, [GOOD])) == 1
-    rows = [{"image": {"bytes": PICTURE, "path": None}, "conversations": turns("Which?", "red")}]
-    pq.write_table(pa.Table.from_pylist(rows), place / "x.parquet")
-    (place / "road/t.jsonl").unlink()
-    assert len(list(llava_onevision.rows(place))) == 1
-
-
-NOT_UTF8 = os.fsdecode(b"caf\xe9.png")
-
-
-def dangling(path: Path) -> None:
-    path.symlink_to("nowhere")
-
-
-def circular(path: Path) -> None:
-    path.symlink_to(path.name)
-
-
-@pytest.mark.parametrize(
-    ("name", "make", "said"),
-    [
-        (NOT_UTF8, Path.touch, "not UTF-8"),
-        ("notes\x07.txt", Path.touch, "control characters"),
-        ("b.png", dangling, "a broken link"),
-        ("b.png", circular, "a broken link"),
-        ("b.png", os.mkfifo, "is not a file"),
-    ],
-)
-def test_a_file_that_cannot_be_read_is_listed_in_its_own_set_and_stops_no_other(place, name, make, said):
-    kept = read_incoming(place, [GOOD])
-    (place / "other").mkdir()
-    make(place / "other" / name)
-    road, other = sorted(incoming.sets(place), key=lambda one: one.name != "road")
-    assert not road.faults and said in other.faults[0] and other.faults[0].isprintable()
-    both = intake.read(place)
-    assert both.count(*intake.SLICES) == len(kept) == 1
-    (reject,) = both.rejects
-    assert (reject.subset, reject.reason) == ("other", "file") and said in reject.detail and reject.id.isprintable()
-    assert intake.read(place, "road").rejects == ()
-
-
-@pytest.mark.parametrize("make", [dangling, circular])
-def test_a_set_that_is_a_link_to_nowhere_is_listed_and_stops_no_other(place, make):
-    read_incoming(place, [GOOD])
-    make(place / "far")
-    far, road = incoming.sets(place)
-    assert far.faults == ("far: a broken link; correct or remove it",) and not road.faults
-    with pytest.raises(ClearError, match="far: a broken link"):
-        intake.read(place)
-    assert intake.read(place, "road").count(*intake.SLICES) == 1
-
-
-@pytest.mark.parametrize("make", [dangling, circular])
-def test_a_row_that_names_a_link_to_nothing_is_rejected_once(place, make):
-    read_incoming(place, [GOOD])
-    make(place / "road/b.png")
-    (place / "road/t.jsonl").write_text("".join(json.dumps(GOOD | {"image": n}) + "\n" for n in ("a.png", "b.png")))
-    (reject,) = intake.read(place).rejects
-    assert reject.id == "road/t.jsonl:2" and "a broken link" in reject.detail
-
-
-@pytest.mark.parametrize("name", ["t.jsonl", "T.PARQUET", NOT_UTF8.replace("png", "jsonl")])
-def test_a_table_that_cannot_be_opened_refuses_its_own_set_alone(place, name):
-    read_incoming(place, [GOOD])
-    (place / "other").mkdir()
-    dangling(place / "other" / name)
-    with pytest.raises(ClearError, match=r"other/.*(broken link|not UTF-8)"):
-        intake.read(place)
-    assert intake.read(place, "road").count(*intake.SLICES) == 1
-    if name != "T.PARQUET":
-        with pytest.raises(ClearError, match=r"broken link|not UTF-8"):
-            list(folder.rows(place / "other"))
-
-
-PERMISSIONS = """
-import sys
-from pathlib import Path
-from clear.errors import ClearError
-from clear.sources import folder, incoming, intake
-place = Path(sys.argv[1])
-for one in incoming.sets(place):
-    print(one.name, one.files, *one.faults)
-came = intake.read(place, "good")
-print(came.count(*intake.SLICES), *(f"{r.id}: {r.reason}: {r.detail}" for r in came.rejects))
-for read in (lambda: intake.read(place), lambda: list(folder.rows(place / "shut"))):
-    try:
-        print("read", read())
-    except ClearError as error:
-        print("refused", error)
-"""
-
-
-def test_files_and_folders_without_permission_are_named(place):
-    """In a process that may not override permissions, as root may."""
-    read_incoming(place, [GOOD])
-    (place / "road").rename(place / "good")
-    (place / "good/b.png").write_bytes(PICTURE)
-    (place / "shut/more").mkdir(parents=True)
-    (place / "shut/t.jsonl").write_text(json.dumps(GOOD) + "\n")
-    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--inh-caps=-all"] if os.getuid() == 0 else []
-    (place / "good/b.png").chmod(0)
-    (place / "shut/more").chmod(0)
-    try:
-        command = [*drop, sys.executable, "-c", PERMISSIONS, str(place)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    finally:
-        (place / "shut/more").chmod(0o755)
-    assert done.returncode == 0, done.stderr
-    good, shut, kept, all_sets, source = done.stdout.splitlines()
-    assert good == "good 2 good/b.png: Permission denied; repair or remove it"
-    assert shut == "shut 1 shut/more: Permission denied; make the folder readable or remove it"
-    assert kept == "1 good/b.png: file: Permission denied; repair or remove it"
-    assert "refused" in all_sets and "shut/more: Permission denied" in all_sets
-    assert "refused" in source and "shut/more: Permission denied" in source
-
-
-def test_files_are_found_in_one_order(tmp_path):
-    for name in ("b/1.png", "a/2.png", "a.png", "B.png"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = [path.relative_to(tmp_path).as_posix() for path in look_through(tmp_path).files]
-    assert found == ["B.png", "a.png", "a/2.png", "b/1.png"]
