@@ -13,17 +13,15 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import openpyxl
 import pandas as pd
 import pytest
 
-from clear.bench.vlmeval import names, respond, scores
+from clear.bench.vlmeval import respond
 from clear.bench.vlmeval.answering import answer_table
 from clear.bench.vlmeval.prompts import prompt_of
 from clear.bench.vlmeval.respond import Asked, Folder, Given, Served, shards_of
 from clear.config import load
-from clear.data.images import encode_image
 from clear.data.records import Question
 from clear.data.rejects import read_rejects
 from clear.errors import ClearError
@@ -33,12 +31,8 @@ from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, settings, user_text
 from tests.chat_server import serving as chatting
 from tests.conftest import ROOT
-from tests.helpers.tables import b64, write_tsv
+from tests.helpers.tables import b64, png, write_tsv
 from tests.serving import make_workspace, serving
-
-
-def png(number: int, side: int = 48) -> bytes:
-    return encode_image(np.random.default_rng(number).integers(0, 255, (side, side, 3), np.uint8))
 
 
 @pytest.fixture(scope="module")
@@ -344,52 +338,6 @@ def test_degrade_answer_score(workspace, tmp_path, clear, monkeypatch):
     local = pd.read_parquet(tmp_path / "out/CLEAR/CLEAR_MMStar.parquet").set_index("index")
     for _, row in served.iterrows():
         assert row.prediction == local.prediction[row["index"]]
-
-
-AUTHORS = {
-    "MMBench_DEV_EN_V11": {"question": "Which?", "A": "red", "B": "blue", "answer": "A"},
-    "MMVP": {"question": "Which?", "A": "red", "B": "blue", "answer": "A"},
-    "CV-Bench-2D": {"prompt": "Which?\n(A) red\n(B) blue", "A": "red", "B": "blue", "answer": "A", "source": "ADE20K"},
-    "MMStar": {"question": "Which?", "A": "red", "B": "blue", "answer": "A"},
-    "RealWorldQA": {"question": "Which?", "A": "red", "B": "blue", "answer": "A"},
-    "R-Bench-Dis": {"question": "Which?", "A": "red", "B": "blue", "answer": "A"},
-    "MMVet": {"question": "What?", "answer": "red"},
-}
-"""A row of each benchmark of MMD-Bench, and of the seventh column of its table."""
-
-
-class _Right:
-    """Answers A to everything."""
-
-    size = 4
-
-    def identity(self) -> dict:
-        return {}
-
-    def respond(self, shards):
-        for shard in shards:
-            yield [Given(row.index, "<think> hm </think> <answer>A</answer>") for row in shard.rows]
-
-
-@pytest.mark.parametrize("bench", AUTHORS)
-def test_tables_under_the_authors_names_are_answered_and_scored_under_them(tmp_path, bench):
-    """Clean, three mixed levels, and sixteen of one corruption each: every file is in the table as what it is."""
-    ends = ["", *(f"_LOW_LEVEL_{level}" for level in names.LEVELS.values()), *(f"_{n}" for n in names.AUTHORS.values())]
-    assert len(ends) == 20
-    rows = [{"index": n, "image": b64(png(n)), "category": "c", "l2-category": "d"} | AUTHORS[bench] for n in (0, 1)]
-    files = [write_tsv(tmp_path / f"{bench}{end}.tsv", rows) for end in ends]
-    tables = [answer_table(file, tmp_path / "out", "CLEAR-RL", _Right()).table for file in files]
-    assert [table.name for table in tables] == [f"CLEAR-RL_{file.name}" for file in files]
-    frame = scores.read_predictions(tables)
-    found = {(row.corruption, row.severity) for row in frame.itertuples()}
-    ours = {(corruption, names.AUTHORS_LEVEL) for corruption in names.AUTHORS}
-    assert found == {("clean", "clean")} | {(names.MIXED, level) for level in names.LEVELS} | ours
-    assert set(frame["bench"]) == {f"CLEAR-RL_{bench}"} and len(frame) == 2 * len(ends)
-    if bench == "MMVet":  # a judge grades it
-        return
-    summed = scores.summary(scores.score(frame))["benchmarks"][f"CLEAR-RL_{bench}"]["levels"]
-    assert summed.keys() >= {"clean", "low", "mid", "high"}
-    assert all(summed[level]["score"] == 1.0 for level in ("clean", "low", "mid", "high"))
 
 
 def test_an_endpoint_that_nobody_listens_at_is_one_line_with_every_row_accounted_for(

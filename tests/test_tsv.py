@@ -4,14 +4,9 @@ import base64
 import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
@@ -26,27 +21,7 @@ from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, degrade, seed_of
 from clear.errors import ClearError
 from clear.sources import lmudata
-from tests.conftest import ROOT
-from tests.helpers.tables import b64, write_tsv
-
-
-def picture(number: int, side: int = 64) -> bytes:
-    rng = np.random.default_rng(number)
-    return encode_image(
-        np.kron(rng.integers(0, 255, (8, 8, 3), np.uint8), np.ones((side // 8, side // 8, 1), np.uint8))
-    )
-
-
-def mmbench(folder: Path, count: int = 6) -> Path:
-    """A small circular benchmark: rotations name the row that holds the picture, one of them before it."""
-    rows = []
-    for i in range(count):
-        common = {"question": f'What "is"\tthat,\nline {i}?', "category": "a", "l2-category": "b", "split": "dev"}
-        common |= {"A": "red", "B": "blue", "C": "None" if i % 2 else None, "hint": "one\rreturn" if i == 1 else None}
-        rows.append({"index": i, "image": b64(picture(i)), "answer": "A", **common})
-        rows.append({"index": i + 1000000, "image": str(i), "answer": "B", **common})
-    rows.insert(0, rows.pop())
-    return write_tsv(folder / "MMBench_DEV_EN_V11.tsv", rows)
+from tests.helpers.tables import b64, mmbench, picture, write_tsv
 
 
 def as_vlmevalkit(file: Path) -> pd.DataFrame:
@@ -203,26 +178,6 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_made(tmp_path):
     assert whole == (tmp_path / "sound/manifest.parquet").read_bytes()
 
 
-@pytest.mark.skipif(not shutil.which("setpriv"), reason="drops the right of root to read everything")
-def test_a_file_or_folder_without_permission_is_named_and_never_taken_for_empty(tmp_path):
-    row = {"index": 1, "image": b64(picture(1)), "question": "?", "answer": "x"}
-    for name in ("in/A.tsv", "in/B.tsv", "closed/A.tsv"):
-        write_tsv(tmp_path / name, [row])
-    (tmp_path / "in/B.tsv").chmod(0)
-    (tmp_path / "closed").chmod(0)
-    with run_command(tmp_path, "--source", "in", "--out", "out", "--workers", "1", plain=True) as process:
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 1 and stdout.count("out/A_LOW_LEVEL") == 3
-    assert stderr.splitlines()[-1] == (
-        "error: files that cannot be read and were left out: 1; all others are written. out/rejects.parquet has them, "
-        "the first: B.tsv (file): in/B.tsv: Permission denied; check the permissions, or name another place."
-    )
-    with run_command(tmp_path, "--source", "closed", "--out", "out2", plain=True) as process:
-        _, stderr = process.communicate(timeout=60)
-    assert stderr == "error: closed: Permission denied; check the permissions, or name another place.\n"
-    (tmp_path / "closed").chmod(0o755)
-
-
 def test_a_quotation_mark_at_the_start_of_a_cell_swallows_no_row(tmp_path):
     lines = ["index\timage\tquestion\tanswer"]
     lines += [f"{n}\t{b64(picture(n))}\t{text}\tx" for n, text in enumerate(('"Stop" or go?', "b", '"c', 'd "', "e"))]
@@ -342,81 +297,3 @@ def test_files_of_other_data_or_another_hand_are_refused(tmp_path):
         write_benchmarks(tmp_path / "in", out, "row", workers=1)
     with pytest.raises(ClearError, match="source's own folder"):
         write_benchmarks(tmp_path / "in", tmp_path / "in", "row", workers=1)
-
-
-def run_command(folder: Path, *arguments: str, plain: bool = False) -> subprocess.Popen:
-    """The command; `plain`: without root's right to override permissions."""
-    command = [sys.executable, "-m", "clear", "mmd-bench", *arguments]
-    if plain and os.geteuid() == 0:
-        rights = "--bounding-set=-dac_override,-dac_read_search"
-        command = ["setpriv", rights, "--inh-caps=-all", *command]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-@pytest.mark.slow
-def test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run(tmp_path):
-    mmbench(tmp_path / "in", count=5)
-    reference = write_benchmarks(tmp_path / "in", tmp_path / "whole", "full", workers=1)
-    arguments = ("--source", "in", "--out", "out", "--protocol", "full", "--workers", "1")
-    with run_command(tmp_path, *arguments) as process:
-        while len(list(tmp_path.glob("out/*.tsv"))) < 5:
-            assert process.poll() is None
-            time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-    left = {
-        f.name: f.stat().st_mtime_ns
-        for f in tmp_path.glob("out/*.tsv")
-        if (tmp_path / f"out/.parts/{f.stem}.jsonl").exists()
-    }
-    assert 4 <= len(left) < 48 and not (tmp_path / "out/manifest.parquet").exists()
-    with run_command(tmp_path, *arguments) as process:
-        stdout, stderr = process.communicate(timeout=60)
-    assert process.returncode == 0, stderr
-    assert stdout.count("already here") == len(left) and stdout.endswith("out/manifest.parquet\n")
-    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in left} == left, "nothing is made twice"
-    for file in [*reference, tmp_path / "whole/manifest.parquet"]:
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-def test_two_at_once_into_one_folder_give_the_bytes_of_one(tmp_path):
-    mmbench(tmp_path / "in", count=3)
-    arguments = ("--source", "in", "--out", "out", "--protocol", "full", "--workers", "1")
-    runs = [run_command(tmp_path, *arguments) for _ in range(2)]
-    told = [run.communicate(timeout=120) for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], told
-    waited = [stdout for stdout, _ in told if "already here" in stdout]
-    assert len(waited) == 1 and waited[0].count("already here") == 48
-    reference = write_benchmarks(tmp_path / "in", tmp_path / "whole", "full", workers=1)
-    for file in [*reference, tmp_path / "whole/manifest.parquet", tmp_path / "whole/rejects.parquet"]:
-        assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
-
-
-def test_the_command_counts_what_it_left_out_and_says_so_in_its_status(tmp_path):
-    rows = [{"index": n, "image": b64(picture(n)) if n else "", "question": "?", "answer": "x"} for n in range(3)]
-    write_tsv(tmp_path / "in/X.tsv", rows)
-    for _ in range(2):  # also where all files are there already
-        with run_command(tmp_path, "--source", "in", "--out", "out") as process:
-            stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 1 and "Traceback" not in stderr
-        assert stderr.splitlines()[-1] == (
-            "error: rows that cannot be degraded and were left out: 1; all others are written. out/rejects.parquet has "
-            "them, the first: X-0 (no image): the row has no image"
-        )
-        assert stdout.endswith("out/manifest.parquet\n") and stdout.count("out/X_LOW_LEVEL") == 3
-
-
-def test_the_command_is_not_the_stage_and_refuses_by_name(tmp_path):
-    with run_command(tmp_path, "--help") as process:
-        stdout, _ = process.communicate(timeout=30)
-    assert all(word in stdout for word in ("--source", "--protocol", "--out", "VLMEvalKit", "row", "full"))
-    for arguments, said in {
-        ("--source", "none", "--out", "o"): "error: --source none: nothing is there",
-        ("--source", ".", "--out", "o", "--protocol", "x"): "error: --protocol x: choose one of row, full.",
-        ("--source", ".", "--out", "o"): "error: .: no *.tsv file here",
-    }.items():
-        with run_command(tmp_path, *arguments) as process:
-            _, stderr = process.communicate(timeout=30)
-        assert process.returncode == 1 and stderr.startswith(said), stderr
