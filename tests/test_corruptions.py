@@ -9,25 +9,13 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from clear.degradation.corruptions import CORRUPTIONS, below, corrupt
-from clear.degradation.kernels.filters import add_noise, gaussian_blur, sparse_filter
-from clear.degradation.kernels.inpaint import inpaint
-from clear.degradation.kernels.mean_shift import mean_shift_filter
+from clear.degradation.kernels.filters import add_noise
 from clear.errors import ClearError
 from tests.bench.transcription import FORMULAS
+from tests.helpers.pictures import KINDS, hard_picture, picture
 
 LEVELS = (0.23, 0.45, 0.9)
 RANDOM = ("motion_blur", "gaussian_noise", "block_exchange", "dirty_lens", "graffiti", "watermark_damage", "lens_flare")
-
-
-def picture(height: int = 96, width: int = 120, seed: int = 0) -> np.ndarray:
-    """A smooth colourful picture with some edges."""
-    y, x = np.mgrid[:height, :width]
-    rng = np.random.default_rng(seed)
-    a, b, c = rng.uniform(20, 60, 3)
-    waves = np.stack([np.sin(x / a), np.cos(y / b), np.sin((x + y) / c)], -1)
-    image = (127 + 90 * waves).astype(np.uint8)
-    cv2.rectangle(image, (width // 5, height // 4), (width // 2, height // 2), (220, 30, 40), -1)
-    return image
 
 
 def apply(name: str, image: np.ndarray, intensity: float, scale: float = 1.0, seed: int = 3) -> np.ndarray:
@@ -164,23 +152,7 @@ def test_deterministic_types_follow_the_published_formula(name, intensity):
 OTHER_DRAWS = ("gaussian_noise",)  # the same distribution, drawn in another way
 
 
-def hard_picture(kind: str, height: int, width: int, seed: int) -> np.ndarray:
-    """Contents on which an approximate filter would show: noise, stripes near the finest, edges, one flat colour."""
-    rng = np.random.default_rng(seed)
-    if kind == "noise":
-        return rng.integers(0, 256, (height, width, 3), np.uint8)
-    if kind == "black and white":
-        return (rng.integers(0, 2, (height, width, 3)) * 255).astype(np.uint8)
-    if kind == "stripes":
-        row = (np.sin(np.pi * np.arange(width) * rng.uniform(0.3, 1)) > 0) * 255
-        return np.broadcast_to(row[None, :, None], (height, width, 3)).astype(np.uint8)
-    if kind == "flat":
-        return np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
-    return picture(height, width, seed)
-
-
 SMALLEST = {"block_exchange": (32, 64), "watermark_damage": (50, 50)}  # px, height and width
-KINDS = st.sampled_from(["noise", "black and white", "stripes", "flat", "smooth"])
 
 
 @settings(max_examples=250, deadline=None)
@@ -204,29 +176,6 @@ def test_every_formula_is_followed_on_any_picture(name, kind, height, width, int
         assume((expected != image).any())
     found = apply(name, image, intensity, seed=seed)
     assert np.abs(found.astype(int) - expected).max() <= 1
-
-
-@settings(max_examples=80, deadline=None)
-@given(kind=KINDS, shape=st.tuples(st.integers(1, 200), st.integers(1, 200)), seed=st.integers(0, 999), data=st.data())
-def test_a_reduced_blur_is_within_one_grey_level(kind, shape, seed, data):
-    image = hard_picture(kind, *shape, seed)
-    sigma = data.draw(st.floats(0.5, 40))
-    size = 2 * data.draw(st.integers(1, int(4 * sigma) + 1)) + 1
-    kernel = cv2.getGaussianKernel(size, sigma)
-    expected = cv2.sepFilter2D(image.astype(float), -1, kernel, kernel)
-    assert np.abs(gaussian_blur(image, size, sigma) - expected).max() <= 1.5  # a level, and the rounding
-    assert np.abs(gaussian_blur(image[:, :, 0], size, sigma, gain=0.5) - expected[:, :, 0] / 2).max() <= 1.25
-
-
-def test_a_kernel_in_tiles_is_the_same_kernel():
-    rng = np.random.default_rng(0)
-    for size in (1, 3, 10, 11, 12, 19, 20, 21, 27, 40):
-        kernel = (rng.random((size, size)) * (rng.random((size, size)) < 0.1) + np.eye(size)).astype(np.float32)
-        kernel /= kernel.sum()
-        for shape in ((1, 1), (7, 300), (90, 33)):
-            image = rng.integers(0, 256, (*shape, 3), np.uint8)
-            expected = cv2.filter2D(image.astype(float), -1, kernel.astype(float))
-            assert np.abs(sparse_filter(image, kernel) - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize("deviation", [0.2, 3.0, 33.75, 75.0])
@@ -424,35 +373,3 @@ def test_unknown_names_and_wrong_input_are_refused():
     for intensity, scale in ((1.5, 1), (float("nan"), 1), (0.5, 0)):
         with pytest.raises(ClearError, match="must lie in"):
             apply("dark", picture(), intensity, scale)
-
-
-LARGE = [pytest.param(*size, marks=pytest.mark.slow) for size in ((129, 96), (200, 131))]
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 3), (7, 40), (65, 48), (100, 67), *LARGE])
-@pytest.mark.parametrize(("spatial", "color"), [(1, 3), (7, 18), (36, 36), (70, 20)])  # windows within and beyond both
-def test_the_mean_shift_kernel_has_the_pixels_of_opencv(height, width, spatial, color):
-    rng = np.random.default_rng(height + spatial)
-    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
-    for image in (noise, smooth, cv2.convertScaleAbs(smooth, alpha=3, beta=-250)):
-        assert np.array_equal(
-            mean_shift_filter(image, spatial, color), cv2.pyrMeanShiftFiltering(image, spatial, color)
-        )
-
-
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (3, 2), (9, 40), (129, 96), (200, 131)])
-@pytest.mark.parametrize("radius", [1.0, 1.2, 3.0, 7.4])
-def test_the_filling_kernel_has_the_pixels_of_opencv(height, width, radius):
-    rng = np.random.default_rng(height + int(10 * radius))
-    noise = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
-    smooth = cv2.GaussianBlur(noise, (0, 0), 3)
-    for image in (noise, smooth, cv2.convertScaleAbs(smooth, alpha=3, beta=-250)):
-        for number in (0, 1, 3, 12):
-            mask = np.zeros((height, width), np.uint8)
-            for _ in range(number):  # often over an edge, often over one another
-                (y, x), size = rng.integers([height, width]), rng.integers(1, [height // 2 + 2, width // 2 + 2])
-                mask[y : y + size[0], x : x + size[1]] = 255
-            assert np.array_equal(inpaint(image, mask, radius), cv2.inpaint(image, mask, radius, cv2.INPAINT_TELEA))
-    everything = np.ones((height, width), np.uint8)
-    assert np.array_equal(inpaint(noise, everything, radius), noise), "nothing is known, so nothing is filled"

@@ -76,7 +76,7 @@ RUN = {
     "clear mmd-bench": "test_tsv_command::test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run",
     "clear score": "test_leaderboard::test_the_command_makes_all_forms_and_leaves_one_model_as_it_was",
     "clear export": "test_release::test_export_writes_a_folder_with_a_card_of_the_committed_metrics",
-    "clear incoming": "test_incoming::test_the_commands_list_and_refuse",
+    "clear incoming": "test_incoming_stages::test_the_commands_list_and_refuse",
     "clear compare": "test_compare::test_all_formats_are_written_and_the_page_needs_nothing_else",
     "clear gate": "test_compare::test_verdict_and_gate_of_real_branches",
 }

@@ -32,3 +32,8 @@ def put(folder: Path, numbers, paired: bool = True, table: str = "rows.jsonl", k
             row["clean"] = f"{n}_clean.png"
         rows += [row | {"question": q.text, "answer": q.answer, "task": q.task} for q in questions]
     (folder / table).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def lines(folder: Path, *rows, table: str = "rows.jsonl") -> None:
+    with (folder / table).open("a") as file:
+        file.writelines((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
