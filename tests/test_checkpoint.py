@@ -1,8 +1,7 @@
-"""Model folders: what is saved is loaded bit for bit, and a wrong or broken folder is refused by name."""
+"""Model folders: what is saved is loaded bit for bit, in the types of its files, and held in memory once."""
 
 import json
 import os
-import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
@@ -27,34 +26,17 @@ from clear.model.checkpoint import (
     read_header,
     save_bagel,
 )
-from clear.model.tokenizer import MARKERS, word_tokenizer
 from clear.model.vae import AutoEncoder
 from clear.stages import base
-from tests.tiny import WORDS, tiny_model
-
-GOLDEN = Path(__file__).parent / "golden"
-KEY = "language_model.model.layers.1.self_attn.q_proj_moe_gen.weight"
-
-
-def _save(folder, bridge: str):
-    model, tokenizer = tiny_model(bridge)
-    torch.manual_seed(1)
-    vae = AutoEncoder(model.config.vae)
-    save_bagel(folder, model, vae, tokenizer)
-    return model, vae, tokenizer
+from tests.helpers.model_folders import GOLDEN, edit, save_tiny, shard
+from tests.tiny import tiny_model
 
 
 @pytest.fixture
 def folder(tmp_path):
     """A complete folder of a model with the mlp bridge."""
-    _save(tmp_path / "model", "mlp")
+    save_tiny(tmp_path / "model", "mlp")
     return tmp_path / "model"
-
-
-def _edit(file, change) -> None:
-    state = load_file(file)
-    change(state)
-    save_file(state, file)
 
 
 def _equal(found: torch.nn.Module, expected: torch.nn.Module) -> None:
@@ -65,7 +47,7 @@ def _equal(found: torch.nn.Module, expected: torch.nn.Module) -> None:
 
 @pytest.mark.parametrize("bridge", ["mlp", "direct"])
 def test_round_trip_is_bit_for_bit(tmp_path, bridge):
-    model, vae, tokenizer = _save(tmp_path / "a", bridge)
+    model, vae, tokenizer = save_tiny(tmp_path / "a", bridge)
     again, vae_again, tokenizer_again = load_bagel(tmp_path / "a")
     _equal(again, model)
     _equal(vae_again, vae)
@@ -232,21 +214,9 @@ def test_the_stored_type_is_mapped_from_the_file(folder):
     assert ranges and not outside
 
 
-def _shard(folder: Path, count: int = 3) -> dict[str, str]:
-    """Split the model file into shards with an index; returns the index's weight map."""
-    state = load_file(folder / MODEL)
-    (folder / MODEL).unlink()
-    names = sorted(state)
-    places = {key: f"model-{i * count // len(names) + 1:05d}-of-{count:05d}.safetensors" for i, key in enumerate(names)}
-    for name in set(places.values()):
-        save_file({key: state[key].clone() for key, place in places.items() if place == name}, folder / name)
-    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return places
-
-
 def test_shards_hold_the_same_model(folder):
     expected, _, _ = load_bagel(folder)
-    _shard(folder)
+    shard(folder)
     _equal(load_bagel(folder)[0], expected)
 
 
@@ -262,12 +232,12 @@ def test_of_several_models_in_a_folder_one_must_be_named(folder, sharded):
     whole = (folder / MODEL).read_bytes()
     other = INDEX if sharded else PLAIN
     if sharded:
-        _edit(folder / MODEL, lambda state: state["vae2llm.bias"].add_(1.0))
-        _shard(folder)
+        edit(folder / MODEL, lambda state: state["vae2llm.bias"].add_(1.0))
+        shard(folder)
         (folder / MODEL).write_bytes(whole)
     else:
         (folder / PLAIN).write_bytes(whole)
-        _edit(folder / PLAIN, lambda state: state["vae2llm.bias"].add_(1.0))
+        edit(folder / PLAIN, lambda state: state["vae2llm.bias"].add_(1.0))
     with pytest.raises(ClearError, match=r"several models' weights \(ema\.safetensors, model") as refused:
         load_bagel(folder)
     assert f"such as model.checkpoint={folder / other}, or" in str(refused.value)
@@ -293,69 +263,6 @@ def test_the_base_stage_registers_what_can_be_loaded_and_nothing_else(folder, tm
     assert PLAIN in files and VAE in files and MODEL not in files
 
 
-def test_a_named_file_that_is_not_there_is_refused(folder):
-    with pytest.raises(ClearError, match=r"modle\.safetensors is missing"):
-        load_bagel(folder / "modle.safetensors")
-
-
-TRAINING = ["optimizer.00000-of-00008.pt", "scheduler.pt", "data_status.pt"]
-
-
-@pytest.mark.parametrize("file", [VAE, MODEL, "llm_config.json"])
-def test_the_state_of_a_training_is_named_for_what_it_is(folder, file):
-    for name in TRAINING:
-        torch.save({}, folder / name)
-    load_bagel(folder)
-    (folder / file).unlink()
-    said = r"training checkpoint holds weights alone: name" if file.endswith("json") else r"checkpoint of a training"
-    with pytest.raises(ClearError, match=rf"{file} is missing.*{said}.*of the model") as refused:
-        load_bagel(folder)
-    assert "Convert" not in str(refused.value) and "convert" not in str(refused.value)
-    assert file.endswith("json") or all(name in str(refused.value) for name in TRAINING)
-
-
-def test_a_missing_shard_is_named(folder):
-    name = _shard(folder)[KEY]
-    (folder / name).unlink()
-    with pytest.raises(ClearError, match=rf"{name} is missing"):
-        load_bagel(folder)
-
-
-def test_shards_without_their_index_are_refused(folder):
-    _shard(folder)
-    (folder / INDEX).unlink()
-    with pytest.raises(ClearError, match=r"model\.safetensors\.index\.json is missing"):
-        load_bagel(folder)
-
-
-@pytest.mark.parametrize("content", [{}, {"weight_map": {"a": "../elsewhere.safetensors"}}, {"weight_map": {"a": 1}}])
-def test_an_index_that_maps_nothing_is_refused(folder, content):
-    _shard(folder)
-    (folder / INDEX).write_text(json.dumps(content))
-    with pytest.raises(ClearError, match="weight_map"):
-        load_bagel(folder)
-
-
-def test_an_index_of_another_model_is_refused(folder):
-    places = _shard(folder)
-    places |= {"promised.weight": places[KEY], "surplus.weight": places.pop(KEY)}
-    _edit(folder / places["surplus.weight"], lambda state: state.update({"surplus.weight": torch.zeros(2, 7)}))
-    (folder / INDEX).write_text(json.dumps({"weight_map": places}))
-    with pytest.raises(ClearError) as refused:
-        load_bagel(folder)
-    said = str(refused.value)
-    assert INDEX in said and "3 problems" in said and f"key {KEY} (32, 32) is missing" in said
-    assert "key surplus.weight (2, 7) is not part of this model" in said
-    assert f"key promised.weight (which {places['promised.weight']} does not hold) is not part" in said
-
-
-def test_a_shard_that_lacks_what_the_index_promises_is_named(folder):
-    name = _shard(folder)[KEY]
-    _edit(folder / name, lambda state: state.pop(KEY))
-    with pytest.raises(ClearError, match=rf"{name}.*q_proj_moe_gen.*missing"):
-        load_bagel(folder)
-
-
 def test_weights_can_be_loaded_in_another_type(folder):
     model, _, _ = load_bagel(folder, dtype=torch.bfloat16)
     assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
@@ -377,162 +284,8 @@ def test_without_a_tokenizer_the_markers_come_from_the_config(folder):
     assert tokenizer is None and model.config.special.image_end == 3
 
 
-@pytest.mark.parametrize(
-    ("file", "key"),
-    [(MODEL, KEY), (MODEL, "vit_pos_embed.pos_embed"), (VAE, "decoder.conv_out.bias"), (BRIDGE, "fc2.weight")],
-)
-def test_a_missing_key_is_named_with_the_expected_shape(folder, file, key):
-    shape = tuple(load_file(folder / file)[key].shape)
-    _edit(folder / file, lambda state: state.pop(key))
-    with pytest.raises(ClearError, match=rf"{file}: key {key} {re.escape(str(shape))} is missing"):
-        load_bagel(folder)
-
-
-@pytest.mark.parametrize("file", [MODEL, VAE, BRIDGE])
-def test_an_extra_key_is_named_with_the_found_shape(folder, file):
-    _edit(folder / file, lambda state: state.update({"surplus.weight": torch.zeros(2, 7)}))
-    with pytest.raises(ClearError, match=rf"{file}: key surplus\.weight \(2, 7\) is not part"):
-        load_bagel(folder)
-
-
-@pytest.mark.parametrize(("file", "key"), [(MODEL, KEY), (VAE, "encoder.conv_in.weight"), (BRIDGE, "mix.weight")])
-def test_a_wrong_shape_is_named_with_both_shapes(folder, file, key):
-    shape = tuple(load_file(folder / file)[key].shape)
-    _edit(folder / file, lambda state: state.update({key: state[key][1:].clone()}))
-    with pytest.raises(ClearError) as refused:
-        load_bagel(folder)
-    found = (shape[0] - 1, *shape[1:])
-    assert f"{file}: key {key} has shape {found}, the configs say {shape}" in str(refused.value)
-
-
-def test_all_problems_of_a_file_are_in_one_message(folder):
-    def spoil(state):
-        for key in [key for key in state if "mlp_moe_gen" in key]:
-            del state[key]
-        state["surplus.weight"] = torch.zeros(2)
-        state["vae2llm.bias"] = torch.zeros(5)
-
-    _edit(folder / MODEL, spoil)
-    with pytest.raises(ClearError) as refused:
-        load_bagel(folder)
-    said = str(refused.value)
-    assert "8 problems" in said and "and 3 more" in said and said.count("mlp_moe_gen") == 5
-
-
-@pytest.mark.parametrize("stated", [2, 8])
-def test_a_wrong_max_latent_size_is_refused_with_the_right_one(folder, stated):
-    content = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(content | {"max_latent_size": stated}))
-    with pytest.raises(ClearError) as refused:
-        load_bagel(folder)
-    said = str(refused.value)
-    assert "latent_pos_embed.pos_embed has shape (16, 32)" in said and f"({stated**2}, 32)" in said
-    assert "set max_latent_size to 4 in config.json" in said
-
-
-def test_a_convolution_patch_embedding_is_refused_with_the_remedy(folder):
-    key = "vit_model.vision_model.embeddings.patch_embedding.weight"
-    _edit(folder / MODEL, lambda state: state.update({key: state[key].reshape(-1, 3, 4, 4)}))
-    with pytest.raises(ClearError, match=r"permute\(0, 2, 3, 1\)"):
-        load_bagel(folder)
-
-
-def test_quantised_weights_are_refused(folder):
-    _edit(folder / MODEL, lambda state: state.update({KEY: state[KEY].to(torch.int8)}))
-    with pytest.raises(ClearError, match=r"q_proj_moe_gen.*I8.*bfloat16"):
-        load_bagel(folder)
-
-
-@pytest.mark.parametrize("file", [MODEL, VAE, TOKENIZER, "config.json"])
-def test_a_git_lfs_pointer_is_refused(folder, file):
-    (folder / file).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 29200000000\n")
-    with pytest.raises(ClearError, match=rf"{file} is .*a git-lfs pointer.*git lfs pull"):
-        load_bagel(folder)
-
-
-def test_a_pickle_in_place_of_the_weights_is_refused(folder):
-    state = load_file(folder / MODEL)
-    (folder / MODEL).unlink()
-    torch.save(state, folder / "ema.pt")
-    with pytest.raises(ClearError, match=r"ema\.safetensors is missing; ema\.pt is a pickle.*convert"):
-        load_bagel(folder)
-    (folder / "ema.pt").rename(folder / MODEL)
-    with pytest.raises(ClearError, match=r"ema\.safetensors is not safetensors but a pickle"):
-        load_bagel(folder)
-
-
-@pytest.mark.parametrize("name", ["ema.safetensors.incomplete", ".cache/huggingface/download/abc.incomplete"])
-def test_an_unfinished_download_is_refused(folder, name):
-    (folder / name).parent.mkdir(parents=True, exist_ok=True)
-    (folder / MODEL).rename(folder / name)
-    with pytest.raises(ClearError, match=r"ema\.safetensors is missing: the folder is half-written"):
-        load_bagel(folder)
-
-
 def test_the_header_tells_shapes_and_types_without_the_data():
     entries = read_header(GOLDEN / MODEL)
     assert {key: (entry.shape, entry.kind) for key, entry in entries.items()} == {
         key: (tuple(value.shape), "F32") for key, value in load_file(GOLDEN / MODEL).items()
     }
-
-
-@pytest.mark.parametrize("file", [MODEL, VAE, BRIDGE])
-@pytest.mark.parametrize("keep", [0, 4, 0.5, 0.999])
-def test_a_truncated_file_is_named(folder, file, keep):
-    whole = (folder / file).read_bytes()
-    (folder / file).write_bytes(whole[: int(keep * len(whole)) if isinstance(keep, float) else keep])
-    with pytest.raises(ClearError, match=rf"{file} is truncated"):
-        load_bagel(folder)
-
-
-@pytest.mark.parametrize("file", [MODEL, VAE, BRIDGE, "llm_config.json", "vit_config.json"])
-def test_a_missing_file_is_named(folder, file):
-    (folder / file).unlink()
-    with pytest.raises(ClearError, match=rf"{file} is missing"):
-        load_bagel(folder)
-
-
-def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(ClearError, match="nowhere"):
-        load_bagel(tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize("marker", ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"])
-def test_a_tokenizer_without_a_marker_is_refused(folder, marker):
-    raw = json.loads(word_tokenizer(WORDS).to_str())
-    raw["model"]["vocab"]["another"] = raw["model"]["vocab"].pop(marker)
-    (folder / TOKENIZER).write_text(json.dumps(raw))
-    with pytest.raises(ClearError) as refused:
-        load_bagel(folder)
-    assert TOKENIZER in str(refused.value) and marker in str(refused.value)
-
-
-def test_neither_tokenizer_nor_markers_is_refused(folder):
-    (folder / TOKENIZER).unlink()
-    content = json.loads((folder / "config.json").read_text())
-    del content["special_tokens"]
-    (folder / "config.json").write_text(json.dumps(content))
-    with pytest.raises(ClearError, match="special_tokens"):
-        load_bagel(folder)
-
-
-def test_a_config_that_is_no_json_is_named(folder):
-    (folder / "llm_config.json").write_text('{"hidden_size": ')
-    with pytest.raises(ClearError, match=r"llm_config\.json is not JSON"):
-        load_bagel(folder)
-
-
-def test_a_config_of_another_size_is_refused_by_key_and_shape(folder):
-    content = json.loads((folder / "llm_config.json").read_text())
-    (folder / "llm_config.json").write_text(json.dumps(content | {"intermediate_size": 96}))
-    with pytest.raises(ClearError, match=r"mlp.*\(64, 32\)|mlp.*\(32, 64\)"):
-        load_bagel(folder)
-
-
-def test_a_tokenizer_of_another_model_is_refused(folder):
-    raw = json.loads(word_tokenizer(WORDS).to_str())
-    vocabulary = raw["model"]["vocab"]
-    vocabulary[MARKERS[0]], vocabulary[MARKERS[1]] = vocabulary[MARKERS[1]], vocabulary[MARKERS[0]]
-    (folder / TOKENIZER).write_text(json.dumps(raw))
-    with pytest.raises(ClearError, match="belongs to another model"):
-        load_bagel(folder)

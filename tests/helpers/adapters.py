@@ -5,15 +5,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from clear.model import lora
-from clear.model.bagel import Bagel
-from clear.model.checkpoint import save_bagel
-from clear.model.sequence import SpecialTokens
+from clear.model.bagel import Bagel, Contents
+from clear.model.checkpoint import fingerprint, save_bagel
+from clear.model.sequence import LATENT, Image, SpecialTokens, Text, layout
 from clear.model.tokenizer import MARKERS
 from clear.model.vae import AutoEncoder
 from clear.schema import Lora
-from tests.tiny import tiny_model
+from tests.tiny import tiny_model, tiny_prompts
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SETTINGS = Lora(rank=2, alpha=4.0, dropout=0.0, targets=TARGETS, experts="both")
@@ -52,3 +53,38 @@ def qwen_folder(folder: Path) -> None:
     save_bagel(folder, Bagel(shapes).initialise(), AutoEncoder(shapes.vae))
     tokenizer.model.save(str(folder))
     (folder / PAIRS[2]).write_text(json.dumps(settings))
+
+
+def batch(tokenizer, count: int = 3):
+    """Rows with text, ViT tokens, a noisy and a clean latent: both experts, all kinds of routing."""
+    rows, contents = [], Contents(vit=[], latent=[], time=[])
+    for prompt in tiny_prompts(tokenizer, count):
+        noisy = prompt.latent.flip(0)
+        contents.vit.append(prompt.patches)
+        contents.latent += [prompt.latent, noisy, prompt.latent]
+        contents.time += [0.0, 0.5, 0.0]
+        pictures = [Image(LATENT, prompt.latent_grid, noise=True), Image(LATENT, prompt.latent_grid)]
+        rows.append([*prompt.segments(), Text(prompt.question, scored=True), *pictures, Text([5, 6], scored=True)])
+    return layout(rows, SpecialTokens(0, 1, 2, 3))[0], contents
+
+
+def outputs(model: Bagel, given) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Text logits, their targets and velocities."""
+    hidden = model(*given)
+    return *model.scored_logits(hidden, given[0]), model.velocities(hidden, given[0])
+
+
+def loss_of(model: Bagel, given) -> torch.Tensor:
+    """Answer loss and velocity loss together."""
+    logits, target, velocity = outputs(model, given)
+    return F.cross_entropy(logits, target) + velocity.pow(2).mean()
+
+
+def adapter_folders(place: Path) -> tuple[Path, Path, Bagel, object]:
+    """A folder with weights and one with an adapter on them; also the adapted model itself and its tokenizer."""
+    plain, tokenizer = tiny_model("direct")
+    save_bagel(place / "base", plain, AutoEncoder(plain.config.vae), tokenizer)
+    model, _ = adapted()
+    files = fingerprint(place / "base")
+    lora.save_adapter(place / "adapter", model, place / "base", files, torch.float32)
+    return place / "base", place / "adapter", model, tokenizer
