@@ -25,6 +25,8 @@ from tests.conftest import ROOT
 from tests.tiny import save_random_model
 
 QUESTION = "which colour is the circle ?"
+TOKENS = 400
+"""Each reply of an endless model, at most."""
 
 
 def make_workspace(folder: Path, *overrides: str, endless: bool = False) -> Config:
@@ -58,6 +60,16 @@ def asking(question: str = QUESTION, image: bytes | None = None, **more) -> dict
     if image is not None:
         content.insert(0, {"type": "image_url", "image_url": {"url": data_url(image)}})
     return {"model": "model", "messages": [{"role": "user", "content": content}]} | more
+
+
+def saying(content: object) -> dict:
+    """The body of a request whose one message has this content."""
+    return asking() | {"messages": [{"role": "user", "content": content}]}
+
+
+def with_url(url: str) -> dict:
+    """The body of a request with a picture by its address."""
+    return saying([{"type": "image_url", "image_url": {"url": url}}])
 
 
 class Server:

@@ -9,108 +9,22 @@ import subprocess
 import sys
 import textwrap
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 
 from clear.bench import predictions
-from clear.data.records import INCOMING
 from clear.errors import ClearError
 from clear.project.compare.load import read_sides
 from clear.project.compare.verdict import decide
 from clear.project.retrain import intake
 from clear.project.retrain import request as pull_request
-from clear.project.retrain.run import Tools, retrain
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
+from tests.helpers.forge import Forge
 from tests.helpers.incoming_sets import put
 from tests.helpers.processes import run_dvc
+from tests.helpers.retraining import CODE, STAGES, incoming_rows, look, trees, untouched
 from tests.revisions import rows_of
-
-STAGES = """
-stages:
-  degrade:
-    cmd: {python} code/degrade.py
-    deps: [code/degrade.py, data/incoming]
-    outs: [data/degraded]
-    metrics:
-      - data/metrics/degrade.json: {{cache: false}}
-      - data/metrics/validate.json: {{cache: false}}
-  mmd_bench:
-    cmd: {python} code/mmd_bench.py
-    deps: [code/mmd_bench.py, data/incoming]
-    outs: [data/bench/clean, data/bench/degraded, data/bench/incoming]
-  grpo:
-    cmd: {python} code/grpo.py
-    deps: [code/grpo.py, data/degraded]
-    outs: [data/models/grpo]
-  evaluate:
-    foreach: {{grpo: grpo}}
-    do:
-      cmd: {python} code/evaluate.py ${{key}}
-      deps:
-        - code/evaluate.py
-        - data/bench/clean
-        - data/bench/degraded
-        - data/bench/incoming
-        - data/metrics/validate.json
-        - data/models/${{item}}
-      outs:
-        - data/predictions/${{key}}.parquet: {{cache: false}}
-      metrics:
-        - data/metrics/evaluate_${{key}}.json: {{cache: false}}
-"""
-CODE = {
-    "degrade": """
-        import json, pathlib
-        from clear.sources.incoming import sets
-        found = {one.name: {"fingerprint": one.fingerprint} for one in sets()}
-        pathlib.Path("data/metrics").mkdir(parents=True, exist_ok=True)
-        pathlib.Path("data/degraded").write_text(" ".join(found))
-        content = {"incoming": {"sets": found}} if found else {}
-        pathlib.Path("data/metrics/degrade.json").write_text(json.dumps(content))
-        pathlib.Path("data/metrics/validate.json").write_text(json.dumps({"success": True, "rejected": 0}))
-    """,
-    "mmd_bench": """
-        import pathlib
-        for name in ("clean", "degraded", "incoming"):
-            folder = pathlib.Path("data/bench", name)
-            folder.mkdir(parents=True, exist_ok=True)
-            names = sorted(one.name for one in pathlib.Path("data/incoming").iterdir() if one.is_dir())
-            (folder / "shard").write_text(" ".join(names) if name == "incoming" else name)
-    """,
-    "grpo": """
-        import os, pathlib, signal
-        if (target := pathlib.Path("../kill")).exists():
-            pid = int(target.read_text())
-            target.unlink()
-            os.kill(pid, signal.SIGKILL)
-            raise SystemExit("its flow is dead")
-        folder = pathlib.Path("data/models/grpo")
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "w").write_text(pathlib.Path("data/degraded").read_text())
-    """,
-    "evaluate": """
-        import json, pathlib, shutil
-        knows = pathlib.Path("data/models/grpo/w").read_text()
-        asked = pathlib.Path("data/bench/incoming/shard").read_text()
-        name = "plain" if not asked else "after" if knows else "before"
-        pathlib.Path("data/predictions").mkdir(parents=True, exist_ok=True)
-        shutil.copy(f"code/{name}.parquet", "data/predictions/grpo.parquet")
-        pathlib.Path("data/metrics/evaluate_grpo.json").write_text(json.dumps({"average": 0.5}))
-    """,
-}
-
-
-def incoming_rows(right: int) -> list[dict]:
-    """Sixty questions about thirty pictures of the set `fog`; the first `right` are answered rightly."""
-    rows = [row for row in rows_of(images=30) if row["severity"] == "high"]
-    for number, row in enumerate(rows):
-        correct = number < right
-        row |= {"sample": f"fog-{number // 2}", "corruption": "fog", "severity": INCOMING, "pair": ""}
-        row |= {"correct": correct, "prediction": "red" if correct else "blue"}
-    return rows
 
 
 @pytest.fixture(scope="module")
@@ -162,43 +76,6 @@ def trained(_trained, tmp_path, monkeypatch):
     return project
 
 
-class Forge(ThreadingHTTPServer):
-    """The pull requests of one repository, as GitHub's REST interface shows them."""
-
-    def __init__(self) -> None:
-        self.requests: list[dict] = []
-        self.refuse = 0
-        super().__init__(("127.0.0.1", 0), Answers)
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Answers(BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        path, _, query = self.path.partition("?")
-        assert path == "/repos/team/clear/pulls" and "state=all" in query
-        found = [one for one in self.server.requests if f"head=team%3A{one['head'].replace('/', '%2F')}" in query]
-        self._say(200, [{"html_url": one["html_url"]} for one in found])
-
-    def do_POST(self) -> None:
-        content = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        if self.server.refuse:
-            return self._say(self.server.refuse, {"message": "Resource not accessible"})
-        content["html_url"] = f"{self.server.url}/team/clear/pull/{len(self.server.requests) + 1}"
-        self.server.requests.append(content)
-        return self._say(201, {"html_url": content["html_url"]})
-
-    def _say(self, status: int, content: object) -> None:
-        if self.headers["Authorization"] != "Bearer t0ken":
-            status, content = 401, {"message": "Bad credentials"}
-        data = json.dumps(content).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *_) -> None: ...
-
-
 @pytest.fixture
 def forge(monkeypatch):
     """A running forge, configured as a user would."""
@@ -208,41 +85,6 @@ def forge(monkeypatch):
             monkeypatch.setenv(f"GITHUB_{name}", value)
         yield server
         server.shutdown()
-
-
-def tools(said: list[str]) -> Tools:
-    """Plain commands, without Prefect. Every line that is said is kept."""
-
-    def run(command: list[str], folder: Path) -> tuple[int, list[str]]:
-        done = subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        return done.returncode, done.stdout.splitlines()
-
-    def dvc(arguments: list[str], folder: Path) -> None:
-        said.append(f"dvc {' '.join(arguments)}")
-        status, lines = run([sys.executable, "-m", "dvc", *arguments], folder)
-        if status:
-            raise ClearError(f"dvc {arguments}: {lines}")
-
-    def reproduce(folder: Path, stages: list[str] | None) -> None:
-        dvc(["repro", "--single-item", *(stages or ["degrade", "mmd_bench", "grpo", "evaluate@grpo"])], folder)
-
-    return Tools(dvc=dvc, reproduce=reproduce, run=run, say=said.append)
-
-
-def look(project: Path, **options):
-    """One check for news; returns its outcome and what was said."""
-    said: list[str] = []
-    return retrain(project, tools(said), **options), said
-
-
-def trees(project: Path, branch: str) -> list[str]:
-    """Trees and subjects of the commits on a branch, which do not depend on the time."""
-    return git(project, "log", "--reverse", "--format=%T %s", f"main..{branch}").splitlines()
-
-
-def untouched(project: Path) -> None:
-    assert git(project, "status", "--porcelain") == "?? data/incoming/fog/\n"
-    assert git(project, "branch", "--show-current").strip() == "main"
 
 
 def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(trained):

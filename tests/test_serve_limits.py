@@ -1,0 +1,101 @@
+"""`clear serve` within limits: a key, a full queue, little time, no private address, and what ends with the server."""
+
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.serving import TOKENS, asking, events, make_workspace, picture, serving, with_url
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("serve")
+    make_workspace(folder, f"sampling.max_think_tokens={TOKENS}", endless=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def strict(folder):
+    options = "--rows", "1", "--queue", "2", "--timeout", "60", "--max-tokens", "100000", "--fetch-pictures"
+    with serving(folder, *options, key="a secret") as server:
+        yield server
+
+
+def test_a_key_is_required_where_there_is_one(strict):
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "a secret"}):
+        for path in ("/v1/models", "/metrics", "/docs", "/openapi.json"):
+            response = httpx.get(f"{strict.url}{path}", headers=headers, trust_env=False)
+            assert response.status_code == 401 and response.json()["error"]["code"] == "invalid_api_key"
+    assert httpx.get(f"{strict.url}/health", trust_env=False).status_code == 200
+    assert strict.http.get("/v1/models").status_code == 200
+    with pytest.raises(openai.AuthenticationError):
+        openai.OpenAI(base_url=f"{strict.url}/v1", api_key="no", max_retries=0).models.list()
+
+
+def test_a_full_queue_says_when_to_try_again(strict):
+    body = asking(image=picture(), max_tokens=150, clear={"restore": "plain"})
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: strict.ask(body), range(8)))
+    statuses = [response.status_code for response in found]
+    assert statuses.count(200) >= 2 and 429 in statuses and set(statuses) <= {200, 429}
+    refused = next(response for response in found if response.status_code == 429)
+    assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["type"] == "rate_limit_error"
+    never = strict.ask(asking(n=3, max_tokens=2))
+    assert never.status_code == 400 and never.json()["error"]["param"] == "n", "three choices never fit a queue of two"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_request_has_a_time_limit(folder, stream):
+    with serving(folder, "--timeout", "0.5") as server:
+        body = asking(image=picture(), max_tokens=2 * TOKENS, n=16, stream=stream, clear={"restore": "plain"})
+        response = server.ask(body)
+        if stream:
+            assert events(response)[-1]["error"]["code"] == "timeout"
+        else:
+            assert response.status_code == 504 and response.json()["error"]["code"] == "timeout"
+        server.wait_for("clear_batch_rows", 0)
+
+
+def test_pictures_are_fetched_from_no_private_address(strict):
+    for url in ("http://127.0.0.1:1/p.png", "http://[::1]/p.png", "http://10.0.0.1/", "http://169.254.169.254/latest"):
+        response = strict.ask(with_url(url))
+        assert response.status_code == 400 and "not a public address" in response.text, response.text
+
+
+def test_sigterm_ends_what_runs_and_then_the_server(folder):
+    with serving(folder) as server:
+        body = asking(image=picture(), max_tokens=TOKENS, stream=True, clear={"restore": "plain"})
+        with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+            lines = response.iter_lines()
+            next(line for line in lines if line.startswith("data:"))
+            server.process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            rest = "".join(lines)
+        assert '"finish_reason": "length"' in rest and rest.endswith("[DONE]")
+        assert server.process.wait(30) == 0 and time.monotonic() - start < 30
+        assert "Traceback" not in server.log
+        with pytest.raises(httpx.ConnectError):
+            httpx.get(f"{server.url}/health", trust_env=False)
+
+
+def test_what_does_not_end_in_time_is_told_that_the_server_stops(folder, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import clear.serve.worker\nclear.serve.worker.DRAIN = 0.2\n"  # instead of the 20 s
+    )
+    slow = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
+    with serving(folder, "--max-tokens", "100000", environment=slow) as server:
+        body = asking(image=picture(), max_tokens=2 * TOKENS, n=16, clear={"restore": "plain"})
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(server.ask(body)))
+        thread.start()
+        server.wait_for("clear_batch_rows", 16)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(30) == 0
+        thread.join(10)
+    assert answers[0].status_code == 503 and "the server stops" in answers[0].text
