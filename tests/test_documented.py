@@ -73,7 +73,8 @@ RUN = {
     "clear serve": "test_serve::test_the_answer_is_that_of_clear_ask",
     "curl": "test_serve::test_curl",
     "clear answer": "test_answer::test_sigkill_at_any_moment_is_survived",
-    "clear mmd-bench": "test_tsv_command::test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run",
+    "clear mmd-bench": "test_tsv_command::"
+    "test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run",
     "clear score": "test_leaderboard::test_the_command_makes_all_forms_and_leaves_one_model_as_it_was",
     "clear export": "test_release::test_export_writes_a_folder_with_a_card_of_the_committed_metrics",
     "clear incoming": "test_incoming_stages::test_the_commands_list_and_refuse",
