@@ -46,7 +46,7 @@ def test_a_killed_run_continues_to_the_same_bytes(clone, reference, tmp_path):
     command, environment = scratch_command(tmp_path)
     for _ in range(4):
         process = subprocess.Popen(command, cwd=clone, env=environment)
-        time.sleep(45)
+        time.sleep(25)
         if process.poll() is None:
             for one in [*psutil.Process(process.pid).children(recursive=True), process]:
                 one.kill()
