@@ -115,15 +115,15 @@ def _command(folder, *arguments):
     return {"args": command, "cwd": folder, "env": environment, "text": True}
 
 
-def test_the_development_split_is_answered_aside_and_without_the_benchmark(workspace, tmp_path):
+def test_the_development_split_is_answered_aside_and_without_the_benchmark(workspace, tmp_path, clear, monkeypatch):
     folder = shutil.copytree(workspace, tmp_path / "copy", ignore=shutil.ignore_patterns("home", "server.log"))
     (folder / "data/bench").rename(folder / "data/development")
-    command = _command(folder) | {"capture_output": True}
-    command["args"] = [sys.executable, "-m", "clear", "evaluate", "base", "--development"]
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CLEAR_HOME", str(folder / "home"))
     before = {file: file.read_bytes() for file in (folder / "data").rglob("*") if file.is_file()}
-    done = subprocess.run(**command)
+    status, stdout, stderr = clear("evaluate", "base", "--development")
     figures = folder / "home/development/smoke/base.json"
-    assert done.returncode == 0 and done.stdout.strip() == f"figures: {figures}", done.stderr
+    assert status == 0 and stdout.strip() == f"figures: {figures}", stderr
     found = predictions.read(figures.with_suffix(".parquet"))
     assert found.equals(predictions.read(workspace / "data/predictions/base.parquet")), (
         "the same pictures, the same answers"
@@ -132,14 +132,17 @@ def test_the_development_split_is_answered_aside_and_without_the_benchmark(works
     assert {file: file.read_bytes() for file in (folder / "data").rglob("*") if file.is_file()} == before
 
 
-def test_nothing_to_show_and_a_taken_port_are_one_line(workspace, tmp_path):
-    done = subprocess.run(**_command(tmp_path), capture_output=True)
-    assert done.returncode == 1 and "no model was evaluated here" in done.stderr and done.stderr.count("\n") == 1
+def test_nothing_to_show_and_a_taken_port_are_one_line(workspace, tmp_path, clear, monkeypatch):
+    monkeypatch.setattr(os, "execv", lambda *_: pytest.fail("it would become the server"))
+    monkeypatch.chdir(tmp_path)
+    status, _, stderr = clear("browse", "--no-open")
+    assert status == 1 and "no model was evaluated here" in stderr and stderr.count("\n") == 1
+    monkeypatch.chdir(workspace)
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        done = subprocess.run(**_command(workspace, "--port", str(taken.getsockname()[1])), capture_output=True)
-    assert done.returncode == 1 and "is taken; name another one with --port" in done.stderr
+        status, _, stderr = clear("browse", "--no-open", "--port", taken.getsockname()[1])
+    assert status == 1 and "is taken; name another one with --port" in stderr and stderr.count("\n") == 1
 
 
 def _answers(url: str) -> bool:

@@ -72,7 +72,8 @@ def test_the_probability_is_that_of_the_model_s_own_choice(tmp_path, monkeypatch
     clean = list(scenes("development", 4, 3, 128, 2))
     write_samples("data/development/clean", clean)
     cells = ("dark", "low"), ("dark", "high"), ("motion_blur", "high")
-    write_samples("data/development/degraded", degraded_samples(((s, *cells[n % 3]) for n, s in enumerate(clean)), 0.4))
+    variants = ((sample, *cells[n % 3]) for n, sample in enumerate(clean))
+    write_samples("data/development/degraded", degraded_samples(variants, 0.4, workers=1))
     file = budget.run(config, "grpo")
     rows = pd.read_parquet(file.with_suffix(".parquet"))
     assert len(rows) == 16 and rows["probability"].between(0, 1).all() and rows["probability"].nunique() > 1

@@ -5,7 +5,7 @@ import time
 import pytest
 
 from flows.batch.checkpoints import Keeper, forget, restore
-from tests.helpers.processes import wait_until
+from tests.helpers.processes import next_second, wait_until
 
 pytest_plugins = ["tests.cloud"]
 
@@ -64,7 +64,7 @@ def test_shards_of_one_machine_among_several_do_not_travel(cloud, folder, tmp_pa
     assert Keeper(cloud.store, "key", "job", folder, 1, lambda line: None, whole=False).keep()
     assert not any("_sharded" in name for name in _restored(cloud, tmp_path)[1])
     assert _keeper(cloud, folder, "alone").keep()
-    time.sleep(1.1)  # S3 knows when, to the second
+    next_second()  # S3 knows no more of when
     (shard / "more").touch()
     assert _keeper(cloud, folder, "alone").keep()
     assert any("_sharded" in name for name in _restored(cloud, tmp_path)[1])
@@ -104,7 +104,7 @@ def test_each_job_writes_its_own_snapshots_and_two_are_kept(cloud, folder, tmp_p
     assert [name[-13:] for name in names if "manifests" in name] == ["00000003.json", "00000004.json"]
     assert len([name for name in names if "/job-1/objects/" in name]) == 2 + 2, "what no snapshot needs is deleted"
     assert _restored(cloud, tmp_path)[1]["tiny/sft/key/vit.safetensors"] == b"3"
-    time.sleep(1.1)  # S3 knows when, to the second
+    next_second()  # S3 knows no more of when
     phase.write_text("of the second job")
     keepers[1].keep()
     assert _restored(cloud, tmp_path)[1]["tiny/sft/key/vit.safetensors"] == b"of the second job"

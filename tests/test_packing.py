@@ -223,11 +223,13 @@ RESTORING = {"low": 0.01, "mid": 0.05, "high": 0.17}
 """Share of the degraded questions that the committed base makes restore (data/metrics/traces.json)."""
 
 
-def _default_mix(default) -> TraceData:
+@pytest.fixture(scope="module")
+def default_mix() -> TraceData:
     """Traces of generated scenes in the default shares, with the words and the grids of the default profile."""
+    default = from_dict(compose([]))
     rng = np.random.default_rng(0)
     samples, rows = [], []
-    for sample in scenes("sft", 480, default.seed, default.source.image_size, default.source.questions_per_image):
+    for sample in scenes("sft", 240, default.seed, default.source.image_size, default.source.questions_per_image):
         severity = rng.choice(list(RESTORING), p=default.degrade.severity_weights)
         samples.append(replace(sample, degraded=b"other", corruption="dark", severity=str(severity)))
         for question in sample.questions[: default.traces.questions]:
@@ -241,14 +243,14 @@ def _default_mix(default) -> TraceData:
 
 @pytest.mark.parametrize("world", [1, 8])
 @pytest.mark.parametrize("profile", ["bagel_7b", "bagel_7b_lora"])
-def test_packing_as_shipped_leaves_little_padding_of_the_default_mix(profile, world, monkeypatch):
+def test_packing_as_shipped_leaves_little_padding_of_the_default_mix(default_mix, profile, world, monkeypatch):
     """One epoch of the last objective of stage sft. The budget is as many traces of full size as in its own profile."""
     default, shipped = from_dict(compose([])), from_dict(compose([f"profile={profile}"]))
     runtime, batch = shipped.runtime, shipped.sft.traces.batch
     assert runtime.token_budget and not default.runtime.token_budget, "the small profiles do not pack"
     full = [memory.stage_batch(replace(c, runtime=default.runtime), "sft").length for c in (default, shipped)]
     budget = round(runtime.token_budget * full[0] / full[1])
-    data = _default_mix(default)
+    data = default_mix
     loss = stage_loss(default, "sft", data)
 
     def real_share(rows: int, budget: int) -> float:

@@ -103,20 +103,30 @@ def test_no_proxy_for_anybody_stays(bare, port):
     assert all(get(f"http://127.0.0.1:{port}/") == "me" for get in CLIENTS.values())
 
 
-@pytest.mark.parametrize("module", ["clear.cli", "flows.service.deploy", "flows.service.local", "flows.sweep"])
-def test_every_program_spares_it_for_itself_and_its_children(bare, tmp_path, module):
+PROGRAMS = """
+import importlib, json, os, sys
+plain, modules = dict(os.environ), sys.argv[1:]
+for module in modules:
+    main = importlib.import_module(module).main
+    os.environ.clear()
+    os.environ.update(plain)  # what the one before it has set is taken back
+    sys.argv = [module, "nonsense"]
+    try:
+        main()
+    except SystemExit:
+        pass
+    print(json.dumps({module: [os.environ.get("no_proxy"), os.environ.get("NO_PROXY")]}))
+"""
+
+
+def test_every_program_spares_it_for_itself_and_its_children(bare, tmp_path):
     """Each is called where it has nothing to do, and leaves its environment behind."""
-    code = (
-        "import importlib, json, os, sys\n"
-        "sys.argv = [sys.argv[1], 'nonsense']\n"
-        "try:\n    importlib.import_module(sys.argv[0]).main()\n"
-        "except SystemExit:\n    pass\n"
-        "print(json.dumps([os.environ.get('no_proxy'), os.environ.get('NO_PROXY')]))"
-    )
+    modules = ["clear.cli", "flows.service.deploy", "flows.service.local", "flows.sweep"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HTTP_PROXY": DEAD, "PREFECT_HOME": str(tmp_path)}
-    command = [sys.executable, "-c", code, module]
+    command = [sys.executable, "-c", PROGRAMS, *modules]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == ["localhost,127.0.0.1,::1"] * 2, done.stderr
+    left = [json.loads(line) for line in done.stdout.splitlines() if line.startswith('{"')]
+    assert left == [{module: ["localhost,127.0.0.1,::1"] * 2} for module in modules], done.stderr
 
 
 def test_flows_spare_it(bare, tmp_path):

@@ -11,6 +11,7 @@ import textwrap
 import threading
 
 import pytest
+from dvc.repo import Repo
 
 from clear.bench import predictions
 from clear.errors import ClearError
@@ -35,8 +36,8 @@ def _trained(tmp_path_factory):
     project.mkdir()
     git(folder, "init", "-q", "-b", "main", "project")
     git(folder, "init", "-q", "--bare", "-b", "main", "origin.git")
-    run_dvc(project, "init", "-q")
-    run_dvc(project, "remote", "add", "-q", "--local", "--default", "storage", str(remote))
+    with Repo.init(str(project)) as repo, repo.config.edit("local") as own:
+        own["core"]["remote"], own["remote"]["storage"] = "storage", {"url": str(remote)}
     (project / "dvc.yaml").write_text(STAGES.format(python=shlex.quote(sys.executable)).lstrip())
     (project / ".gitignore").write_text("/data/degraded\n/data/bench/\n/data/models/\n/.clear/\n/data/report/\n")
     write_params(project / "params.yaml")
@@ -50,10 +51,12 @@ def _trained(tmp_path_factory):
         predictions.write(project / f"code/{name}.parquet", benchmark + rows)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
-        run_dvc(project, "repro", "-q")
-    git(project, "add", "-A")
-    git(project, "commit", "-q", "-m", "trained")
-    run_dvc(project, "push", "-q")
+        patch.chdir(project)
+        with Repo() as repo:
+            repo.reproduce()
+            git(project, "add", "-A")
+            git(project, "commit", "-q", "-m", "trained")
+            repo.push()
     shutil.rmtree(project / "data/bench")  # no pictures here, so nothing to show them from
     git(project, "remote", "add", "origin", str(origin))
     git(project, "push", "-q", "origin", "main")
@@ -67,7 +70,8 @@ def trained(_trained, tmp_path, monkeypatch):
     subprocess.run(["cp", "-r", str(_trained), str(folder)], check=True)
     project = folder / "project"
     git(project, "remote", "set-url", "origin", str(folder / "origin.git"))
-    run_dvc(project, "remote", "modify", "-q", "--local", "storage", "url", str(folder / "remote"))
+    with Repo(str(project)) as repo, repo.config.edit("local") as own:
+        own["remote"]["storage"]["url"] = str(folder / "remote")
     put(project / "data/incoming/fog", range(6))
     monkeypatch.chdir(project)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

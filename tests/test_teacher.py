@@ -253,9 +253,8 @@ def test_the_stage_resumes_after_sigkill_and_asks_nothing_twice(prepared):
     assert "replies," in stdout and "USD" in stdout
 
 
-def test_the_stage_names_what_is_missing(prepared):
-    with run_stage(prepared, "", T_URL="") as process:
-        _, stderr = process.communicate(timeout=60)
-    assert (
-        process.returncode == 1 and "the environment variable T_URL is not set" in stderr and "Traceback" not in stderr
-    )
+def test_the_stage_names_what_is_missing(prepared, clear, monkeypatch):
+    monkeypatch.chdir(prepared)
+    monkeypatch.setenv("T_URL", "")
+    status, _, stderr = clear("traces")
+    assert status == 1 and "the environment variable T_URL is not set" in stderr and stderr.count("\n") == 1

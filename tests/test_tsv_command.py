@@ -65,13 +65,13 @@ def test_two_at_once_into_one_folder_give_the_bytes_of_one(tmp_path):
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_the_command_counts_what_it_left_out_and_says_so_in_its_status(tmp_path):
+def test_the_command_counts_what_it_left_out_and_says_so_in_its_status(tmp_path, clear, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     rows = [{"index": n, "image": b64(picture(n)) if n else "", "question": "?", "answer": "x"} for n in range(3)]
     write_tsv(tmp_path / "in/X.tsv", rows)
-    for _ in range(2):  # also where all files are there already
-        with run_command(tmp_path, "--source", "in", "--out", "out") as process:
-            stdout, stderr = process.communicate(timeout=60)
-        assert process.returncode == 1 and "Traceback" not in stderr
+    for workers in ((), ("--workers", "1")):  # the second time all files are there already
+        status, stdout, stderr = clear("mmd-bench", "--source", "in", "--out", "out", *workers)
+        assert status == 1
         assert stderr.splitlines()[-1] == (
             "error: rows that cannot be degraded and were left out: 1; all others are written. out/rejects.parquet has "
             "them, the first: X-0 (no image): the row has no image"
@@ -79,18 +79,17 @@ def test_the_command_counts_what_it_left_out_and_says_so_in_its_status(tmp_path)
         assert stdout.endswith("out/manifest.parquet\n") and stdout.count("out/X_LOW_LEVEL") == 3
 
 
-def test_the_command_is_not_the_stage_and_refuses_by_name(tmp_path):
-    with run_command(tmp_path, "--help") as process:
-        stdout, _ = process.communicate(timeout=30)
+def test_the_command_is_not_the_stage_and_refuses_by_name(tmp_path, clear, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    _, stdout, _ = clear("mmd-bench", "--help")
     assert all(word in stdout for word in ("--source", "--protocol", "--out", "VLMEvalKit", "row", "full"))
     for arguments, said in {
         ("--source", "none", "--out", "o"): "error: --source none: nothing is there",
         ("--source", ".", "--out", "o", "--protocol", "x"): "error: --protocol x: choose one of row, full.",
         ("--source", ".", "--out", "o"): "error: .: no *.tsv file here",
     }.items():
-        with run_command(tmp_path, *arguments) as process:
-            _, stderr = process.communicate(timeout=30)
-        assert process.returncode == 1 and stderr.startswith(said), stderr
+        status, _, stderr = clear("mmd-bench", *arguments)
+        assert status == 1 and stderr.startswith(said), stderr
 
 
 @pytest.mark.skipif(not shutil.which("setpriv"), reason="drops the right of root to read everything")

@@ -75,7 +75,10 @@ LONG = """if True:
     def work():
         from clear.data.pool import parallel
         print("go", flush=True)
-        for _ in parallel(time.sleep, [0.05] * 10_000, workers=2, chunk=4):
+        results = parallel(time.sleep, [0.05] * 10_000, workers=2, chunk=4)
+        next(results)
+        print("at work", flush=True)
+        for _ in results:
             pass
     cli.app.command("work")(work)
     sys.argv = ["clear", "work"]
@@ -108,9 +111,12 @@ def all_end(group: int) -> bool:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("all_at_once", [True, False])
 def test_an_interruption_while_workers_start_or_work_is_one_line_and_leaves_no_process(number, all_at_once):
-    for wait in (0.0, random.Random(number).random(), 2.5):
+    for wait in (0.0, random.Random(number).random(), "until they work"):
         run = launch()
-        time.sleep(wait)
+        if isinstance(wait, float):
+            time.sleep(wait)
+        else:
+            assert run.stdout.readline() == "at work\n"
         (os.killpg if all_at_once else os.kill)(run.pid, number)
         _, stderr = run.communicate(timeout=60)  # ends once the workers, too, have closed stderr
         assert stderr == "interrupted; run the same command again to resume from the last checkpoint\n", wait

@@ -40,6 +40,12 @@ def wait_until(condition, seconds: float, what: str):
     return found
 
 
+def next_second() -> None:
+    """Wait until the clock shows another second, for what tells times apart by the second alone."""
+    now = int(time.time())
+    wait_until(lambda: int(time.time()) > now, 5, "another second")
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
