@@ -87,6 +87,11 @@ def test_seeds_run_aside_and_are_pooled_as_worlds_of_their_own(home):
     hard = [f[(f.model == "grpo") & (f.severity == "high")].correct.mean() for f in frames.values()]
     assert f"{100 * np.mean(hard):.1f} ({100 * min(hard):.1f}–{100 * max(hard):.1f})" in text
     assert "3 seeds (1, 2, 3)" in text and "Fewer than three" not in text
+    assert page.by_task(pooled).rows[0][:2] == ["colour", "180"]
+    assert page.by_task(pooled).rows[0][-1] == f"{100 * np.mean(hard):.1f}", "CLEAR is the last column"
+    clean = pooled["grpo"][pooled["grpo"].severity == "clean"].correct.mean()
+    row = next(row for row in page.accuracy(pooled).rows if row[0] == "CLEAR")
+    assert row[5:] == [f"{100 * (1 - np.mean(hard) / clean):.1f}", "0.0 → 25.0", "5.0"]
     # A later sitting adds to what is there, and rendering alone runs nothing.
     assert "4 seeds" in seeds.run(folder, [4]).read_text()
     before = len(runs)

@@ -71,6 +71,8 @@ def page(frames: Frames, ablations: dict[str, Ablation] | None = None, others: S
         must_show(models, found).markdown(),
         "## Models",
         accuracy(models).markdown(),
+        "## By task, hard",
+        by_task(models).markdown(),
         "## Claims",
         tables.claims_table(decided, SETTINGS.confidence).markdown(),
         "## CLEAR minus direct fine-tuning",
@@ -101,9 +103,29 @@ def accuracy(models: "dict[str, pd.DataFrame]") -> Table:
         for severity in SEVERITIES:
             values = 100 * _by_seed(frame, severity)
             row.append(f"{values.mean():.1f} ({values.min():.1f}–{values.max():.1f})")
+        row.append(f"{100 * drop(models, model):.1f}")
         calls = [100 * _by_seed(frame, level, "restored").mean() for level in (CLEAN, HARD)]
-        rows.append([*row, f"{calls[0]:.1f} → {calls[1]:.1f}" if any(calls) else "–"])
-    return Table(["model", *LEVELS.values(), "restores, clean → hard"], rows, "Percent: mean (smallest–largest seed).")
+        row.append(f"{calls[0]:.1f} → {calls[1]:.1f}" if any(calls) else "–")
+        rows.append([*row, f"{_by_seed(frame, HARD, 'tokens').mean():.1f}"])
+    caption = (
+        "Percent: mean (smallest–largest seed). The drop is what is lost from clean to hard, as a share of clean; "
+        "tokens are those a model writes for a hard question, without the pictures between them."
+    )
+    header = ["model", *LEVELS.values(), "drop", "restores, clean → hard", "tokens"]
+    return Table(header, rows, caption)
+
+
+def by_task(models: "dict[str, pd.DataFrame]") -> Table:
+    """Accuracy at hard per task and model, the mean of the seeds."""
+    hard = {name: frame[frame["severity"] == HARD] for name, frame in models.items()}
+    means = {
+        name: frame.groupby(["task", "seed"])["correct"].mean().groupby("task").mean() for name, frame in hard.items()
+    }
+    asked = next(iter(hard.values())).groupby("task").size()
+    rows = [
+        [task, str(number), *(f"{100 * means[name][task]:.1f}" for name in means)] for task, number in asked.items()
+    ]
+    return Table(["task", "questions", *(NAMES[name] for name in means)], rows, "Percent of right answers at hard.")
 
 
 def lead(models: "dict[str, pd.DataFrame]", found: dict) -> Table:
