@@ -52,8 +52,12 @@ def judging() -> Iterator[None]:
 
 def shown(path: Path | str) -> str:
     """A path as text that can be printed and stored; control characters and bytes that are not UTF-8 become `\\xNN`."""
-    text = os.fsencode(path).decode(errors="backslashreplace")
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return printable(os.fsencode(path).decode(errors="backslashreplace"), "")
+
+
+def printable(text: str, kept: str = "\n\t") -> str:
+    """Text from outside for a terminal: control characters, which could rewrite what stands there, become `\\xNN`."""
+    return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
 
 
 def quoted(value: object) -> str:

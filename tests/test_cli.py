@@ -170,6 +170,14 @@ def test_an_interruption_that_a_callback_swallows_comes_again(project):
     assert run.stderr == "interrupted; run the same command again to resume from the last checkpoint\n"
 
 
+def test_what_a_terminal_would_obey_is_printed_as_text(clear, tmp_path):
+    """A name with control sequences could clear the screen, colour a refusal as a success, or rewrite its title."""
+    name = tmp_path / "a\x1b[2J\x1b]0;title\x07b.png"
+    status, _, stderr = clear("ask", name, "which colour ?")
+    assert status == 1 and "\x1b" not in stderr and "\x07" not in stderr
+    assert r"a\x1b[2J\x1b]0;title\x07b.png: no such file" in stderr and stderr.count("\n") == 1
+
+
 def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert clear("params", "--set", "profile=smoke", "--set", "grpo.group_size=4")[0] == 0

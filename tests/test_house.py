@@ -194,3 +194,34 @@ def test_nothing_is_read_or_written_as_a_pickle(tmp_path):
         (tmp_path / f"clear/{name}.py").write_text(code)
     (tmp_path / "clear/good.py").write_text("torch.load(f, weights_only=True)")
     assert sorted(place.split()[0] for place in _pickles(tmp_path)) == ["clear.a", "clear.b", "clear.c"]
+
+
+def _run_as_code(root: Path) -> list[str]:
+    """Places that make text into code, or hand it to a shell: data and parameters must never become one."""
+    found = []
+    files = [file for folder in ("clear", "flows", "infra") for file in sorted((root / folder).rglob("*.py"))]
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if not isinstance(node, ast.Call):
+                continue
+            called = ast.unparse(node.func)
+            given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+            if (
+                called in ("eval", "exec", "compile", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load")
+                or called.startswith("os.spawn")
+                or given.get("shell", "False") != "False"
+                or given.get("allow_pickle", "False") != "False"
+            ):
+                found.append(f"{file.relative_to(root)}:{node.lineno} {called}")
+    return found
+
+
+def test_no_data_becomes_code(tmp_path):
+    assert _run_as_code(ROOT) == []
+    bad = ["eval(x)", "exec(x)", "os.system(x)", "subprocess.run(x, shell=True)", "yaml.load(x, L)"]
+    bad += ["np.load(x, allow_pickle=True)"]
+    good = ["model.eval()", "re.compile(x)", "subprocess.run(x)", "yaml.safe_load(x)", "np.load(x, allow_pickle=False)"]
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "flows/a.py").write_text("\n".join(good + bad))
+    lines = range(len(good) + 1, len(good) + len(bad) + 1)
+    assert [place.split()[0] for place in _run_as_code(tmp_path)] == [f"flows/a.py:{n}" for n in lines]

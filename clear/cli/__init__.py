@@ -14,7 +14,7 @@ import typer
 
 from clear.cli import benchmark, incoming, pipeline, project, review, use
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError, refusal
+from clear.errors import ClearError, printable, refusal
 
 INTERRUPTED = 130
 TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
@@ -97,5 +97,5 @@ def _interrupted() -> NoReturn:
 
 
 def _refuse(error: ClearError) -> NoReturn:
-    typer.echo(f"error: {error}", err=True)
+    typer.echo(f"error: {printable(str(error))}", err=True)
     sys.exit(error.status)

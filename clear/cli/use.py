@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from clear.data.ports import HOST
-from clear.errors import ClearError
+from clear.errors import ClearError, printable
 
 Base = Annotated[
     Path | None,
@@ -42,9 +42,9 @@ def ask(
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
     config = with_local_weights(with_base(load(), base), "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
-    typer.echo(answer.trace)
+    typer.echo(printable(answer.trace))
     typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
-    typer.echo(f"answer: {answer.answer}")
+    typer.echo(f"answer: {printable(answer.answer)}")
     if save is not None:
         if answer.picture is None:
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
