@@ -80,11 +80,24 @@ class Degrade:
 
 
 @dataclass
+class Limits:
+    """What a set of naturally degraded images may be like before it is refused (clear/validation/accept.py)."""
+
+    rejected: float = between(0, 1)  # share of the rows that cannot be used
+    blank: float = between(0, 1)  # share of the pictures whose contrast is too low
+    contrast: float = between(0, 127)  # grey levels; a picture below shows next to nothing
+    answer: float = between(0, 1)  # share of the questions, of a task or of all, that one answer may have; 1 = any
+    alpha: float = between(0, 0.5)  # significance at which a larger share is refused
+    bench: int = between(0, 10**9)  # pictures in the benchmark slice
+
+
+@dataclass
 class Incoming:
     """Naturally degraded images (data/incoming): the slices to which a hash of their pixels assigns them."""
 
     bench_share: float = between(0, 1)  # of all pictures, to the benchmark
     rl_share: float = between(0, 1)  # of the others, to reinforcement learning; the rest to fine-tuning
+    limits: Limits
 
 
 @dataclass

@@ -158,11 +158,12 @@ def test_a_bad_set_goes_to_quarantine_and_a_good_one_beside_it_is_trained(traine
     bad.mkdir()
     (bad / "rows.jsonl").write_text('{"image": "no.png", "question": "what letter is there?", "answer": "a"}\n')
     outcome, said = look(trained)
-    assert outcome.quarantined == {"mist": "1 rows rejected"} and outcome.branch.startswith("retrain/fog-")
+    problem = "no row of it can be used, 1 are rejected"
+    assert outcome.quarantined == {"mist": problem} and outcome.branch.startswith("retrain/fog-")
     assert any("mist is not good" in one and "data/quarantine/mist" in one for one in said)
     assert not bad.exists() and (trained / "data/quarantine/mist/rows.jsonl").exists()
     report = trained / "data/quarantine/mist.report"
-    assert json.loads((report / "refused.json").read_text())["problem"] == "1 rows rejected"
+    assert json.loads((report / "refused.json").read_text())["problem"] == problem
     assert "no such file" in json.loads((report / "verdict.json").read_text())["rejects"][0]["detail"]
     assert "mist" not in git(trained, "ls-tree", "-r", "--name-only", outcome.branch)
 

@@ -86,6 +86,8 @@ def setting(workspace: Path) -> str:
     leave those of other seeds too, and hours of training stay good. An edit that changes one changes the setting.
     """
     params = {key: value for key, value in parameters(workspace).items() if key not in ("seed", "runtime")}
+    if isinstance(params.get("incoming"), dict):
+        params["incoming"].pop("limits", None)  # they refuse data and change no result
     for (section, key), neutral in _LATER.items():
         if isinstance(params.get(section), dict) and params[section].get(key) == neutral:
             del params[section][key]

@@ -1,12 +1,13 @@
 """Stage `validate`: prove that the degraded data are what they claim to be.
 
-Reads data/degraded/{sft,rl,validation}, data/bench/{clean,degraded,incoming} and data/development/{clean,degraded};
-writes data/metrics/validate.json, data/rejects/validate.parquet and, outside DVC, Data Docs and the metrics of every
-sample (samples/<dataset>.parquet) in the report folder. All of it is written before a failed expectation stops the
-stage, so that what failed can be looked up; nothing downstream runs. Naturally degraded images are checked per set
-(`incoming_<name>`), over all its slices.
+Reads data/degraded/{sft,rl,validation}, data/bench/{clean,degraded,incoming}, data/development/{clean,degraded} and
+the counts of data/metrics/degrade.json; writes data/metrics/validate.json, data/rejects/validate.parquet and, outside
+DVC, Data Docs and the metrics of every sample (samples/<dataset>.parquet) in the report folder. All of it is written
+before a failed expectation stops the stage, so that what failed can be looked up; nothing downstream runs. Naturally
+degraded images are checked per set (`incoming_<name>`), over all its slices and as a whole.
 """
 
+import json
 from collections.abc import Iterator
 from itertools import chain, islice
 from pathlib import Path
@@ -22,9 +23,9 @@ from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
 from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
 from clear.schema import Config
+from clear.validation import accept
 from clear.validation import frames as columns
 from clear.validation.expectations import Check, Failure, as_json, listed, run_checks
-from clear.validation.metrics import measure
 from clear.validation.suites import MONOTONE, clean_checks, degraded_checks, incoming_checks
 
 DATASETS = {
@@ -42,6 +43,7 @@ TRAINING = ("degraded_sft", "degraded_rl")
 BENCH = ("bench_clean", "bench_degraded", "bench_extra")
 DEVELOPMENT = ("development_clean", "development_degraded")
 METRICS, REJECTS = Path("data/metrics/validate.json"), Path("data/rejects/validate.parquet")
+COUNTED = Path("data/metrics/degrade.json")
 
 
 def run(config: Config) -> None:
@@ -68,7 +70,7 @@ def measured_frames(workers: int) -> dict[str, pd.DataFrame]:
     """A frame of metrics per dataset, measured in one pool."""
     sizes = {name: count_rows(folder) for name, folder in DATASETS.items()}
     samples = chain.from_iterable(read_samples(folder) for folder in DATASETS.values())
-    rows: Iterator = parallel(measure, samples, workers, sum(sizes.values()), "validate")
+    rows: Iterator = parallel(accept.measure_sample, samples, workers, sum(sizes.values()), "validate")
     return by_set({name: columns.build_frame(islice(rows, size)) for name, size in sizes.items()})
 
 
@@ -85,6 +87,11 @@ def by_set(frames: dict[str, pd.DataFrame]) -> dict[str, pd.DataFrame]:
     for name, rows in pd.concat(came, ignore_index=True).groupby("corruption", sort=True):
         kept[f"incoming_{name}"] = rows.reset_index(drop=True)
     return kept
+
+
+def incoming_counts() -> dict[str, dict]:
+    """What stage degrade counted of every set of naturally degraded images, by name."""
+    return json.loads(COUNTED.read_text()).get("incoming", {}).get("sets", {})
 
 
 def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[Check]]:
@@ -104,6 +111,12 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
     }
     checks = {}
     came = {name: frame for name, frame in frames.items() if name.startswith("incoming_")}
+    sets = incoming_counts()
+    if unused := [name for name in sets if f"incoming_{name}" not in came]:
+        raise ClearError(
+            f"validate: data/incoming/{unused[0]}: none of its {sets[unused[0]]['rows']} rows can be used; "
+            "data/rejects/incoming.parquet says why; correct them, or remove the set."
+        )
     taught = [*(frames[split] for split in TRAINING), *(frame[frame["split"] != "bench"] for frame in came.values())]
     asked = [
         *(frames[name] for name in (*BENCH, *DEVELOPMENT) if name in frames),
@@ -111,11 +124,13 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
     ]
     for name, frame in frames.items():
         limit = None
-        columns.add_answer_share(frame)
         if name in came:
             columns.add_shared_pictures(frame, taught, asked)
-            checks[name] = incoming_checks(rules.duplicate_limit)
+            counts = sets[name.removeprefix("incoming_")]
+            whole = accept.set_checks(frame, counts["rows"], counts["rejected"], config.incoming.limits)
+            checks[name] = incoming_checks(rules.duplicate_limit) + whole
             continue
+        columns.add_answer_share(frame)
         if name in BENCH or name in DEVELOPMENT:
             limit = rules.duplicate_limit
             columns.add_shared_images(frame, taught if name in BENCH else [*taught, frames["bench_clean"]])

@@ -33,9 +33,13 @@ def load_bands(path: Path = BANDS) -> dict[str, dict[str, dict[str, float]]]:
 
 
 def build_frame(measured: Iterable[Measured]) -> pd.DataFrame:
-    """One row per sample, one column per metric, plus `copies`: how many rows share the sample id."""
-    frame = pd.DataFrame([asdict(row) for row in measured], columns=list(Measured.__dataclass_fields__))
-    for name in ("width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim", "likeness"):
+    """One row per sample, one column per metric, plus `copies`: how many rows share the sample id.
+
+    `contrast` is there for all and has a value for naturally degraded images (clear/validation/accept.py).
+    """
+    frame = pd.DataFrame([asdict(row) for row in measured], columns=[*Measured.__dataclass_fields__, "contrast"])
+    numbers = "width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim", "likeness"
+    for name in (*numbers, "contrast"):
         frame[name] = frame[name].astype(float)
     frame["copies"] = frame.groupby("id")["id"].transform("size").astype(int)
     return frame

@@ -1,7 +1,7 @@
 """Check one set of data/incoming before the pipeline takes it in (docs/DEGRADATIONS.md).
 
-The rules are those of the stages: `clear.sources.intake` refuses rows, and stage `validate` judges the rest with
-the same named expectations. `clear incoming check NAME` prints the verdict.
+The rules are those of the stages: `clear.sources.intake` refuses rows, and stage `validate` judges the rest, and the
+set as a whole, with the same named expectations. `clear incoming check NAME` prints the verdict.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,9 +17,9 @@ from clear.degradation.incoming import planned
 from clear.schema import Config
 from clear.sources.incoming import FOLDER
 from clear.sources.intake import SLICES
+from clear.validation import accept
 from clear.validation import frames as columns
 from clear.validation.expectations import Failure, run_checks
-from clear.validation.metrics import measure
 from clear.validation.suites import incoming_checks
 
 SHOWN = 20
@@ -51,8 +51,9 @@ class Verdict:
 def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = None) -> Verdict:
     """Check one set and write the report into `out`, by default data/report/<profile>/incoming/<name>.
 
-    It succeeds if at least one sample was accepted and no expectation fails; rejected rows alone are not a failure.
-    Other sets are not read. Raises ClearError for a set that is not here or cannot be read.
+    It succeeds if at least one sample was accepted and no expectation fails; rejected rows are a failure if there are
+    too many (`incoming.limits`). Other sets are not read. Raises ClearError for a set that is not here or cannot be
+    read.
     """
     from clear.data.workspace import report_dir
 
@@ -61,13 +62,13 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
     out = out or report_dir() / "incoming" / name
     out.mkdir(parents=True, exist_ok=True)
     samples, workers = came.samples(*SLICES), config.degrade.workers
-    frame = columns.build_frame(parallel(measure, samples, workers, came.count(*SLICES), f"check {name}"))
+    frame = columns.build_frame(parallel(accept.measure_sample, samples, workers, came.count(*SLICES), f"check {name}"))
     failed: Sequence[Failure] = ()
     if len(frame):
         in_bench = frame["split"] == "bench"
-        columns.add_answer_share(frame)
         columns.add_shared_pictures(frame, [frame[~in_bench]], [frame[in_bench]])
-        checks = incoming_checks(config.validate.duplicate_limit)
+        whole = accept.set_checks(frame, came.rows[one.name], len(came.rejects), config.incoming.limits)
+        checks = incoming_checks(config.validate.duplicate_limit) + whole
         failed = run_checks({name: frame}, {name: checks}, out / "data_docs")[name]
     write_table(frame.drop(columns="answers"), out / "metrics.parquet")
     write_rejects(out / "rejects.parquet", came.rejects)
@@ -82,7 +83,14 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
         questions=counts["questions"],
         slices={part: counts[part] for part in SLICES},
         failed=[
-            {"expectation": f.check.name, "means": f.check.means, "count": f.count, "ids": list(f.keys)} for f in failed
+            {
+                "expectation": f.check.name,
+                "means": f.check.means,
+                "whole": f.check.whole,
+                "count": f.count,
+                "ids": list(f.keys),
+            }
+            for f in failed
         ],
         rejects=[asdict(reject) for reject in came.rejects[:SHOWN]],
         report=out / "verdict.json",
@@ -106,11 +114,12 @@ def lines(verdict: Verdict) -> list[str]:
     ]
     if not verdict.accepted:
         said.append("no row of the set can be used")
-    said += [
-        f"fails '{f['expectation']}' (not true that {f['means']}) for {f['count']} samples: {', '.join(f['ids'][:3])}"
-        for f in verdict.failed
-    ]
-    said += [f"{verdict.rejected} rows rejected"] if verdict.rejected else []
+    for f in verdict.failed:
+        rows = "" if f["whole"] else f" for {f['count']} samples: {', '.join(f['ids'][:3])}"
+        said.append(f"fails '{f['expectation']}' (not true that {f['means']}){rows}")
+    said += [f"{verdict.rejected} rows rejected, listed in {verdict.report.with_name('rejects.parquet')}"] * (
+        verdict.rejected > 0
+    )
     said += [f"  {reject['id']} ({reject['reason']}): {reject['detail']}" for reject in verdict.rejects]
     said.append(f"report: {verdict.report}")
     return said

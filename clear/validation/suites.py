@@ -8,6 +8,8 @@ from clear.validation.expectations import Check
 ANSWER_SHARE = 0.7
 """No answer may hold a larger share of the questions of its task."""
 
+_BALANCED = Check("answers_balanced", "answer_share", "no answer dominates its task", high=ANSWER_SHARE)
+
 LEAST_LIKENESS = 0.15
 """Between a picture and its clean partner: the sixteen corruptions at high leave 0.2 and more, other pictures mostly
 less."""
@@ -17,6 +19,7 @@ def clean_checks(duplicate_limit: int | None = None) -> list[Check]:
     """Rules for clean samples; with `duplicate_limit`, also for images shared with training."""
     return [
         *_common(duplicate_limit),
+        _BALANCED,
         Check("labelled_clean", "corruption", "the sample is labelled clean", allowed=(CLEAN,)),
     ]
 
@@ -28,6 +31,7 @@ def degraded_checks(
     known = (*CORRUPTIONS, *further)
     return [
         *_common(duplicate_limit),
+        _BALANCED,
         Check(
             "corruption_known", "corruption", "the corruption is one of the sixteen or named in params", allowed=known
         ),
@@ -48,7 +52,8 @@ MONOTONE = Check("monotone", "monotone", "mean PSNR and SSIM of the type fall fr
 
 
 def incoming_checks(duplicate_limit: int) -> list[Check]:
-    """Rules for a set of naturally degraded images, over all its slices."""
+    """Rules for the samples of a set of naturally degraded images, over all its slices; those for the set as a whole
+    are in clear/validation/accept.py."""
     return [
         *_common(duplicate_limit),
         Check("labelled_incoming", "severity", "the severity is incoming", allowed=(INCOMING,)),
@@ -64,7 +69,6 @@ def _common(duplicate_limit: int | None) -> list[Check]:
         Check("decodable", "decodable", "both images can be read completely", allowed=(True,)),
         Check("hash", "hash_true", "image_sha256 is the digest of the clean image", allowed=(True,)),
         Check("has_questions", "questions", "the sample has a question", low=1),
-        Check("answers_balanced", "answer_share", "no answer dominates its task", high=ANSWER_SHARE),
     ]
     if duplicate_limit is not None:
         text = "no image is shared with a training split, nor between benchmark and development"

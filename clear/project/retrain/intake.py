@@ -147,9 +147,11 @@ def problem_of(name: str, copy: Path, run: Callable[[list[str], Path], tuple[int
         return lines[-1].removeprefix("error: ")
     if status == 1 and verdict.exists():
         checked = json.loads(verdict.read_text())
-        said = [f"'{failure['expectation']}' fails for {failure['count']} samples" for failure in checked["failed"]]
-        said += [f"{checked['rejected']} rows rejected"] if checked["rejected"] else []
-        return ", ".join(said) or "no row of it can be used"
+        if not checked["accepted"]:
+            return f"no row of it can be used, {checked['rejected']} are rejected"
+        return "; ".join(
+            f"'{failed['expectation']}' fails: not true that {failed['means']}" for failed in checked["failed"]
+        )
     raise ClearError(f"`clear incoming check {name}` ended with status {status}: {' | '.join(lines[-3:])}")
 
 
