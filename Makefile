@@ -31,7 +31,7 @@ repro: $(READY)  ## run what is out of date and print the results; PROFILE=smoke
 ifdef PROFILE
 	@python -m clear scratch $(PROFILE)
 else
-	@dvc repro
+	@python -m clear.data.lock . -- dvc repro
 	@python -m clear results
 endif
 

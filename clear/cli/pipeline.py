@@ -1,7 +1,9 @@
 """The pipeline's stages as commands, named as in dvc.yaml; normally `dvc repro` runs them, in the project's folder."""
 
 import importlib
+import os
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +28,18 @@ REPORT = "Render tables, statistics and pictures."
 
 
 def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
-    """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`."""
+    """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`.
+
+    One stage runs in a folder at a time: a second one raises Busy, which says who is in the way (clear/data/lock.py).
+    """
     from clear.config import load
+    from clear.data import lock
     from clear.data.workspace import stage_run
     from clear.model.weights import with_local_weights
 
     config = with_local_weights(load(), module)
-    with stage_run(name):
+    first = int(os.environ.get("RANK", 0)) == 0  # of several processes that train one model, one stands for all
+    with lock.stage(Path.cwd(), name) if first else nullcontext(), stage_run(name):
         importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
 
 

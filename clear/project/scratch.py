@@ -14,17 +14,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clear.config import PARAMS, compose
 from clear.data.io import write_text
+from clear.data.lock import when_busy_here, writer
 from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.project.git import git, output
 from clear.schema import PROFILES
 
-_OWN = {".dvc", "data", "dvc.lock"}
+_OWN = {".clear", ".dvc", "data", "dvc.lock"}
 """What belongs to the copy itself and outlives a refresh."""
 
 
@@ -56,13 +58,20 @@ def run(
 
     `name` is the copy's, where it is not the profile's: a variant that `overrides` describe. With `targets` only these
     stages are made, from all that the workspace itself has made: what the overrides do not reach does not run again.
-    Raises ClearError if the profile is unknown, the workspace is not a git and DVC project, or a stage fails.
+    Raises ClearError if the profile is unknown, the workspace is not a git and DVC project, another run is in that
+    copy, or a stage fails.
     """
     if profile not in PROFILES:
         raise ClearError(f"profile {profile!r} is not one of {', '.join(PROFILES)}.")
     folder = home() / "scratch" / (name or profile)
-    refresh(workspace.resolve(), folder)
-    write_params(folder / PARAMS, [f"profile={profile}", *overrides])
+    with writer(folder, when_busy_here(), "scratch run", partial(print, file=sys.stderr, flush=True)):
+        refresh(workspace.resolve(), folder)
+        write_params(folder / PARAMS, [f"profile={profile}", *overrides])
+        _reproduce(workspace.resolve(), folder, targets)
+    return folder
+
+
+def _reproduce(workspace: Path, folder: Path, targets: Sequence[str]) -> None:
     environment = os.environ | {
         "CLEAR_HOME": str(home()),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -72,10 +81,9 @@ def run(
     if sets and _call([sys.executable, "-m", "dvc", "checkout", "-q", *sets], folder, environment):
         raise ClearError(f"{', '.join(sets)}: not all of this is in the cache; `dvc pull` or `dvc add` it first.")
     if targets:
-        _take_over(workspace.resolve(), folder, environment)
+        _take_over(workspace, folder, environment)
     if _call([sys.executable, "-m", "dvc", "repro", *targets], folder, environment):
         raise ClearError(f"the run in {folder} stopped (see above); the same command continues where it stopped.")
-    return folder
 
 
 def _call(command: list[str], folder: Path, environment: dict[str, str]) -> int:
