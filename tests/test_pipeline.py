@@ -21,6 +21,7 @@ from clear.errors import ClearError
 from clear.project.scratch import refresh, run
 from clear.schema import Gate
 from tests.conftest import ROOT, git
+from tests.helpers.processes import run_dvc
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -99,7 +100,8 @@ def test_stage_command_module_parameters_and_metrics_share_one_name():
         suffix = "_${key}" if name == "evaluate" else ""
         definition = stage.get("do", stage)
         assert definition["cmd"] == f"python -m clear {name}{argument}"
-        assert {f"{_folder_of_figures(name)}/{name}{suffix}.json": {"cache": False}} in definition["outs"]
+        made = [*definition["outs"], *definition.get("plots", [])]
+        assert {f"{_folder_of_figures(name)}/{name}{suffix}.json": {"cache": False}} in made
         for key in definition["params"]:
             value = params
             for part in key.split("."):
@@ -114,7 +116,7 @@ def test_nothing_trains_on_data_that_failed_validation():
     outputs = {}
     for name, stage in STAGES.items():
         definition = stage.get("do", stage)
-        for out in [*definition.get("outs", []), *definition.get("metrics", [])]:
+        for out in (one for kind in ("outs", "metrics", "plots") for one in definition.get(kind, [])):
             outputs[out if isinstance(out, str) else next(iter(out))] = name
     for name in STAGES:
         deps = _definition(name)["deps"]
@@ -257,3 +259,51 @@ def test_an_interrupted_scratch_run_ends_its_stage_too(project):
     assert "interrupted; run the same command again" in stderr
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+TRAINING = ("base", "sft", "sft_direct", "bridge", "grpo")
+FAKE_STAGE = """
+import pathlib, sys
+pathlib.Path("ran").open("a").write("x")
+for name in sys.argv[1:]:
+    path = pathlib.Path(name) if "." in name else pathlib.Path(name, "weights")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("step,loss\\n1,2\\n" if path.suffix == ".csv" else '{"a": 1}')
+"""
+
+
+def _made_by(stage) -> dict[str, dict]:
+    """Path → flags of every output of a stage."""
+    entries = [one for kind in ("outs", "metrics", "plots") for one in _definition(stage).get(kind, [])]
+    return dict((one, {}) if isinstance(one, str) else next(iter(one.items())) for one in entries)
+
+
+@pytest.mark.parametrize("stage", TRAINING)
+def test_dvc_keeps_a_training_in_its_run_cache(stage):
+    """It does so only if every output without a cache of DVC's own is a metric or a plot."""
+    plain = [one for one in _definition(stage)["outs"] if isinstance(one, dict)]
+    assert not [one for one in plain if next(iter(one.values())).get("cache") is False]
+    assert f"data/metrics/{stage}.json" in _made_by(stage) and f"data/plots/{stage}.csv" in _made_by(stage)
+
+
+def test_a_training_that_was_done_before_is_restored_and_not_repeated(project):
+    """The outputs of a stage as dvc.yaml declares them, with a command that takes no time."""
+    definition = {key: _definition("base")[key] for key in ("outs", "plots")}
+    command = f"python code/train.py {' '.join(_made_by('base'))}"
+    stage = definition | {"cmd": command, "deps": ["code/train.py", "code/source.txt"]}
+    (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"base": stage}}))
+    (project / "code/train.py").write_text(FAKE_STAGE)
+    (project / "dvc.lock").unlink()
+    (project / ".gitignore").write_text("/data/models/\n/ran\n")
+    run_dvc(project, "repro", "-q")
+    lock, files = (project / "dvc.lock").read_bytes(), [project / name for name in _made_by("base")]
+    made = [file.read_bytes() for file in files if file.is_file()]
+    (project / "code/source.txt").write_text("another input")
+    run_dvc(project, "repro", "-q")
+    assert (project / "ran").read_text() == "xx" and (project / "dvc.lock").read_bytes() != lock
+    (project / "code/source.txt").write_text("code/source.txt")
+    for file in files:
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    assert "is cached - skipping run" in run_dvc(project, "repro")
+    assert (project / "ran").read_text() == "xx" and (project / "dvc.lock").read_bytes() == lock
+    assert [file.read_bytes() for file in files if file.is_file()] == made and files[0].is_dir()
