@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results ablations test test-all lint format bench plots params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint format bench plots experiments params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -63,6 +63,10 @@ bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 
 plots: $(READY)  ## draw DVC's plots of two revisions (BASE=main HEAD=my-branch; default HEAD against the workspace) on a page
 	@python infra/plots.py .clear/plots $(BASE) $(HEAD)
+
+# Few columns, none cut short: of the metrics the ends of the scale, of the parameters what differs, no hash of code or data.
+experiments: $(READY)  ## list experiments with what differs between them (ARGS for `dvc exp show`, such as -A or -n 5)
+	@COLUMNS=$${COLUMNS:-300} dvc exp show --only-changed --drop '(clear|data|plugins)(/|$$)|.*\.(low|mid)$$|Created$$' $(ARGS)
 
 params: $(READY)  ## compose params.yaml from clear/conf
 	@python -m clear params

@@ -85,7 +85,8 @@ def test_an_edited_parameter_is_named_against_conf_and_lock(project):
     _replace(project / "params.yaml", "pretrain: 10000", "pretrain: 9")
     conf, lock = drifts(project)
     assert conf == (
-        "params.yaml: source.pretrain is 9, clear/conf composes to 10000: edit clear/conf, or `make params`."
+        "params.yaml: source.pretrain is 9, clear/conf composes to 10000: `clear params --adopt` keeps it, "
+        "`make params` discards it."
     )
     assert lock == "params.yaml: source.pretrain is 9, dvc.lock has 10000 (stage source): run `dvc repro source`."
 

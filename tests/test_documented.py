@@ -45,6 +45,7 @@ SHELL = (".", "cp", "export", "ln", "ls", "mkdir")
 BAGEL = "test_documented::test_one_adapter_is_trained_as_documented"
 BAGEL_FULL = "test_documented::test_the_full_model_is_trained_on_several_devices_as_documented"
 DEPLOYED = "test_deployment::test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts"
+APPLIED = "test_adopt::test_an_experiment_becomes_a_commit_as_documented"
 RUN = {
     "make venv": "test_make::test_an_installation_uses_the_lock_and_marks_itself_complete",
     "make repro": "test_smoke::test_smoke_runs_from_end_to_end_in_a_fresh_clone",
@@ -66,6 +67,9 @@ RUN = {
     "dvc push": "test_s3::test_what_one_clone_pushes_another_pulls_and_need_not_reproduce",
     "accelerate launch": BAGEL_FULL,
     "clear params": BAGEL_FULL,
+    "dvc exp apply": APPLIED,
+    "make experiments": APPLIED,
+    "make check": APPLIED,
     "clear memory": BAGEL,
     "clear merge": BAGEL,
     "clear ask": "test_cli::test_ask_prints_the_trace_and_saves_the_picture",

@@ -25,6 +25,7 @@ TARGETS = [
     "format",
     "bench",
     "plots",
+    "experiments",
     "params",
     "check",
     "remote",

@@ -22,11 +22,23 @@ def params(
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in Hydra: profile=smoke, grpo.lr=1e-5.")
     ] = None,
+    adopt: Annotated[
+        bool, typer.Option("--adopt", help="The other way: write what was changed in params.yaml into clear/conf.")
+    ] = False,
 ) -> None:
     """Compose clear/conf into params.yaml."""
     from clear.config import PARAMS
     from clear.project.scratch import write_params
 
+    if adopt:
+        from clear.project.adopt import adopt as adopt_params
+
+        if overrides:
+            raise ClearError("--adopt takes the values of params.yaml; leave --set out.")
+        changed = adopt_params(Path())
+        for line in changed or ["clear/conf composes to params.yaml already."]:
+            typer.echo(line)
+        return
     write_params(PARAMS, overrides or [])
     typer.echo(f"{PARAMS} written.")
 

@@ -74,8 +74,9 @@ def composition_drifts(root: Path) -> list[str]:
     load(root / PARAMS)
     written = OmegaConf.to_container(OmegaConf.load(root / PARAMS), resolve=True)
     return [
-        f"{PARAMS}: {key} is {_shown(here)}, clear/conf composes to {_shown(there)}: edit clear/conf, or `make params`."
-        for key, here, there in _differences(written, compose())
+        f"{PARAMS}: {key} is {_shown(here)}, clear/conf composes to {_shown(there)}: `clear params --adopt` keeps it, "
+        "`make params` discards it."
+        for key, here, there in differences(written, compose())
     ]
 
 
@@ -151,7 +152,7 @@ def _lies_in(path: str, folder: str) -> bool:
 def _param_drifts(dep: "ParamsDependency") -> Iterator[tuple[str, str]]:
     recorded, actual = dep.hash_info.value or {}, dep.read_params()
     for param in dep.params:
-        for key, here, there in _differences(actual.get(param, _MISSING), recorded.get(param, _MISSING), param):
+        for key, here, there in differences(actual.get(param, ABSENT), recorded.get(param, ABSENT), param):
             yield f"{dep.def_path}: {key} is {_shown(here)}, {LOCK} has {_shown(there)}", ""
 
 
@@ -163,17 +164,18 @@ def _file_drifts(file: "Output", kind: str) -> Iterator[tuple[str, str]]:
         yield f"{kind} {file.def_path} is not the version in {LOCK}", restore
 
 
-_MISSING = object()
+ABSENT = object()
 
 
 def _shown(value: Any) -> str:
-    return "absent" if value is _MISSING else repr(value)
+    return "absent" if value is ABSENT else repr(value)
 
 
-def _differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted key, value here, value there) of every leaf in which two nested dictionaries differ."""
+def differences(here: Any, there: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(dotted key, value here, value there) of every leaf in which two nested dictionaries differ; a value that is not
+    there is ABSENT."""
     if isinstance(here, dict) and isinstance(there, dict):
         for key in here | there:
-            yield from _differences(here.get(key, _MISSING), there.get(key, _MISSING), f"{name}.{key}".lstrip("."))
+            yield from differences(here.get(key, ABSENT), there.get(key, ABSENT), f"{name}.{key}".lstrip("."))
     elif here != there:
         yield name, here, there
