@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,14 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
         "the remote refuses these keys; check AWS_PROFILE or AWS_ACCESS_KEY_ID with its secret, and their rights",
     ),
     (
+        ("The config profile",),
+        "the remote names an AWS profile that ~/.aws does not have; set AWS_PROFILE and repeat `make remote`",
+    ),
+    (
+        ("Invalid bucket name", "InvalidBucketName"),
+        "the remote's bucket has a name that no bucket can have; name the bucket with `make remote BUCKET=…`",
+    ),
+    (
         ("Unable to locate credentials", "NoCredentialsError", "Credential error"),
         "there are no keys for the remote; set AWS_PROFILE, or AWS_ACCESS_KEY_ID and its secret",
     ),
@@ -55,6 +64,14 @@ CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
 )
 """Words in DVC's output → what they mean."""
 
+ADVICE = (
+    "To track the changes with git, run:",
+    "git add ",
+    "To enable auto staging, run:",
+    "dvc config core.autostage true",
+    "Use `dvc push` to send your updates to remote storage.",
+)
+"""Lines of DVC that advise a person at a terminal; a flow does itself what has to be done."""
 NOISE = ("Having any troubles?", "Is your cache up to date?", "<https://error.dvc.org")
 
 
@@ -100,6 +117,26 @@ def missing_outputs(workspace: Path, stages: list[str] | None = None) -> list[st
             if out.use_cache and out.hash_info and out.fs_path in near and not Path(out.fs_path).exists()
         ]
     return sorted(os.path.relpath(path, workspace) for path in lacking)
+
+
+def bring(names: Sequence[str], remote: str, workspace: Path, say: Callable[[str], None]) -> tuple[str, str]:
+    """Bring outputs that the workspace lacks from DVC's cache, and what that lacks from the remote.
+
+    Returns ("Cached" or "Ran", what came from where). `dvc pull` alone asks the remote for what the cache has too, and
+    fails where the remote is away.
+    """
+    dvc(["checkout", "--allow-missing", *names], workspace, say)
+    absent = _absent(names, workspace)
+    if not absent:
+        return "Cached", f"{len(names)} missing outputs came from the cache."
+    dvc(["pull", "--allow-missing", *absent], workspace, say)
+    still = _absent(absent, workspace)
+    fetched = f"{len(absent) - len(still)} of {len(absent)} missing outputs fetched from {remote}"
+    return "Ran", fetched + (f"; it has no {', '.join(still)}" if still else "")
+
+
+def _absent(names: Sequence[str], workspace: Path) -> list[str]:
+    return [name for name in names if not (workspace / name).exists()]
 
 
 def unchanged(workspace: Path) -> set[str]:
@@ -152,11 +189,16 @@ def dvc(arguments: list[str], workspace: Path, say: Callable[[str], None]) -> li
     lock = command_lock(workspace)
     lock.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "dvc", *arguments]
-    status, lines = children.run(command, workspace, environment(workspace), say, lock)
+    status, lines = children.run(command, workspace, environment(workspace), partial(_without_advice, say), lock)
     if status:
         kind = Temporary if any(sign in line for line in lines[-30:] for sign in LOCKED + NETWORK) else ClearError
         raise kind(f"`dvc {' '.join(arguments)}` ended with status {status}: {explain(lines)}")
     return lines
+
+
+def _without_advice(say: Callable[[str], None], line: str) -> None:
+    if not line.startswith(ADVICE):
+        say(line)
 
 
 def explain(lines: Sequence[str]) -> str:

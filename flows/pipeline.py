@@ -30,7 +30,16 @@ from clear.data.ports import spare_loopback
 from clear.data.workspace import profile
 from clear.errors import ClearError
 from flows.batch import execute
-from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of, stages_in_order, unchanged
+from flows.dvc_commands import (
+    Temporary,
+    bring,
+    dvc,
+    environment,
+    missing_outputs,
+    remote_of,
+    stages_in_order,
+    unchanged,
+)
 from flows.service.artifacts import metrics_table, picture
 
 STARTUP_SECONDS = 180
@@ -59,10 +68,8 @@ def pull(workspace: Path, stages: list[str] | None = None) -> State:
     missing = missing_outputs(workspace, stages)
     if not missing:
         return Completed(name="Cached", message="no output is missing.")
-    dvc(["pull", "--allow-missing", *missing], workspace, get_run_logger().info)
-    still = [name for name in missing if not (workspace / name).exists()]
-    fetched = f"{len(missing) - len(still)} of {len(missing)} missing outputs fetched from {remote}"
-    return Completed(name="Ran", message=fetched + (f"; it has no {', '.join(still)}" if still else ""))
+    name, message = bring(missing, remote, workspace, get_run_logger().info)
+    return Completed(name=name, message=message)
 
 
 @task(task_run_name="push", **retrying)

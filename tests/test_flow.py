@@ -252,6 +252,12 @@ def test_a_failure_is_explained_in_one_line_with_what_to_do():
     assert explain(lines).startswith("the disk is full; free some space") and "'/x'" in explain(lines)
     assert explain(["a stage says Forbidden", "1", "2", "ERROR: b"]) == "1 | 2 | b", "only DVC's own words count"
     assert explain([]) == "no output"
+    unknown = ["ERROR: unexpected error - The config profile (team) could not be found"]
+    assert "AWS profile that ~/.aws does not have" in explain(unknown) and "(team)" in explain(unknown)
+    bucket = (
+        'ERROR: unexpected error - Parameter validation failed:\nInvalid bucket name "my bucket": Bucket name must …'
+    )
+    assert "a name that no bucket can have" in explain(bucket.splitlines())
 
 
 # What a run shows

@@ -128,6 +128,26 @@ def test_a_flow_pulls_what_is_missing_and_pushes_what_it_made(store, project, tm
     assert git(second, "status", "--porcelain") == ""
 
 
+def test_what_the_cache_has_needs_no_remote_and_only_the_rest_is_asked_for(project):
+    server = Store()
+    server.start()
+    try:
+        remote(project, "data/team", server.url)
+        run_dvc(project, "push")
+    finally:
+        server.kill()
+    (project / "data/samples").unlink()
+    said: list[str] = []
+    missing = dvc_commands.missing_outputs(project)
+    assert missing == ["data/samples"]
+    found = dvc_commands.bring(missing, "storage", project, said.append)
+    assert found == ("Cached", "1 missing outputs came from the cache.") and (project / "data/samples").exists()
+    (project / "data/samples").unlink()
+    shutil.rmtree(project / ".dvc/cache")
+    with pytest.raises(dvc_commands.Temporary, match=r"dvc pull .* ended with status"):
+        dvc_commands.bring(missing, "storage", project, said.append)
+
+
 @pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_of_a_push_leaves_nothing_half(project):
     server = Store()
