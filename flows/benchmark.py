@@ -30,9 +30,10 @@ from flows.dvc_commands import address, command_lock, dvc, remote_of
 from flows.pipeline import here_and_now, reproduce
 from flows.service import children
 from flows.service.artifacts import metrics_table, read_json
+from flows.service.naming import profile_and_commit
 
 
-@flow(name="benchmark")
+@flow(name="benchmark", flow_run_name=profile_and_commit)
 def benchmark(
     workspace: str = ".",
     revision: str = "HEAD",

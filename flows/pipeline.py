@@ -9,10 +9,12 @@ the flow ends, however it ends (flows/service/children.py).
 """
 
 import argparse
+import logging
 import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,10 +31,13 @@ from clear.data.lock import Busy, writer
 from clear.data.ports import spare_loopback
 from clear.data.workspace import profile
 from clear.errors import ClearError
+from clear.project.retrain.reproduce import reproduce as reproduce_aside
+from clear.project.retrain.run import Outcome, Tools
 from flows.batch import execute
 from flows.dvc_commands import (
     Temporary,
     bring,
+    command_lock,
     dvc,
     environment,
     missing_outputs,
@@ -40,7 +45,9 @@ from flows.dvc_commands import (
     stages_in_order,
     unchanged,
 )
+from flows.service import children
 from flows.service.artifacts import metrics_table, picture
+from flows.service.naming import profile_and_commit
 
 STARTUP_SECONDS = 180
 
@@ -104,7 +111,55 @@ def skip(stage: str) -> State:
     return Completed(name="Cached", message=f"{stage}: up to date")
 
 
-@flow(name="pipeline")
+@task(task_run_name="dvc {arguments}", **retrying)
+def command(arguments: list[str], folder: Path) -> None:
+    """A DVC command in a clone."""
+    dvc(arguments, folder, get_run_logger().info)
+
+
+def tools(say: Callable[[str], None]) -> Tools:
+    """The commands of a run aside: as tasks, under the supervisor, and the pipeline as a subflow."""
+
+    def run(arguments: list[str], folder: Path) -> tuple[int, list[str]]:
+        lock = command_lock(folder)
+        lock.parent.mkdir(exist_ok=True)
+        return children.run(arguments, folder, environment(folder), say, lock)
+
+    def reproduce_all(folder: Path, stages: list[str] | None) -> None:
+        pipeline(str(folder), stages, "wait")
+
+    return Tools(dvc=lambda arguments, folder: command(arguments, folder), reproduce=reproduce_all, run=run, say=say)
+
+
+def ended_as(outcome: Outcome, artifact: str) -> State:
+    """The last state of a run aside: named by what became of it, with that as its result, and its text shown."""
+    get_run_logger().info(outcome.message)
+    if outcome.body:
+        create_markdown_artifact(outcome.body, artifact, outcome.message)
+    return Completed(name=outcome.state, message=outcome.message, data=asdict(outcome))
+
+
+@flow(name="propose", flow_run_name=profile_and_commit)
+def propose(
+    workspace: str = ".", target: str | None = None, when_busy: Literal["wait", "leave"] = "wait"
+) -> dict[str, Any]:
+    """Reproduce what is out of date on a branch (default: the one checked out), as it is at `origin`, in a clone, and
+    propose the result. Returns what became of it; the name of the run's last state says it in a word.
+    """
+    source = Path(workspace).resolve()
+    home = source / ".clear" / "scratch" / "reproduce"
+    logger = get_run_logger()
+    try:
+        with writer(home, when_busy, f"flow run {flow_run.name}", logger.info):
+            children.settle(command_lock(home / "copy"))
+            outcome = reproduce_aside(source, tools(logger.info), target or "")
+    except Busy as busy:
+        logger.warning(str(busy))
+        return Cancelled(message=str(busy))
+    return ended_as(outcome, "proposal")
+
+
+@flow(name="pipeline", flow_run_name=profile_and_commit)
 def pipeline(
     workspace: str = ".", stages: list[str] | None = None, when_busy: Literal["wait", "leave"] = "wait"
 ) -> dict[str, str]:
@@ -161,13 +216,19 @@ def on_the_command_line() -> Iterator[None]:
     """What a flow needs that runs here and now, with Prefect's temporary server if no other is named.
 
     SIGTERM ends this program in order: Prefect hands the signal on to the handler set here; without one its server
-    would be left behind. On a busy machine that server needs more than the 20 s that Prefect gives it.
+    would be left behind. From an interruption on Prefect is silent: it would report a crash, and at last the state
+    Running, where this program says in a line what happened. On a busy machine the temporary server needs more than
+    the 20 s that Prefect gives it.
     """
 
     def leave(number: int, frame: object) -> None:
+        logging.disable(logging.CRITICAL)
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
-    signal.signal(signal.SIGTERM, leave)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, leave)
     spare_loopback()  # Prefect's server is on this machine
     with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS}):
         yield
@@ -176,7 +237,7 @@ def on_the_command_line() -> Iterator[None]:
 def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, Any]:
     """Call a flow on the command line; (exit status, its result).
 
-    Status 0 done, 1 failed with one line, 3 left because another run is in the way, 130 interrupted.
+    Status 0 done, 1 failed with one line, 3 left because another run is in the way, 130 or 143 interrupted.
     """
     try:
         with on_the_command_line():
@@ -187,9 +248,9 @@ def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, 
     except ClearError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1, None
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit) as end:
         print(f"interrupted; run the same command again{after_interruption}", file=sys.stderr)
-        return 130, None
+        return (end.code if isinstance(end, SystemExit) else 130), None
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -198,9 +259,23 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
     parser.add_argument("--stage", action="append", dest="stages", help="only this stage; may be repeated")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another run writes there")
+    parser.add_argument(
+        "--propose",
+        nargs="?",
+        const="",
+        metavar="BRANCH",
+        help="reproduce a branch (default: the one checked out) in a clone and propose the result",
+    )
     given = parser.parse_args(arguments)
+    if given.propose is not None and given.stages:
+        parser.error("--propose reproduces all stages; leave --stage out")
     again = " to resume from the last checkpoint"
-    return here_and_now(lambda: pipeline(given.workspace, given.stages, given.when_busy), again)[0]
+    if given.propose is None:
+        return here_and_now(lambda: pipeline(given.workspace, given.stages, given.when_busy), again)[0]
+    status, done = here_and_now(lambda: propose(given.workspace, given.propose, given.when_busy), again)
+    if done:
+        print(done["message"])
+    return status
 
 
 if __name__ == "__main__":

@@ -10,27 +10,20 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact
+from prefect import flow, get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Cancelled
 
 from clear.data.lock import Busy, writer
 from clear.project.retrain.intake import FOLDER
-from clear.project.retrain.run import Tools
 from clear.project.retrain.run import retrain as run_retrain
-from flows.dvc_commands import command_lock, dvc, environment
-from flows.pipeline import here_and_now, pipeline, retrying
+from flows.dvc_commands import command_lock
+from flows.pipeline import ended_as, here_and_now, tools
 from flows.service import children
+from flows.service.naming import profile_and_commit
 
 
-@task(task_run_name="dvc {arguments}", **retrying)
-def command(arguments: list[str], folder: Path) -> None:
-    """A DVC command in the clone."""
-    dvc(arguments, folder, get_run_logger().info)
-
-
-@flow(name="retrain")
+@flow(name="retrain", flow_run_name=profile_and_commit)
 def retrain(
     workspace: str = ".",
     incoming: str = FOLDER,
@@ -38,7 +31,8 @@ def retrain(
     target: str | None = None,
     when_busy: Literal["wait", "leave"] = "wait",
 ) -> dict[str, Any]:
-    """Train on new data and propose the result; without new data it ends at once. Returns what became of it.
+    """Train on new data and propose the result; without new data it ends at once. Returns what became of it; the name
+    of the run's last state says it in a word: NothingNew, WaitsForReview, Quarantined or Proposed.
 
     `incoming` is a folder of the workspace or s3://bucket/prefix; `target` is the branch of the pull request.
     """
@@ -48,31 +42,11 @@ def retrain(
     try:
         with writer(home, when_busy, f"flow run {flow_run.name}", logger.info):
             children.settle(command_lock(home / "copy"))
-            outcome = run_retrain(source, _tools(logger.info), incoming, revision, target or "")
+            outcome = run_retrain(source, tools(logger.info), incoming, revision, target or "")
     except Busy as busy:
         logger.warning(str(busy))
         return Cancelled(message=str(busy))
-    logger.info(outcome.message)
-    if outcome.body:
-        create_markdown_artifact(outcome.body, "retrain", outcome.message)
-    return {
-        "message": outcome.message,
-        "branch": outcome.branch,
-        "url": outcome.url,
-        "quarantined": outcome.quarantined,
-    }
-
-
-def _tools(say) -> Tools:
-    def run(arguments: list[str], folder: Path) -> tuple[int, list[str]]:
-        lock = command_lock(folder)
-        lock.parent.mkdir(exist_ok=True)
-        return children.run(arguments, folder, environment(folder), say, lock)
-
-    def reproduce(folder: Path, stages: list[str] | None) -> None:
-        pipeline(str(folder), stages, "wait")
-
-    return Tools(dvc=lambda arguments, folder: command(arguments, folder), reproduce=reproduce, run=run, say=say)
+    return ended_as(outcome, "retrain")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -22,14 +22,14 @@ from clear.data.lock import holder, lock_file
 from clear.project.scratch import refresh, write_params
 from flows import dvc_commands, pipeline
 from flows.service.deploy import POOL
-from tests.conftest import ROOT
+from tests.conftest import ROOT, git
 from tests.helpers.prefect_server import PATIENCE, Server, running
 from tests.helpers.processes import GONE_WITHIN, alive, free_port, run_dvc, wait_until
 
 pytest_plugins = ["tests.helpers.prefect_server"]
 
 DEPLOYED = {
-    "pipeline/weekly": "0 3 * * 6",
+    "propose/weekly": "0 3 * * 6",
     "benchmark/nightly": "0 1 * * *",
     "retrain/check": "30 4 * * *",
     "sweep/orphans": "*/15 * * * *",
@@ -89,7 +89,7 @@ def resume(server: Server, project: Path) -> None:
     """The same run again continues at the checkpoint and completes."""
     reached = int((project / ".clear/steps").read_text())
     (project / ".clear/finish").write_text("")
-    run = server.start("pipeline/weekly", workspace=str(project))
+    run = server.start("pipeline/here", workspace=str(project))
     assert server.ended(run).is_completed(), server.state(run)
     said = f"resumed at {reached}"
     wait_until(lambda: said in [one["message"] for one in server.logs(run)], 20, "its log")
@@ -154,6 +154,8 @@ def test_what_is_deployed_runs_one_at_a_time_on_schedule_in_this_folder(server):
         (step,) = deployment.pull_steps
         assert next(iter(step.values()))["directory"] == str(ROOT)
     assert server.client.read_work_pool(POOL).type == "process"
+    by_hand = server.deployment("pipeline/here")
+    assert by_hand.schedules == [] and by_hand.global_concurrency_limit.limit == 1
     (automation,) = server.client.read_automations_by_name("clear-zombies")
     assert automation.enabled and automation.trigger.within == timedelta(seconds=90)
 
@@ -164,7 +166,7 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
     plot = project / "data/report/tiny/plots/accuracy.png"
     plot.parent.mkdir(parents=True)
     plot.write_bytes(b"\x89PNG")
-    deployment = server.deployment("pipeline/weekly")
+    deployment = server.deployment("pipeline/here")
     # Short, since a busy scheduler may see the first date only when it is over; what comes too early is cancelled.
     soon = IntervalSchedule(interval=timedelta(seconds=30), anchor_date=datetime.now(UTC) + timedelta(seconds=3))
     schedule = DeploymentScheduleCreate(schedule=soon, parameters={"workspace": str(project)}, slug="soon")
@@ -172,7 +174,7 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
 
     def fired():
         # A schedule that is deleted takes its runs along until they have begun.
-        runs = server.runs("pipeline/weekly")
+        runs = server.runs("pipeline/here")
         ours = [one for one in runs if one["parameters"].get("workspace") == str(project)]
         return [one for one in ours if one["state_type"] not in ("SCHEDULED", "PENDING", "CANCELLED")]
 
@@ -185,7 +187,10 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
     assert server.ended(run).is_completed(), server.state(run)
     expected = {"pull": "Skipped", "source": "Ran", "evaluate": "Ran"}
     wait_until(lambda: server.tasks(run) == expected, 20, f"{expected}")
-    assert "Running stage 'source':" in [one["message"] for one in server.logs(run)]
+    said = [one["message"] for one in server.logs(run)]
+    assert "Running stage 'source':" in said
+    assert not [line for line in said if line.startswith(dvc_commands.ADVICE)], said
+    assert server.client.read_flow_run(run).name.endswith("+"), "the workspace has an edit"
     shown = server.artifacts(run)
     assert "| source | Ran |" in shown["metrics"] and shown["picture"].startswith("![accuracy](data:image/png;base64,")
     assert (project / "data/samples").read_text() == "more than before"
@@ -216,11 +221,11 @@ def test_deploying_again_doubles_nothing(server):
 
 @pytest.mark.slow
 def test_a_cancelled_run_takes_its_processes_along_and_a_second_one_meanwhile_is_cancelled(server, worker, long):
-    run = server.start("pipeline/weekly", workspace=str(long))
+    run = server.start("pipeline/here", workspace=str(long))
     flow, child = in_progress(long)
     processes = [*family(flow), child]
     assert len(processes) > 4  # flow, supervisor, DVC, stage, its child
-    second = server.start("pipeline/weekly", workspace=str(long))
+    second = server.start("pipeline/here", workspace=str(long))
     assert server.ended(second).is_cancelled()
     server.client.set_flow_run_state(run, Cancelling())
     all_gone(processes)
@@ -230,7 +235,7 @@ def test_a_cancelled_run_takes_its_processes_along_and_a_second_one_meanwhile_is
 
 @pytest.mark.slow
 def test_a_killed_run_is_crashed_leaves_no_process_and_the_next_one_resumes(server, worker, long):
-    run = server.start("pipeline/weekly", workspace=str(long))
+    run = server.start("pipeline/here", workspace=str(long))
     flow, child = in_progress(long)
     processes = [*family(flow), child]
     os.killpg(os.getpgid(flow), signal.SIGKILL)
@@ -241,7 +246,7 @@ def test_a_killed_run_is_crashed_leaves_no_process_and_the_next_one_resumes(serv
 
 @pytest.mark.slow
 def test_a_run_whose_worker_is_killed_still_holds_the_workspace(server, worker, long, tmp_path):
-    run = server.start("pipeline/weekly", workspace=str(long))
+    run = server.start("pipeline/here", workspace=str(long))
     flow, child = in_progress(long)
     os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
@@ -265,7 +270,7 @@ def test_a_run_without_any_process_left_to_speak_for_it_is_crashed_by_the_automa
     automation = Automation.read(name="clear-zombies")
     automation.trigger.within = timedelta(seconds=35)  # still more than a heartbeat
     automation.update()
-    run = server.start("pipeline/weekly", workspace=str(long))
+    run = server.start("pipeline/here", workspace=str(long))
     flow, child = in_progress(long)
     time.sleep(45)
     assert server.state(run).is_running(), "heartbeats keep a long run alive"
@@ -288,6 +293,9 @@ def test_without_a_server_it_runs_too_and_sigterm_leaves_no_process(long, server
         process.terminate()
         all_gone(processes)
         assert process.wait() == 128 + signal.SIGTERM
+        said = (tmp_path / "first.log").read_text()
+        assert "interrupted; run the same command again to resume from the last checkpoint" in said
+        assert "Crash detected" not in said and "Finished in state" not in said, said
     (long / ".clear/finish").write_text("")
     with running(command, environment, tmp_path / "second.log") as process:
         assert process.wait(PATIENCE) == 0, (tmp_path / "second.log").read_text()
@@ -327,7 +335,7 @@ def test_the_smoke_pipeline_completes_as_a_run_and_again_has_nothing_to_do(serve
     write_params(folder / "params.yaml", ["profile=smoke"])
     names = dvc_commands.stages_in_order(folder)
     for expected in ("Ran", "Cached"):
-        run = server.start("pipeline/weekly", workspace=str(folder))
+        run = server.start("pipeline/here", workspace=str(folder))
         assert server.ended(run, 1800).is_completed(), server.state(run)
         wait_until(lambda run=run: {*names} <= {*server.tasks(run)}, 30, "the server knows every task")
         tasks = server.tasks(run)
@@ -340,5 +348,8 @@ def test_a_check_for_new_data_without_any_completes_at_once(server, worker, proj
     (project / "data/incoming").mkdir()
     run = server.start("retrain/check", workspace=str(project))
     assert server.ended(run).is_completed(), server.state(run)
+    assert server.state(run).name == "NothingNew" and "nothing new in data/incoming" in server.state(run).message
+    commit = git(project, "rev-parse", "HEAD")[:10]
+    assert server.client.read_flow_run(run).name == f"tiny {commit}"
     said = "nothing new in data/incoming"
     wait_until(lambda: any(said in one["message"] for one in server.logs(run)), 20, "its log")

@@ -19,12 +19,13 @@ from clear.project.compare.load import read_sides
 from clear.project.compare.verdict import decide
 from clear.project.retrain import intake
 from clear.project.retrain import request as pull_request
+from clear.project.retrain.reproduce import reproduce
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
 from tests.helpers.forge import Forge
 from tests.helpers.incoming_sets import put
 from tests.helpers.processes import run_dvc
-from tests.helpers.retraining import CODE, STAGES, incoming_rows, look, trees, untouched
+from tests.helpers.retraining import CODE, STAGES, incoming_rows, look, tools, trees, untouched
 from tests.revisions import rows_of
 
 
@@ -97,7 +98,7 @@ def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(tra
         look(trained)
     subprocess.run(["rm", "-r", "data/incoming/fog"], check=True)
     outcome, said = look(trained)
-    assert outcome.message.startswith("nothing new in data/incoming") and not said
+    assert outcome.message.startswith("nothing new in data/incoming") and outcome.state == "NothingNew" and not said
     assert not (trained / ".clear/scratch").exists()
     with pytest.raises(ClearError, match="s3://bucket: name a prefix too"):
         look(trained, incoming="s3://bucket")
@@ -144,6 +145,8 @@ def test_a_new_set_becomes_a_branch_with_both_models_on_the_new_benchmark_and_on
 
     again, said = look(trained)
     assert again.url == outcome.url and len(forge.requests) == 1
+    assert (outcome.state, again.state) == ("Proposed", "WaitsForReview")
+    assert again.message == f"{branch} waits for review (Retrained on fog: the gate passes)"
     assert not [one for one in said if one.startswith("dvc")], said
     git(trained, "branch", "-q", "-D", branch)
     look(trained)
@@ -170,7 +173,7 @@ def test_a_bad_set_goes_to_quarantine_and_a_good_one_beside_it_is_trained(traine
     (trained / "data/incoming/mist").mkdir()
     (trained / "data/incoming/mist/rows.parquet").write_text("no Parquet file")
     outcome, said = look(trained)
-    assert "not a readable Parquet file" in outcome.quarantined["mist"]
+    assert "not a readable Parquet file" in outcome.quarantined["mist"] and outcome.state == "WaitsForReview"
     assert not [one for one in said if "repro" in one]
     assert len(list((trained / "data/quarantine").glob("mist-*.report"))) == 1, "beside the first one"
 
@@ -191,6 +194,46 @@ def test_a_gate_that_fails_makes_a_draft_and_a_forge_that_refuses_is_one_line(tr
     outcome, said = look(trained)
     assert "the gate FAILS" in outcome.message and forge.requests[0]["draft"] is True
     assert "dvc push" not in said
+
+
+@pytest.mark.slow
+def test_what_is_out_of_date_at_origin_is_reproduced_aside_and_proposed_once(trained, forge):
+    """The workspace is dirty and behind: neither matters, and nothing in it changes."""
+    git(trained.parent, "clone", "-q", str(trained.parent / "origin.git"), "colleague")
+    colleague = trained.parent / "colleague"
+    predictions.write(colleague / "code/plain.parquet", rows_of({"clean": 0.9, "low": 0.9, "mid": 0.9, "high": 0.9}))
+    (colleague / "code/evaluate.py").write_text((colleague / "code/evaluate.py").read_text() + "# another recipe\n")
+    git(colleague, "commit", "-q", "-a", "-m", "another recipe")
+    git(colleague, "push", "-q", "origin", "main")
+    (trained / "code/evaluate.py").write_text("an edit that is not committed")
+    before, lock = git(trained, "status", "--porcelain"), (trained / "dvc.lock").read_bytes()
+    said: list[str] = []
+    outcome = reproduce(trained, tools(said))
+    head = git(colleague, "rev-parse", "HEAD").strip()
+    assert (outcome.state, outcome.branch) == ("Proposed", f"reproduce/{head[:10]}")
+    assert git(trained, "log", "--format=%s", "-2", outcome.branch).splitlines() == [
+        f"Reproduced what was out of date in {head[:10]}",
+        "another recipe",
+    ]
+    changed = git(trained, "diff", "--name-only", f"{outcome.branch}~", outcome.branch).splitlines()
+    assert changed == ["data/predictions/grpo.parquet", "dvc.lock"]
+    (request,) = forge.requests
+    assert (request["head"], request["base"]) == (outcome.branch, "main") and "Reproduced main" in request["title"]
+    assert git(trained.parent / "origin.git", "rev-parse", outcome.branch) == git(trained, "rev-parse", outcome.branch)
+    assert "dvc push" in said
+    assert (git(trained, "status", "--porcelain"), (trained / "dvc.lock").read_bytes()) == (before, lock)
+    assert not (trained / ".clear/scratch/reproduce/copy").exists()
+
+    said.clear()
+    again = reproduce(trained, tools(said))
+    assert (again.state, again.url) == ("WaitsForReview", outcome.url) and len(forge.requests) == 1
+    assert not [one for one in said if one.startswith("dvc")], said
+    git(colleague, "fetch", "-q")
+    git(colleague, "merge", "-q", f"origin/{outcome.branch}")
+    git(colleague, "push", "-q", "origin", "main")
+    assert reproduce(trained, tools(said)).state == "NothingNew"
+    with pytest.raises(ClearError, match="git fetch"):
+        reproduce(trained, tools(said), "no-such-branch")
 
 
 POINTS = ("clear incoming check", "dvc add", "git commit 1", "git commit 3", "dvc push", "git push 2", "in training")

@@ -8,11 +8,12 @@ they cannot be read from the remote `origin`, GITHUB_REPOSITORY (owner/name) and
 import os
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.errors import ClearError
-from clear.project.git import git
+from clear.project.git import git, output
 from clear.report.tables import Table
 
 if TYPE_CHECKING:
@@ -55,6 +56,23 @@ def body(workspace: Path, branch: str, names: list[str], incumbent: str, retrain
         render.markdown(comparison, verdict, ROOM).replace(MARKER, "").strip(),
     ]
     return title, "\n\n".join(said) + "\n"
+
+
+def reproduced(workspace: Path, branch: str, into: str, commit: str) -> tuple[str, str]:
+    """(title, Markdown) for what was out of date in a commit of the branch `into` and was reproduced on `branch`."""
+    from clear.project.compare import render
+    from clear.project.compare.comment import MARKER
+    from clear.project.compare.load import read_sides
+    from clear.project.compare.verdict import decide
+
+    head = output(workspace, "rev-parse", ref_of(workspace, branch)).strip()
+    comparison, verdict = decide(*read_sides(workspace, commit, head))
+    said = [
+        f"Commit {commit[:10]} of {into} had stages that were out of date. They were reproduced in commit {head[:10]}; "
+        f"data and models are in the DVC remote: `git switch {branch} && dvc pull`.",
+        render.markdown(comparison, verdict, ROOM).replace(MARKER, "").strip(),
+    ]
+    return f"Reproduced {into}: {STATES[verdict.status]}", "\n\n".join(said) + "\n"
 
 
 def incoming_rows(workspace: Path, commit: str, model: str) -> "pd.DataFrame":
@@ -119,6 +137,31 @@ def repository(workspace: Path) -> tuple[str, str]:
             "owner/name and GITHUB_API_URL, or unset GITHUB_TOKEN to get only the text."
         )
     return api.rstrip("/"), name
+
+
+def ref_of(workspace: Path, branch: str) -> str:
+    """Full name of a branch, the workspace's own before a remote's; "" if there is none."""
+    patterns = (f"refs/heads/{branch}", f"refs/remotes/*/{branch}")
+    return next(iter(output(workspace, "for-each-ref", "--format=%(refname)", *patterns).split()), "")
+
+
+def publish(workspace: Path, branch: str, target: str, title: str, text: str, say: Callable[[str], None]) -> str:
+    """Push a branch to `origin`, write the pull request's text below data/report and open the request where it can be.
+
+    `target` is "" for the branch that is checked out. Every part is looked up first, so that repeating it changes
+    nothing. Returns the request's address, or "".
+    """
+    ref = ref_of(workspace, branch)
+    if "origin" in output(workspace, "remote").split() and ref.startswith("refs/heads/"):
+        output(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
+    file = workspace / "data" / "report" / branch / "pull_request.md"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(f"# {title}\n\n{text}")
+    say(f"the pull request's text: {file}")
+    into = target or output(workspace, "branch", "--show-current").strip() or "main"
+    url = propose(workspace, branch, into, title, text)
+    say(f"pull request: {url}" if url else "no GITHUB_TOKEN is set: no pull request is opened.")
+    return url
 
 
 def propose(workspace: Path, branch: str, target: str, title: str, text: str) -> str:

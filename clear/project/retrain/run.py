@@ -51,9 +51,11 @@ class Tools:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check: `message` says it in a line; `branch` is "" where nothing was trained."""
+    """What became of a check: `message` says it in a line, `state` in a word (NothingNew, WaitsForReview, Quarantined,
+    Proposed); `branch` is "" where nothing was trained."""
 
     message: str
+    state: str
     branch: str = ""
     body: str = ""
     url: str = ""
@@ -76,13 +78,14 @@ def retrain(
     trained = known(workspace, commit)
     news = [new for new in sets(folder) if new.present and trained.get(new.name) != new.fingerprint]
     if not news:
-        return Outcome(f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}.")
+        said = f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}."
+        return Outcome(said, "NothingNew")
     fetch_branches(workspace)
     waiting = branches(workspace, commit)
     for branch, names in waiting.items():
         if {(new.name, new.fingerprint) for new in news} & names:
             tools.say(f"{branch} has been trained and waits for review.")
-            finished = finish(workspace, branch, commit, target, tools)
+            finished = finish(workspace, branch, commit, target, tools, waiting=True)
             news = [new for new in news if (new.name, new.fingerprint) not in names]
             if not news:
                 return finished
@@ -109,10 +112,10 @@ def retrain(
         news = [new for new in news if new.name not in refused]
         if not news:
             shutil.rmtree(copy)
-            return Outcome(f"nothing trained: {_quarantined(refused)}.", quarantined=refused)
+            return Outcome(f"nothing trained: {_quarantined(refused)}.", "Quarantined", quarantined=refused)
     branch = branch_name(news)
     train(workspace, copy, branch, commit, news, tools)
-    outcome = finish(workspace, branch, commit, target, tools, refused)
+    outcome = finish(workspace, branch, commit, target, tools, refused=refused)
     shutil.rmtree(copy)
     return outcome
 
@@ -144,27 +147,23 @@ def train(workspace: Path, copy: Path, branch: str, commit: str, news: Sequence[
 
 
 def finish(
-    workspace: Path, branch: str, commit: str, target: str, tools: Tools, refused: dict[str, str] | None = None
+    workspace: Path,
+    branch: str,
+    commit: str,
+    target: str,
+    tools: Tools,
+    refused: dict[str, str] | None = None,
+    waiting: bool = False,
 ) -> Outcome:
-    """Publish a trained branch: push it, write the body of the pull request, open the pull request where it can be.
-
-    Every part is looked up first, so that repeating it changes nothing.
-    """
-    ref = _ref(workspace, branch)
-    if "origin" in git(workspace, "remote").split() and ref.startswith("refs/heads/"):
-        git(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
+    """Publish a trained branch; with `waiting`, one that an earlier run has trained. Repeating it changes nothing."""
+    ref = request.ref_of(workspace, branch)
     commits = {step: sha for sha, step, _ in _history(workspace, f"{commit}..{ref}") if step}
     names = sorted({name for _, _, about in _history(workspace, f"{commit}..{ref}") for name, _ in about})
     title, body = request.body(workspace, branch, names, commits["incumbent"], commits["retrained"])
-    file = workspace / "data" / "report" / branch / "pull_request.md"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# {title}\n\n{body}")
-    tools.say(f"the pull request's text: {file}")
-    into = target or git(workspace, "branch", "--show-current") or "main"
-    url = request.propose(workspace, branch, into, title, body)
-    tools.say(f"pull request: {url}" if url else "no GITHUB_TOKEN is set: no pull request is opened.")
-    said = f"{title} ({branch})" + (f"; {_quarantined(refused)}" if refused else "")
-    return Outcome(said, branch, body, url, refused or {})
+    url = request.publish(workspace, branch, target, title, body, tools.say)
+    said = f"{branch} waits for review ({title})" if waiting else f"{title} ({branch})"
+    said += f"; {_quarantined(refused)}" if refused else ""
+    return Outcome(said, "WaitsForReview" if waiting else "Proposed", branch, body, url, refused or {})
 
 
 def _quarantined(refused: dict[str, str]) -> str:
@@ -187,10 +186,13 @@ def known(workspace: Path, commit: str) -> dict[str, str]:
         raise ClearError(f"{commit[:10]}:{DEGRADE} is damaged ({error!r}); `dvc repro degrade`, commit it.") from error
 
 
-def fetch_branches(workspace: Path) -> None:
-    """Learn of branches that another clone has pushed. Raises ClearError where the git remote does not answer."""
-    if "origin" in git(workspace, "remote").split():
-        git(workspace, "fetch", "--quiet", "origin", f"+refs/heads/{BRANCHES}/*:refs/remotes/origin/{BRANCHES}/*")
+def fetch_branches(workspace: Path, names: str = f"{BRANCHES}/*") -> bool:
+    """Learn of branches that another clone has pushed; whether there is an `origin` to ask. Raises ClearError where it
+    does not answer."""
+    if "origin" not in git(workspace, "remote").split():
+        return False
+    git(workspace, "fetch", "--quiet", "origin", f"+refs/heads/{names}:refs/remotes/origin/{names}")
+    return True
 
 
 def branches(workspace: Path, commit: str) -> dict[str, set[tuple[str, str]]]:
@@ -203,12 +205,6 @@ def branches(workspace: Path, commit: str) -> dict[str, set[tuple[str, str]]]:
         if "retrained" in {step for _, step, _ in history}:
             trained[ref[ref.index(f"{BRANCHES}/") :]] = {pair for _, _, about in history for pair in about}
     return trained
-
-
-def _ref(workspace: Path, branch: str) -> str:
-    """Full name of a branch, the workspace's own before a remote's."""
-    patterns = (f"refs/heads/{branch}", f"refs/remotes/*/{branch}")
-    return git(workspace, "for-each-ref", "--format=%(refname)", *patterns).split()[0]
 
 
 def _history(folder: Path, span: str) -> list[tuple[str, str, list[tuple[str, str]]]]:
@@ -246,12 +242,16 @@ def resumable(copy: Path, commit: str, branch: str) -> bool:
 def save(copy: Path, step: str, subject: str, news: Sequence[IncomingSet]) -> None:
     """Commit everything that git does not ignore, with the trailers of the step."""
     about = "\n".join(f"{SET}{new.name} {new.fingerprint}" for new in news)
+    commit_all(copy, f"{subject}\n\n{STEP}{step}\n{about}\n")
+
+
+def commit_all(copy: Path, message: str) -> None:
+    """Commit everything that git does not ignore, even if nothing changed."""
     (copy / ".git" / "index.lock").unlink(missing_ok=True)  # of a killed run; no other process works here
     git(copy, "add", "--all")
     identity = []
     if ask_git(copy, "config", "user.email").status:
         identity = ["-c", "user.name=retrain", "-c", "user.email=retrain@localhost"]
-    message = f"{subject}\n\n{STEP}{step}\n{about}\n"
     git(copy, *identity, "commit", "--quiet", "--no-verify", "--no-gpg-sign", "--allow-empty", "--message", message)
 
 
