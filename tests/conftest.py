@@ -9,10 +9,15 @@ import textwrap
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
 pytest.register_assert_rewrite("tests.helpers")  # their asserts show values, as those of test modules do
+
+# On a machine that is busy with something else the first example may take a minute, which says nothing of the test.
+settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("suite")
 
 # The same switches as in the Makefile, for a bare `pytest`; set before any library reads them.
 for _name, _value in {
