@@ -6,7 +6,9 @@ The values are in the YAML files under `clear/conf`; clear/config.py reads and c
 from dataclasses import dataclass, field
 from typing import Any
 
-PROFILES = ("smoke", "tiny", "bagel_7b_lora", "bagel_7b")
+PROFILES = ("smoke", "tiny", "bagel_7b_lora", "bagel_7b_qlora", "bagel_7b")
+QUANTISED = ("nf4", "int8")
+"""Types of `runtime.weights` that quantise the decoder's linear layers."""
 
 
 def between(low: float, high: float) -> Any:
@@ -30,7 +32,9 @@ class Runtime:
 
     threads: int = between(0, 1024)  # 0 = all cores
     precision: str = one_of("auto", "float32", "bfloat16")  # autocast of supervised training; auto: what computes fast
-    weights: str = one_of("float32", "bfloat16")  # type in which a model folder is loaded; bfloat16 runs under autocast
+    # The type in which a model folder is loaded; bfloat16 runs under autocast. nf4 and int8 are those of the decoder's
+    # linear layers, and the other weights have the type of `precision`.
+    weights: str = one_of("float32", "bfloat16", *QUANTISED)
     rows_per_pass: int = between(0, 10**6)  # rows of a batch that a process computes at a time; 0 = all
     token_budget: int = between(
         0, 10**7

@@ -17,6 +17,7 @@ from clear.config import compose, from_dict
 from clear.data.io import write_json
 from clear.model import lora
 from clear.model.checkpoint import MODEL
+from clear.model.quantised import plain
 from clear.project.scratch import write_params
 from tests.conftest import ROOT
 from tests.tiny import save_random_model
@@ -36,6 +37,12 @@ ADAPTER = [
     "bridge={kind: mlp, distill: {steps: 4}, answer: {steps: 2}}",
     "grpo={steps: 1, reward_latent_quality: 0.1}",
 ]
+QUANTISED = [
+    *ADAPTER,
+    "runtime={weights: nf4, precision: float32}",  # bfloat16 takes minutes where the processor has none
+    "bridge={kind: direct}",
+]
+"""What the profile bagel_7b_qlora sets, at the size of a test."""
 SHARDED = [*SMALL, "runtime={device: cpu, threads: 1, token_budget: 256, rows_per_pass: 1, log_every: 1}"]
 
 
@@ -56,8 +63,9 @@ def _run(folder: Path, command: list[str], wanted: tuple[int, ...] = (0,)) -> No
 
 
 @pytest.mark.slow
-def test_one_adapter_goes_from_a_checkpoint_through_every_stage(tmp_path):
-    _workspace(tmp_path, ADAPTER)
+@pytest.mark.parametrize("settings", [ADAPTER, QUANTISED], ids=["lora", "qlora"])
+def test_one_adapter_goes_from_a_checkpoint_through_every_stage(tmp_path, settings):
+    _workspace(tmp_path, settings)
     for command in ("mmd_bench", *CHAIN, "evaluate grpo", "merge data/models/grpo merged"):
         _run(tmp_path, ["-m", "clear", *command.split()])
 
@@ -71,12 +79,17 @@ def test_one_adapter_goes_from_a_checkpoint_through_every_stage(tmp_path):
     assert all(any(value.any() for key, value in adapter.items() if "lora_B" in key) for adapter in adapters.values())
 
     assert len(predictions.read(tmp_path / "data/predictions/grpo.parquet")) > 0
-    adapted, *_ = lora.load_model(models["grpo"], torch.float32, "cpu", tmp_path / "weights")
+    kind = lora.quantisation_of(models["grpo"])
+    assert kind == ("nf4" if settings is QUANTISED else "")
+    adapted, *_ = lora.load_model(models["grpo"], torch.float32, "cpu", tmp_path / "weights", kind=kind)
     merged, *_ = lora.load_model(tmp_path / "merged", torch.float32, "cpu")
     name = "language_model.model.layers.0.mlp.down_proj"
     layer = adapted.get_submodule(name)
-    expected = layer.base_layer.weight + layer.get_delta_weight(lora.TRAINED)
-    torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=0.02, rtol=0)
+    expected = plain(layer.base_layer, torch.float32).weight + layer.get_delta_weight(lora.TRAINED)
+    torch.testing.assert_close(merged.get_submodule(name).weight, expected, atol=1e-6 if kind else 0.02, rtol=0)
+    with (tmp_path / "data/plots/grpo.csv").open() as file:
+        first = next(csv.DictReader(file))
+    assert float(first["kl"]) == 0 and float(first["ratio_error"]) <= (1e-3 if kind else 1)
 
 
 @pytest.mark.slow

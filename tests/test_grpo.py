@@ -12,6 +12,8 @@ from clear.data.records import Question, write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.model import flow, lora
+from clear.model.checkpoint import load_bagel, save_bagel
+from clear.model.vae import AutoEncoder
 from clear.reasoning.engine import Options, generate
 from clear.schema import Lora
 from clear.sources.scenes.render import scenes
@@ -102,8 +104,8 @@ class Interrupted(Exception):
     """Stands for the kill of the process."""
 
 
-def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[str, ...] = ()):
-    """A short run of the real trainer; returns its curve, the trained state and the StageRun."""
+def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[str, ...] = (), kind: str = ""):
+    """A short run of the real trainer; returns its curve, the trained state and the StageRun. `kind` quantises."""
     from clear.training.rl.grpo import train
 
     overrides = ["profile=smoke", "runtime.checkpoint_every=2", "runtime.log_every=1", "runtime.device=cpu"]
@@ -117,6 +119,9 @@ def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[s
     ]
     config = from_dict(compose([*overrides, *more, "grpo.holdout_every=1", "grpo.reward_format=1.0", *changed]))
     model, tokenizer = tiny_model("mlp")
+    if kind:
+        save_bagel(folder / "weights", model, AutoEncoder(model.config.vae), tokenizer)
+        model = load_bagel(folder / "weights", kind=kind)[0]
     if rank:
         lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both"))
         with torch.no_grad():
@@ -145,8 +150,8 @@ def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[s
     return run.curve, state, run
 
 
-@pytest.mark.parametrize("rank", [0, 2])
-def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, monkeypatch):
+@pytest.mark.parametrize(("rank", "kind"), [(0, ""), (2, ""), (2, "nf4"), (2, "int8")])
+def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, kind, monkeypatch):
     import clear.training.rl.grpo as module
 
     def uneven(texts, restored, question, config, more, accuracy):
@@ -154,16 +159,16 @@ def test_training_starts_at_its_reference_and_resumes_exactly(tmp_path, rank, mo
         return {"reward": value, "reward_accuracy": value}
 
     monkeypatch.setattr(module, "rewards", uneven)  # a random model never answers; any reward with variance will do
-    curve, expected, _ = _train(tmp_path / "whole", rank)
+    curve, expected, _ = _train(tmp_path / "whole", rank, kind=kind)
     assert len(curve) == 4 and curve[0]["kl"] == 0.0 and curve[0]["ratio_error"] <= 1e-3
     assert max(row["kl"] for row in curve[1:]) > 0
     assert bool(rank) == any("lora_" in name for name in expected)
     with pytest.raises(Interrupted):
-        _train(tmp_path / "killed", rank, stop_at=4)
+        _train(tmp_path / "killed", rank, stop_at=4, kind=kind)
     checkpoint = next((tmp_path / "killed").rglob("model.safetensors"))
     with safe_open(checkpoint, "pt") as file:
         assert {name.removeprefix("bagel.") for name in file.keys()} == set(expected), "only what is trained"  # noqa: SIM118
-    again, found, _ = _train(tmp_path / "killed", rank)
+    again, found, _ = _train(tmp_path / "killed", rank, kind=kind)
     assert again == curve
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 

@@ -18,15 +18,17 @@ from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import FROZEN, GENERATION, Bagel
 from clear.model.images import ImageBank
-from clear.model.runtime import precision
+from clear.model.mot import Mlp
+from clear.model.runtime import precision, stored
 from clear.model.sequence import IGNORE, LATENT, VIT, Text
 from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import AutoEncoder
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, Reply, Restoration, Trajectory
 from clear.reasoning.prompts import Prompt
+from clear.schema import QUANTISED
 from clear.traces.table import TraceRow
-from clear.training import footprint, memory, sft
+from clear.training import cards, footprint, memory, sft
 from clear.training.build import scene_words
 from clear.training.load import trainable
 from clear.training.loop.parallel import Pass
@@ -47,8 +49,9 @@ def _config(*overrides: str, profile: str = "tiny"):
 def _model(config, tokenizer, bridge: str = "direct") -> Bagel:
     """A random model of the configuration, trained as stage sft trains it."""
     torch.manual_seed(0)
-    model = Bagel(replace(memory.shapes(config, tokenizer.get_vocab_size()), bridge=bridge)).initialise().train()
-    model = model.to(torch.bfloat16 if config.runtime.weights == "bfloat16" else torch.float32)
+    dtype, kind = stored(config)
+    shapes = replace(memory.shapes(config, tokenizer.get_vocab_size()), bridge=bridge, quantised=kind)
+    model = Bagel(shapes).initialise().train().to(dtype)
     if config.lora.rank:
         lora.attach(model, config.lora)
     trainable(model)
@@ -135,6 +138,9 @@ FEW = ["lora.rank=4", "lora.experts=gen", "lora.targets=[q_proj,down_proj]"]
         (("bfloat16", "bfloat16"), ADAPTER, "false", "direct"),
         (("bfloat16", "bfloat16"), ADAPTER, "true", "direct"),
         (("bfloat16", "bfloat16"), FEW, "false", "mlp"),
+        (("nf4", "float32"), ADAPTER, "false", "direct"),
+        (("nf4", "bfloat16"), ADAPTER, "true", "direct"),
+        (("int8", "float32"), ADAPTER, "false", "mlp"),
     ],
 )
 def test_activations_are_within_a_quarter_of_what_a_training_step_holds(
@@ -150,7 +156,8 @@ def test_activations_are_within_a_quarter_of_what_a_training_step_holds(
     model = _model(config, tokenizer)
     batch, held = _measured_batch(model, _step(config, tokenizer, model))
     compute = 2 if types[1] == "bfloat16" else 4
-    train = footprint.Training(compute, 2 if types[0] == "bfloat16" else 4, config.lora, checkpointing == "true")
+    weights = stored(config)[0].itemsize
+    train = footprint.Training(compute, weights, config.lora, checkpointing == "true")
     found = footprint.activations(model.config, batch, train, config.sft.distill_stride)
     if compute < train.weights and not train.checkpointing:  # the layers hold autocast's copies of their weights
         found += compute * footprint.count(model.config, config.lora, bridge=False).cast
@@ -321,6 +328,61 @@ def test_a_slice_of_grpo_has_the_tokens_that_are_scored(profile):
     with pytest.raises(Planned) as planned:
         scoring.score(planner, [prompt] * count, [one] * count, [steps] * count, times, 0.3, 1.0, budget)
     assert planned.value.args[0].ids.shape == (expected.rows, expected.length)
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_swiglu_in_pieces_holds_one_of_them(tokenizer, pieces, monkeypatch):
+    if pieces:
+        monkeypatch.setattr(Mlp, "piece", 64)
+    config = _config(*ADAPTER, "runtime.precision=float32", "model.mlp=2048")
+    model = _model(config, tokenizer)
+    batch, held = _measured_batch(model, _step(config, tokenizer, model))
+    train = footprint.Training(4, 4, config.lora, piece=64 if pieces else 0)
+    assert 0.75 <= footprint.activations(model.config, batch, train, config.sft.distill_stride) / held <= 1.25
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("stage", ["sft", "evaluate"])
+def test_quantised_weights_are_exact(tokenizer, kind, stage):
+    config = _config(*ADAPTER, f"runtime.weights={kind}", "runtime.precision=float32", "bridge.kind=direct")
+    model = _model(config, tokenizer)
+    held = [*model.state_dict().values(), *AutoEncoder(model.config.vae).parameters()]
+    found = memory.estimate(config, stage, tokenizer.get_vocab_size())
+    assert found.weights == sum(value.nbytes for value in held)
+    exact = memory.estimate(_config(*ADAPTER, "bridge.kind=direct"), stage, tokenizer.get_vocab_size())
+    assert found.parameters == exact.parameters and found.gradients == exact.gradients
+
+
+def test_the_smallest_card_leaves_room_for_cudas_context():
+    assert cards.smallest(24 * 10**9 - 2**30) == 24 and cards.smallest(24 * 10**9 - 2**30 + 1) == 32
+    assert cards.smallest(150 * 10**9) is None
+
+
+def test_the_documented_table_is_what_the_command_prints():
+    from typer.testing import CliRunner
+
+    from clear.cli import app
+
+    shown = CliRunner().invoke(app, ["memory", "--cards"])
+    assert shown.exit_code == 0, shown.output
+    assert shown.output in (ROOT / "docs/BAGEL.md").read_text()
+    found = {(row.profile, row.weights): row.peaks for row in cards.rows()}
+    assert len(found) == 3 * 3
+    small, full = found["bagel_7b_qlora", "nf4"], found["bagel_7b", "nf4"]
+    limits = {"sft": 20, "bridge": 20, "grpo": 22, "evaluate": 12}
+    assert all(small[stage] <= limits[stage] * 2**30 for stage in memory.STAGES)
+    assert all(cards.smallest(small[stage]) <= 24 for stage in memory.STAGES)
+    assert [full[stage] for stage in ("sft", "bridge", "grpo")] == [None] * 3 and full["evaluate"], "it cannot train"
+    refused = CliRunner().invoke(app, ["memory", "--cards", "--profile", "tiny"])
+    assert isinstance(refused.exception, ClearError) and "--cards lists every profile" in str(refused.exception)
+
+
+def test_a_card_that_is_too_small_is_named_with_what_would_fit():
+    config = _config(profile="bagel_7b_lora")
+    said = cards.too_small(config, "sft", 24 * 10**9)
+    assert "this card has 22.4" in said and "profile bagel_7b_qlora with runtime.weights = nf4 would fit" in said
+    assert "no setting of a profile would fit" in cards.too_small(config, "sft", 8 * 10**9)
+    assert cards.too_small(config, "sft", 80 * 10**9) == ""
 
 
 def test_bagel_has_the_published_number_of_parameters():

@@ -42,6 +42,7 @@ for _command in (
     benchmark.score,
     benchmark.mmd_bench,
     use.merge,
+    use.quantise,
     use.export,
     use.decision,
 ):

@@ -11,6 +11,7 @@ import typer
 
 from clear.bench.models import MODELS
 from clear.errors import ClearError
+from clear.schema import Config
 
 STAGES = {
     "source": "Clean samples, split once.",
@@ -38,9 +39,26 @@ def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
     from clear.model.weights import with_local_weights
 
     config = with_local_weights(load(), module)
+    _say_if_too_large(config, module)
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes that train one model, one stands for all
     with lock.stage(Path.cwd(), name) if first else nullcontext(), stage_run(name):
         importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
+
+
+def _say_if_too_large(config: Config, module: str) -> None:
+    """Before minutes of loading: say that a stage of a given checkpoint needs more memory than the card has."""
+    stage = {"traces": "evaluate"}.get(module, module)
+    sized = stage in ("sft", "bridge", "grpo", "evaluate")
+    if not sized or not config.model.checkpoint or config.runtime.device == "cpu":
+        return
+    import torch
+
+    if torch.cuda.is_available():
+        cards = importlib.import_module("clear.training.cards")
+        device, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        text = cards.too_small(config, stage, torch.cuda.get_device_properties(device).total_memory, world)
+        if text:
+            typer.echo(f"note: {text}", err=True)
 
 
 def stage(name: str) -> Callable[[], None]:

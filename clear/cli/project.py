@@ -7,6 +7,9 @@ from typing import Annotated
 import typer
 
 from clear.errors import ClearError
+from clear.schema import PROFILES
+
+_NAMES = f"{', '.join(PROFILES[:-1])} or {PROFILES[-1]}"
 
 
 def results(
@@ -44,11 +47,14 @@ def params(
 
 
 def memory(
-    profile: Annotated[str, typer.Option(help="smoke, tiny, bagel_7b_lora or bagel_7b; default: params.yaml.")] = "",
+    profile: Annotated[str, typer.Option(help=f"{_NAMES}; default: params.yaml.")] = "",
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="With --profile: sft.traces.batch=1.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Devices that share weights and batch (FSDP).")] = 1,
+    cards: Annotated[
+        bool, typer.Option(help="All profiles of BAGEL-7B and types of weights, with the smallest card each fits.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Bytes, machine-readable.")] = False,
 ) -> None:
     """Estimate the memory each stage needs, before anything is loaded."""
@@ -57,6 +63,13 @@ def memory(
 
     from clear.config import compose, from_dict, load
 
+    if cards:
+        if profile or overrides:
+            raise ClearError("--cards lists every profile as it is; leave --profile and --set out.")
+        fitting = importlib.import_module("clear.training.cards")
+        found = fitting.rows(gpus)
+        typer.echo(json.dumps([asdict(row) for row in found], indent=2) if as_json else fitting.table(found))
+        return
     if overrides and not profile:
         raise ClearError("--set changes a composed profile; name it with --profile, or edit params.yaml.")
     config = from_dict(compose([f"profile={profile}", *(overrides or [])])) if profile else load()
@@ -76,7 +89,7 @@ def memory(
 
 
 def scratch(
-    profile: Annotated[str, typer.Argument(help="smoke, tiny, bagel_7b_lora or bagel_7b.")],
+    profile: Annotated[str, typer.Argument(help=f"{_NAMES}.")],
     overrides: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in Hydra: grpo.group_size=4.")
     ] = None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from clear.model import flex
+from clear.model import flex, quantised
 from clear.model.bridge import LatentBridge
 from clear.model.cache import KVCache
 from clear.model.mot import Hidden, LanguageModel, LlmConfig
@@ -28,7 +28,8 @@ position tables (the autoencoder is apart)."""
 
 @dataclass(frozen=True)
 class BagelConfig:
-    """Shapes of the whole model. `bridge` is "direct" (no parameters) or "mlp"."""
+    """Shapes of the whole model. `bridge` is "direct" (no parameters) or "mlp"; `quantised` is "" or the type of the
+    decoder's linear layers (clear/model/quantised.py)."""
 
     llm: LlmConfig
     vit: VitConfig
@@ -37,6 +38,7 @@ class BagelConfig:
     latent_patch: int = 2
     max_latent_size: int = 64
     bridge: str = "direct"
+    quantised: str = ""
 
     @property
     def latent_channels(self) -> int:
@@ -125,6 +127,8 @@ class Bagel(nn.Module):
         self.llm2vae = nn.Linear(hidden, config.latent_channels)
         if config.bridge == "mlp":
             self.bridge = LatentBridge(config.latent_channels, hidden)
+        if config.quantised:
+            quantised.quantise(self, config.quantised)
 
     def initialise(self) -> "Bagel":
         """Random weights for training from scratch: zero velocity head, formula position tables."""

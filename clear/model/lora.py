@@ -5,7 +5,8 @@ carried through the stages: sft starts it, bridge and grpo load it and train it 
 
     adapter_model.safetensors, adapter_config.json   the adapter, in peft's own layout (PeftModel reads it)
     bridge.safetensors                               the mlp bridge, if there is one
-    base.json                                        folder, sizes and hashes of the files it adapts; kind of bridge
+    base.json                                        folder, sizes and hashes of the files it adapts; kind of bridge;
+                                                     the type of its quantised layers, if it was trained on such
 
 and loading it loads that base first. The vision tower and the autoencoder are never adapted. The reference of GRPO
 is a second, frozen adapter with the incoming weights: no copy of the base weights is made.
@@ -31,6 +32,7 @@ from torch import Tensor, nn
 from clear.data.io import require_new
 from clear.data.records import file_sha256
 from clear.errors import ClearError
+from clear.model import quantised
 from clear.model.bagel import Bagel
 from clear.model.bridge import LatentBridge
 from clear.model.checkpoint import (
@@ -169,6 +171,8 @@ def save_adapter(
     settings.base_model_name_or_path, settings.inference_mode = str(base), True
     content = {k: sorted(v) if isinstance(v, set) else v for k, v in settings.to_dict().items()}
     known = {"folder": str(base), "bridge": model.config.bridge, "files": files}
+    if model.config.quantised:
+        known["quantised"] = model.config.quantised
     parts = places(base, rest)
     if not parts.whole:
         known["rest"] = str(parts.shapes)
@@ -208,6 +212,14 @@ def rest_of(folder: Path | str, base: Path | str, rest: Path | str | None) -> Pa
     return rest if known is None or (rest is not None and Path(rest) != Path(base)) else known
 
 
+def quantisation_of(folder: Path | str) -> str:
+    """The type of the quantised layers that an adapter folder was trained on, "" if they were exact."""
+    found = _read(Path(folder) / BASE).get("quantised", "")
+    if found not in ("", *quantised.KINDS):
+        raise ClearError(f"{Path(folder) / BASE}: quantised = {found!r} is unknown here; run its stage again.")
+    return found
+
+
 def base_of(folder: Path | str, base: Path | str | None = None, rest: Path | str | None = None) -> Path:
     """The folder (or weight file) an adapter folder belongs to (`base` overrides where it lies), checked.
 
@@ -243,27 +255,28 @@ def load_model(
     device: str = "cpu",
     base: Path | str | None = None,
     rest: Path | str | None = None,
+    kind: str = "",
 ):
     """Model, autoencoder and tokenizer of a folder with weights or with an adapter; the model is in eval mode.
 
     The weights get `dtype` (None: they keep the stored type), adapter and bridge of an adapter folder stay float32,
     and the autoencoder is float32 always. `base` says where the weights of an adapter folder lie, if not where it says
     itself; either may be a weight file instead of its folder. `rest` is the model folder that completes weights alone
-    (`clear.model.checkpoint.places`).
+    (`clear.model.checkpoint.places`). `kind` quantises the decoder's linear layers, as load_bagel does.
     """
     folder = Path(folder)
     if not is_adapter(folder):
-        return load_bagel(folder, dtype, device, rest)
+        return load_bagel(folder, dtype, device, rest, kind)
     from peft import LoraConfig
 
     check_whole(folder)
     weights = base_of(folder, base, rest)
     if is_adapter(weights):
         raise ClearError(f"{folder} adapts {weights}, which is an adapter itself; merge that one first (clear merge).")
-    model, vae, tokenizer = load_bagel(weights, dtype, device, rest_of(folder, weights, rest))
-    kind = _read(folder / BASE).get("bridge", "direct")
-    model.config = replace(model.config, bridge=kind)
-    if kind == "mlp":
+    model, vae, tokenizer = load_bagel(weights, dtype, device, rest_of(folder, weights, rest), kind)
+    bridged = _read(folder / BASE).get("bridge", "direct")
+    model.config = replace(model.config, bridge=bridged)
+    if bridged == "mlp":
         with torch.device("meta"):
             bridge = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
         load_weights(bridge, folder / BRIDGE, torch.float32, device)
@@ -368,12 +381,13 @@ def autocast(model: Bagel) -> torch.autocast:
 def merge_adapter(model: Bagel, dtype: torch.dtype) -> Bagel:
     """Add the adapter to the weights and take it out, in place; the model is an ordinary Bagel of `dtype` again.
 
-    Sums are made in float32 whatever the type of the weights, one layer at a time. Raises ClearError if one is not
-    finite.
+    Sums are made in float32 whatever the type of the weights, one layer at a time; of quantised layers with the weights
+    that they compute with, so the merged model is the one that was trained, but for one rounding to `dtype`. Raises
+    ClearError if a sum is not finite.
     """
     for name, layer in _layers(model):
-        weight = layer.get_base_layer().weight
-        weight.data = weight.data.float()
+        layer.base_layer = quantised.plain(layer.get_base_layer(), torch.float32)
+        weight = layer.base_layer.weight
         try:
             layer.merge(safe_merge=True, adapter_names=[TRAINED])
         except ValueError as error:
@@ -383,17 +397,22 @@ def merge_adapter(model: Bagel, dtype: torch.dtype) -> Bagel:
         setattr(model.get_submodule(parent), last, layer.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
+    quantised.dequantise(model, dtype)  # what no adapter was put beside
+    model.config = replace(model.config, quantised="")
     return model.to(dtype)
 
 
-def merge(folder: Path | str, out: Path | str, dtype: torch.dtype, base: Path | str | None = None) -> None:
+def merge(folder: Path | str, out: Path | str, dtype: torch.dtype, base: Path | str | None = None) -> str:
     """Write the full model folder `out` of an adapter folder: summed in float32, stored in `dtype`.
 
+    An adapter that was trained on quantised layers is added to the weights these stand for; returns their type, or "".
     Raises ClearError if `folder` holds no adapter or `out` exists and is not empty.
     """
     folder, out = Path(folder), Path(out)
     if not is_adapter(folder):
         raise ClearError(f"{folder} holds no adapter ({ADAPTER_CONFIG} is missing); there is nothing to merge.")
     require_new(out)
-    model, vae, tokenizer = load_model(folder, None, base=base)
+    kind = quantisation_of(folder)
+    model, vae, tokenizer = load_model(folder, None, base=base, kind=kind)
     save_bagel(out, merge_adapter(model, dtype), vae, tokenizer)
+    return kind

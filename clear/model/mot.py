@@ -83,7 +83,13 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """SwiGLU."""
+    """SwiGLU; `piece` tokens at a time, if it is set.
+
+    The hidden layer is five times as wide as the residual and so the largest activation of all. In training each piece
+    is computed again for its gradient.
+    """
+
+    piece = 0
 
     def __init__(self, config: LlmConfig) -> None:
         super().__init__()
@@ -92,6 +98,13 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.mlp, config.hidden, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if not 0 < self.piece < len(x):
+            return self._product(x)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return torch.cat([checkpoint(self._product, some, use_reentrant=False) for some in x.split(self.piece)])
+        return torch.cat([self._product(some) for some in x.split(self.piece)])
+
+    def _product(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 

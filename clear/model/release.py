@@ -23,7 +23,7 @@ from clear.model.bagel import BagelConfig
 from clear.model.checkpoint import INDEX, MODEL, VAE, named_file, read_config, read_header, save_bagel
 from clear.model.checkpoint.config import config_files, read_json
 from clear.model.checkpoint.format import refuse
-from clear.model.lora import base_of, is_adapter, load_model, merge_adapter
+from clear.model.lora import base_of, is_adapter, load_model, merge_adapter, quantisation_of
 from clear.model.tokenizer import MARKERS, MERGES, SETTINGS, TOKENIZER, VOCABULARY
 from clear.model.vae import VaeConfig
 
@@ -81,7 +81,8 @@ def write(
     folder, out = Path(folder), Path(out)
     require_new(out)
     adapter = is_adapter(folder)
-    model, vae, tokenizer = load_model(folder, None, base=base)
+    kind = quantisation_of(folder) if adapter else ""
+    model, vae, tokenizer = load_model(folder, None, base=base, kind=kind)
     dtype = dtype or model.vae2llm.weight.dtype
     model = merge_adapter(model, dtype) if adapter else model.to(dtype)
     save_bagel(out, model, vae, tokenizer)

@@ -5,9 +5,10 @@ import ctypes.util
 import os
 import sys
 import warnings
+from typing import Any
 
 from clear.errors import ClearError
-from clear.schema import Config
+from clear.schema import QUANTISED, Config
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
@@ -45,6 +46,17 @@ def precision(config: Config) -> str:
     if config.runtime.precision != "auto":
         return config.runtime.precision
     return "bfloat16" if has_bfloat16(device(config)) else "float32"
+
+
+def stored(config: Config) -> tuple[Any, str]:
+    """The type of a loaded model's weights, and how the decoder's linear layers are quantised ("" = not at all).
+
+    Beside quantised layers the weights have the type in which training computes (`precision`).
+    """
+    import torch
+
+    kind = config.runtime.weights if config.runtime.weights in QUANTISED else ""
+    return getattr(torch, precision(config) if kind else config.runtime.weights), kind
 
 
 def has_bfloat16(where: str) -> bool:

@@ -20,7 +20,7 @@ from clear.model.bagel import Bagel
 from clear.model.flow import Guidance
 from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
 from clear.model.latents import LatentStore
-from clear.model.runtime import device
+from clear.model.runtime import device, stored
 from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
@@ -83,9 +83,9 @@ class Answerer:
 
         Raises ClearError if it has no tokenizer, or cuts images otherwise than `config.model` does, and as `device`.
         """
-        kind = torch.bfloat16 if config.runtime.weights == "bfloat16" else torch.float32
+        dtype, kind = stored(config)
         base, rest = config.model.checkpoint or None, completing(config)
-        model, vae, tokenizer = lora.load_model(folder, kind, device(config), base, rest)
+        model, vae, tokenizer = lora.load_model(folder, dtype, device(config), base, rest, kind)
         if tokenizer is None:
             raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
         check_geometry(config.model, model.config, folder)

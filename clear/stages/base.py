@@ -8,7 +8,7 @@ from clear.data.io import write_json
 from clear.data.records import read_samples
 from clear.data.workspace import completing
 from clear.errors import ClearError
-from clear.model.runtime import apply_runtime
+from clear.model.runtime import apply_runtime, stored
 from clear.schema import Config
 
 OUT, METRICS, CURVE = Path("data/models/base"), Path("data/metrics/base.json"), Path("data/plots/base.csv")
@@ -18,7 +18,7 @@ def run(config: Config) -> None:
     """Train, or for a profile with `model.checkpoint` write the manifest of that folder's files."""
     apply_runtime(config)
     if config.model.checkpoint:
-        _manifest(Path(config.model.checkpoint), completing(config))
+        _manifest(Path(config.model.checkpoint), completing(config), stored(config)[1])
         return
     if config.source.kind != "scenes":
         raise ClearError(
@@ -73,15 +73,15 @@ def run(config: Config) -> None:
     work.finish(CURVE)
 
 
-def _manifest(folder: Path, base: Path | None) -> None:
+def _manifest(folder: Path, base: Path | None, kind: str) -> None:
     """List the files of a checkpoint folder with their hashes, with those from `base` that complete weights alone; the
-    weights stay where they are.
+    weights stay where they are. `kind` is the type of its layers, if params ask for quantised ones.
 
     Raises ClearError for whatever keeps the stages behind from loading it, before they are run.
     """
     from clear.model.checkpoint import fingerprint, load_bagel
 
-    load_bagel(folder, None, "meta", base)
+    load_bagel(folder, None, "meta", base, kind)
     files = fingerprint(folder, base)
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})

@@ -20,6 +20,7 @@ from clear.model.bagel import FROZEN, Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
 from clear.model.cache import grown
 from clear.model.mot import LlmConfig
+from clear.model.quantised import size
 from clear.model.vae import AutoEncoder
 from clear.schema import Lora
 
@@ -64,7 +65,7 @@ class Training:
     """What decides which tensors are kept.
 
     compute, weights: bytes per number; fused: one attention kernel (GPU); blocks: its mask is one of blocks, which is
-    negligible, and its key-value heads are not repeated (flex_attention).
+    negligible, and its key-value heads are not repeated (flex_attention). piece: tokens that SwiGLU computes at a time.
     """
 
     compute: int
@@ -73,6 +74,11 @@ class Training:
     checkpointing: bool = False
     fused: bool = False
     blocks: bool = False
+    piece: int = 0
+
+    def at_once(self, tokens: int) -> int:
+        """Of so many tokens those whose SwiGLU is held at a time."""
+        return min(tokens, self.piece or tokens)
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,26 @@ def _adapted(name: str, lora: Lora) -> bool:
     return target in lora.targets and lora.experts in ("both", "gen" if "_moe_gen" in name else "und")
 
 
+@dataclass(frozen=True)
+class Coded:
+    """The quantised layers of a model: the numbers their weights stand for, their bytes, and the largest one's numbers,
+    which are decoded for its product."""
+
+    numbers: int = 0
+    bytes: int = 0
+    largest: int = 0
+
+
+def coded(model: BagelConfig, kind: str) -> Coded:
+    """What of a model's weights is quantised as `kind` ("": nothing); exact."""
+    if not kind:
+        return Coded()
+    found, _ = _parameters(model)
+    weights = [s for name, s in found.items() if name.startswith("language_model.model.layers.") and len(s) == 2]
+    numbers = [math.prod(shape) for shape in weights]
+    return Coded(sum(numbers), sum(size(kind, *shape) for shape in weights), max(numbers))
+
+
 def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
     """What one decoder layer saves for its backward pass.
 
@@ -144,7 +170,8 @@ def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
     - attention: q, k and v, the latter two repeated to all heads, 3TQa. Plain (CPU): the float32 softmax 4HL² per row
       and under autocast its copy for the product with v. Fused (GPU): the output, 4 bytes of log-sum per head, and
       the additive mask in the compute type aL² per row;
-    - SwiGLU: the gate before and after its activation, and the other factor, 3TIa.
+    - SwiGLU: the gate before and after its activation, and the other factor, 3TIa. In pieces this and the inputs of its
+      layers are those of one piece, and what they are cut from is kept, TDa.
     """
     t, a, d = batch.tokens, train.compute, llm.hidden
     q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
@@ -158,9 +185,11 @@ def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
             continue
         chosen = sum(name in train.lora.targets for name in names)
         tokens = {"both": t, "und": batch.und, "gen": batch.gen}[train.lora.experts]
+        tokens = tokens if "o_proj" in names or "q_proj" in names else train.at_once(tokens)
         total += tokens * a * (size * (chosen if a < 4 else min(1, chosen)) + chosen * train.lora.rank)
     total += t * (q + 2 * kv) * a * bool(batch.gen)
-    total += t * (q + 2 * (kv if train.blocks else q)) * a + 3 * t * llm.mlp * a
+    total += t * (q + 2 * (kv if train.blocks else q)) * a + 3 * train.at_once(t) * llm.mlp * a
+    total += t * d * a if train.at_once(t) < t else 0
     if train.blocks:
         return total + t * (q * a + 4 * llm.heads)
     if train.fused:
@@ -218,7 +247,7 @@ def training_workspace(model: BagelConfig, batch: Batch, train: Training, cast: 
     llm = model.llm
     mask = 0 if train.blocks else 7 * batch.rows * batch.length**2
     loss = batch.scored * llm.vocab * (train.compute + 8)
-    widest = 3 * batch.tokens * llm.mlp * train.compute
+    widest = 3 * max(train.at_once(batch.tokens) * llm.mlp, batch.tokens * llm.hidden) * train.compute
     if not train.fused:
         widest = max(widest, 8 * batch.rows * llm.heads * batch.length**2)
     layer = widest + (layer_activations(llm, batch, train) if train.checkpointing else 0)

@@ -23,7 +23,7 @@ from clear.model.bagel import FROZEN, Bagel
 from clear.model.checkpoint import fingerprint, save_bagel
 from clear.model.images import ImageBank, check_geometry
 from clear.model.latents import LatentStore
-from clear.model.runtime import device
+from clear.model.runtime import device, stored
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
 from clear.schema import Config
@@ -70,10 +70,17 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
         raise ClearError(
             f"{folder} holds an adapter and lora.rank = 0 trains all weights; set lora.rank, or `clear merge` it first."
         )
-    kind, start = TYPES[config.runtime.weights], place
+    (dtype, kind), start = stored(config), place
+    if kind:
+        _check_quantised(folder, config, adapted)
+    elif adapted and (trained := lora.quantisation_of(folder)):
+        raise ClearError(
+            f"{folder} was trained on {trained} weights, params say runtime.weights = {config.runtime.weights}; set it "
+            "back, or run sft again."
+        )
     if sharded.enabled():
         start = "meta" if rank() and not whole and sharded.from_first() else "cpu"
-    model, vae, tokenizer = lora.load_model(folder, kind, start, base, rest)
+    model, vae, tokenizer = lora.load_model(folder, dtype, start, base, rest, kind)
     if tokenizer is None:
         raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
     check_geometry(config.model, model.config, folder)
@@ -94,6 +101,25 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files, rest)
+
+
+def _check_quantised(folder: Path, config: Config, adapted: bool) -> None:
+    """Raise ClearError where training cannot go on from `folder` on quantised weights."""
+    kind = config.runtime.weights
+    if not config.lora.rank:
+        raise ClearError(
+            f"params: runtime.weights = {kind} freezes the decoder, and lora.rank = 0 trains it; set lora.rank, or "
+            "runtime.weights to float32."
+        )
+    if sharded.enabled():
+        raise ClearError(
+            f"params: runtime.weights = {kind} is not sharded; train on one device, or set it to bfloat16."
+        )
+    if adapted and (trained := lora.quantisation_of(folder)) != kind:
+        raise ClearError(
+            f"{folder} was trained on {trained or 'exact'} weights, params say runtime.weights = {kind}; set it back, "
+            "or run sft again."
+        )
 
 
 @contextmanager
@@ -121,8 +147,7 @@ def save(folder: Path | str, start: Incoming, config: Config) -> None:
     if rank():
         return
     if lora.has_adapter(start.model):
-        kind = TYPES[config.runtime.weights]
-        lora.save_adapter(folder, start.model, start.weights, start.files, kind, start.rest)
+        lora.save_adapter(folder, start.model, start.weights, start.files, stored(config)[0], start.rest)
     else:
         save_bagel(folder, start.model, start.vae, start.tokenizer)
 

@@ -17,15 +17,17 @@ from clear.model.bagel import FROZEN, GENERATION, BagelConfig
 from clear.model.flow import Guidance
 from clear.model.images import encode_batch
 from clear.model.mot import LlmConfig
+from clear.model.quantised import PIECE
 from clear.model.runtime import precision
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import VaeConfig
 from clear.model.vit import VitConfig
-from clear.schema import Config, Lora
+from clear.schema import QUANTISED, Config, Lora
 from clear.training.footprint import (
     Batch,
     Training,
     activations,
+    coded,
     count,
     kv_bytes,
     kv_capacity,
@@ -171,7 +173,8 @@ def encode_workspace(config: Config) -> int:
 def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: int = 1) -> Estimate:
     """Memory of one stage on one of `gpus` devices.
 
-    Trained parameters, gradients and moments have the type of the weights; adapters and the bridge beside them are
+    Quantised layers are exact too, and the largest of them is decoded beside them in the type it computes in. Trained
+    parameters, gradients and moments have the type of the weights; adapters and the bridge beside them are
     float32, the autoencoder always is. AdamW keeps two moments per trained parameter and `sft.ema` adds an average
     in float32. GRPO keeps the incoming policy: a copy of the model in full training, of adapter and bridge else.
     Over several devices (FSDP) weights, gradients and optimiser are divided; the micro-batch is divided too.
@@ -184,10 +187,13 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     mlp = config.bridge.kind == "mlp"
     never = (*FROZEN, *GENERATION) if stage == "bridge" and mlp else FROZEN
     counts = count(model, lora, never, bridge=stage != "sft")
-    number = 2 if runtime.weights == "bfloat16" else 4
     trains, fused = stage != "evaluate", runtime.device == "cuda"
+    narrow = "bfloat16" if fused and runtime.precision == "auto" else precision(config)
+    kind = runtime.weights if runtime.weights in QUANTISED else ""
+    number = 2 if (narrow if kind else runtime.weights) == "bfloat16" else 4
+    quantised, piece = coded(model, kind), PIECE if kind else 0
     beside = 4 * (counts.adapter + counts.bridge) if lora.rank else number * counts.bridge
-    policy = counts.base * number + beside
+    policy = (counts.base - quantised.numbers) * number + quantised.bytes + beside
     weights = policy + 4 * counts.vae
     if stage == "grpo":
         weights += beside if lora.rank else policy
@@ -196,18 +202,18 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     shares = [-(-part // gpus) for part in (weights, trained, optimiser)]
     weights, gradients, optimiser = shares
 
-    narrow = "bfloat16" if fused and runtime.precision == "auto" else precision(config)
     compute = 2 if narrow == "bfloat16" and (stage != "grpo" or number == 2) else 4
     kept = stepping = cache = prefill = 0
     if trains:
         blocks = flex.wanted(runtime.attention, torch.device("cuda" if fused else "cpu"))
-        train = Training(compute, number, lora, runtime.gradient_checkpointing, fused, blocks)
+        train = Training(compute, number, lora, runtime.gradient_checkpointing, fused, blocks, piece)
         batch = stage_batch(config, stage, gpus)
         stride = config.sft.distill_stride
         kept = activations(model, batch, train, stride)
-        stepping = training_workspace(model, batch, train, counts.cast)
+        stepping = training_workspace(model, batch, train, counts.cast) + quantised.largest * compute
     if stage != "sft":
-        cache, prefill = _generation(config, stage, model, number, fused)
+        cache, prefill = _generation(config, stage, model, number, fused, piece)
+        prefill += quantised.largest * number
     encoding = encode_workspace(config)
     whole = policy if stage == "grpo" and gpus > 1 and not lora.rank else 0  # gathered for the rollouts
     peak = weights + max(encoding, gradients + optimiser + kept + stepping, whole + optimiser + cache + prefill)
@@ -229,7 +235,9 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     )
 
 
-def _generation(config: Config, stage: str, model: BagelConfig, number: int, fused: bool) -> tuple[int, int]:
+def _generation(
+    config: Config, stage: str, model: BagelConfig, number: int, fused: bool, piece: int
+) -> tuple[int, int]:
     """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
 
     The stage `bridge` only denoises, behind the prompt and the reply that asks for it. Prefill works through one layer
@@ -246,7 +254,7 @@ def _generation(config: Config, stage: str, model: BagelConfig, number: int, fus
     batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
     plain = Lora(0, 1.0, 0.0, [], "both")
     compute = 2 if number == 2 else 4
-    work = layer_activations(model.llm, batch, Training(compute, number, plain, fused=fused))
+    work = layer_activations(model.llm, batch, Training(compute, number, plain, fused=fused, piece=piece))
     cache = kv_bytes(model.llm, rows, capacity, number)
     contexts = Guidance(s.text_guidance, s.image_guidance).contexts
     if contexts > 1 and stage != "grpo":

@@ -7,7 +7,8 @@ the average counts, with which the published reinforcement learning starts (METH
 folder has an index without the shards it names, so an index counts only if shards exist. Next to the weights are
 `ae.safetensors` (the autoencoder), `llm_config.json`, `vit_config.json` and the tokenizer's files. This project adds
 `bridge.safetensors` for the mlp bridge, `vae_config.json` for autoencoders of another size than FLUX's and
-`config.json`, which states what the published code hard-codes.
+`config.json`, which states what the published code hard-codes, and of what type quantised weights are
+(clear/model/quantised.py; made by `quantise_folder`).
 
 Loading builds on the meta device, checks every key, shape and type against the file's header, and adopts the
 memory-mapped tensors: in the stored type nothing is copied; another type or device is read tensor by tensor. Saving
@@ -33,7 +34,7 @@ from clear.model.checkpoint.format import (
     samples_sha256,
 )
 from clear.model.checkpoint.load import load_bagel, load_weights
-from clear.model.checkpoint.save import save_bagel, write_folder
+from clear.model.checkpoint.save import quantise_folder, save_bagel, write_folder
 from clear.model.tokenizer import TOKENIZER
 
 __all__ = [
@@ -53,6 +54,7 @@ __all__ = [
     "model_file",
     "named_file",
     "places",
+    "quantise_folder",
     "read_config",
     "read_header",
     "samples_sha256",

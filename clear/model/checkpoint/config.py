@@ -8,6 +8,7 @@ from clear.errors import ClearError
 from clear.model.bagel import BagelConfig
 from clear.model.checkpoint.format import WORDS, places
 from clear.model.mot import LlmConfig
+from clear.model.quantised import KINDS, description
 from clear.model.sequence import SpecialTokens
 from clear.model.tokenizer import MARKERS, SETTINGS, TOKENIZER, read_text, read_tokenizer
 from clear.model.vae import VaeConfig
@@ -52,6 +53,7 @@ def config_files(config: BagelConfig) -> dict[str, dict]:
             "vit_max_num_patch_per_side": vit.side,
             "bridge": config.bridge,
             "special_tokens": markers,
+            **({"quantisation": description(config.quantised)} if config.quantised else {}),
         },
     }
 
@@ -108,6 +110,7 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
         latent_patch=own.get("latent_patch_size", 2),
         max_latent_size=own.get("max_latent_size", 64),
         bridge=own.get("bridge", "direct"),
+        quantised=_quantisation(folder, own),
     )
     if config.llm.hidden % config.llm.heads or config.llm.heads % config.llm.kv_heads:
         raise ClearError(
@@ -115,6 +118,21 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
             f"{config.llm.heads}, and that by num_key_value_heads {config.llm.kv_heads}; fetch the file again."
         )
     return config
+
+
+def _quantisation(folder: Path, own: dict) -> str:
+    """The type of the folder's quantised layers, "" if it has none."""
+    stated = own.get("quantisation")
+    if stated is None:
+        return ""
+    known = {kind: description(kind) for kind in KINDS}
+    for kind, described in known.items():
+        if stated == described:
+            return kind
+    raise ClearError(
+        f"{folder / 'config.json'}: quantisation {json.dumps(stated)} is not one of this version's "
+        f"({', '.join(known)}); make the folder again with `clear quantise`."
+    )
 
 
 def _stated_markers(folder: Path) -> SpecialTokens | None:

@@ -17,6 +17,8 @@ from clear.model.tokenizer import ADDED, LFS, MERGES, SETTINGS, TOKENIZER, VOCAB
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
 PLAIN, INDEX = "model.safetensors", "model.safetensors.index.json"
 TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+CODED = {"U8": torch.uint8, "I8": torch.int8}
+"""Types of quantised weights."""
 SHAPES = ("llm_config.json", "vit_config.json", "vae_config.json", "config.json")
 """What says how large a model is. A folder without the first of them has weights alone."""
 WORDS = (TOKENIZER, VOCABULARY, MERGES, SETTINGS, ADDED, "special_tokens_map.json")
@@ -238,11 +240,19 @@ def missing(file: Path) -> str:
     return f"{text}; copy it from the model folder or release that the other files came from (only safetensors)."
 
 
-def check_entries(file: Path, expected: dict[str, tuple], entries: dict[str, Entry], remedy: str = "") -> None:
-    """Raise one ClearError for all keys of a file that are missing, surplus, mis-shaped or not floating-point.
+def check_entries(
+    file: Path,
+    expected: dict[str, tuple],
+    entries: dict[str, Entry],
+    remedy: str = "",
+    kinds: dict[str, torch.dtype] | None = None,
+) -> None:
+    """Raise one ClearError for all keys of a file that are missing, surplus, mis-shaped or of a wrong type: that of
+    `kinds` where a key has one, else a floating-point type.
 
     `remedy` says what to do where no key has a remedy of its own.
     """
+    kinds = kinds or {}
     problems, hints = [], []
     for key in sorted(expected.keys() | entries.keys()):
         if key not in entries:
@@ -252,9 +262,14 @@ def check_entries(file: Path, expected: dict[str, tuple], entries: dict[str, Ent
         elif expected[key] != entries[key].shape:
             problems.append(f"key {key} has shape {entries[key].shape}, the configs say {expected[key]}")
             hints += _hint(key, entries[key].shape, expected[key])
-        elif entries[key].kind not in TYPES:
+        elif key in kinds and (TYPES | CODED).get(entries[key].kind) != kinds[key]:
+            problems.append(f"key {key} has type {entries[key].kind}, its quantisation says {kinds[key]}")
+            hints.append("Make the folder again with `clear quantise`.")
+        elif key not in kinds and entries[key].kind not in TYPES:
             problems.append(f"key {key} has type {entries[key].kind}, expected one of {', '.join(TYPES)}")
-            hints.append("Quantised weights are not read; take the bfloat16 release.")
+            hints.append(
+                "Weights that other programs quantised are not read; take the bfloat16 release and set runtime.weights."
+            )
     refuse(file, problems, hints or [remedy])
 
 

@@ -1,6 +1,7 @@
 """Reading a model folder: built on the meta device, checked by the file's header, then given its tensors."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -8,10 +9,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from clear.errors import ClearError
+from clear.model import quantised
 from clear.model.bagel import Bagel
 from clear.model.checkpoint.config import load_tokenizer, read_config, read_json
 from clear.model.checkpoint.format import (
     BRIDGE,
+    CODED,
     INDEX,
     TYPES,
     VAE,
@@ -33,14 +36,16 @@ def load_bagel(
     dtype: torch.dtype | None = torch.float32,
     device: str = "cpu",
     base: Path | str | None = None,
+    kind: str = "",
 ):
     """Model, autoencoder and tokenizer (None where the folder has none) of a folder in BAGEL-7B-MoT's layout.
 
     `path` is the folder, or one weight file in it where it holds several; a folder of weights alone is completed from
     the model folder `base` (see `places`), at which a whole one does not look. dtype None keeps each tensor's stored
     type. With the stored type on the CPU the weights stay mapped from the file (private: training does not write to
-    it); on "meta" only the autoencoder has weights. The autoencoder is float32 whatever `dtype`: it runs without
-    autocast, and its file is float32. Raises ClearError for whatever does not fit.
+    it); on "meta" only the autoencoder has weights. `kind` quantises the decoder's linear layers, each as it is read
+    (clear/model/quantised.py), and is the only one of which quantised weights are read. The autoencoder is float32
+    whatever `dtype`: it runs without autocast, and its file is float32. Raises ClearError for whatever does not fit.
     """
     folder, _ = named_file(path)
     if not folder.is_dir():
@@ -52,13 +57,16 @@ def load_bagel(
     weights = model_file(path)
     tokenizer = load_tokenizer(parts.tokenizer)
     config = read_config(path, tokenizer, base)
+    _check_kind(folder, config.quantised, kind)
+    quantised.require(kind, device)
     with torch.device("meta"):
         model, vae = Bagel(config), AutoEncoder(config.vae)
     bridge = getattr(model, "bridge", None)
     if bridge is not None:
         del model.bridge
         load_weights(bridge, folder / BRIDGE, dtype, device)
-    load_weights(model, weights, dtype, device)
+    load_weights(model, weights, dtype, device, kind)
+    model.config = replace(config, quantised=kind)
     load_weights(vae, parts.file(VAE), torch.float32, "cpu" if torch.device(device).type == "meta" else device)
     if bridge is not None:
         model.bridge = bridge
@@ -67,22 +75,49 @@ def load_bagel(
     return model.eval(), vae.eval().requires_grad_(False), tokenizer
 
 
-def load_weights(module: nn.Module, file: Path, dtype: torch.dtype | None, device: str) -> None:
+def _check_kind(folder: Path, found: str, wanted: str) -> None:
+    if not found or found == wanted:
+        return
+    if not wanted:
+        raise ClearError(
+            f"{folder} holds {found} weights, and exact ones are needed here; name the folder that they were made "
+            f"from, or set runtime.weights = {found} if this is to run on them."
+        )
+    raise ClearError(f"{folder} holds {found} weights, runtime.weights says {wanted}; set it to {found}.")
+
+
+def load_weights(module: nn.Module, file: Path, dtype: torch.dtype | None, device: str, kind: str = "") -> None:
     """Adopt the tensors of a safetensors file (or of an index's shards) into a (meta) module.
 
     dtype None keeps the stored type. On the CPU tensors of the wanted type stay memory-mapped; on "meta" the file is
-    checked and none is read. Raises ClearError with every problem of a file: see `check_entries`.
+    checked and none is read. Where the module's layers are not of the quantised `kind` yet, they become so, each weight
+    as it is read: beside the codes there is never more than one weight in memory. Raises ClearError with every problem
+    of a file: see `check_entries`.
     """
     expected = {key: tuple(value.shape) for key, value in module.state_dict().items()}
     parts = _shards(file, expected) if file.name == INDEX else {file: expected}
-    state = {}
+    state, kinds = {}, quantised.kinds(module)
+    coded = {f"{name}.weight" for name in quantised.layers(module)} if kind and not kinds else set()
+    if coded:
+        quantised.quantise(module, kind)
+        # All room for codes before the first weight: taken one by one, it would pin what the weights leave behind.
+        for key, dtype_of_codes in quantised.kinds(module).items():
+            state[key] = torch.empty(module.get_buffer(key).shape, dtype=dtype_of_codes, device=device)
     for part, wanted in parts.items():
         entries = read_header(part)
-        check_entries(part, wanted, entries)
+        check_entries(part, wanted, entries, kinds=kinds)
         if torch.device(device).type == "meta":
-            state |= {k: torch.empty(e.shape, dtype=dtype or TYPES[e.kind], device=device) for k, e in entries.items()}
+            for key, entry in entries.items():
+                if key not in coded:
+                    wanted_type = kinds.get(key, dtype) or TYPES[entry.kind]
+                    state[key] = torch.empty(entry.shape, dtype=wanted_type, device=device)
             continue
-        state |= dict(_tensors(part, entries, dtype, device))
+        for key, tensor in _tensors(part, entries, dtype, device, kinds, coded):
+            if key in coded:
+                for name, codes in quantised.encode(kind, tensor, f"{part}: {key}").items():
+                    state[key.removesuffix("weight") + name].copy_(codes)
+            else:
+                state[key] = tensor
     module.load_state_dict(state, strict=True, assign=True)
 
 
@@ -106,14 +141,25 @@ def _shards(index: Path, expected: dict[str, tuple]) -> dict[Path, dict[str, tup
     }
 
 
-def _tensors(file: Path, entries: dict[str, Entry], dtype, device) -> Iterator[tuple[str, Tensor]]:
-    """All tensors of a file: mapped where type and device are the stored ones, else read and converted one by one."""
+def _tensors(
+    file: Path,
+    entries: dict[str, Entry],
+    dtype: torch.dtype | None,
+    device: str,
+    kinds: dict[str, torch.dtype],
+    coded: set[str],
+) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of a file: mapped where type and device are the stored ones, else read and converted one by one.
+
+    Types: that of `kinds` where a key has one, the stored one of what is to be `coded`, else `dtype`.
+    """
     on_host = torch.device(device).type == "cpu"
     try:
         with safe_open(file, "pt") as mapped, file.open("rb") as source:
             for key, entry in entries.items():
-                stored = TYPES[entry.kind]
-                if on_host and dtype in (None, stored):
+                stored = (TYPES | CODED)[entry.kind]
+                wanted = stored if key in coded else kinds.get(key, dtype) or stored
+                if on_host and wanted == stored and key not in coded:
                     yield key, mapped.get_tensor(key)
                     continue
                 # Read, not mapped: pages of the whole file would count beside the converted weights.
@@ -121,6 +167,6 @@ def _tensors(file: Path, entries: dict[str, Entry], dtype, device) -> Iterator[t
                 raw = bytearray(entry.stop - entry.start)
                 source.readinto(raw)
                 tensor = torch.frombuffer(raw, dtype=stored).reshape(entry.shape)
-                yield key, tensor.to(device).to(dtype or stored)
+                yield key, tensor.to(device).to(wanted)
     except SafetensorError as error:
         raise ClearError(f"{file} is not safetensors ({error}); fetch it again.") from error

@@ -4,11 +4,15 @@ import json
 from collections.abc import Callable, Collection
 from pathlib import Path
 
+import torch
 from safetensors.torch import save_file
 
+from clear.data.io import require_new
+from clear.errors import ClearError
 from clear.model.bagel import Bagel
-from clear.model.checkpoint.config import SOURCES, config_files
-from clear.model.checkpoint.format import BRIDGE, MODEL, PARTIAL, SAVING, VAE
+from clear.model.checkpoint.config import SOURCES, config_files, read_config
+from clear.model.checkpoint.format import BRIDGE, MODEL, PARTIAL, SAVING, VAE, named_file
+from clear.model.checkpoint.load import load_bagel
 from clear.model.tokenizer import TOKENIZER
 from clear.model.vae import AutoEncoder
 
@@ -38,6 +42,22 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
         text = json.dumps(content, indent=2, sort_keys=True) + "\n"
         writers[name] = lambda path, text=text: path.write_text(text)
     write_folder(folder, writers, stale - writers.keys())
+
+
+def quantise_folder(
+    path: Path | str, out: Path | str, kind: str, dtype: torch.dtype | None = None, base: Path | str | None = None
+) -> None:
+    """Write the model folder `out` of exact weights (as load_bagel takes them) with quantised layers of `kind`.
+
+    Everything else gets `dtype` (None: the stored type). Raises ClearError for weights that are quantised already, and
+    if `out` exists and is not empty.
+    """
+    require_new(Path(out))
+    folder, _ = named_file(path)
+    if folder.is_dir() and (held := read_config(path, base=base).quantised):
+        raise ClearError(f"{folder} holds {held} weights already; name the folder that they were made from.")
+    model, vae, tokenizer = load_bagel(path, dtype, base=base, kind=kind)
+    save_bagel(out, model, vae, tokenizer)
 
 
 def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], object]], stale: Collection[str] = ()) -> None:

@@ -65,18 +65,23 @@ class TrainedOnly:
 
 
 def trained_state(module: nn.Module) -> dict[str, Tensor]:
-    """What training changes of a module: its state without the frozen parameters, whole, on the CPU."""
-    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    """What training changes of a module: its state without what is frozen, whole, on the CPU."""
+    frozen = _frozen(module)
     return {k: whole(v).contiguous() for k, v in module.state_dict().items() if k not in frozen}
 
 
 def adopt_trained(module: nn.Module, file: Path) -> None:
     """Load a `trained_state`. Raises ClearError if the file is of another set of parameters."""
-    state = load_file(file)
-    frozen = {name for name, value in module.named_parameters() if not value.requires_grad}
+    state, frozen = load_file(file), _frozen(module)
     found = module.load_state_dict(state, strict=False)
     if set(found.missing_keys) - frozen or found.unexpected_keys:
         raise ClearError(f"{file} belongs to another set of trained parameters; delete it and repeat the command.")
+
+
+def _frozen(module: nn.Module) -> set[str]:
+    """Parameters without gradients, and buffers: the weights of quantised layers."""
+    fixed = {name for name, value in module.named_parameters() if not value.requires_grad}
+    return fixed | {name for name, _ in module.named_buffers()}
 
 
 class Ema(TrainerCallback):
