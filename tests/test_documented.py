@@ -72,6 +72,7 @@ RUN = {
     "make check": APPLIED,
     "clear memory": BAGEL,
     "clear merge": BAGEL,
+    "clear quantise": "test_quantised::test_the_command_writes_a_folder_that_loads_to_the_same_model",
     "clear ask": "test_cli::test_ask_prints_the_trace_and_saves_the_picture",
     "clear browse": "test_browse::test_a_wide_window_shows_pictures_answers_and_traces",
     "clear serve": "test_serve::test_the_answer_is_that_of_clear_ask",

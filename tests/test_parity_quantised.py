@@ -14,10 +14,10 @@ from tests.reference import GOLDEN
 from tests.test_parity import conversation, packed_contents, packed_layout
 
 BOUNDS = {
-    "nf4": {"prefill_vit": 0.0, "prefill_vae_vit": 0.0, "train": 0.0, "velocities": 0.0},
-    "int8": {"prefill_vit": 0.0, "prefill_vae_vit": 0.0, "train": 0.0, "velocities": 0.0},
+    "nf4": {"prefill_vit": 0.192, "prefill_vae_vit": 0.230, "train": 0.227, "velocities": 0.177},
+    "int8": {"prefill_vit": 0.0128, "prefill_vae_vit": 0.0154, "train": 0.0148, "velocities": 0.0124},
 }
-"""Measured 0.… (docs/LOG.md), and a fifth more."""
+"""A fifth more than was measured (docs/LOG.md)."""
 
 
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:

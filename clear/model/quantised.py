@@ -31,7 +31,7 @@ EXTRA = "quantised"
 """The optional dependency group with the kernels for CUDA."""
 BLOCK, GROUP = 64, 256
 """Weights per scale of nf4, and scales per minimum and step."""
-PIECE = 4096
+PIECE = 2048
 """Tokens that the SwiGLU of a quantised model computes at a time."""
 _CHUNK = 2**20  # weights coded or decoded at once, a multiple of BLOCK: bounds the memory beside the result
 _ROWS = "language_model.model.layers."

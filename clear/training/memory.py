@@ -252,9 +252,9 @@ def _generation(
     capacity = kv_capacity(prompt, prompt + replies * (longest + 1) + pictures * (latent + 2))
     prefilled = max(1, rows // config.grpo.group_size) if stage == "grpo" else rows
     batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
-    plain = Lora(0, 1.0, 0.0, [], "both")
+    frozen = Lora(1, 1.0, 0.0, [], "both")  # no layer keeps what only a gradient needs
     compute = 2 if number == 2 else 4
-    work = layer_activations(model.llm, batch, Training(compute, number, plain, fused=fused, piece=piece))
+    work = layer_activations(model.llm, batch, Training(compute, number, frozen, fused=fused, piece=piece))
     cache = kv_bytes(model.llm, rows, capacity, number)
     contexts = Guidance(s.text_guidance, s.image_guidance).contexts
     if contexts > 1 and stage != "grpo":
