@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from clear.bench.vlmeval.respond import Folder
 from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model import lora, quantised
@@ -408,6 +409,12 @@ def test_what_quantised_weights_cannot_do_is_refused(folder, config, monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ClearError, match=r"runtime.weights = nf4 is not sharded; train on one device"):
         incoming(folder, config)
+
+
+def test_answers_of_quantised_weights_are_not_taken_for_those_of_exact_ones(folder, config):
+    exact = Folder(folder, config).identity()
+    config.runtime.weights = "nf4"
+    assert Folder(folder, config).identity() == exact | {"weights": "nf4"}
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -18,6 +18,7 @@ from clear.data.records import Question
 from clear.errors import ClearError
 from clear.llm.endpoint import Client, EndpointError, Outage, Reply, Request, messages
 from clear.reasoning.output import answer
+from clear.schema import QUANTISED
 
 if TYPE_CHECKING:
     from clear.reasoning.answering import Answerer
@@ -100,6 +101,8 @@ class Folder:
         settings = {"sampling": asdict(self.config.sampling), "seed": self.config.seed}
         shapes = {k: v for k, v in asdict(self.config.model).items() if k not in ("checkpoint", "base")}
         how = {"restore": self.restore, "feedback": self.feedback}
+        if self.config.runtime.weights in QUANTISED:
+            how["weights"] = self.config.runtime.weights
         return {"files": digest_of(self.folder, self.config)} | settings | {"model": shapes} | how
 
     def respond(self, shards: Iterable[Shard]) -> Iterator[list[Given]]:
