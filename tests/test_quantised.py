@@ -56,6 +56,16 @@ def layer_of(kind: str, outputs: int, inputs: int, bias: bool = True) -> tuple[q
     return layer, quantised.plain(layer, torch.float32)
 
 
+def stirred(model: Bagel) -> Bagel:
+    """The model with random adapter weights, the same at every call."""
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.3)
+    return model
+
+
 # --- codes
 
 
@@ -106,13 +116,12 @@ def test_bitsandbytes_reads_the_same_weights():
     for shape in ((512, 512), (96, 64)):
         weight = torch.randn(shape)
         held = quantised.encode("nf4", weight)
-        scales = quantised._decode_scales(held["scale"], held["scale_range"])
         for dtype in (torch.float32, torch.bfloat16):
-            found, state = quantised._library_state(held["weight"], scales, *shape, dtype)
+            state = quantised._library_state(held, *shape, dtype)
+            found = bnb.functional.dequantize_4bit(held["weight"].view(-1, 1), state)
             assert torch.equal(found, quantised.decode("nf4", held, *shape, dtype))
-        one = torch.randn(1, shape[1]).to(dtype)
-        row = bnb.matmul_4bit(one, held["weight"].view(-1, 1).t(), quant_state=state)
-        torch.testing.assert_close(row, F.linear(one, found))
+            one = torch.randn(1, shape[1]).to(dtype)
+            torch.testing.assert_close(quantised._library_row(held, one, shape[0]), F.linear(one, found))
 
 
 # --- layers
@@ -154,6 +163,21 @@ def test_swiglu_in_pieces_is_the_whole_one(folder):
             torch.testing.assert_close(mlp(x), y)
     for other in found[1:]:
         torch.testing.assert_close(other, found[0])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_training_in_pieces_has_the_same_gradients(folder, recompute, tokenizer):
+    found = []
+    for piece in (0, 3):
+        model = stirred(lora.attach(load_bagel(folder, kind="nf4")[0], SETTINGS)).train()
+        model.language_model.gradient_checkpointing = recompute
+        for layer in model.language_model.model.layers:
+            layer.mlp.piece = layer.mlp_moe_gen.piece = piece
+        loss_of(model, batch(tokenizer)).backward()
+        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys() and any("down_proj" in name for name in found[0])
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -316,15 +340,6 @@ def test_quantising_holds_the_small_weights_and_one_tensor(tmp_path):
 @pytest.fixture
 def config():
     return from_dict(compose(["profile=smoke", "runtime.device=cpu", "lora.rank=2", "lora.alpha=4", *SIZES]))
-
-
-def stirred(model: Bagel) -> Bagel:
-    """The model with random adapter weights."""
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_" in name:
-                value.normal_(std=0.3)
-    return model
 
 
 @pytest.mark.parametrize("kind", KINDS)

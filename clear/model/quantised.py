@@ -143,7 +143,9 @@ def decode(kind: str, held: dict[str, Tensor], outputs: int, inputs: int, dtype:
         return (held["weight"] * held["scale"][:, None]).to(dtype)
     packed, scales = held["weight"], _decode_scales(held["scale"], held["scale_range"])
     if packed.is_cuda:
-        return _library_state(packed, scales, outputs, inputs, dtype)[0]
+        import bitsandbytes.functional as kernels
+
+        return kernels.dequantize_4bit(packed.view(-1, 1), _library_state(held, outputs, inputs, dtype))
     out, pairs = torch.empty(2 * len(packed), dtype=dtype, device=packed.device), _PAIRS.to(packed.device)
     for at in range(0, len(out), _CHUNK):
         values = F.embedding(packed[at // 2 : (at + _CHUNK) // 2].int(), pairs).view(-1, BLOCK)
@@ -151,19 +153,26 @@ def decode(kind: str, held: dict[str, Tensor], outputs: int, inputs: int, dtype:
     return out[: outputs * inputs].view(outputs, inputs)
 
 
-def _library_state(packed: Tensor, scales: Tensor, outputs: int, inputs: int, dtype: torch.dtype):
-    """The decoded weight by bitsandbytes' kernel, and the state with which its other kernels read `packed`."""
+def _library_state(held: dict[str, Tensor], outputs: int, inputs: int, dtype: torch.dtype):
+    """What bitsandbytes' kernels must know of an nf4 weight beside its packed values."""
     import bitsandbytes.functional as kernels
 
-    state = kernels.QuantState(
-        absmax=scales,
+    return kernels.QuantState(
+        absmax=_decode_scales(held["scale"], held["scale_range"]),
         shape=torch.Size((outputs, inputs)),
-        code=_CODES.to(packed.device),
+        code=_CODES.to(held["weight"].device),
         blocksize=BLOCK,
         quant_type="nf4",
         dtype=dtype,
     )
-    return kernels.dequantize_4bit(packed.view(-1, 1), state), state
+
+
+def _library_row(held: dict[str, Tensor], x: Tensor, outputs: int) -> Tensor:
+    """One row x (…, inputs) times an nf4 weight, which bitsandbytes reads as it is: what decoding a reply does most."""
+    import bitsandbytes
+
+    state = _library_state(held, outputs, x.shape[-1], x.dtype)
+    return bitsandbytes.matmul_4bit(x, held["weight"].view(-1, 1).t(), quant_state=state)
 
 
 class _Product(torch.autograd.Function):
@@ -210,6 +219,8 @@ class QuantisedLinear(nn.Linear):
         if self.kind == "int8":  # whole numbers up to 127 are exact in bfloat16, and the scales act on the smaller side
             weight, scale = self.weight.to(x.dtype), self.scale
             return ((x * scale).to(x.dtype) @ weight) if transposed else (F.linear(x, weight) * scale).to(x.dtype)
+        if x.is_cuda and x.numel() == self.in_features and not transposed:
+            return _library_row(self.held(), x, self.out_features)
         weight = self.decoded(x.dtype)
         return x @ weight if transposed else F.linear(x, weight)
 
