@@ -4,7 +4,6 @@ Numbers of the reference implementation (tests/reference.py); the tolerances are
 implementations of the same formulas differ by rounding only. Generation is in test_parity_generation.py.
 """
 
-import itertools
 from dataclasses import replace
 
 import pytest
@@ -12,16 +11,27 @@ import torch
 import torch.nn.functional as F
 
 from clear.data.images import encode_image
-from clear.model import flow
 from clear.model.bagel import Contents
 from clear.model.bridge import distilled_layers, token_distillation
 from clear.model.checkpoint import load_bagel
 from clear.model.images import ImageBank, target_size, vae_array
 from clear.model.mot import rotary
-from clear.model.sequence import LATENT, VIT, Image, Layout, Row, Text, layout
+from clear.model.sequence import LATENT, VIT, Text, layout
 from clear.model.vae import patchify, unpatchify
 from clear.training.sft import distillation, taught_pairs
-from tests.reference import CASES, GOLDEN, close, greedy, image_size, spans, tokens, vit_input
+from tests.reference import (
+    CASES,
+    GOLDEN,
+    close,
+    conversation,
+    greedy,
+    image_size,
+    packed_contents,
+    packed_layout,
+    spans,
+    tokens,
+    vit_input,
+)
 
 # --- pieces
 
@@ -113,19 +123,6 @@ def test_image_transforms_of_inference(model, golden):
 # --- understanding: prefill and greedy decoding
 
 
-def conversation(model, golden, name):
-    """Segments and contents of a prefill case: system, the image as it says, question."""
-    contents, images = Contents(vit=[], latent=[], time=[]), []
-    if f"{name}.vae_latent" in golden:
-        latent, grid = tokens(model, golden[f"{name}.vae_latent"])
-        contents.latent, contents.time = [latent], [0.0]
-        images.append(Image(LATENT, grid))
-    patches, grid = vit_input(model, golden["inputs.vit_pixels"])
-    contents.vit = [patches]
-    system, question = golden["inputs.system_ids"].tolist(), golden["inputs.question_ids"].tolist()
-    return [Text(system), *images, Image(VIT, grid), Text(question)], contents
-
-
 @pytest.mark.parametrize("which", ["vit", "vae_vit"])
 @torch.no_grad()
 def test_prefill_then_greedy_decoding(model, golden, which):
@@ -156,46 +153,6 @@ def test_prefill_then_greedy_decoding(model, golden, which):
 
 
 # --- training: packed samples
-
-
-def packed_layout(model, golden, name):
-    """The layout of packed samples in ONE row, from the reference's index lists."""
-    get = {key: golden[f"{name}.packed_{key}"].tolist() for key in ("text_ids", "text_indexes", "vit_token_indexes")}
-    text = dict(zip(get["text_indexes"], get["text_ids"], strict=True))
-    vit_at, latent_at = set(get["vit_token_indexes"]), set(golden[f"{name}.packed_vae_token_indexes"].tolist())
-    scored = set(golden[f"{name}.ce_loss_indexes"].tolist())
-    side, sizes = model.config.vit.side, golden[f"{name}.vit_token_seqlens"].tolist()
-    last = [int(part[-1]) for part in golden[f"{name}.packed_vit_position_ids"].split(sizes)]
-    vit_grids = iter([(at // side + 1, at % side + 1) for at in last])
-    latent_grids = iter(map(tuple, golden[f"{name}.latent_shapes"].tolist()))
-    ends = list(itertools.accumulate(golden[f"{name}.sample_lens"].tolist()))
-    row, segments, start = Row(), [], 0
-    lengths, splits = golden[f"{name}.split_lens"].tolist(), CASES[name]["params"]["splits"]
-    for length, split in zip(lengths, splits, strict=True):
-        if start + 1 in vit_at:
-            segments.append(Image(VIT, next(vit_grids)))
-        elif start + 1 in latent_at:
-            segments.append(Image(LATENT, next(latent_grids), noise=split["mode"] == "noise"))
-        else:
-            body = [text[j] for j in range(start + 1, start + length - 1)]
-            segments.append(Text(body, scored=True if start in scored else None))
-        start += length
-        if start in ends:
-            row.add(segments, model.config.special)
-            segments = []
-    return Layout.stack([row])
-
-
-def packed_contents(golden, name, shift=1.0):
-    """Pictures of packed samples, noised by the given draws; also the velocity target of the noisy tokens."""
-    sizes = [h * w for h, w in golden[f"{name}.latent_shapes"].tolist()]
-    clean, noise = golden[f"{name}.packed_latent_clean"].split(sizes), golden[f"{name}.noise"].split(sizes)
-    first = [start for start, _ in spans(clean)]
-    times = flow.training_times(golden[f"{name}.packed_timesteps_raw"][first], shift)
-    noised = [flow.interpolate(x[None], e[None], t[None])[0] for x, e, t in zip(clean, noise, times, strict=True)]
-    patches = golden[f"{name}.packed_vit_tokens"].split(golden[f"{name}.vit_token_seqlens"].tolist())
-    target = torch.cat([e - x for x, e, t in zip(clean, noise, times, strict=True) if t > 0])
-    return Contents(vit=patches, latent=noised, time=times), target
 
 
 @pytest.mark.parametrize("name", ["train", "train_two"])

@@ -10,8 +10,7 @@ import torch
 from clear.model.bagel import Contents
 from clear.model.checkpoint import load_bagel
 from clear.model.sequence import Text, layout
-from tests.reference import GOLDEN
-from tests.test_parity import conversation, packed_contents, packed_layout
+from tests.reference import GOLDEN, conversation, packed_contents, packed_layout
 
 BOUNDS = {
     "nf4": {"prefill_vit": 0.192, "prefill_vae_vit": 0.230, "train": 0.227, "velocities": 0.177},

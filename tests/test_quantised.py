@@ -25,8 +25,7 @@ from clear.reasoning.answering import Answerer
 from clear.training.load import incoming, save, trainable
 from clear.training.loop.saved import adopt_trained, trained_state
 from tests.conftest import ROOT
-from tests.helpers.adapters import SETTINGS
-from tests.test_lora import batch, loss_of, outputs
+from tests.helpers.adapters import SETTINGS, batch, loss_of, outputs
 from tests.tiny import SIZES, tiny_model
 
 KINDS = list(quantised.KINDS)
