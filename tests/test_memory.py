@@ -331,7 +331,7 @@ def test_a_slice_of_grpo_has_the_tokens_that_are_scored(profile):
 
 
 @pytest.mark.parametrize("pieces", [False, True])
-def test_swiglu_in_pieces_holds_one_of_them(tokenizer, pieces, monkeypatch):
+def test_swiglu_in_pieces_keeps_what_they_are_cut_from(tokenizer, pieces, monkeypatch):
     if pieces:
         monkeypatch.setattr(Mlp, "piece", 64)
     config = _config(*ADAPTER, "runtime.precision=float32", "model.mlp=2048")

@@ -170,31 +170,47 @@ def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
     - attention: q, k and v, the latter two repeated to all heads, 3TQa. Plain (CPU): the float32 softmax 4HL² per row
       and under autocast its copy for the product with v. Fused (GPU): the output, 4 bytes of log-sum per head, and
       the additive mask in the compute type aL² per row;
-    - SwiGLU: the gate before and after its activation, and the other factor, 3TIa. In pieces this and the inputs of its
-      layers are those of one piece, and what they are cut from is kept, TDa.
+    - SwiGLU: the gate before and after its activation, and the other factor, 3TIa. In pieces it keeps what they are cut
+      from instead, TDa, and of the linear layers within it nothing (`piece_activations`).
     """
     t, a, d = batch.tokens, train.compute, llm.hidden
     q, kv = llm.heads * llm.head_dim, llm.kv_heads * llm.head_dim
     trained_norms = 1 if train.lora.rank else 2
     total = 2 * t * (4 * d * trained_norms + 4)
     total += t * (q + kv) * 4 * trained_norms + 4 * t * (llm.heads + llm.kv_heads)
-    for width, names in _GROUPS:
-        size = getattr(llm, width)
-        if not train.lora.rank:
-            total += t * size * a
-            continue
-        chosen = sum(name in train.lora.targets for name in names)
-        tokens = {"both": t, "und": batch.und, "gen": batch.gen}[train.lora.experts]
-        tokens = tokens if "o_proj" in names or "q_proj" in names else train.at_once(tokens)
-        total += tokens * a * (size * (chosen if a < 4 else min(1, chosen)) + chosen * train.lora.rank)
+    adapted = {"both": t, "und": batch.und, "gen": batch.gen}[train.lora.experts]
+    total += _linear_inputs(llm, train, _GROUPS[:2], t, adapted)
     total += t * (q + 2 * kv) * a * bool(batch.gen)
-    total += t * (q + 2 * (kv if train.blocks else q)) * a + 3 * train.at_once(t) * llm.mlp * a
-    total += t * d * a if train.at_once(t) < t else 0
+    total += t * (q + 2 * (kv if train.blocks else q)) * a
+    if train.at_once(t) < t:
+        total += t * d * a
+    else:
+        total += _linear_inputs(llm, train, _GROUPS[2:], t, adapted) + 3 * t * llm.mlp * a
     if train.blocks:
         return total + t * (q * a + 4 * llm.heads)
     if train.fused:
         return total + t * (q * a + 4 * llm.heads) + a * batch.rows * batch.length**2
     return total + batch.rows * llm.heads * batch.length**2 * (4 + (a if a < 4 else 0))
+
+
+def _linear_inputs(llm: LlmConfig, train: Training, groups: tuple, tokens: int, adapted: int) -> int:
+    """What the linear layers of `groups` keep of `tokens`, of which `adapted` ones pass through adapters."""
+    total, a = 0, train.compute
+    for width, names in groups:
+        size, chosen = getattr(llm, width), sum(name in train.lora.targets for name in names)
+        if train.lora.rank:
+            total += adapted * a * (size * (chosen if a < 4 else min(1, chosen)) + chosen * train.lora.rank)
+        else:
+            total += tokens * size * a
+    return total
+
+
+def piece_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
+    """What one piece of a SwiGLU that computes in pieces holds, at its forward and again before its gradient."""
+    piece = train.at_once(batch.tokens)
+    if piece == batch.tokens:
+        return 0
+    return 3 * piece * llm.mlp * train.compute + _linear_inputs(llm, train, _GROUPS[2:], piece, piece)
 
 
 def activations(model: BagelConfig, batch: Batch, train: Training, stride: int = 1) -> int:
@@ -241,8 +257,8 @@ def training_workspace(model: BagelConfig, batch: Batch, train: Training, cast: 
 
     Building the mask: three bools and a float32 per pair of tokens in a row. The loss: logits in the compute type,
     in float32, and their gradient, (a + 8) V per scored token. The backward of one layer: with checkpointing what the
-    layer saves, computed again, and the gradients of its widest part in either case. float32 weights under
-    autocast have a copy in the compute type, `cast` numbers.
+    layer saves, computed again, and in either case a piece of its SwiGLU, if this is computed so, and the gradients of
+    its widest part. float32 weights under autocast have a copy in the compute type, `cast` numbers.
     """
     llm = model.llm
     mask = 0 if train.blocks else 7 * batch.rows * batch.length**2
@@ -250,5 +266,6 @@ def training_workspace(model: BagelConfig, batch: Batch, train: Training, cast: 
     widest = 3 * max(train.at_once(batch.tokens) * llm.mlp, batch.tokens * llm.hidden) * train.compute
     if not train.fused:
         widest = max(widest, 8 * batch.rows * llm.heads * batch.length**2)
-    layer = widest + (layer_activations(llm, batch, train) if train.checkpointing else 0)
+    layer = widest + piece_activations(llm, batch, train)
+    layer += layer_activations(llm, batch, train) if train.checkpointing else 0
     return max(mask, loss, layer) + (cast * train.compute if train.compute < train.weights else 0)

@@ -32,6 +32,7 @@ from clear.training.footprint import (
     kv_bytes,
     kv_capacity,
     layer_activations,
+    piece_activations,
     training_workspace,
 )
 
@@ -254,7 +255,8 @@ def _generation(
     batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
     frozen = Lora(1, 1.0, 0.0, [], "both")  # no layer keeps what only a gradient needs
     compute = 2 if number == 2 else 4
-    work = layer_activations(model.llm, batch, Training(compute, number, frozen, fused=fused, piece=piece))
+    train = Training(compute, number, frozen, fused=fused, piece=piece)
+    work = layer_activations(model.llm, batch, train) + piece_activations(model.llm, batch, train)
     cache = kv_bytes(model.llm, rows, capacity, number)
     contexts = Guidance(s.text_guidance, s.image_guidance).contexts
     if contexts > 1 and stage != "grpo":
