@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -32,6 +34,14 @@ def page() -> str:
     return PAGE % vl_convert.javascript_bundle(vl_version="5.20").replace("</script", "<\\/script")
 
 
+def drawn() -> list[str]:
+    """The plots that are meant to be looked at. The figures of trainings are plots for DVC's run cache alone."""
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"].values()
+    outputs = [name for stage in stages for plot in stage.get("plots", []) for name in plot]
+    named = [name for plot in yaml.safe_load(Path("data/dvc.yaml").read_text())["plots"] for name in plot]
+    return [*named, *(name for name in outputs if name.endswith(".csv"))]
+
+
 def main(arguments: list[str]) -> int:
     """Write FOLDER/index.html and return DVC's exit status."""
     if not arguments:
@@ -42,7 +52,7 @@ def main(arguments: list[str]) -> int:
     template.parent.mkdir(parents=True, exist_ok=True)
     template.write_text(page())
     command = [sys.executable, "-m", "dvc", "plots", "diff", "-q", "--html-template", str(template), "-o", folder]
-    status = subprocess.run([*command, *revisions], check=False).returncode
+    status = subprocess.run([*command, "--targets", *drawn(), "--", *revisions], check=False).returncode
     template.unlink()
     if status == 0:
         print(f"plots: {(Path(folder) / 'index.html').resolve()}")

@@ -336,6 +336,7 @@ def test_a_known_error_is_logged_in_one_line_and_a_bug_with_its_trace(name, monk
 def test_deployments_name_flows_with_the_parameters_they_have():
     content = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())
     flows = {"flows/pipeline.py:pipeline": pipeline.pipeline, "flows/benchmark.py:benchmark": benchmark.benchmark}
+    flows["flows/pipeline.py:propose"] = pipeline.propose
     flows |= {"flows/retrain.py:retrain": retrain.retrain, "flows/sweep.py:sweep_jobs": sweep.sweep_jobs}
     assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
     for one in content["deployments"]:
@@ -343,7 +344,9 @@ def test_deployments_name_flows_with_the_parameters_they_have():
         flow.validate_parameters(one["parameters"])
         assert set(one["parameters"]) <= set(inspect.signature(flow.fn).parameters)
         assert one["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
-        assert one["work_pool"]["name"] == POOL and one["schedules"][0]["cron"] and one["tags"] == ["clear"]
+        assert one["work_pool"]["name"] == POOL and one["tags"] == ["clear"]
+        assert (one["name"] == "here") == ("schedules" not in one), "on request only"
+        assert all(schedule["cron"] for schedule in one.get("schedules", []))
 
 
 def test_no_file_beside_a_deployed_flow_hides_a_package():

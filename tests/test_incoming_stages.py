@@ -38,7 +38,7 @@ from tests.helpers.incoming_sets import SCENES, lines, picture, put
 def workspace(tmp_path_factory):
     """A small workspace before degrade, with its configuration."""
     folder = tmp_path_factory.mktemp("workspace")
-    plain = configuration.compose(["profile=smoke", "degrade.workers=1"])
+    plain = configuration.compose(["profile=smoke", "degrade.workers=1", "incoming.limits.bench=1"])
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         OmegaConf.save(OmegaConf.create(plain), "params.yaml")

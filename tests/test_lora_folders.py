@@ -8,6 +8,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
+from clear.config import compose, from_dict
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.checkpoint import MODEL, PLAIN, fingerprint, load_bagel, save_bagel
@@ -16,13 +17,18 @@ from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder
 from clear.training.load import incoming, save
 from tests.helpers.adapters import PAIRS, TEXTS, adapted, adapter_folders, batch, outputs, qwen_folder
-from tests.tiny import tiny_model
+from tests.tiny import SIZES, tiny_model
 
 
 @pytest.fixture
 def folders(tmp_path):
     """A folder with weights and one with an adapter on them; also the adapted model itself."""
     return adapter_folders(tmp_path)
+
+
+@pytest.fixture
+def config():
+    return from_dict(compose(["profile=smoke", "runtime.device=cpu", "lora.rank=2", "lora.alpha=4", *SIZES]))
 
 
 def test_a_folder_gives_the_same_model_back_and_peft_reads_it_too(folders):

@@ -19,6 +19,7 @@ TARGETS = [
     "venv",
     "repro",
     "results",
+    "ablations",
     "test",
     "test-all",
     "lint",

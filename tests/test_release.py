@@ -195,7 +195,7 @@ def test_export_writes_a_folder_with_a_card_of_the_committed_metrics(workspace, 
     assert "{:.1f} [{:.1f}, {:.1f}]".format(*hard) in text and "of exactly these weights" in text
     report = json.loads((ROOT / "data/results/report.json").read_text())["claims"]["beats_direct"]
     assert f"| +{100 * report['estimate']:.1f} | +{100 * report['low']:.1f} to" in text
-    assert "interleaved GRPO | 80 steps of 16 questions × 8 rollouts" in text
+    assert "interleaved GRPO | 20 steps of 64 questions × 8 rollouts" in text
     for file in out.iterdir():
         assert file.name == "README.md" or f"`{file_sha256(file)}`" in text, file.name
     commit = git(workspace, "rev-parse", "HEAD").strip()

@@ -1,6 +1,6 @@
 """What quantised weights cost CLEAR: `python tests/bench/quantised.py` prints a Markdown table.
 
-One model of the comparison answers data/bench in every type of `runtime.weights`, and each type is paired with float32
+One model of the comparison answers data/development in every type of `runtime.weights`, each paired with float32
 on the same questions, with a bootstrap interval by image: accuracy, and how often the model calls for a restoration.
 The rows of a type are kept in --out, so a killed run goes on behind the last type; the files are bound to the model's
 and to params.yaml, and others are answered anew. On a processor without bfloat16 instructions that type takes a hundred
@@ -79,7 +79,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load()
     apply_runtime(config)
-    parts = [list(read_samples(Path("data/bench") / part)) for part in ("clean", "degraded")]
+    parts = [list(read_samples(Path("data/development") / part)) for part in ("clean", "degraded")]
     samples = [sample for part in parts for sample in part[: arguments.limit or None]]
     out = arguments.out / f"{arguments.limit}" if arguments.limit else arguments.out
     exact = rows_of(EXACT, arguments.model, samples, config, out)
