@@ -36,7 +36,7 @@ ADAPTER = [
     "lora={rank: 2, alpha: 4.0}",
     "bridge={kind: mlp, distill: {steps: 4}, answer: {steps: 2}}",
     # The probability of the right answer differs within a group of wrong ones: there is always something to learn.
-    "grpo={steps: 1, reward_latent_quality: 0.1, reward_answer: 0.2}",
+    "grpo={steps: 1, reward_latent_quality: 0.1, reward_answer: 0.2, answer_scored: reply}",
 ]
 QUANTISED = [
     *ADAPTER,
