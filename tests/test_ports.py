@@ -53,7 +53,8 @@ def bare(monkeypatch):
 CLIENTS = {
     "httpx": lambda url: httpx.get(url).text,
     "requests": lambda url: requests.get(url).text,
-    "urllib": lambda url: urllib.request.urlopen(url).read().decode(),
+    # `urlopen` keeps the proxies of its first call for the whole process, and so for every test after this one.
+    "urllib": lambda url: urllib.request.build_opener().open(url).read().decode(),
     "boto3": lambda url: "me" if get_environ_proxies(url) == {} else "the proxy",  # and DVC, for S3
 }
 
