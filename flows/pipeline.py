@@ -131,9 +131,18 @@ def tools(say: Callable[[str], None]) -> Tools:
     return Tools(dvc=lambda arguments, folder: command(arguments, folder), reproduce=reproduce_all, run=run, say=say)
 
 
-def ended_as(outcome: Outcome, artifact: str) -> State:
-    """The last state of a run aside: named by what became of it, with that as its result, and its text shown."""
-    get_run_logger().info(outcome.message)
+def aside(home: Path, when_busy: str, run: Callable[[Tools], Outcome], artifact: str) -> State:
+    """Do a run aside as the only one in `home`, where its clone is, and end in a state named by what became of it, with
+    that as its result and its text as an artifact; Cancelled where another such run is in the way."""
+    logger = get_run_logger()
+    try:
+        with writer(home, when_busy, f"flow run {flow_run.name}", logger.info):
+            children.settle(command_lock(home / "copy"))
+            outcome = run(tools(logger.info))
+    except Busy as busy:
+        logger.warning(str(busy))
+        return Cancelled(message=str(busy))
+    logger.info(outcome.message)
     if outcome.body:
         create_markdown_artifact(outcome.body, artifact, outcome.message)
     return Completed(name=outcome.state, message=outcome.message, data=asdict(outcome))
@@ -148,15 +157,7 @@ def propose(
     """
     source = Path(workspace).resolve()
     home = source / ".clear" / "scratch" / "reproduce"
-    logger = get_run_logger()
-    try:
-        with writer(home, when_busy, f"flow run {flow_run.name}", logger.info):
-            children.settle(command_lock(home / "copy"))
-            outcome = reproduce_aside(source, tools(logger.info), target or "")
-    except Busy as busy:
-        logger.warning(str(busy))
-        return Cancelled(message=str(busy))
-    return ended_as(outcome, "proposal")
+    return aside(home, when_busy, lambda given: reproduce_aside(source, given, target or ""), "proposal")
 
 
 @flow(name="pipeline", flow_run_name=profile_and_commit)

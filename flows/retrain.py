@@ -10,16 +10,11 @@ import sys
 from pathlib import Path
 from typing import Any, Literal
 
-from prefect import flow, get_run_logger
-from prefect.runtime import flow_run
-from prefect.states import Cancelled
+from prefect import flow
 
-from clear.data.lock import Busy, writer
 from clear.project.retrain.intake import FOLDER
 from clear.project.retrain.run import retrain as run_retrain
-from flows.dvc_commands import command_lock
-from flows.pipeline import ended_as, here_and_now, tools
-from flows.service import children
+from flows.pipeline import aside, here_and_now
 from flows.service.naming import profile_and_commit
 
 
@@ -38,15 +33,7 @@ def retrain(
     """
     source = Path(workspace).resolve()
     home = source / ".clear" / "scratch" / "retrain"
-    logger = get_run_logger()
-    try:
-        with writer(home, when_busy, f"flow run {flow_run.name}", logger.info):
-            children.settle(command_lock(home / "copy"))
-            outcome = run_retrain(source, tools(logger.info), incoming, revision, target or "")
-    except Busy as busy:
-        logger.warning(str(busy))
-        return Cancelled(message=str(busy))
-    return ended_as(outcome, "retrain")
+    return aside(home, when_busy, lambda given: run_retrain(source, given, incoming, revision, target or ""), "retrain")
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
-from clear.model.bagel import Bagel
 from clear.model.checkpoint import (
     BRIDGE,
     INDEX,
@@ -28,7 +27,7 @@ from clear.model.checkpoint import (
 )
 from clear.model.vae import AutoEncoder
 from clear.stages import base
-from tests.helpers.model_folders import GOLDEN, edit, save_tiny, shard
+from tests.helpers.model_folders import GOLDEN, edit, save_large, save_tiny, shard
 from tests.tiny import tiny_model
 
 
@@ -176,17 +175,9 @@ for kind in ("none", "stored", "float32"):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_loading_holds_the_weights_once(tmp_path):
-    shapes = tiny_model("direct")[0].config
-    shapes = replace(shapes, llm=replace(shapes.llm, vocab=8192, hidden=1024, layers=6, heads=8, kv_heads=2, mlp=4096))
-    with torch.device("meta"):
-        model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
-    for module in (model, vae):
-        state = {key: torch.rand(value.shape, dtype=torch.bfloat16) for key, value in module.state_dict().items()}
-        module.load_state_dict(state, assign=True)
-    save_bagel(tmp_path, model, vae)
+    save_large(tmp_path)
     size = sum((tmp_path / name).stat().st_size for name in (MODEL, VAE))
     assert size >= 400e6
-    del model, state
     done = subprocess.run(
         [sys.executable, "-c", PEAKS, str(tmp_path)],
         capture_output=True,

@@ -51,7 +51,8 @@ def stage_lock(workspace: Path) -> Path:
     return workspace / ".clear" / "stage.lock"
 
 
-def _remark(text: str) -> None:
+def remark(text: str) -> None:
+    """Say something of a lock on stderr, beside the output of what is run."""
     print(text, file=sys.stderr, flush=True)
 
 
@@ -85,7 +86,7 @@ def writer(
 
 
 @contextmanager
-def stage(workspace: Path, name: str, say: Callable[[str], None] = _remark) -> Iterator[None]:
+def stage(workspace: Path, name: str, say: Callable[[str], None] = remark) -> Iterator[None]:
     """Run a stage in the block, as the writer of `workspace` or on behalf of the process that is.
 
     Where another process writes or another stage runs, the environment decides as in `when_busy_here`: Busy is raised,
@@ -174,7 +175,7 @@ def main(arguments: list[str]) -> int:
     try:
         with ExitStack() as held:
             for folder in arguments[:split]:
-                held.enter_context(writer(Path(folder).resolve(), when_busy_here(), say=_remark))
+                held.enter_context(writer(Path(folder).resolve(), when_busy_here(), say=remark))
             command = shlex.join(arguments[split + 1 :])
             try:
                 process = subprocess.Popen(arguments[split + 1 :])

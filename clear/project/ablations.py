@@ -54,10 +54,10 @@ def run(workspace: Path, wanted: Sequence[str]) -> Path:
         raise ClearError(f"ablation {unknown[0]!r} is not one of {', '.join(known)} (clear/conf/{LISTED.name}).")
     if wanted and (stale := check.drifts(workspace)):
         raise ClearError(f"ablations are compared with the committed results, and these are out of date: {stale[0]}")
-    params = seeds.parameters(workspace)
+    params, setting = seeds.parameters(workspace), seeds.setting(workspace) if wanted else ""
     for name in wanted:
         ablation, file = known[name], workspace / seeds.ABLATIONS / f"{name}.parquet"
-        about = {"setting": seeds.setting(workspace), "changes": " ".join(ablation.changes), "what": ablation.what}
+        about = {"setting": setting, "changes": " ".join(ablation.changes), "what": ablation.what}
         about |= {"seed": str(params["seed"])}
         if seeds.about(file) == about:
             continue

@@ -14,13 +14,12 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from clear.config import PARAMS, compose
 from clear.data.io import write_text
-from clear.data.lock import when_busy_here, writer
+from clear.data.lock import remark, when_busy_here, writer
 from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.project.git import git, output
@@ -64,7 +63,7 @@ def run(
     if profile not in PROFILES:
         raise ClearError(f"profile {profile!r} is not one of {', '.join(PROFILES)}.")
     folder = home() / "scratch" / (name or profile)
-    with writer(folder, when_busy_here(), "scratch run", partial(print, file=sys.stderr, flush=True)):
+    with writer(folder, when_busy_here(), "scratch run", remark):
         refresh(workspace.resolve(), folder)
         write_params(folder / PARAMS, [f"profile={profile}", *overrides])
         _reproduce(workspace.resolve(), folder, targets)
@@ -106,11 +105,7 @@ def refresh(workspace: Path, folder: Path) -> None:
         if old.name not in _OWN:
             shutil.rmtree(old) if old.is_dir() and not old.is_symlink() else old.unlink()
     shutil.rmtree(folder / "data" / "incoming", ignore_errors=True)  # put there by people, so the workspace decides
-    for name in files:
-        if Path(name).parts[0] not in _OWN or name.startswith("data/incoming/"):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(workspace / name, target, follow_symlinks=False)
+    _copy([n for n in files if Path(n).parts[0] not in _OWN or n.startswith("data/incoming/")], workspace, folder)
     raw = folder / "data" / "raw"
     if (workspace / "data" / "raw").is_dir() and not raw.exists():  # the user's own data: read, never written
         raw.symlink_to(workspace / "data" / "raw")
@@ -120,6 +115,13 @@ def refresh(workspace: Path, folder: Path) -> None:
     (settings / "config.local").write_text(f"[core]\n    no_scm = true\n[cache]\n    dir = {_cache(workspace)}\n")
 
 
+def _copy(names: Sequence[str], workspace: Path, folder: Path) -> None:
+    for name in names:
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(workspace / name, target, follow_symlinks=False)
+
+
 def _take_over(workspace: Path, folder: Path, environment: dict[str, str]) -> None:
     """Let the copy begin where the workspace is: its dvc.lock, its small results, its data from the cache."""
     lock, begun = workspace / "dvc.lock", folder / ".dvc" / "begun-from"
@@ -127,12 +129,8 @@ def _take_over(workspace: Path, folder: Path, environment: dict[str, str]) -> No
         raise ClearError(f"{lock} is not here; run `make repro`.")
     if begun.exists() and begun.read_bytes() == lock.read_bytes():
         return  # an interrupted run goes on with what it has made itself
-    for name in _listed(workspace):
-        if name.startswith("data/") and not name.startswith("data/incoming/"):
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(workspace / name, target, follow_symlinks=False)
-    shutil.copy2(lock, folder / "dvc.lock")
+    own = [n for n in _listed(workspace) if n.startswith("data/") and not n.startswith("data/incoming/")]
+    _copy([*own, "dvc.lock"], workspace, folder)
     if _call([sys.executable, "-m", "dvc", "checkout", "-q", "--force"], folder, environment):
         raise ClearError(f"{workspace}: not all that dvc.lock names is in the cache; `dvc pull` or `make repro` first.")
     shutil.copy2(lock, begun)

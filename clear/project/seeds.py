@@ -23,6 +23,8 @@ PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
 _ABOUT = "clear."
 """Prefix of the metadata that says what a file was made under: its setting, and what an ablation changes."""
+_NEUTRAL = ("seed",), ("runtime",), ("incoming", "limits")
+"""Parameters that change no result of a seed, or only refuse data."""
 _LATER = {("model", "base"): ""}
 """Parameters that seeds of before do not have, with the value that changes nothing."""
 
@@ -85,12 +87,10 @@ def setting(workspace: Path) -> str:
     The code is not hashed as text: an edit that leaves every prediction of the workspace's own seed as it was would
     leave those of other seeds too, and hours of training stay good. An edit that changes one changes the setting.
     """
-    params = {key: value for key, value in parameters(workspace).items() if key not in ("seed", "runtime")}
-    if isinstance(params.get("incoming"), dict):
-        params["incoming"].pop("limits", None)  # they refuse data and change no result
-    for (section, key), neutral in _LATER.items():
-        if isinstance(params.get(section), dict) and params[section].get(key) == neutral:
-            del params[section][key]
+    params = parameters(workspace)
+    later = [path for path, neutral in _LATER.items() if _section(params, path).get(path[-1]) == neutral]
+    for path in (*_NEUTRAL, *later):
+        _section(params, path).pop(path[-1], None)
     stages = _yaml(workspace / "dvc.lock").get("stages", {}).values()
     made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
     missing = [path for path in map(PREDICTIONS.format, MODELS) if path not in made]
@@ -98,6 +98,13 @@ def setting(workspace: Path) -> str:
         raise ClearError(f"dvc.lock has no {missing[0]}; run `make repro`.")
     own = [made[PREDICTIONS.format(model)] for model in MODELS]
     return hashlib.sha256(json.dumps([params, own], sort_keys=True).encode()).hexdigest()
+
+
+def _section(params: dict, path: Sequence[str]) -> dict:
+    """What holds the last key of a path; a dictionary of nothing where it is not there."""
+    for name in path[:-1]:
+        params = params.get(name, {})
+    return params
 
 
 def _yaml(file: Path) -> dict:

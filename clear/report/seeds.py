@@ -6,7 +6,7 @@ for *these* trainings; the spread says how much the next one may differ.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -155,12 +155,15 @@ def must_show(models: "dict[str, pd.DataFrame]", found: dict) -> Table:
         rows.append([condition, figure, "holds" if held else "**does not hold**"])
 
     hard = levels[HARD]
-    ends = f"{points(hard['estimate'], True)} [{points(hard['low'], True)}, {points(hard['high'], True)}]"
-    add("CLEAR over direct fine-tuning at hard: at least 3 points", ends, hard["estimate"] >= 0.03 and hard["low"] > 0)
+    enough = hard["estimate"] >= 0.03 and hard["low"] > 0
+    add("CLEAR over direct fine-tuning at hard: at least 3 points", tables.signed_interval(hard), enough)
     for level in SEVERITIES[:-1]:
         one = levels[level]
-        ends = f"{points(one['estimate'], True)} [{points(one['low'], True)}, {points(one['high'], True)}]"
-        add(f"not behind it at {LEVELS[level]}", ends, one["high"] >= 0 and one["estimate"] >= -claims.MARGIN)
+        add(
+            f"not behind it at {LEVELS[level]}",
+            tables.signed_interval(one),
+            one["high"] >= 0 and one["estimate"] >= -claims.MARGIN,
+        )
     own, base = drop(models, "grpo"), drop(models, "base")
     smaller = 1 - own / base if base else 0.0
     add(
@@ -214,8 +217,7 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
             pair = {"changed": own, "default": default.reset_index(drop=True)}
             a, b, clusters = claims.paired(pair, "changed", "default", level)
             found = statistics.paired_difference(a, b, clusters, **vars(SETTINGS))
-            ends = f"[{points(found.low, True)}, {points(found.high, True)}]"
-            row.append(f"{points(found.estimate, True)} {ends}")
+            row.append(tables.signed_interval(asdict(found)))
         hard = own[own["severity"] == HARD]
         was = default[default["severity"] == HARD]
         gained = (hard["psnr_restored"] - hard["psnr_degraded"]).mean()

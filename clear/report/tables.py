@@ -122,7 +122,7 @@ def restorations(cells: dict[str, dict], severity: str, confidence: float) -> Ta
         shares = [cell[part]["clear"] for part in ("restored", "not_restored", "all")]
         row = [name.replace("_", " "), *map(points, [cell["call_rate"], *shares, *(cell["all"][m] for m in others)])]
         if "direct" in others:
-            row.append(_signed_interval(cell["minus_direct"]))
+            row.append(signed_interval(cell["minus_direct"]))
         rows.append([*row, f"{cell['questions']} / {cell['images']}"])
     header = [f"damage, {LEVELS[severity]}", "restored", "right, restored", "right, not restored", "right"]
     header += [f"right, {model}" for model in others]
@@ -174,7 +174,8 @@ def results(measured: dict[str, dict]) -> Table:
     )
 
 
-def _signed_interval(found: dict | None) -> str:
+def signed_interval(found: dict | None) -> str:
+    """An estimate with its interval, in points; a dash where nothing was measured."""
     if found is None:
         return "–"
     return f"{points(found['estimate'], True)} [{points(found['low'], True)}, {points(found['high'], True)}]"

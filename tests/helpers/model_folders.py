@@ -1,11 +1,13 @@
 """Model folders of the tiny model, whole, edited and in shards."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from clear.model.bagel import Bagel
 from clear.model.checkpoint import INDEX, MODEL, save_bagel
 from clear.model.vae import AutoEncoder
 from tests.conftest import ROOT
@@ -21,6 +23,18 @@ def save_tiny(folder, bridge: str):
     vae = AutoEncoder(model.config.vae)
     save_bagel(folder, model, vae, tokenizer)
     return model, vae, tokenizer
+
+
+def save_large(folder: Path) -> None:
+    """A model folder of some 400 MB in bfloat16, wide enough for its weights to be most of a process."""
+    shapes = tiny_model("direct")[0].config
+    shapes = replace(shapes, llm=replace(shapes.llm, vocab=8192, hidden=1024, layers=6, heads=8, kv_heads=2, mlp=4096))
+    with torch.device("meta"):
+        model, vae = Bagel(shapes), AutoEncoder(shapes.vae)
+    for module in (model, vae):
+        state = {key: torch.rand(value.shape, dtype=torch.bfloat16) for key, value in module.state_dict().items()}
+        module.load_state_dict(state, assign=True)
+    save_bagel(folder, model, vae)
 
 
 def edit(file, change) -> None:
