@@ -47,8 +47,8 @@ WORKERS ?= 2
 test: $(READY)  ## run the suite, the smoke pipeline from end to end included, in WORKERS=2 processes
 	@python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=15
 
-test-all: $(READY)  ## run the slow tests too: reproducibility and resumption of the whole pipeline
-	@python -m pytest --durations=15
+test-all: $(READY)  ## run the slow tests too, reproducibility and resumption of the whole pipeline among them; new random examples
+	@python -m pytest --hypothesis-profile=search --durations=15
 
 lint: $(READY)  ## ruff: rules and format
 	@ruff check .

@@ -16,7 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
 pytest.register_assert_rewrite("tests.helpers")  # their asserts show values, as those of test modules do
 
 # On a machine that is busy with something else the first example may take a minute, which says nothing of the test.
-settings.register_profile("suite", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# The suite tries the same examples every time, so that it says something of the change and not of luck; `make test-all`
+# draws new ones (profile "search"), and what it finds becomes an `@example`.
+_patient = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile("search", **_patient)
+settings.register_profile("suite", derandomize=True, **_patient)
 settings.load_profile("suite")
 
 # The same switches as in the Makefile, for a bare `pytest`; set before any library reads them.

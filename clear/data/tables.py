@@ -155,7 +155,8 @@ def _record(lines: _Lines, delimiter: str, columns: int, number: int) -> list[st
         if line.startswith(_QUOTE, position):
             end = _closing(line, position + 1, delimiter)
             if end is None and columns:  # no closing mark in this line
-                is_row = len(cells) + line.count(delimiter, position) + 1 == columns
+                # A whole row by itself: from here on, or with every mark in it, those of the cells before too, as text.
+                is_row = columns in (len(cells) + line.count(delimiter, position) + 1, line.count(delimiter) + 1)
                 line, end = _extended(lines, line, delimiter, columns if is_row else 0, number)
             if end is not None and end >= 0:
                 cells.append(line[position + 1 : end].replace(_QUOTE * 2, _QUOTE))
