@@ -173,7 +173,7 @@ def test_a_bad_set_goes_to_quarantine_and_a_good_one_beside_it_is_trained(traine
     (trained / "data/incoming/mist").mkdir()
     (trained / "data/incoming/mist/rows.parquet").write_text("no Parquet file")
     outcome, said = look(trained)
-    assert "not a readable Parquet file" in outcome.quarantined["mist"] and outcome.state == "WaitsForReview"
+    assert "not a readable Parquet file" in outcome.quarantined["mist"] and outcome.state == "Quarantined"
     assert not [one for one in said if "repro" in one]
     assert len(list((trained / "data/quarantine").glob("mist-*.report"))) == 1, "beside the first one"
 
