@@ -129,7 +129,8 @@ def _take_over(workspace: Path, folder: Path, environment: dict[str, str]) -> No
         raise ClearError(f"{lock} is not here; run `make repro`.")
     if begun.exists() and begun.read_bytes() == lock.read_bytes():
         return  # an interrupted run goes on with what it has made itself
-    own = [n for n in _listed(workspace) if n.startswith("data/") and not n.startswith("data/incoming/")]
+    there = ("data/incoming/", "data/raw/")  # copied before, and linked to
+    own = [name for name in _listed(workspace) if name.startswith("data/") and not name.startswith(there)]
     _copy([*own, "dvc.lock"], workspace, folder)
     if _call([sys.executable, "-m", "dvc", "checkout", "-q", "--force"], folder, environment):
         raise ClearError(f"{workspace}: not all that dvc.lock names is in the cache; `dvc pull` or `make repro` first.")
