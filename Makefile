@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results ablations test test-all lint format bench plots experiments params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint format bench gpu plots experiments params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ format: $(READY)  ## rewrite the code in the house format
 
 bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 	@python tests/bench/run.py
+
+gpu: $(READY)  ## measure BAGEL-7B's shapes on the local GPU in ten minutes and write data/results/gpu.json (ARGS="--small --device cpu" tries it)
+	@python tests/bench/gpu.py --out data/results/gpu.json $(ARGS)
 
 plots: $(READY)  ## draw DVC's plots of two revisions (BASE=main HEAD=my-branch; default HEAD against the workspace) on a page
 	@python infra/plots.py .clear/plots $(BASE) $(HEAD)

@@ -16,16 +16,23 @@ from tests.conftest import ROOT
 @pytest.mark.slow
 def test_the_program_measures_a_small_model_on_the_cpu(tmp_path):
     out = tmp_path / "deep/gpu.json"
-    command = [sys.executable, "tests/bench/gpu.py", "--small", "--device=cpu", "--repeats=1", "--pixels=64"]
-    command += ["--flow-steps=2", "--attention=dense", "--group=2", f"--out={out}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    arguments = "--small --device=cpu --repeats=1 --pixels 64 96 --flow-steps=2 --attention=dense --group=2 --out"
+    done = subprocess.run(
+        [sys.executable, "tests/bench/gpu.py", *arguments.split(), out], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
+    table = [line.split(" | ") for line in done.stdout.splitlines()]
+    assert [len(cells) for cells in table if len(cells) > 1] == [10] * 4
     found = json.loads(out.read_text())
-    assert found["attention"] == found["settings"]["attention"] == "dense"
-    assert found["sft_step"]["tokens"] > found["grpo_scoring"]["tokens"] > 0
-    assert found["restoration_batch_8"]["seconds_per_image"] > 0 and "recomputation excluded" in found["formula"]
-    step = found["grpo_step"]
-    assert step["rollouts"] == 2 and step["reply_tokens"] > 10 and step["rollout_seconds"] > 0 < step["update_seconds"]
+    assert found["attention"] == "dense" and "recomputation excluded" in found["formula"]
+    assert sorted(found["runs"]) == ["bfloat16", "int8", "nf4"] == sorted(cells[1] for cells in table[2:])
+    for one in found["runs"].values():
+        assert one["sft_step"]["tokens"] > one["grpo_scoring"]["tokens"] > 0 < one["sft_step"]["estimated_gib"]
+        assert one["restoration_96px_batch_8"]["seconds_per_image"] > 0
+        step = one["grpo_step"]
+        assert step["rollouts"] == 2 and step["reply_tokens"] > 10 and step["rollout_seconds"] > 0
+    sizes = {weights: one["parameters"] for weights, one in found["runs"].items()}
+    assert sizes["int8"] == sizes["nf4"] < sizes["bfloat16"], "coded weights are no parameters"
 
 
 def test_the_attention_is_that_of_the_option_and_flex_needs_a_gpu(monkeypatch, capsys):

@@ -25,6 +25,7 @@ TARGETS = [
     "lint",
     "format",
     "bench",
+    "gpu",
     "plots",
     "experiments",
     "params",

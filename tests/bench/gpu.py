@@ -1,9 +1,11 @@
-"""BAGEL-7B's shapes with random weights on one GPU: `python tests/bench/gpu.py` (needs torch, peft, safetensors).
+"""BAGEL-7B's shapes with random weights on one GPU: `make gpu` (needs torch, peft, safetensors).
 
-Measures, in bfloat16 with a LoRA adapter on both experts and gradient checkpointing: an SFT step and a GRPO scoring
-step (tokens/s, model FLOPs utilisation, peak memory), the seconds per restored image in batches of 1 and 8, and a whole
-GRPO step of one group (rollout, policy and reference scored row by row, AdamW). Writes JSON to --out. `--small` runs
-the same program on a tiny model, so that it can be tried without a GPU.
+Measures, for every type of weights that the card's libraries can compute, with a LoRA adapter on both experts and
+gradient checkpointing: an SFT step and a GRPO scoring step (tokens/s, model FLOPs utilisation, peak memory, and for
+SFT the share of it that `clear memory` estimates), the seconds per restored image in batches of 1 and 8 at every size,
+and a whole GRPO step of one group (rollout, policy and reference scored row by row, AdamW). What does not fit the card
+is said and left out. Prints a row of a Markdown table for each type of weights, and writes JSON to --out after each,
+so that a time limit costs the rest only. `--small` runs the same program on a tiny model, without a GPU.
 
 Model FLOPs of a step: every token costs 2 FLOPs per weight of the linear layers of the one expert it uses, and each
 visible pair of query and key 4 · hidden per layer; the head costs 2 · hidden · vocabulary per scored token. The
@@ -18,15 +20,18 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clear.model import flex, flow, lora
+from clear.errors import ClearError
+from clear.model import flex, flow, lora, quantised
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.mot import LlmConfig
 from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
@@ -36,7 +41,8 @@ from clear.model.vit import VitConfig
 from clear.reasoning import grammar
 from clear.reasoning.engine import Options, Reply, Restoration, Trajectory, denoise, generate, prefill
 from clear.reasoning.prompts import Prompt
-from clear.schema import Lora
+from clear.schema import QUANTISED, Lora
+from clear.training.footprint import Batch, Training, activations, coded, count, training_workspace
 from clear.training.rl import scoring
 
 FORMULA = (
@@ -46,30 +52,48 @@ FORMULA = (
 )
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 QUESTION, REPLY = 64, 300  # tokens
+WEIGHTS = ["bfloat16", *QUANTISED]
 
 
-def random_model(small: bool, device: str, rank: int, attention: str = "auto") -> Bagel:
-    """A Bagel of the published shapes (or a tiny one) with random bfloat16 weights and a fresh adapter.
+def random_model(small: bool, device: str, rank: int, attention: str = "auto", weights: str = "bfloat16") -> Bagel:
+    """A Bagel of the published shapes (or a tiny one) with random weights and a fresh adapter.
 
     `attention`: that of training forwards, as `runtime.attention` (restorations read a cache, which is dense).
+    `weights`: those of the decoder's linear layers, as `runtime.weights`; all others are bfloat16.
     """
     llm = LlmConfig(600, 64, 2, 4, 2, 128) if small else LlmConfig()
     vit = VitConfig(48, 1, 2, 96, 14, 70) if small else VitConfig()
     config = BagelConfig(llm, vit, VaeConfig(), SpecialTokens(0, 1, 2, 3))
     with torch.device("meta"):
-        model = Bagel(config)
-    model = model.to(torch.bfloat16).to_empty(device=device)
+        model = Bagel(config).to(torch.bfloat16)
+        if weights in QUANTISED:
+            quantised.quantise(model, weights)
     generator = torch.Generator(device).manual_seed(0)
-    for name, value in model.named_parameters():
-        if value.ndim > 1:
-            value.data.normal_(std=0.02, generator=generator)
-        else:
-            value.data.fill_(1.0 if "norm" in name and name.endswith("weight") else 0.0)
+    for part in model.modules():  # one by one: quantised layers are made where the exact ones would not fit together
+        _fill(part, device, generator)
     model.requires_grad_(False)
     lora.attach(model, Lora(rank, 2.0 * rank, 0.0, TARGETS, "both"))
     model.language_model.gradient_checkpointing = True
     model.language_model.attention = attention
     return model.train()
+
+
+def _fill(part: nn.Module, device: str, generator: torch.Generator) -> None:
+    """Give a module's own tensors, which are on the meta device, random values."""
+    if isinstance(part, quantised.QuantisedLinear):
+        weight = torch.empty(part.out_features, part.in_features, device=device).normal_(std=0.02, generator=generator)
+        for name, value in quantised.encode(part.kind, weight).items():
+            part.register_buffer(name, value)
+    for name, value in part.named_parameters(recurse=False):
+        made = torch.empty_like(value, device=device)
+        if value.ndim > 1:
+            made.normal_(std=0.02, generator=generator)
+        else:
+            made.fill_(1.0 if "norm" in type(part).__name__.lower() and name == "weight" else 0.0)
+        part.register_parameter(name, nn.Parameter(made))
+    for name, value in part.named_buffers(recurse=False):
+        if value.is_meta:
+            part.register_buffer(name, torch.zeros_like(value, device=device))
 
 
 def prompt(model: Bagel, pixels: int) -> Prompt:
@@ -132,10 +156,26 @@ def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, f
     return statistics.median(seconds), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def measure_sft(model: Bagel, rows: int, pixels: int, repeats: int, device: str, peak: float) -> dict:
-    """An SFT step: forward, backward, AdamW on the adapter."""
-    built, contents, targets = sft_batch(model, rows, pixels)
-    targets = targets.to(device)
+def sft_estimate(model: Bagel, built: Layout, noisy: int, given: argparse.Namespace, weights: str) -> float:
+    """GiB of an SFT step over a layout with `noisy` latents by the formulas of `clear memory`, without autoencoder."""
+    fused = next(model.parameters()).is_cuda
+    kind = weights if weights in QUANTISED else ""
+    adapter = Lora(given.rank, 2.0 * given.rank, 0.0, TARGETS, "both")
+    blocks = flex.wanted(given.attention, next(model.parameters()).device)
+    train = Training(2, 2, adapter, True, fused, blocks, quantised.PIECE if kind else 0)
+    gen, vit, scored = (int(part.sum()) for part in (built.is_gen, built.kind == VIT, built.target >= 0))
+    batch = Batch(*built.valid.shape, gen, scored, noisy, vit=vit)
+    held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    counts = count(model.config, adapter)
+    step = activations(model.config, batch, train) + training_workspace(model.config, batch, train, counts.cast)
+    return (held + 3 * trained + step + 2 * coded(model.config, kind).largest) / 2**30
+
+
+def measure_sft(model: Bagel, given: argparse.Namespace, weights: str) -> dict:
+    """An SFT step: forward, backward, AdamW on the adapter; the memory it takes and the estimate of it."""
+    built, contents, targets = sft_batch(model, given.rows, given.pixels[0])
+    targets = targets.to(given.device)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
@@ -147,7 +187,8 @@ def measure_sft(model: Bagel, rows: int, pixels: int, repeats: int, device: str,
         optimiser.step()
         optimiser.zero_grad()
 
-    return _figures(model, built, timed(step, repeats, device), peak)
+    found = _figures(model, built, timed(step, given.repeats, given.device), given.peak)
+    return found | {"estimated_gib": sft_estimate(model, built, len(targets), given, weights)}
 
 
 def measure_grpo(model: Bagel, pixels: int, sde_steps: int, repeats: int, device: str, peak: float) -> dict:
@@ -238,17 +279,72 @@ def measure_grpo_step(model: Bagel, group: int, pixels: int, flow_steps: int, re
     }
 
 
+def measure(given: argparse.Namespace, weights: str) -> dict:
+    """All figures under one type of weights; what the card has no memory for is None."""
+    device, repeats = given.device, given.repeats
+    model = random_model(given.small, device, given.rank, given.attention, weights)
+    side = given.pixels[0]
+    tasks = {
+        "sft_step": lambda: measure_sft(model, given, weights),
+        "grpo_scoring": lambda: measure_grpo(model, side, 2, repeats, device, given.peak),
+    }
+    for pixels in given.pixels:
+        for batch in (1, 8):
+            tasks[f"restoration_{pixels}px_batch_{batch}"] = partial(
+                measure_restoration, model, batch, pixels, given.flow_steps, repeats, device
+            )
+    tasks["grpo_step"] = lambda: measure_grpo_step(model, given.group, side, given.flow_steps, repeats, device)
+    found = {"parameters": sum(p.numel() for p in model.parameters())}
+    for name, task in tasks.items():
+        try:
+            found[name] = task()
+        except torch.OutOfMemoryError as error:
+            print(f"{weights}, {name}: does not fit ({str(error).splitlines()[0]})", file=sys.stderr)
+            found[name] = None
+            model.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    return found
+
+
+def heading(pixels: Sequence[int]) -> str:
+    """The head of the Markdown table."""
+    restored = [f"s per image of {side} px, 1 / 8 at a time" for side in pixels]
+    columns = ["device", "weights", "attention", "SFT tokens/s", "MFU", "peak GiB", "of the estimate", *restored]
+    columns += ["GRPO step, s"]
+    return f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+
+
+def row(found: dict, weights: str, pixels: Sequence[int]) -> str:
+    """A row of the Markdown table; a dash for what was not measured."""
+    one = found["runs"][weights]
+
+    def cell(name: str, show: Callable[[dict], str]) -> str:
+        return show(one[name]) if one[name] else "–"
+
+    step = one["sft_step"]
+    cells = [found["device"], weights, found["attention"]]
+    cells += [cell("sft_step", lambda f: f"{f['tokens_per_second']:,.0f}")]
+    cells += [cell("sft_step", lambda f: f"{100 * f['model_flops_utilisation']:.0f} %")]
+    cells += [f"{step['peak_gib']:.1f}", f"{step['peak_gib'] / step['estimated_gib']:.2f}"] if step else ["–", "–"]
+    for side in pixels:
+        names = [f"restoration_{side}px_batch_{batch}" for batch in (1, 8)]
+        cells += [" / ".join(cell(name, lambda f: f"{f['seconds_per_image']:.2f}") for name in names)]
+    cells += [cell("grpo_step", lambda f: f"{f['rollout_seconds'] + f['update_seconds']:.1f}")]
+    return f"| {' | '.join(cells)} |"
+
+
 def main() -> None:
-    """Run everything that was asked for and print the figures as JSON."""
+    """Run everything that was asked for, print the table, and write the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the program without a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+    parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS, help="runtime.weights; default all")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--attention", default="auto", choices=("auto", "dense", "flex"), help="runtime.attention")
     parser.add_argument("--rows", type=int, default=4, help="rows of an SFT step")
     parser.add_argument("--group", type=int, default=8, help="rollouts of a GRPO step")
-    parser.add_argument("--pixels", type=int, default=512, help="side of the images")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--pixels", type=int, nargs="+", default=[512, 1024], help="sides of the images; steps: first")
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--flow-steps", type=int, default=30)
     parser.add_argument("--peak", type=float, default=989e12, help="FLOP/s")
     parser.add_argument("--out", type=Path)
@@ -256,28 +352,28 @@ def main() -> None:
     if given.device == "cpu" and given.attention == "flex":
         parser.error("--attention flex has a backward pass on CUDA only.")
     if given.device == "cpu" and not given.small:
-        parser.error("no GPU is here; the 7B shapes need one with 80 GB. `--small` tries the program on the CPU.")
+        parser.error("no GPU is here; the 7B shapes need one. `--small` tries the program on the CPU.")
     torch.manual_seed(0)
-    model = random_model(given.small, given.device, given.rank, given.attention)
-    common = (given.repeats, given.device)
     found = {
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "attention": "flex" if flex.wanted(given.attention, torch.device(given.device)) else "dense",
-        "parameters": sum(p.numel() for p in model.parameters()),
         "formula": FORMULA,
         "settings": {k: str(v) for k, v in sorted(vars(given).items()) if k not in ("out", "device")},
-        "sft_step": measure_sft(model, given.rows, given.pixels, *common, given.peak),
-        "grpo_scoring": measure_grpo(model, given.pixels, 2, *common, given.peak),
+        "runs": {},
     }
-    for batch in (1, 8):
-        found[f"restoration_batch_{batch}"] = measure_restoration(model, batch, given.pixels, given.flow_steps, *common)
-    found["grpo_step"] = measure_grpo_step(model, given.group, given.pixels, given.flow_steps, *common)
-    text = json.dumps(found, indent=1, sort_keys=True)
-    print(text)
-    if given.out:
-        given.out.parent.mkdir(parents=True, exist_ok=True)
-        given.out.write_text(text + "\n")
+    print(heading(given.pixels), flush=True)
+    for weights in given.weights:
+        try:
+            quantised.require(weights, given.device)
+        except ClearError as error:
+            print(f"{weights}: left out. {error}", file=sys.stderr)
+            continue
+        found["runs"][weights] = measure(given, weights)
+        print(row(found, weights, given.pixels), flush=True)
+        if given.out:
+            given.out.parent.mkdir(parents=True, exist_ok=True)
+            given.out.write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,26 +8,21 @@ times as long, so it is left out unless named.
 """
 
 import argparse
-import hashlib
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from clear.bench.answers import answer, digest_of
 from clear.bench.models import MODELS, under_test
 from clear.bench.predictions import KEY
-from clear.bench.statistics import Interval, clusters, paired_difference
-from clear.config import PARAMS, load
-from clear.data.io import write_json
+from clear.config import load
 from clear.data.records import Sample, read_samples
 from clear.model.runtime import apply_runtime
 from clear.schema import QUANTISED, Config
+from tests.bench.paired import difference, rows_of, shown
 
 EXACT = "float32"
 COLUMNS = [*KEY, "pair", "correct", "restored"]
@@ -39,35 +34,10 @@ def with_weights(config: Config, kind: str) -> Config:
     return replace(config, runtime=replace(config.runtime, weights=kind, precision="bfloat16" if narrow else "float32"))
 
 
-def rows_of(kind: str, model: str, samples: list[Sample], config: Config, out: Path) -> pd.DataFrame:
-    """What the model answers with weights of this type, one row per question."""
+def answered(kind: str, model: str, samples: list[Sample], config: Config, out: Path) -> pd.DataFrame:
+    """What the model answers with weights of this type."""
     tested = under_test(model, with_weights(config, kind))
-    key = hashlib.sha256((PARAMS.read_text() + digest_of(tested.folder, config)).encode()).hexdigest()
-    file = out / f"{model}_{kind}.json"
-    known = json.loads(file.read_text()) if file.exists() else {}
-    if known.get("key") != key:
-        total = sum(len(sample.questions) for sample in samples)
-        with tqdm(total=total, desc=f"{model} {kind}", unit="question", mininterval=2) as bar:
-            rows, seconds = answer(tested, samples, bar.update)
-        known = {"key": key, "seconds": seconds, "rows": [{name: row[name] for name in COLUMNS} for row in rows]}
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(file, known)
-    frame = pd.DataFrame(known["rows"], columns=COLUMNS)
-    frame.attrs["seconds"] = known["seconds"]
-    return frame
-
-
-def difference(frame: pd.DataFrame, exact: pd.DataFrame, column: str, config: Config) -> Interval:
-    """Mean of `column` less that of the exact weights, on the same questions."""
-    if not frame[KEY].equals(exact[KEY]):
-        raise SystemExit("the types were asked different questions; delete --out and repeat the command.")
-    e = config.evaluate
-    return paired_difference(frame[column], exact[column], clusters(exact), e.confidence, e.bootstrap, config.seed)
-
-
-def shown(found: Interval) -> str:
-    """An interval in percentage points."""
-    return f"{100 * found.estimate:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+    return rows_of(f"{model} {kind}", tested, samples, out / f"{model}_{kind}.json", COLUMNS)
 
 
 def main() -> None:
@@ -82,11 +52,11 @@ def main() -> None:
     parts = [list(read_samples(Path("data/development") / part)) for part in ("clean", "degraded")]
     samples = [sample for part in parts for sample in part[: arguments.limit or None]]
     out = arguments.out / f"{arguments.limit}" if arguments.limit else arguments.out
-    exact = rows_of(EXACT, arguments.model, samples, config, out)
+    exact = answered(EXACT, arguments.model, samples, config, out)
     print(f"{arguments.model}, {len(exact):,} questions, paired with {EXACT}; points [95 % interval]\n")
     print("| weights | accuracy | difference | call rate | difference | seconds |\n|---|---|---|---|---|---|")
     for kind in (EXACT, *arguments.weights):
-        frame = exact if kind == EXACT else rows_of(kind, arguments.model, samples, config, out)
+        frame = exact if kind == EXACT else answered(kind, arguments.model, samples, config, out)
         cells = [kind]
         for column in ("correct", "restored"):
             cells += [f"{100 * frame[column].mean():.2f} %"]
