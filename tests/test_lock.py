@@ -160,13 +160,3 @@ def test_a_second_scratch_run_of_a_profile_does_not_take_the_code_from_the_first
         assert not (folder / "code/lib/later.txt").exists()
     scratch.run(Path(), "smoke")
     assert (folder / "code/lib/later.txt").exists()
-
-
-def test_a_scratch_run_of_a_target_begins_where_the_workspace_is(project, capfd):
-    """What the workspace has made is taken over; the user's own data is linked to, and not copied onto itself."""
-    raw = project / "data/raw/.gitkeep"
-    raw.parent.mkdir(parents=True)
-    raw.touch()
-    folder = scratch.run(Path(), "tiny", ["evaluate.bootstrap=10"], "one", ["evaluate"])
-    assert "Stage 'source' didn't change, skipping" in capfd.readouterr().out
-    assert (folder / "data/raw").is_symlink() and (folder / "data/samples").read_text() == "code/source.txt"

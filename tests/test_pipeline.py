@@ -110,6 +110,18 @@ def test_stage_command_module_parameters_and_metrics_share_one_name():
         assert any(key.partition(".")[0] == section for key in definition["params"])
 
 
+def test_the_committed_baseline_took_as_many_steps_as_clear():
+    """What `dvc commit` could seal without a training: the steps of one model follow from parameters of others."""
+    params = yaml.safe_load((ROOT / "params.yaml").read_text())
+    own = [params["sft"][phase]["steps"] for phase in ("restoration", "traces")]
+    later = [params["bridge"][phase]["steps"] for phase in ("distill", "answer", "decide")] + [params["grpo"]["steps"]]
+    trained = {
+        name: json.loads((ROOT / f"data/metrics/{name}.json").read_text())["steps"]
+        for name in ("sft", "sft_direct", "grpo")
+    }
+    assert trained == {"sft": sum(own), "sft_direct": sum(own + later), "grpo": params["grpo"]["steps"]}
+
+
 def test_nothing_trains_on_data_that_failed_validation():
     """Every stage that trains or evaluates stands behind `validate` in the graph; only `base` may precede it."""
     upstream = {}
@@ -216,10 +228,12 @@ def test_a_scratch_run_changes_nothing_but_its_own_folder(project, monkeypatch):
 def test_a_scratch_run_of_targets_begins_with_what_the_workspace_has_made(project, capfd):
     profile = yaml.safe_load((project / "params.yaml").read_text())["profile"]
     (project / "code/lib/b.txt").write_text("code of evaluate alone")
+    (project / "data/raw").mkdir()
+    (project / "data/raw/.gitkeep").touch()  # in git and the user's own: linked to, not copied onto itself
     folder = run(Path(), profile, name="changed", targets=["evaluate"])
     said = capfd.readouterr().out
     assert "Stage 'source' didn't change, skipping" in said and "Running stage 'evaluate'" in said
-    assert (folder / "data/samples").read_text() == "code/source.txt"
+    assert (folder / "data/samples").read_text() == "code/source.txt" and (folder / "data/raw").is_symlink()
     run(Path(), profile, name="changed", targets=["evaluate"])
     assert "Running" not in capfd.readouterr().out, "a second run begins with what the first has made"
     shutil.rmtree(folder)
