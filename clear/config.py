@@ -29,8 +29,10 @@ def check(value: Any, name: str = "", origin: str = "params") -> None:
         elif isinstance(found, dict):
             for key, one in found.items():
                 check(one, f"{full}.{key}", origin)
-        elif "values" in rule and found not in rule["values"]:
-            raise ClearError(f"{origin}: {full} = {found!r} is not one of {', '.join(rule['values'])}.")
+        elif "values" in rule:
+            for one in found if isinstance(found, list) else [found]:
+                if one not in rule["values"]:
+                    raise ClearError(f"{origin}: {full} = {one!r} is not one of {', '.join(rule['values'])}.")
         elif "low" in rule:
             for number in found if isinstance(found, list) else [found]:
                 if not rule["low"] <= number <= rule["high"]:

@@ -43,6 +43,8 @@ class Runtime:
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()
+    trackers: list[str] = field(metadata={"values": ("dvclive", "tensorboard", "mlflow", "wandb")})
+    panel_every: int = between(0, 10**9)  # steps between panels of held-out pictures in the trackers; 0 = none
     device: str = one_of("auto", "cpu", "cuda")
 
 

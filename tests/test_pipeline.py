@@ -28,6 +28,10 @@ STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 # Code that cannot change a result: it reports errors, finds folders, times runs, checks what is tracked as params.
 NEUTRAL = {"clear/errors.py", "clear/data/workspace.py", "clear/config.py", "clear/schema.py"}
 
+# Code that only shows what a stage does, with the random state put back: neither it nor what it imports is a
+# dependency. tests/test_trackers.py holds the weights against those of a training that shows nothing.
+SHOWING = {"clear/training/trackers.py", "clear/training/panel.py"}
+
 
 def _folder_of_figures(stage: str) -> str:
     """`report` reads the whole folder of the others' figures and so keeps its own apart."""
@@ -65,7 +69,7 @@ def _code_of(stage: str) -> set[str]:
         file = todo.pop()
         if file not in seen:
             seen.add(file)
-            todo += _imports(file)
+            todo += [found for found in _imports(file) if found.relative_to(ROOT).as_posix() not in SHOWING]
     names = {file.relative_to(ROOT).as_posix() for file in seen if file.stat().st_size}
     return names - NEUTRAL - {"clear/__init__.py"}
 

@@ -37,11 +37,13 @@ def run(config: Config) -> None:
     from clear.training.loop.parallel import made_once, one_machine, rank
     from clear.training.loop.run import StageRun
     from clear.training.loop.trainer import optimise
+    from clear.training.panel import panel
 
     start = incoming(model_folder("sft", config), config, whole=not one_machine())
     model = start.model
     data = trace_data(start, config)
     work = StageRun("bridge", config, INPUTS, checkpoint_dir("bridge"))
+    work.panel = panel(start, config)
     mlp = config.bridge.kind == "mlp"
     if mlp:
         torch.manual_seed(config.seed)

@@ -102,10 +102,12 @@ def run(config: Config) -> None:
     from clear.training.loop import sharded
     from clear.training.loop.parallel import rank
     from clear.training.loop.run import StageRun
+    from clear.training.panel import panel
     from clear.training.rl.grpo import train
 
     start, task = prepare(config)
     run = StageRun("grpo", config, INPUTS, checkpoint_dir("grpo"))
+    run.panel = panel(start, config)
     before = None if sharded.enabled() else task.holdout(start.model)
     with _judge(config) as judge:
         done = train(run, start.model, replace(task, judge=judge))

@@ -23,12 +23,15 @@ def run(config: Config, direct: bool = False) -> None:
     from clear.training.loop.parallel import rank
     from clear.training.loop.run import StageRun
     from clear.training.loop.trainer import optimise
+    from clear.training.panel import panel
 
     name = "sft_direct" if direct else "sft"
     start = incoming(model_folder("base", config), config, whole=False)
     model, ema = start.model, config.sft.ema
     data = trace_data(start, config)
     work = StageRun(name, config, ["data/models/base", "data/traces", "data/degraded/sft"], checkpoint_dir(name))
+    feedback = "reencode" if config.bridge.kind == "mlp" else "bridge"  # as in evaluation: that bridge comes later
+    work.panel = panel(start, config, "plain" if direct else "always", feedback)
     warm, traces, both = config.sft.restoration, config.sft.traces, config.sft.both_paths
     if direct:
         trainable(model)

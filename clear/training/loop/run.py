@@ -3,7 +3,7 @@
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 
 from clear.data.records import file_sha256
 from clear.schema import Config
+from clear.training import trackers
 from clear.training.loop.parallel import barrier, rank
 
 
@@ -19,10 +20,16 @@ class StageRun:
     """The private working folder of one stage run and the training curves collected so far."""
 
     def __init__(self, stage: str, config: Config, inputs: Sequence[Path | str], home: Path) -> None:
-        """`inputs` are the files or folders whose content, with the parameters, identifies this run."""
+        """`inputs` are the files or folders whose content, with the parameters, identifies this run.
+
+        `panel`, which a stage may set, draws what trackers show of its model (clear/training/panel.py). Raises
+        ClearError for a tracker that is not installed.
+        """
+        trackers.require(config.runtime.trackers)
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
-        self.config = config
+        self.stage, self.config = stage, config
+        self.panel: Callable[[], Any] | None = None
         digest = hashlib.sha256(json.dumps([stage, _relevant(config)], sort_keys=True).encode())
         for path in inputs:
             for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
@@ -31,6 +38,11 @@ class StageRun:
         self.folder = home / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
         self.curve: list[dict[str, Any]] = []
+
+    def shown(self, phase: str, parts: Callable[[], dict[str, float]] | None = None) -> trackers.Trackers:
+        """What shows a phase of this run to the trackers; `parts` are the seconds of its Trainer by part."""
+        runtime = self.config.runtime
+        return trackers.Trackers(runtime.trackers, self.stage, phase, runtime.panel_every, self.panel, parts)
 
     def finish(self, curve: Path | str) -> None:
         """Write the training curves as CSV and delete the working folder: the stage has succeeded."""
@@ -44,7 +56,7 @@ def _relevant(config: Config) -> dict:
     plain = asdict(config)
     for section in ("report", "evaluate", "gate"):
         plain.pop(section)
-    for name in ("checkpoint_every", "log_every"):
+    for name in ("checkpoint_every", "log_every", "trackers", "panel_every"):
         plain["runtime"].pop(name)
     return plain
 

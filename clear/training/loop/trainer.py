@@ -234,7 +234,7 @@ def optimise(
         args=args,
         train_dataset=list(range(samples)),
         data_collator=lambda batch: {"index": torch.tensor(batch)},
-        callbacks=[*average, MarkComplete(), Progress(name)],
+        callbacks=[*average, MarkComplete(), Progress(name), run.shown(name)],
     )
     trainer.rows_per_pass = run.config.runtime.rows_per_pass
     trainer.token_budget = run.config.runtime.token_budget

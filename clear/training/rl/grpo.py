@@ -351,6 +351,7 @@ def train(run: StageRun, model: Bagel, task: Task) -> Done:
     Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
     """
     trainer = make_trainer(run, model, task)
+    trainer.add_callback(run.shown("grpo", lambda: trainer.seconds))
     best = run.folder / "best.safetensors"
     rule = StopRule(trainer, best, run.config.grpo)
     if run.config.grpo.stop_after:
