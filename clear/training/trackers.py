@@ -170,7 +170,7 @@ def require(names: Sequence[str]) -> None:
         if importlib.util.find_spec(name) is None:
             raise ClearError(
                 f"params: runtime.trackers names {name}, whose package is not installed: "
-                f"`.venv/bin/python -m pip install -c infra/constraints.txt -e '.[{name}]'`, or take it out of the list."
+                f"`pip install -c infra/constraints.txt -e '.[{name}]'`, or take it out of the list."
             )
 
 
