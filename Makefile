@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results ablations test test-all lint format bench gpu plots experiments params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint format fuzz bench gpu plots experiments params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,10 @@ lint: $(READY)  ## ruff: rules and format
 format: $(READY)  ## rewrite the code in the house format
 	@ruff check --fix .
 	@ruff format .
+
+INPUTS ?= 100000
+fuzz: $(READY)  ## give every reader INPUTS=100000 mutated inputs (READERS="…" of tests/fuzz/targets.py), resumable; prints a table
+	@python -m tests.fuzz.run $(INPUTS) $(READERS)
 
 bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 	@python tests/bench/run.py

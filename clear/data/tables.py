@@ -17,6 +17,7 @@ import math
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,8 @@ def read(path: Path, skip: Collection[str] = ()) -> tuple[list[str], Iterator[Ta
         known = ", ".join((*DELIMITERS, *_TYPED))
         raise ClearError(f"{path}: '{path.suffix}' is not a supported table format; save it as one of {known}.")
     header = next(stream)
-    twice = next((name for name in header if header.count(name) > 1), None)
+    counts = Counter(header)  # a header may have a million columns
+    twice = next((name for name in header if counts[name] > 1), None)
     if twice is not None:
         what = f"column '{twice}'" if twice else "a column without a heading"
         raise ClearError(f"{path}: {what} occurs twice in the header; give every column a different name.")
@@ -317,9 +319,10 @@ def _opened(path: Path) -> io.BufferedReader:
 
 def _headings(cells: list[str]) -> list[str]:
     """The header without empty cells at its end, where a delimiter ended the line."""
-    while cells and not cells[-1]:
-        cells = cells[:-1]
-    return cells
+    count = len(cells)
+    while count and not cells[count - 1]:
+        count -= 1
+    return cells[:count]
 
 
 def _misshapen(path: Path, number: int, count: int, header: Sequence[str]) -> ClearError:

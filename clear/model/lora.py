@@ -192,13 +192,20 @@ def _read(file: Path) -> dict:
     if not file.exists():
         raise ClearError(f"{file} is missing; an adapter folder needs it, run the stage that makes it again.")
     try:
-        return json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        content = json.loads(file.read_text())
+    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
         raise ClearError(f"{file} is not JSON ({error}); run the stage that makes it again.") from error
+    if not isinstance(content, dict):
+        raise ClearError(f"{file} holds a {type(content).__name__}, not an object; run the stage that makes it again.")
+    return content
 
 
 def _is_recorded(path: Path, record: dict[str, Any]) -> bool:
     """Whether a file is the one of a `fingerprint`: by its hash, or for a large one by its size and samples."""
+    if not (isinstance(record, dict) and isinstance(record.get("bytes"), int) and "sha256" in record):
+        raise ClearError(
+            f"the adapter's record of {path} lacks 'bytes' and 'sha256'; run the stage that made it again."
+        )
     if not path.is_file() or path.stat().st_size != record["bytes"]:
         return False
     if record["bytes"] <= HASHED_ON_LOAD:

@@ -201,7 +201,7 @@ def read_json(folder: Path, name: str, required: bool = True) -> dict:
         return {}
     try:
         content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
         raise ClearError(f"{path} is not JSON ({error}); fetch it again.") from error
     if not isinstance(content, dict):
         raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again.")

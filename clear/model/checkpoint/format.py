@@ -203,7 +203,7 @@ def read_header(file: Path) -> dict[str, Entry]:
                 key: Entry(tuple(value["shape"]), value["dtype"], *(first + at for at in value["data_offsets"]))
                 for key, value in raw.items()
             }
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ClearError(f"{file} is not safetensors (header: {error!r}); fetch it again.") from error
     end = max((entry.stop for entry in entries.values()), default=first)
     if size < end:
