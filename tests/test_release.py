@@ -20,7 +20,7 @@ from clear.model.mot import LlmConfig
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
-from clear.project import release as exporting
+from clear.project.release import export as exporting
 from clear.report import card
 from tests.conftest import ROOT, git
 from tests.helpers.adapters import TEXTS, adapted, qwen_folder

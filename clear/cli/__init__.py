@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from clear.cli import benchmark, incoming, pipeline, project, review, use
+from clear.cli import benchmark, incoming, pipeline, project, registry, review, use
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError, printable, refusal
 
@@ -45,6 +45,7 @@ for _command in (
     use.quantise,
     use.export,
     use.decision,
+    registry.release,
 ):
     app.command(rich_help_panel=TOOLS)(_command)
 app.add_typer(incoming.app, name="incoming", rich_help_panel=TOOLS)

@@ -25,7 +25,7 @@ def _called(model: Path) -> str:
 def ask(
     image: Annotated[Path, typer.Argument(help="PNG or JPEG file.")],
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
-    model: Annotated[Path, typer.Option(help="Model folder, or a weight file in it.")] = Path("data/models/grpo"),
+    model: Annotated[Path, typer.Option(help="Model folder or weight file, or @prod.")] = Path("data/models/grpo"),
     save: Annotated[Path | None, typer.Option(help="Write the restored image here (PNG).")] = None,
     restore: Annotated[str, typer.Option(help="auto, always or never.")] = "auto",
     base: Base = None,
@@ -34,11 +34,13 @@ def ask(
     from clear.config import load
     from clear.data.images import encode_image
     from clear.model.weights import with_base, with_local_weights
+    from clear.project.release.fetch import released
 
     if restore not in ("auto", "always", "never"):
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
     if not image.is_file():
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
+    model = released(model)
     if not model.exists():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
     config = with_local_weights(with_base(load(), base), "ask")
@@ -56,7 +58,7 @@ def ask(
 def answer(
     data: Annotated[list[Path], typer.Argument(help="Benchmark tables of VLMEvalKit (TSV), clean or degraded.")],
     out: Annotated[Path, typer.Option(help="Folder for the predictions.")],
-    model: Annotated[Path | None, typer.Option(help="Model folder that answers, such as data/models/grpo.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Model folder that answers: data/models/grpo, or @prod.")] = None,
     base: Base = None,
     endpoint: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server that answers instead.")] = "",
     name: Annotated[str, typer.Option(help="The model's name in file names, and for an endpoint.")] = "",
@@ -83,6 +85,7 @@ def answer(
     from clear.config import load
     from clear.llm.endpoint import connect
     from clear.model.weights import with_base, with_local_weights
+    from clear.project.release.fetch import released
 
     for option, value, values in (
         ("--restore", restore, ("auto", "always", "never", "plain")),
@@ -94,6 +97,7 @@ def answer(
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
     if (model is None) == (endpoint == ""):
         raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
+    model = None if model is None else released(model)
     if model is not None and not model.exists():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
     if endpoint and not name:
@@ -127,7 +131,7 @@ def answer(
 
 
 def serve(
-    model: Annotated[Path, typer.Argument(help="Model folder, or a weight file in it, such as data/models/grpo.")],
+    model: Annotated[Path, typer.Argument(help="Model folder or weight file: data/models/grpo; or a release: @prod.")],
     base: Base = None,
     host: Annotated[str, typer.Option(help="Address to listen on; beyond this machine a key is required.")] = HOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port; 0 = any that is free.")] = 8000,
@@ -153,6 +157,7 @@ def serve(
     """Serve a model to OpenAI-compatible clients (docs/SERVE.md)."""
     from clear.config import load
     from clear.model.weights import with_base, with_local_weights
+    from clear.project.release.fetch import released
     from clear.serve import serve as run
     from clear.serve.settings import Settings
 
@@ -162,6 +167,7 @@ def serve(
     ):
         if value not in values:
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    model = released(model)
     if not model.exists():
         raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
     config = with_local_weights(with_base(load(), base), "ask")
@@ -290,7 +296,7 @@ def export(
     if not folder.is_dir():
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote.")
     kind = _type(weights) if weights else None
-    release = importlib.import_module("clear.project.release")
+    release = importlib.import_module("clear.project.release.export")
     wishes = release.Wishes(name, license, base_model, dataset or [], language or ["en"], evaluation, scores)
     for file in release.export(folder, out, load(), wishes, kind, base):
         typer.echo(str(file))

@@ -37,9 +37,11 @@ BENCHMARK_LICENCES = (
 class Facts:
     """What a card says. `metrics` are those of data/metrics by name, `report` is data/results/report.json.
 
-    `stage` trained it, `model` is the name of its evaluation in MODELS, "" without one; `board` is the JSON of a
-    leaderboard, `row` this model's name in it. `files` are name → {bytes, sha256} of the release; `foreign` of
-    clear.model.release. `verified`: whether dvc.lock says that the evaluation read these weights.
+    A release of the registry has a `tag`, whose commit the card is part of, so that no commit is named; `tracked` are
+    its files as DVC knows them, path → {size, md5}. `stage` trained it, `model` is the name of its evaluation in
+    MODELS, "" without one; `board` is the JSON of a leaderboard, `row` this model's name in it. `files` are name →
+    {bytes, sha256} of the release; `foreign` of clear.model.release. `verified`: whether dvc.lock says that the
+    evaluation read these weights.
     """
 
     name: str
@@ -60,6 +62,8 @@ class Facts:
     commit: str = ""
     lock: str = ""
     verified: bool = False
+    tag: str = ""
+    tracked: dict[str, dict] = field(default_factory=dict)
 
 
 def render(facts: Facts) -> str:
@@ -132,6 +136,8 @@ def _body(facts: Facts) -> list[str]:
         *_measured(facts),
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(facts)),
+        "## Cost",
+        cost(facts),
         "## How to run it",
         *_usage(facts),
         "## How it was made",
@@ -280,7 +286,32 @@ def _limits(facts: Facts) -> list[str]:
     return limits
 
 
+def cost(facts: Facts) -> str:
+    """What training and answering took, as far as it is the same on every machine; seconds are in no tracked file."""
+    config, parts = facts.config, []
+    if facts.stage == "grpo" and (done := facts.metrics.get("grpo", {}).get("steps")) is not None:
+        rollouts = done * config.grpo.prompts * config.grpo.group_size
+        early = ", stopped early" if facts.metrics["grpo"].get("stopped") else ""
+        parts.append(f"GRPO took {done} steps{early}: {rollouts:,} rollouts.")
+    if measured := facts.metrics.get(f"evaluate_{facts.model}"):
+        calls = measured["call_rate"]
+        shares = ", ".join(f"{LEVELS[level]} {points(calls[level])}" for level in SEVERITIES if level in calls)
+        parts.append(f"An answer with a restoration first costs a denoising run more; percent of answers: {shares}.")
+    if facts.tracked:
+        size = sum(out["size"] for out in facts.tracked.values())
+        parts.append(f"The files take {size / 2**20:,.1f} MiB.")
+    parts.append("Time and money depend on the machine and are not part of a release.")
+    return " ".join(parts)
+
+
 def _usage(facts: Facts) -> list[str]:
+    if facts.tag:
+        model, version = facts.tag.split("@")
+        get = f"dvc artifacts get REPOSITORY {model} --rev {version}"
+        return [
+            "In a clone of the project, with its DVC remote; the second line gets the files alone, from anywhere:",
+            f'```sh\nclear ask picture.png "what is written on the sign ?" --model {facts.tag}\n{get}\n```',
+        ]
     parts = [
         "With the code of this project, in a folder whose `params.yaml` has the shapes of this model:",
         '```sh\nclear ask picture.png "what is written on the sign ?" --model .\nclear serve .\n```',
@@ -294,10 +325,16 @@ def _usage(facts: Facts) -> list[str]:
 
 
 def _made(facts: Facts) -> list[str]:
+    code = f"Code: commit `{facts.commit}`." if facts.commit else "The commit of the code is not known."
+    if facts.tag:
+        code = f"Code: the commit that tag `{facts.tag}` names, which this card is part of."
     parts = [
-        f"Code: commit `{facts.commit}`." if facts.commit else "The commit of the code is not known.",
+        code,
         f"Data, parameters and every stage: `dvc.lock` with SHA-256 `{facts.lock}`." if facts.lock else "",
     ]
     rows = [[f"`{name}`", str(file["bytes"]), f"`{file['sha256']}`"] for name, file in sorted(facts.files.items())]
     table = Table(["file", "bytes", "SHA-256"], rows)
+    if facts.tracked:
+        rows = [[f"`{name}`", str(out["size"]), f"`{out['md5']}`"] for name, out in sorted(facts.tracked.items())]
+        table = Table(["output", "bytes", "MD5 in dvc.lock"], rows)
     return [" ".join(part for part in parts if part), table.markdown()]

@@ -91,6 +91,12 @@ def read_sides(workspace: Path, base: str, head: str) -> tuple[Side, Side]:
     )
 
 
+def read_side(workspace: Path, name: str) -> Side:
+    """A revision exactly as it is named, without a merge base. Raises ClearError as read_sides."""
+    commit = resolve(workspace, name)
+    return _read_revision(workspace, name, commit, f"commit {commit[:10]}")
+
+
 def _folder(workspace: Path, name: str) -> Path | None:
     folder = workspace / name
     return folder if name and (folder / "data").is_dir() else None
@@ -159,7 +165,7 @@ def _read_revision(workspace: Path, name: str, commit: str, origin: str) -> Side
             if path not in kept:
                 missing[model] = _from_dvc(workspace, commit, path, folder)
         side = _read_tree(folder, name, origin, commit, missing)
-    here = _lock(workspace / LOCK)
+    here = read_lock(workspace / LOCK)
     # A record of this machine is this revision's if the stage was locked alike: same command, inputs and outputs.
     own = {stage for stage, entry in side.lock.items() if here.get(stage) == entry}
     records = _json_files(paths.home() / "runs" / side.profile) if side.profile else {}
@@ -202,7 +208,7 @@ def _extract(workspace: Path, commit: str, folder: Path) -> set[str]:
 
 def _from_dvc(workspace: Path, commit: str, path: str, folder: Path) -> str:
     """Fetch a file that a revision keeps under DVC into `folder`; the reason if that cannot be done, else ''."""
-    if path not in outputs(_lock(folder / LOCK)):
+    if path not in outputs(read_lock(folder / LOCK)):
         return "neither in git nor in dvc.lock"
     import dvc.api
     from dvc.exceptions import DvcException
@@ -241,7 +247,7 @@ def _read_tree(folder: Path, name: str, origin: str, commit: str, missing: dict[
         commit=commit,
         profile=profile,
         params=params,
-        lock=_lock(lock, where),
+        lock=read_lock(lock, where),
         lock_sha=hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "",
         metrics=_json_files(folder / "data" / "metrics", where),
         frames=frames,
@@ -262,7 +268,8 @@ def _yaml(file: Path, where: str) -> dict:
     return content
 
 
-def _lock(file: Path, where: str = "") -> dict[str, dict]:
+def read_lock(file: Path, where: str = "") -> dict[str, dict]:
+    """The stages of a dvc.lock; `where` names its folder in errors."""
     stages = _yaml(file, where or str(file.parent)).get("stages") or {}
     if not all(isinstance(stage, dict) for stage in stages.values()):
         raise ClearError(f"{where or file.parent}/{LOCK}: not a lock file of DVC; restore it from git.")

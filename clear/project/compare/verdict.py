@@ -97,6 +97,11 @@ def decide(base: Side, head: Side, detail: bool = True) -> tuple[Comparison, Ver
     return comparison, judge(comparison, policy, notes)
 
 
+def decide_under(policy: Gate, base: Side, head: Side) -> Verdict:
+    """The verdict under a given policy, as the gate reaches it."""
+    return judge(compare(base, head, policy.model, settings_of(policy), False), policy, [])
+
+
 def judge(comparison: Comparison, policy: Gate, notes: list[str]) -> Verdict:
     """The verdict and the gate on a comparison."""
     rules = _rules(comparison, policy)

@@ -26,7 +26,7 @@ from clear.schema import Config
 LOCK = Path("dvc.lock")
 CARD = "README.md"
 
-_METRICS = ("traces", "degrade", *(f"evaluate_{name}" for name in MODELS))
+_METRICS = ("traces", "degrade", "grpo", *(f"evaluate_{name}" for name in MODELS))
 
 
 @dataclass(frozen=True)
@@ -72,8 +72,11 @@ def export(
     return sorted(out.iterdir())
 
 
-def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path()) -> dict:
-    """The fields of card.Facts that do not depend on the written files; errors as of `export`."""
+def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(), weights: str = "") -> dict:
+    """The fields of card.Facts that do not depend on the written files; errors as of `export`.
+
+    `weights` is the folder's hash in dvc.lock where that is to be believed; else the folder itself is hashed.
+    """
     scratch = config.source.kind == "scenes" and not config.model.checkpoint
     if not wishes.license and not scratch:
         raise ClearError(
@@ -99,7 +102,7 @@ def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(
     metrics = {name: found for name, found in metrics.items() if found}
     verified = False
     if f"evaluate_{model}" in metrics:
-        verified = _verify(folder, model, workspace)
+        verified = _verify(folder, model, workspace, weights)
     elif wishes.model:
         raise ClearError(f"data/metrics/evaluate_{model}.json is not here; run `dvc repro evaluate@{model}`.")
     else:
@@ -125,7 +128,7 @@ def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(
     }
 
 
-def _verify(folder: Path, model: str, workspace: Path) -> bool:
+def _verify(folder: Path, model: str, workspace: Path, weights: str) -> bool:
     """Whether dvc.lock says what the evaluation read; raises ClearError if that is not this folder."""
     import yaml
 
@@ -140,7 +143,7 @@ def _verify(folder: Path, model: str, workspace: Path) -> bool:
     wanted = read.get(f"data/models/{MODELS[model][0]}")
     if wanted is None:
         return False
-    if directory_hash(folder) != wanted:
+    if (weights or directory_hash(folder)) != wanted:
         raise ClearError(
             f"{folder}: not what evaluate@{model} evaluated ({lock} has another hash); run `dvc repro "
             f"evaluate@{model}`, or `dvc pull` the folder, so that the card's figures are of these weights."

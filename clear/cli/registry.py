@@ -1,0 +1,54 @@
+"""Commands about released models: versions, stages and their history."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from clear.errors import ClearError
+
+
+def release(
+    model: Annotated[str, typer.Argument(help="A model of `artifacts` in dvc.yaml; default: gate.model.")] = "",
+    version: Annotated[str, typer.Argument(help="The new version, such as v1.2.0.")] = "",
+    stage: Annotated[
+        str, typer.Option(help="Stage it is meant for: the gate compares with the version that is there.")
+    ] = "prod",
+    assign: Annotated[
+        tuple[str, str] | None,
+        typer.Option("--assign", metavar="STAGE VERSION", help="Put a version into a stage; a former one goes back."),
+    ] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="List versions and assignments, the newest first.")
+    ] = False,
+    because: Annotated[
+        str, typer.Option(help="A person's reason where the gate cannot decide; goes into the tag.")
+    ] = "",
+    push: Annotated[
+        bool, typer.Option("--push", help="Push what was made; else the command for it is printed.")
+    ] = False,
+) -> None:
+    """Release a model: gate, cards, commit and tag; or put a version into a stage (docs/RELEASE.md)."""
+    from clear.config import load
+    from clear.data.io import aligned
+    from clear.project.release import publish, registry
+
+    if bool(version) + bool(assign) + history != 1:
+        raise ClearError("say one thing: MODEL and VERSION, or --assign STAGE VERSION, or --history.")
+    model = model or load().gate.model
+    if history:
+        registry.artifact(Path(), model)
+        rows = [
+            (event.when, event.what, event.version, event.stage, event.commit[:10], event.author)
+            for event in registry.history(Path(), model)
+        ]
+        lines = aligned([("when", "what", "version", "stage", "commit", "by"), *rows]) if rows else []
+        for line in lines or [f"{model} has no release yet; `clear release {model} v0.1.0` makes one."]:
+            typer.echo(line)
+        return
+    if assign:
+        lines = publish.assign(Path(), model, *assign, because, push)
+    else:
+        lines = publish.release(Path(), model, version, stage, because, push)
+    for line in lines:
+        typer.echo(line)

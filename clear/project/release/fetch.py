@@ -1,0 +1,86 @@
+"""A released model by name: `@prod`, `grpo@prod`, `@v1.2.0` or `grpo@v1.2.0` where a command takes a model folder.
+
+    $CLEAR_HOME/releases/<model>-<version>/     the files of a version, verified
+
+What is in a stage is decided by the tags of this clone, once, when the command starts; files come from DVC's cache or
+remote. A folder that is there was written whole and verified against the dvc.lock of the version's commit.
+"""
+
+import re
+import shutil
+from pathlib import Path
+
+import yaml
+
+from clear.config import load
+from clear.data.workspace import home
+from clear.errors import ClearError
+from clear.project.git import output
+from clear.project.release import registry
+from clear.project.release.export import LOCK, directory_hash
+
+_NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w/-]*)?@(?P<which>[A-Za-z0-9][\w.+-]*)")
+
+
+def released(given: Path, root: Path = Path()) -> Path:
+    """The folder of a released model, fetched if need be; any other path, or one that exists, as it is.
+
+    Raises ClearError for an empty stage, an unknown version, and files that are in no cache or remote, or not those of
+    the release.
+    """
+    match = _NAME.fullmatch(str(given))
+    if match is None or given.exists():
+        return given
+    model = match["model"] or load(root / "params.yaml").gate.model
+    entry = registry.artifact(root, model)
+    version, commit = _resolve(root, model, match["which"])
+    folder = home() / "releases" / f"{model}-{version}".replace("/", "_")
+    if not folder.is_dir():
+        _fetch(root, entry.name, version, commit, folder)
+    return folder
+
+
+def _resolve(root: Path, model: str, which: str) -> tuple[str, str]:
+    known = registry.versions(root, model)
+    version = which if which in known else registry.in_stage(root, model, which)
+    if not version or version not in known:
+        listed = ", ".join(known) or "none"
+        raise ClearError(
+            f"{model}@{which}: no version and no stage with one in it (versions: {listed}); `git fetch --tags` brings "
+            f"those of others, `clear release {model} --history` lists them."
+        )
+    return version, known[version]
+
+
+def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> None:
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with Repo(str(root)) as repo:
+            repo.artifacts.download(model, version=version, out=str(partial))
+    except (DvcException, OSError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise ClearError(
+            f"{model} {version} cannot be fetched ({' '.join(str(error).split())}); check `dvc remote "
+            "list` and its credentials."
+        ) from error
+    wanted = _hash(root, model, commit)
+    if directory_hash(partial) != wanted:
+        shutil.rmtree(partial)
+        raise ClearError(
+            f"{model} {version}: what DVC has is not what the release's {LOCK} names (MD5 {wanted}); run `dvc fetch` "
+            "in a clone at that version, and `dvc push` where it is whole."
+        )
+    partial.replace(folder)
+
+
+def _hash(root: Path, model: str, commit: str) -> str:
+    """The hash of a model's folder in the dvc.lock of a commit."""
+    lock = yaml.safe_load(output(root, "show", f"{commit}:./{LOCK}"))
+    path = yaml.safe_load(output(root, "show", f"{commit}:./{registry.FILE}"))["artifacts"][model]["path"]
+    found = [out for stage in lock["stages"].values() for out in stage.get("outs", []) if out["path"] == path]
+    return found[0]["md5"] if found else ""

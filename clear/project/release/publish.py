@@ -1,0 +1,189 @@
+"""`clear release`: a version of a model, or its refusal; and which version is in which stage.
+
+A release is a commit with its cards and a tag on it. It is refused where somebody else could not have the same: a tree
+with changes, a lock that disagrees with the code, outputs that are in no remote; and where the gate does not pass
+against the version that is in the stage the release is meant for. Putting a former version back into its stage is never
+refused, because that is what one does while something is wrong.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from clear.bench.models import MODELS
+from clear.errors import ClearError
+from clear.project.check import drifts
+from clear.project.compare.load import read_side
+from clear.project.compare.verdict import NOT_COMPARABLE, PASSED, decide_under, policy_of
+from clear.project.git import git, output
+from clear.project.release import cards, registry
+from clear.project.release.registry import Artifact
+
+STAGE = "prod"
+"""The stage that a release is meant for unless another is named."""
+
+
+def release(
+    root: Path, model: str, version: str, stage: str = STAGE, because: str = "", push: bool = False
+) -> list[str]:
+    """Write and commit the cards of a model, tag that commit as a version of it, and return what there is to say.
+
+    `because` is a person's reason to release although the gate cannot decide (another benchmark or profile); it does
+    not help where the gate fails. With `push` commit and tag go to the remote of the branch, both or neither.
+    Raises ClearError for the first obstacle, with its remedy; nothing is written then.
+    """
+    entry = registry.artifact(root, model)
+    registry.require_version(version)
+    registry.require_stage(stage)
+    known = registry.versions(root, model)
+    if version in known:
+        raise ClearError(f"{model} {version} exists, at commit {known[version][:10]}; choose the next version.")
+    _require_clean(root)
+    head = output(root, "rev-parse", "HEAD").strip()
+    for other, commit in known.items():
+        if commit == head:
+            raise ClearError(
+                f"this commit is {model} {other} already; put that into a stage with `clear release {model} --assign "
+                f"{stage} {other}`."
+            )
+    _require_agreement(root)
+    _require_pushed(root)
+    reason = _require_gate(root, entry, head, stage, known, because)
+    written = cards.render(root, entry, f"{model}@{version}")
+    _commit(root, written, f"Release {model} {version}")
+    commit = output(root, "rev-parse", "HEAD").strip()
+    tag = registry.register(root, model, version, commit, f"{model} {version}. {reason}")
+    lines = [*map(str, written), f"tag {tag}", reason]
+    assigning = f"put it into its stage: clear release {model} --assign {stage} {version}"
+    return [*lines, _published(root, tag, push, branch=True), assigning]
+
+
+def assign(root: Path, model: str, stage: str, version: str, because: str = "", push: bool = False) -> list[str]:
+    """Put a version into a stage and return what there is to say. A version that has been there is not judged again.
+
+    Raises ClearError for a version that is not registered, is there already, or does not pass the gate.
+    """
+    entry = registry.artifact(root, model)
+    registry.require_version(version)
+    registry.require_stage(stage)
+    known = registry.versions(root, model)
+    if version not in known:
+        listed = ", ".join(known) or "none"
+        raise ClearError(
+            f"{model} {version} is no release here (there are: {listed}); `git fetch --tags` brings those of others."
+        )
+    current = registry.in_stage(root, model, stage)
+    if current == version:
+        raise ClearError(f"{model} {version} is in {stage} already.")
+    former = {event.version for event in registry.history(root, model) if event.stage == stage}
+    if version in former:
+        reason = "It has been there before."
+    else:
+        reason = _require_gate(root, entry, known[version], stage, known, because)
+    moved = f"{model} {version} is in {stage}" + (f", in place of {current}" if current else "")
+    tag = registry.assign(root, model, version, stage, f"{moved}. {reason}")
+    return [f"{moved}.", f"tag {tag}", reason, _published(root, tag, push, branch=False)]
+
+
+def _require_clean(root: Path) -> None:
+    changed = output(root, "status", "--porcelain", "--untracked-files=no").splitlines()
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        raise ClearError(
+            f"{changed[0][3:]}{more}: changed and not committed, so the release would not be what is here; commit, or "
+            "discard with `git restore`."
+        )
+
+
+def _require_agreement(root: Path) -> None:
+    found = drifts(root)
+    if found:
+        more = f" ({len(found)} such lines in `clear check`)" if len(found) > 1 else ""
+        raise ClearError(f"dvc.lock does not belong to this commit{more}: {found[0]}")
+
+
+def _require_pushed(root: Path) -> None:
+    """Raises ClearError unless every file of every output is in DVC's remote."""
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        if not repo.config["core"].get("remote"):
+            raise ClearError(
+                "no DVC remote is configured, so nobody else could have this release; name one with `dvc remote add -d "
+                "NAME URL`, commit .dvc/config and run `dvc push`."
+            )
+        try:
+            there = repo.status(cloud=True)
+        except (DvcException, OSError) as error:
+            raise ClearError(
+                f"DVC's remote {repo.config['core']['remote']} cannot be asked what it has "
+                f"({' '.join(str(error).split())}); check `dvc remote list` and its credentials."
+            ) from error
+    missing = sorted(name for name, state in there.items() if state in ("new", "missing"))
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        remedy = "`dvc push`" if "new" in there.values() else "`dvc repro` and `dvc push`"
+        raise ClearError(f"{missing[0]}{more}: not in DVC's remote, so nobody else could have it; run {remedy}.")
+
+
+def _require_gate(root: Path, entry: Artifact, commit: str, stage: str, known: dict[str, str], because: str) -> str:
+    """What the gate said about a commit, in one sentence; raises ClearError unless it passes, or cannot decide and a
+    person did. Where the stage is empty, the commit is its own base: that leaves the rules about the data."""
+    current = registry.in_stage(root, entry.name, stage)
+    if current and current not in known:
+        raise ClearError(f"{entry.name} {current} is in {stage} but not a release; `git fetch --tags` and repeat.")
+    base = read_side(root, known[current] if current else commit)
+    head = read_side(root, commit)
+    policy, _ = policy_of(base, head)
+    verdict = decide_under(replace(policy, model=evaluated(entry)), base, head)
+    against = f"{entry.name} {current}" if current else f"no version, since {stage} is empty"
+    if verdict.status == PASSED:
+        return f"The gate passes against {against}: {verdict.sentence if current else verdict.rules[2].reason + '.'}"
+    command = f"`clear gate {known[current][:10] if current else 'HEAD'} {commit[:10]}` shows all rules"
+    if verdict.status == NOT_COMPARABLE:
+        if because.strip():
+            return f"The gate cannot decide against {against}; decided by a person: {' '.join(because.split())}"
+        raise ClearError(
+            f"the gate cannot decide against {against}: {verdict.sentence} {command}; a person decides, with "
+            "`--because REASON`."
+        )
+    broken = next(rule for rule in verdict.rules if rule.kept is False)
+    raise ClearError(f"the gate does not pass against {against}: {broken.name}: {broken.reason}; {command}.")
+
+
+def evaluated(entry: Artifact) -> str:
+    """The name under which a model of the registry is evaluated. Raises ClearError if it is not."""
+    names = [name for name, (folder, *_) in MODELS.items() if Path("data/models") / folder == entry.path]
+    if not names:
+        raise ClearError(f"{entry.path}: no model of the evaluation, so the gate cannot judge {entry.name}.")
+    return names[-1]
+
+
+def _commit(root: Path, files: list[Path], message: str) -> None:
+    """Commit files, if they differ from HEAD; where git refuses, they are as they were."""
+    names = [file.relative_to(root).as_posix() for file in files]
+    output(root, "add", "--", *names)
+    if not git(root, "diff", "--cached", "--quiet", "--", *names).status:
+        return
+    done = git(root, "commit", "-q", "-m", message, "--", *names)
+    if done.status:
+        git(root, "reset", "-q", "--", *names)
+        for name in names:
+            if git(root, "checkout", "-q", "--", name).status:
+                (root / name).unlink(missing_ok=True)
+        raise ClearError(f"git refuses to commit the cards: {done.said}; correct that and repeat.")
+
+
+def _published(root: Path, tag: str, push: bool, branch: bool) -> str:
+    """Push a tag, and with `branch` the branch it is on; or say how."""
+    here = git(root, "symbolic-ref", "--short", "-q", "HEAD").text.strip()
+    where = git(root, "config", f"branch.{here}.remote").text.strip() if here else ""
+    refs = [*([here] if branch and here else []), tag]
+    words = ["push", "--atomic", where or "origin", *refs]
+    command = f"git {' '.join(words)}".replace("#", "\\#")
+    if not push:
+        return f"others see it after: {command}"
+    done = git(root, *words)
+    if done.status:
+        raise ClearError(f"{tag} is made here, but `{command}` failed: {done.said}; repeat that command.")
+    return f"pushed: {' '.join(refs)}"

@@ -1,0 +1,293 @@
+"""`clear release` on a real project: git with an origin, DVC with a remote in a folder, GTO's tags."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from clear.config import load
+from clear.data.io import write_json
+from clear.errors import ClearError
+from clear.project.release import cards, fetch, publish, registry
+from clear.project.scratch import write_params
+from tests.conftest import ROOT, git
+from tests.revisions import LEVELS, fill, rows_of
+from tests.tiny import save_random_model
+
+WORSE = dict.fromkeys(LEVELS, 0.3)
+STAGES = """
+    artifacts:
+      grpo: {path: data/models/grpo, type: model}
+      sft: {path: data/models/sft, type: model}
+    stages:
+      source:
+        cmd: mkdir -p data/samples && cp code/source.txt data/samples/sft
+        deps: [code/source.txt]
+        outs: [data/samples/sft]
+      grpo:
+        cmd: mkdir -p data/models && cp -r code/model data/models/grpo
+        deps: [code/model, data/samples/sft]
+        outs: [data/models/grpo]
+      evaluate:
+        foreach: {grpo: grpo}
+        do:
+          cmd:
+            - mkdir -p data/predictions && cp code/${key}.parquet data/predictions/
+            - cp code/evaluate_${key}.json data/metrics/
+          deps: [code/evaluate_grpo.json, code/grpo.parquet, "data/models/${item}"]
+          outs: ["data/predictions/${key}.parquet": {cache: false}, "data/metrics/evaluate_${key}.json": {cache: false}]
+"""
+
+
+@pytest.fixture(scope="module")
+def _made(tmp_path_factory) -> Path:
+    """A project with one model, reproduced, committed and pushed to its two remotes, which lie beside it."""
+    from dvc.repo import Repo
+
+    base = tmp_path_factory.mktemp("registry")
+    folder, code = base / "project", base / "project/code"
+    git(base, "init", "-q", "--bare", "-b", "main", "origin.git")
+    git(base, "init", "-q", "-b", "main", "project")
+    with Repo.init(str(folder)):
+        pass
+    (folder / "dvc.yaml").write_text(textwrap.dedent(STAGES))
+    (folder / ".gitignore").write_text("/data/samples/\n/data/models/\n/.clear/\n")
+    fill(base / "filled")
+    code.mkdir()
+    shutil.copy(base / "filled/data/predictions/grpo.parquet", code / "grpo.parquet")
+    shutil.copytree(ROOT / "data/metrics", folder / "data/metrics")
+    shutil.copytree(ROOT / "data/results", folder / "data/results")
+    shutil.copy(ROOT / "data/metrics/evaluate_grpo.json", code / "evaluate_grpo.json")
+    (code / "source.txt").write_text("samples")
+    write_params(folder / "params.yaml")
+    save_random_model(code / "model", load(folder / "params.yaml"))
+    git(folder, "config", "user.name", "a person")
+    git(folder, "config", "user.email", "person@localhost")
+    git(folder, "config", "commit.gpgsign", "false")
+    git(folder, "config", "tag.gpgsign", "false")
+    dvc(folder, "remote", "add", "-d", "store", "../store")
+    git(folder, "remote", "add", "origin", "../origin.git")
+    reproduced(folder, "a model")
+    git(folder, "push", "-q", "-u", "origin", "main")
+    return base
+
+
+@pytest.fixture
+def project(_made, tmp_path, monkeypatch) -> Path:
+    """A copy of the project with both its remotes; the working directory."""
+    shutil.copytree(_made, tmp_path / "all")
+    monkeypatch.chdir(tmp_path / "all/project")
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "home"))
+    return tmp_path / "all/project"
+
+
+def dvc(folder: Path, *arguments: str) -> str:
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def reproduced(folder: Path, message: str) -> None:
+    dvc(folder, "repro", "-q")
+    dvc(folder, "push", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", message)
+
+
+def another(folder: Path, message: str, **answers) -> None:
+    """A later commit with another model and other answers of it."""
+    from clear.bench import predictions
+
+    predictions.write(folder / "code/grpo.parquet", rows_of(**answers))
+    (folder / "code/model/note.txt").write_text(message)
+    reproduced(folder, message)
+
+
+def refused(clear, *arguments: str) -> str:
+    """The one line with which a release is refused; neither commits nor tags are made, and no file is changed."""
+    before = git(Path(), "rev-parse", "HEAD"), git(Path(), "tag"), git(Path(), "status", "--porcelain")
+    status, stdout, stderr = clear("release", *arguments)
+    assert (status, stdout) == (1, "") and stderr.startswith("error: ") and stderr.count("\n") == 1, stderr
+    assert (git(Path(), "rev-parse", "HEAD"), git(Path(), "tag"), git(Path(), "status", "--porcelain")) == before
+    return stderr
+
+
+def released(clear, *arguments: str) -> str:
+    status, stdout, stderr = clear("release", *arguments)
+    assert status == 0, stderr
+    return stdout
+
+
+def test_releases_are_assigned_put_back_and_fetched_by_a_fresh_clone(project, clear, monkeypatch):
+    model = {file.name: file.read_bytes() for file in (project / "data/models/grpo").iterdir()}
+    said = released(clear, "grpo", "v1.0.0", "--push")
+    assert "prod is empty" in said and "every check passed" in said and "pushed: main grpo@v1.0.0" in said
+    released(clear, "--assign", "prod", "v1.0.0", "--push")
+    another(project, "as good", seed=1)
+    assert "passes against grpo v1.0.0" in released(clear, "grpo", "v1.1.0", "--push")
+    released(clear, "grpo", "--assign", "prod", "v1.1.0", "--push")
+    assert "is in prod already" in refused(clear, "--assign", "prod", "v1.1.0")
+    assert registry.in_stage(project, "grpo", "prod") == "v1.1.0"
+    assert "in place of v1.1.0" in released(clear, "--assign", "prod", "v1.0.0", "--push")
+    assert registry.in_stage(project, "grpo", "prod") == "v1.0.0"
+
+    lines = clear("release", "--history")[1].splitlines()
+    assert [line.split()[1:4] for line in lines[1:]] == [
+        ["assignment", "v1.0.0", "prod"],
+        ["assignment", "v1.1.0", "prod"],
+        ["registration", "v1.1.0", git(project, "rev-parse", "--short=10", "grpo@v1.1.0^{commit}").strip()],
+        ["assignment", "v1.0.0", "prod"],
+        ["registration", "v1.0.0", git(project, "rev-parse", "--short=10", "grpo@v1.0.0^{commit}").strip()],
+    ]
+    fresh = project.parent / "fresh"
+    git(project.parent, "clone", "-q", "origin.git", "fresh")
+    assert not (fresh / "data/models").exists()
+    # DVC's own command reads the same registry, from outside any project.
+    dvc(project.parent, "artifacts", "get", "origin.git", "grpo", "--rev", "v1.0.0", "-o", "got", "--remote-config",
+        f"url={project.parent / 'store'}")  # fmt: skip
+    assert {file.name: file.read_bytes() for file in (project.parent / "got").iterdir()} == model
+    monkeypatch.chdir(fresh)
+    folder = fetch.released(Path("@prod"))
+    assert folder == Path(os.environ["CLEAR_HOME"]) / "releases/grpo-v1.0.0"
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == model
+    assert "note.txt" in {file.name for file in fetch.released(Path("grpo@v1.1.0")).iterdir()}
+    shutil.rmtree(project.parent / "store")
+    assert fetch.released(Path("grpo@prod")) == folder, "what was fetched needs no remote"
+    (project.parent / "picture.png").write_bytes(_picture())
+    status, stdout, stderr = clear("ask", project.parent / "picture.png", "is there a red circle ?", "--model", "@prod")
+    assert status == 0 and "answer:" in stdout, stderr
+
+
+def _picture() -> bytes:
+    import numpy as np
+
+    from clear.data.images import encode_image
+
+    return encode_image(np.full((48, 48, 3), 90, np.uint8))
+
+
+def test_cards_are_committed_and_made_of_what_is_committed(project, clear):
+    released(clear, "grpo", "v1.0.0")
+    assert git(project, "status", "--porcelain") == ""
+    assert git(project, "rev-parse", "HEAD") == git(project, "rev-parse", "grpo@v1.0.0^{commit}")
+    model, data = (git(project, "show", f"grpo@v1.0.0:data/cards/{name}") for name in ("grpo.md", "grpo_data.md"))
+    metrics = json.loads((ROOT / "data/metrics/evaluate_grpo.json").read_text())
+    hard = [100 * value for value in (metrics["accuracy"]["high"], *metrics["interval"]["high"])]
+    assert "{:.1f} [{:.1f}, {:.1f}]".format(*hard) in model and "of exactly these weights" in model
+    lock = git(project, "show", "HEAD:dvc.lock")
+    for text, path in ((model, "data/models/grpo"), (data, "data/samples/sft")):
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{path}`")]
+        assert row.split("`")[3] in lock
+    degrade = json.loads((ROOT / "data/metrics/degrade.json").read_text())["images"]
+    cells = [" / ".join(str(degrade[split]["dark"][level]) for level in LEVELS[1:]) for split in ("sft", "rl")]
+    assert f"| dark | {cells[0]} | {cells[1]} |" in data and "Every check passed. Rejected rows: 0." in data
+    assert "Apache-2.0" in data and "grpo@v1.0.0" in data
+    assert str(project) not in model + data and "2026" not in model + data, "neither a path nor a clock"
+    entry = registry.artifact(project, "grpo")
+    shutil.rmtree(project / "data/models")
+    assert cards.texts(project, entry, "grpo@v1.0.0") == (model, data), "the same again, and without any data"
+
+
+def test_what_nobody_else_could_have_is_no_release(project, clear, monkeypatch):
+    assert "it has: grpo, sft" in refused(clear, "gpro", "v1.0.0")
+    assert "sft: no output of a stage" in refused(clear, "sft", "v1.0.0")
+    assert "such as v1.2.0" in refused(clear, "grpo", "1.0.0")
+    assert "say one thing" in refused(clear, "grpo")
+    assert "has letters" in refused(clear, "--assign", "pr od", "v1.0.0")
+    assert "v1.0.0 is no release here (there are: none)" in refused(clear, "--assign", "prod", "v1.0.0")
+    (project / "code/source.txt").write_text("edited")
+    assert "code/source.txt: changed and not committed" in refused(clear, "grpo", "v1.0.0")
+    git(project, "commit", "-qam", "code alone")
+    assert "dvc.lock does not belong to this commit: dependency code/source.txt" in refused(clear, "grpo", "v1.0.0")
+    dvc(project, "repro", "-q")
+    git(project, "commit", "-qam", "reproduced, not pushed")
+    said = refused(clear, "grpo", "v1.0.0")
+    assert "not in DVC's remote" in said and "run `dvc push`" in said
+    dvc(project, "push", "-q")
+    (project / ".dvc/config").write_text("")
+    git(project, "commit", "-qam", "no remote")
+    assert "no DVC remote is configured" in refused(clear, "grpo", "v1.0.0")
+    git(project, "revert", "--no-edit", "-n", "HEAD")
+    git(project, "commit", "-qm", "the remote again")
+    hook = project / ".git/hooks/pre-commit"
+    hook.write_text("#!/bin/sh\necho no commits on a Sunday >&2\nexit 1\n")
+    hook.chmod(0o755)
+    assert "no commits on a Sunday" in refused(clear, "grpo", "v1.0.0")
+    hook.unlink()
+    released(clear, "grpo", "v1.0.0")
+    assert "grpo v1.0.0 exists" in refused(clear, "grpo", "v1.0.0")
+    assert "this commit is grpo v1.0.0 already" in refused(clear, "grpo", "v1.0.1")
+
+
+def test_the_gate_guards_the_stage_and_never_the_way_back(project, clear):
+    released(clear, "grpo", "v1.0.0")
+    released(clear, "--assign", "prod", "v1.0.0")
+    another(project, "worse", right=WORSE)
+    said = refused(clear, "grpo", "v1.1.0", "--because", "I like it")
+    assert "does not pass against grpo v1.0.0: clean accuracy" in said and "`clear gate " in said
+    released(clear, "grpo", "v1.1.0", "--stage", "dev")
+    assert "does not pass against grpo v1.0.0" in refused(clear, "--assign", "prod", "v1.1.0")
+    released(clear, "--assign", "dev", "v1.1.0")
+    assert registry.in_stage(project, "grpo", "dev") == "v1.1.0"
+    assert registry.in_stage(project, "grpo", "prod") == "v1.0.0"
+    another(project, "better than both", right=dict.fromkeys(LEVELS, 0.99))
+    released(clear, "grpo", "v1.2.0")
+    released(clear, "--assign", "prod", "v1.2.0")
+    assert "It has been there before." in released(clear, "--assign", "prod", "v1.0.0"), "though it is worse"
+    another(project, "another benchmark", images=60, damage=9.0)
+    assert "a person decides" in refused(clear, "grpo", "v2.0.0")
+    released(clear, "grpo", "v2.0.0", "--because", "the new benchmark is the one that counts")
+    assert "the one that counts" in git(project, "tag", "-n1", "-l", "grpo@v2.0.0")
+
+
+def test_data_that_failed_its_checks_is_never_released(project, clear):
+    file = project / "data/metrics/validate.json"
+    write_json(file, json.loads(file.read_text()) | {"success": False})
+    git(project, "commit", "-qam", "failed")
+    assert "does not pass against no version, since prod is empty: validation passed" in refused(
+        clear, "grpo", "v1.0.0"
+    )
+
+
+def test_files_that_are_not_those_of_the_release_are_not_used(project, clear):
+    released(clear, "grpo", "v1.0.0")
+    assert fetch.released(Path("no@where.txt/x")) == Path("no@where.txt/x"), "a path"
+    with pytest.raises(ClearError, match=r"grpo@prod: no version and no stage with one in it \(versions: v1.0.0\)"):
+        fetch.released(Path("@prod"))
+    shutil.rmtree(project / ".dvc/cache")
+    shutil.rmtree(project / "data/models")
+    (victim, *_) = [file for file in (project.parent / "store").rglob("*") if file.stat().st_size > 100_000]
+    victim.chmod(0o644)
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(ClearError, match=r"(cannot be fetched|not what the release's dvc\.lock names)"):
+        fetch.released(Path("@v1.0.0"))
+    assert not list(Path(os.environ["CLEAR_HOME"]).rglob("grpo-*"))
+    victim.unlink()
+    with pytest.raises(ClearError, match="cannot be fetched"):
+        fetch.released(Path("@v1.0.0"))
+
+
+def test_given_weights_need_a_licence_that_only_a_person_knows(project):
+    write_params(project / "params.yaml", ["model.checkpoint=/w", "model.base=/w", "source.kind=folder"])
+    entry = registry.artifact(project, "grpo")
+    with pytest.raises(ClearError, match=r"dvc\.yaml: artifacts\.grpo\.meta\.license is missing"):
+        cards.texts(project, entry, "grpo@v1.0.0")
+    text = (project / "dvc.yaml").read_text()
+    (project / "dvc.yaml").write_text(text.replace("grpo, type: model}", "grpo, type: model, meta: {license: mit}}"))
+    with pytest.raises(ClearError, match=r"artifacts\.grpo\.meta\.base_model is missing"):
+        cards.texts(project, registry.artifact(project, "grpo"), "grpo@v1.0.0")
+
+
+def test_every_artifact_is_a_model_that_the_gate_can_judge():
+    """Of this project itself."""
+    import yaml
+
+    entries = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
+    assert [publish.evaluated(registry.artifact(ROOT, name)) for name in entries] == list(entries)
