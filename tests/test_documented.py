@@ -82,6 +82,7 @@ RUN = {
     "test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_run",
     "clear score": "test_leaderboard::test_the_command_makes_all_forms_and_leaves_one_model_as_it_was",
     "clear export": "test_release::test_export_writes_a_folder_with_a_card_of_the_committed_metrics",
+    "clear release": "test_registry::test_releases_are_assigned_put_back_and_fetched_by_a_fresh_clone",
     "clear incoming": "test_incoming_stages::test_the_commands_list_and_refuse",
     "clear compare": "test_compare::test_all_formats_are_written_and_the_page_needs_nothing_else",
     "clear gate": "test_compare::test_verdict_and_gate_of_real_branches",

@@ -25,22 +25,21 @@ _DATA = (
 _METRICS = ("source", "degrade", "mmd_bench", "validate")
 
 
-def render(root: Path, entry: Artifact, tag: str) -> list[Path]:
-    """Write model card and data card of a release below data/cards and return both files.
-
-    Raises ClearError for a model that dvc.lock does not have, figures of other weights, or a licence that only a person
-    can state and dvc.yaml does not.
-    """
-    model_card, data = texts(root, entry, tag)
+def write(root: Path, entry: Artifact, both: tuple[str, str]) -> list[Path]:
+    """Write model card and data card (of `texts`) below data/cards and return both files."""
     files = [root / FOLDER / f"{entry.name}.md", root / FOLDER / f"{entry.name}_data.md"]
-    files[0].parent.mkdir(parents=True, exist_ok=True)
-    for file, text in zip(files, (model_card, data), strict=True):
+    for file, text in zip(files, both, strict=True):
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, text)
     return files
 
 
 def texts(root: Path, entry: Artifact, tag: str) -> tuple[str, str]:
-    """Model card and data card."""
+    """Model card and data card.
+
+    Raises ClearError for a model that dvc.lock does not have, figures of other weights, or a licence that only a person
+    can state and dvc.yaml does not.
+    """
     lock, config = read_lock(root / LOCK), load(root / PARAMS)
     outputs = {out["path"]: out for stage in lock.values() for out in stage.get("outs", [])}
     path = entry.path.as_posix()

@@ -55,14 +55,18 @@ def _resolve(root: Path, model: str, which: str) -> tuple[str, str]:
 def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> None:
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
+    from dvc_data.index import DataIndexDirError
 
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         with Repo(str(root)) as repo:
+            # Read at a revision, DVC takes a remote's relative path for one from the root of the file system.
+            remotes = {name: {"url": remote["url"]} for name, remote in repo.config["remote"].items()}
+        with Repo(str(root), config={"remote": remotes}) as repo:
             repo.artifacts.download(model, version=version, out=str(partial))
-    except (DvcException, OSError) as error:
+    except (DvcException, DataIndexDirError, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ClearError(
             f"{model} {version} cannot be fetched ({' '.join(str(error).split())}); check `dvc remote "
