@@ -25,6 +25,7 @@ TARGETS = [
     "lint",
     "format",
     "bench",
+    "fuzz",
     "gpu",
     "plots",
     "experiments",
