@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tomllib
 from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -199,7 +200,10 @@ def test_every_dependency_is_in_the_lock(declared):
     assert declared <= {_plain(line) for line in lock}
 
 
-def test_every_imported_package_is_a_dependency(declared):
+def test_every_imported_package_is_a_dependency():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"].values()
+    declared = {_plain(line) for line in [*project["dependencies"], *chain.from_iterable(extras)]}
     owners = packages_distributions()
     for file in (*ROOT.glob("clear/**/*.py"), *ROOT.glob("flows/**/*.py"), *ROOT.glob("tests/**/*.py")):
         for module in re.findall(r"^\s*(?:import|from) (\w+)", file.read_text(), re.MULTILINE):
