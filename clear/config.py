@@ -135,9 +135,35 @@ def read_yaml(path: Path | str) -> Any:
     from omegaconf import OmegaConf
 
     try:
+        _check_size(path)
         return OmegaConf.load(path)
+    except ClearError:
+        raise
     except Exception as error:  # yaml's own error classes share no base with OmegaConf's
         raise ClearError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def _check_size(path: Path | str) -> None:
+    """Refuse YAML whose aliases multiply into more than 10⁵ values, or that is nested more than 100 deep."""
+    import yaml
+
+    sizes: dict[str, int] = {}
+    collections: list[tuple[str | None, int]] = []  # those that are open: anchor, and the total when it began
+    total = 0
+    with Path(path).open(encoding="utf-8") as stream:
+        for event in yaml.parse(stream, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
+            if isinstance(event, yaml.AliasEvent):
+                total += sizes.get(event.anchor, 1)
+            elif isinstance(event, yaml.NodeEvent):
+                total += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                collections.append((event.anchor, total - 1))
+            elif isinstance(event, yaml.CollectionEndEvent):
+                anchor, before = collections.pop()
+                if anchor:
+                    sizes[anchor] = total - before
+            if total > 10**5 or len(collections) > 100:
+                raise ClearError(f"{path}: more than 100000 values or 100 levels, its aliases counted out; shorten it.")
 
 
 def compose(overrides: tuple[str, ...] | list[str] = ()) -> dict:

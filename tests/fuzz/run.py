@@ -42,15 +42,15 @@ def _watch(event: str, arguments: tuple) -> None:
         raise PermissionError(f"fuzz: written outside: {path}")
 
 
-def judged(name: str, data: bytes) -> str:
-    """What is wrong with how target `name` takes `data`; empty if nothing is."""
+def judged(name: str, data: bytes, seconds: float = SECONDS) -> str:
+    """What is wrong with how target `name` takes `data`; empty if nothing is. With 0 `seconds` it may take its time."""
 
     def late(*_: object) -> None:
         raise Slow
 
     with tempfile.TemporaryDirectory() as folder:
         before = signal.signal(signal.SIGPROF, late)
-        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
         _allowed[:] = [os.path.realpath(folder)]
         try:
             TARGETS[name].read(data, Path(folder))
@@ -71,7 +71,7 @@ def _child(name: str, end: int, state: Path) -> None:
     target = TARGETS[name]
     seeds, evil = target.seeds(), target.evil()
     for data in seeds:  # what is imported late belongs to no input
-        judged(name, data)
+        judged(name, data, 0)
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
     sys.addaudithook(_watch)
@@ -100,7 +100,8 @@ def _note(name: str, data: bytes, wrong: str, told: dict) -> None:
     kind = wrong.split(":")[0] if not wrong.startswith("written") else wrong
     if kind not in told["findings"]:
         (CORPUS / name).mkdir(parents=True, exist_ok=True)
-        (CORPUS / name / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data[: 2**16])
+        if len(data) <= 2**16:  # longer ones are made by hand and replayed as such
+            (CORPUS / name / hashlib.sha256(data).hexdigest()[:16]).write_bytes(data)
         print(f"{name}: {wrong}", flush=True)
     told["findings"][kind] = told["findings"].get(kind, 0) + 1
 
