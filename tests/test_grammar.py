@@ -1,5 +1,7 @@
 """The trace grammar: what is written can be read back, and only well-formed traces count as such."""
 
+import re
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,11 @@ def test_a_plain_reply_gives_its_answer_back(evidence, answer):
     reply = plain_reply(evidence, answer)
     assert extract_answer(reply) == answer.strip()
     assert well_formed([reply]) and not asks_restoration(reply)
+
+
+@given(st.lists(st.sampled_from([ANSWER, END_ANSWER, " ", "a", "\n", "\x1c", "\u2003", "<"]), max_size=12).map("".join))
+def test_answer_blocks_are_those_of_the_pattern(text):
+    assert grammar.answers(text) == re.findall(rf"{ANSWER}\s*(.*?)\s*{END_ANSWER}", text, re.DOTALL)
 
 
 @given(evidence=TEXT, answer=TEXT)

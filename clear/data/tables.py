@@ -29,6 +29,9 @@ DELIMITERS = {".tsv": "\t", ".csv": ","}
 UNPACKED = 2**29
 """Most bytes that an xlsx file may have unpacked; a spreadsheet of predictions has a hundredth of them."""
 
+COLUMNS = 10**4
+"""Most columns of a TSV or CSV file; a benchmark has twenty."""
+
 _QUOTE = '"'
 
 
@@ -152,6 +155,8 @@ def _record(lines: _Lines, delimiter: str, columns: int, number: int) -> list[st
         pass
     if line is None:
         return None
+    if not columns and (count := line.count(delimiter)) >= COLUMNS:
+        raise ClearError(f"{lines.path}: the header has {count + 1} cells, at most {COLUMNS} are read; save it anew.")
     cells, position = [], 0
     while position <= len(line):
         if line.startswith(_QUOTE, position):

@@ -16,7 +16,6 @@ SUFFICIENT, INSUFFICIENT = "sufficient :", "insufficient :"
 WORDS = (THINK, END_THINK, ANSWER, END_ANSWER, TRIGGER, ":", "sufficient", "insufficient", "restore", "asked")
 """Words of the grammar itself, for a closed vocabulary."""
 
-_ANSWER = re.compile(re.escape(ANSWER) + r"\s*(.*?)\s*" + re.escape(END_ANSWER), re.DOTALL)
 _WELL_FORMED = re.compile(
     rf"\s*{THINK}(?:(?!{END_THINK}).)*{END_THINK}\s*(?:{TRIGGER}|{ANSWER}(?:(?!{END_ANSWER}).)*{END_ANSWER})\s*",
     re.DOTALL,
@@ -60,9 +59,25 @@ def restore_trace(question: str, evidence: str, answer: str) -> Trace:
     return Trace((restore_reply(), plain_reply(f"asked {question} : {evidence}", answer)))
 
 
+def answers(text: str) -> list[str]:
+    """The contents of all complete answer blocks; one begins at the first tag that is not in a block before it.
+
+    In time linear in the text: a pattern would look for the end of each of a thousand tags that are never closed.
+    """
+    found, place = [], 0
+    while (start := text.find(ANSWER, place)) >= 0:
+        start += len(ANSWER)
+        end = text.find(END_ANSWER, start)
+        if end < 0:
+            break
+        found.append(text[start:end].strip())
+        place = end + len(END_ANSWER)
+    return found
+
+
 def extract_answer(text: str) -> str:
     """The content of the last answer block, or "" where there is none."""
-    found = _ANSWER.findall(text)
+    found = answers(text)
     return found[-1] if found else ""
 
 
@@ -78,7 +93,7 @@ def asks_restoration(reply: str) -> bool:
     A complete answer ends the conversation wherever the trigger stands; one that was begun and not closed answers
     nothing, and does not keep the trigger from being honoured.
     """
-    return TRIGGER in reply and not _ANSWER.search(reply)
+    return TRIGGER in reply and not answers(reply)
 
 
 def well_formed(replies: list[str]) -> bool:
