@@ -185,7 +185,7 @@ def _composed(overrides: tuple[str, ...], stamps: tuple[tuple[str, int], ...]) -
     try:
         with initialize_config_dir(str(CONF_DIR.resolve()), version_base=None):
             composed = hydra_compose("config", overrides=list(overrides))
-    except HydraException as error:
+    except (HydraException, ValueError) as error:  # ValueError for a profile that is a number
         raise ClearError(f"clear/conf: {' '.join(str(error).split())}") from error
     plain = OmegaConf.to_container(composed, resolve=True)
     from_dict(plain, "clear/conf")

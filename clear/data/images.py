@@ -95,7 +95,9 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 return np.ascontiguousarray(_turned(_over_white(np.asarray(picture.convert("RGBA"))), orientation))
     except Image.DecompressionBombError as error:
         raise ClearError(f"{name}: {error}; make it smaller or remove it.") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:  # the last is the AVIF decoder's
+    except ClearError:
+        raise
+    except Exception as error:  # decoders raise anything at damaged bytes: IndexError and TypeError for some TIFF files
         if kind := _foreign(data):
             raise ClearError(f"{name}: {kind}, which cannot be read; convert it to PNG or JPEG.") from error
         raise damaged from error

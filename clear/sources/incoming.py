@@ -182,8 +182,8 @@ def _parquet_rows(table: Path) -> Iterator[tuple[int, Any]]:
     try:
         batches = open_shard(table).iter_batches(batch_size=64)
         yield from enumerate((row for batch in batches for row in batch_rows(batch)), start=1)
-    except (pa.ArrowInvalid, OSError) as error:
-        said = f"not a readable Parquet file ({error}); copy or `dvc pull` it again"
+    except (pa.ArrowException, ValueError, OSError) as error:
+        said = f"not a readable Parquet file ({' '.join(str(error).split())}); copy or `dvc pull` it again"
         raise ClearError(f"{shown(table)}: {said}.") from error
 
 

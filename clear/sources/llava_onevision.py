@@ -9,6 +9,7 @@ pair of turns becomes a question about the image; METHOD §6.
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from clear.data.records import Question
@@ -38,7 +39,11 @@ def count(path: Path) -> int | None:
 
     if any(file.suffix != ".parquet" for file in files(path)):
         return None
-    return sum(_opened(file, pq.ParquetFile).metadata.num_rows for file in files(path))
+    count = 0
+    for file in files(path):
+        with _whole(file):
+            count += pq.ParquetFile(file).metadata.num_rows
+    return count
 
 
 def rows(path: Path) -> Iterator[Row | Reject]:
@@ -60,32 +65,37 @@ def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)
 
 
-def _opened(file: Path, opener):
+@contextmanager
+def _whole(file: Path) -> Iterator[None]:
+    """Refuse in one line what pyarrow raises inside; ValueError also for names of columns that are not UTF-8."""
     import pyarrow as pa
 
     try:
-        return opener(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ClearError(f"{file}: not a readable {file.suffix[1:]} file ({error}); fetch it again.") from error
+        yield
+    except (pa.ArrowException, ValueError, OSError) as error:
+        said = " ".join(str(error).split())
+        raise ClearError(f"{file}: not a readable {file.suffix[1:]} file ({said}); fetch it again.") from error
 
 
 def _records(file: Path) -> Iterator[dict | Unusable]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    with _whole(file):
+        if file.suffix == ".parquet":
+            stream = pq.ParquetFile(file)
+            names = stream.schema_arrow.names
+        else:
+            stream = pa.ipc.open_stream(pa.memory_map(str(file)))
+            names = stream.schema.names
+    wanted = _columns(file, names)
     if file.suffix == ".parquet":
-        parquet = _opened(file, pq.ParquetFile)
-        wanted = _columns(file, parquet.schema_arrow.names)
-        batches = parquet.iter_batches(batch_size=_BATCH, columns=wanted)
+        batches = stream.iter_batches(batch_size=_BATCH, columns=wanted)
     else:
-        stream = _opened(file, lambda name: pa.ipc.open_stream(pa.memory_map(str(name))))
-        wanted = _columns(file, stream.schema.names)
         batches = (part for whole in stream for part in _parts(whole.select(wanted)))
-    try:
+    with _whole(file):
         for batch in batches:
             yield from batch_rows(batch)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ClearError(f"{file}: damaged ({error}); fetch it again.") from error
 
 
 def _parts(batch) -> Iterator:
