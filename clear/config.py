@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 from clear.schema import Config, Endpoint, Lora, ModelSize, Runtime, Sampling, Source, Traces
 
 CONF_DIR = Path(__file__).parent / "conf"
@@ -140,7 +140,7 @@ def read_yaml(path: Path | str) -> Any:
     except ClearError:
         raise
     except Exception as error:  # yaml's own error classes share no base with OmegaConf's
-        raise ClearError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        raise ClearError(f"{path} is not valid YAML: {one_line(error)}") from error
 
 
 def _check_size(path: Path | str) -> None:
@@ -186,7 +186,7 @@ def _composed(overrides: tuple[str, ...], stamps: tuple[tuple[str, int], ...]) -
         with initialize_config_dir(str(CONF_DIR.resolve()), version_base=None):
             composed = hydra_compose("config", overrides=list(overrides))
     except (HydraException, ValueError) as error:  # ValueError for a profile that is a number
-        raise ClearError(f"clear/conf: {' '.join(str(error).split())}") from error
+        raise ClearError(f"clear/conf: {one_line(error)}") from error
     plain = OmegaConf.to_container(composed, resolve=True)
     from_dict(plain, "clear/conf")
     return plain

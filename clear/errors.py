@@ -65,6 +65,11 @@ def quoted(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of a library says, on one line."""
+    return " ".join(str(error).split())
+
+
 def refusal(error: OSError) -> ClearError | None:
     """What the operating system refused, as one line with the path and the remedy; None if it was something else.
 

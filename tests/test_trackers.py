@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from clear.data.records import write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.project.scratch import write_params
-from clear.schema import Phase
+from clear.schema import Phase, Runtime
 from clear.sources.scenes.render import scenes
 from clear.stages import bridge
 from clear.training import trackers
@@ -160,6 +161,11 @@ def test_a_tracker_without_its_package_is_refused_before_anything_is_trained(tmp
     with pytest.raises(ClearError, match=r"runtime\.trackers names wandb.*'\.\[wandb\]'"):
         _train(tmp_path / "shown", ["wandb"])
     assert not (tmp_path / "shown").exists()
+
+
+def test_the_trackers_that_may_be_named_are_those_there_are():
+    (field,) = (f for f in fields(Runtime) if f.name == "trackers")
+    assert sorted(field.metadata["values"]) == sorted(trackers.TRACKERS)
 
 
 def test_an_unknown_tracker_is_refused():

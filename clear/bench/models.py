@@ -25,6 +25,11 @@ pictures by decode-reencode until the mlp bridge is trained; with the parameter-
 the bridge path."""
 
 
+def evaluations(folder: str) -> list[str]:
+    """The names under which the model of a folder below data/models is evaluated."""
+    return [name for name, (of, *_) in MODELS.items() if of == folder]
+
+
 @dataclass(frozen=True)
 class UnderTest:
     """A model under test: its folder, how it restores and reads what it restored (Options of the engine)."""

@@ -22,6 +22,16 @@ def _called(model: Path) -> str:
     return (model.parent if model.is_file() else model).resolve().name
 
 
+def _found(model: Path, otherwise: str = "name another folder") -> Path:
+    """A model's folder, or that of a release by name, fetched if need be. Raises ClearError if it is not here."""
+    from clear.project.release.fetch import released
+
+    folder = released(model)
+    if not folder.exists():
+        raise ClearError(f"{folder}: no model here; run `make repro` (or `dvc pull {folder}`), or {otherwise}.")
+    return folder
+
+
 def ask(
     image: Annotated[Path, typer.Argument(help="PNG or JPEG file.")],
     question: Annotated[str, typer.Argument(help="The question, in quotes.")],
@@ -34,15 +44,12 @@ def ask(
     from clear.config import load
     from clear.data.images import encode_image
     from clear.model.weights import with_base, with_local_weights
-    from clear.project.release.fetch import released
 
     if restore not in ("auto", "always", "never"):
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
     if not image.is_file():
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
-    model = released(model)
-    if not model.exists():
-        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name one with --model.")
+    model = _found(model, "name one with --model")
     config = with_local_weights(with_base(load(), base), "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
     typer.echo(printable(answer.trace))
@@ -85,7 +92,6 @@ def answer(
     from clear.config import load
     from clear.llm.endpoint import connect
     from clear.model.weights import with_base, with_local_weights
-    from clear.project.release.fetch import released
 
     for option, value, values in (
         ("--restore", restore, ("auto", "always", "never", "plain")),
@@ -97,9 +103,7 @@ def answer(
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
     if (model is None) == (endpoint == ""):
         raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
-    model = None if model is None else released(model)
-    if model is not None and not model.exists():
-        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
+    model = None if model is None else _found(model)
     if endpoint and not name:
         raise ClearError("--endpoint needs --name: the model's name there, as its /v1/models lists it.")
     for file in data:
@@ -157,7 +161,6 @@ def serve(
     """Serve a model to OpenAI-compatible clients (docs/SERVE.md)."""
     from clear.config import load
     from clear.model.weights import with_base, with_local_weights
-    from clear.project.release.fetch import released
     from clear.serve import serve as run
     from clear.serve.settings import Settings
 
@@ -167,9 +170,7 @@ def serve(
     ):
         if value not in values:
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
-    model = released(model)
-    if not model.exists():
-        raise ClearError(f"{model}: no model here; run `make repro` (or `dvc pull {model}`), or name another folder.")
+    model = _found(model)
     config = with_local_weights(with_base(load(), base), "ask")
     sampling = config.sampling
     settings = Settings(

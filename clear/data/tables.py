@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}
 UNPACKED = 2**29
@@ -62,7 +62,7 @@ def read(path: Path, skip: Collection[str] = ()) -> tuple[list[str], Iterator[Ta
         known = ", ".join((*DELIMITERS, *_TYPED))
         raise ClearError(f"{path}: '{path.suffix}' is not a supported table format; save it as one of {known}.")
     header = next(stream)
-    counts = Counter(header)  # a header may have a million columns
+    counts = Counter(header)  # typed formats may have any number of columns
     twice = next((name for name in header if counts[name] > 1), None)
     if twice is not None:
         what = f"column '{twice}'" if twice else "a column without a heading"
@@ -244,7 +244,7 @@ def _typed(path: Path, suffix: str, skip: Collection[str]) -> Iterator[Any]:
                     raise ClearError(f"{path}: row {number}, column '{name}': {error}; repair the cell.") from error
             yield number, cells, -1
     except (*_DAMAGED, pa.ArrowException) as error:
-        text = " ".join(str(error).split())[:200]
+        text = one_line(error)[:200]
         raise ClearError(f"{path}: not a readable {suffix[1:]} table ({text}); write it again.") from error
 
 

@@ -40,6 +40,7 @@ from clear.model.checkpoint import (
     HASHED_ON_LOAD,
     check_entries,
     check_whole,
+    json_object,
     load_bagel,
     load_weights,
     model_file,
@@ -191,13 +192,7 @@ def save_adapter(
 def _read(file: Path) -> dict:
     if not file.exists():
         raise ClearError(f"{file} is missing; an adapter folder needs it, run the stage that makes it again.")
-    try:
-        content = json.loads(file.read_text())
-    except (ValueError, RecursionError) as error:  # ValueError also for bytes that are not UTF-8
-        raise ClearError(f"{file} is not JSON ({error}); run the stage that makes it again.") from error
-    if not isinstance(content, dict):
-        raise ClearError(f"{file} holds a {type(content).__name__}, not an object; run the stage that makes it again.")
-    return content
+    return json_object(file, "run the stage that makes it again")
 
 
 def _is_recorded(path: Path, record: dict[str, Any]) -> bool:

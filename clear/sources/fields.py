@@ -13,11 +13,12 @@ import os
 import re
 import stat
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear.errors import ClearError, quoted, shown
+from clear.errors import ClearError, one_line, quoted, shown
 from clear.sources.scenes.words import LABELS
 
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
@@ -239,6 +240,17 @@ def _unique(pairs: Iterable[tuple[Any, Any]]) -> dict:
             raise Unusable("line", f"the key {quoted(key)} occurs twice; keep one of them")
         found[key] = value
     return found
+
+
+@contextmanager
+def readable(file: Path, what: str, remedy: str) -> Iterator[None]:
+    """Refuse `file` in one line with the remedy where pyarrow raises inside (ValueError: names that are not UTF-8)."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, ValueError, OSError) as error:
+        raise ClearError(f"{shown(file)}: not a readable {what} ({one_line(error)}); {remedy}.") from error
 
 
 def batch_rows(batch) -> Iterator[Any]:

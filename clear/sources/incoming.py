@@ -29,6 +29,7 @@ from clear.sources.fields import (
     look_through,
     options_of,
     picture_of,
+    readable,
     text_of,
     unlinked,
 )
@@ -177,14 +178,9 @@ def _left(folder: Path, found: Found, named: set[Path]) -> Iterator[tuple[Path, 
 
 
 def _parquet_rows(table: Path) -> Iterator[tuple[int, Any]]:
-    import pyarrow as pa
-
-    try:
+    with readable(table, "Parquet file", "copy or `dvc pull` it again"):
         batches = open_shard(table).iter_batches(batch_size=64)
         yield from enumerate((row for batch in batches for row in batch_rows(batch)), start=1)
-    except (pa.ArrowException, ValueError, OSError) as error:
-        said = f"not a readable Parquet file ({' '.join(str(error).split())}); copy or `dvc pull` it again"
-        raise ClearError(f"{shown(table)}: {said}.") from error
 
 
 def _row(folder: Path, table: Path, where: str, record: Any, named: set[Path]) -> Row:

@@ -9,13 +9,12 @@ pair of turns becomes a question about the image; METHOD §6.
 
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from clear.data.records import Question
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
-from clear.sources.fields import Unusable, batch_rows, picture_of, tables, text_of
+from clear.sources.fields import Unusable, batch_rows, picture_of, readable, tables, text_of
 from clear.sources.rows import Row, options_in, question
 
 _HUMAN, _ASSISTANT = ("human", "user"), ("gpt", "assistant")
@@ -41,7 +40,7 @@ def count(path: Path) -> int | None:
         return None
     count = 0
     for file in files(path):
-        with _whole(file):
+        with readable(file, f"{file.suffix[1:]} file", "fetch it again"):
             count += pq.ParquetFile(file).metadata.num_rows
     return count
 
@@ -65,35 +64,19 @@ def _plain(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "_", text)
 
 
-@contextmanager
-def _whole(file: Path) -> Iterator[None]:
-    """Refuse in one line what pyarrow raises inside; ValueError also for names of columns that are not UTF-8."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, ValueError, OSError) as error:
-        said = " ".join(str(error).split())
-        raise ClearError(f"{file}: not a readable {file.suffix[1:]} file ({said}); fetch it again.") from error
-
-
 def _records(file: Path) -> Iterator[dict | Unusable]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    with _whole(file):
+    with readable(file, f"{file.suffix[1:]} file", "fetch it again"):
         if file.suffix == ".parquet":
-            stream = pq.ParquetFile(file)
-            names = stream.schema_arrow.names
+            parquet = pq.ParquetFile(file)
+            wanted = _columns(file, parquet.schema_arrow.names)
+            batches = parquet.iter_batches(batch_size=_BATCH, columns=wanted)
         else:
             stream = pa.ipc.open_stream(pa.memory_map(str(file)))
-            names = stream.schema.names
-    wanted = _columns(file, names)
-    if file.suffix == ".parquet":
-        batches = stream.iter_batches(batch_size=_BATCH, columns=wanted)
-    else:
-        batches = (part for whole in stream for part in _parts(whole.select(wanted)))
-    with _whole(file):
+            wanted = _columns(file, stream.schema.names)
+            batches = (part for whole in stream for part in _parts(whole.select(wanted)))
         for batch in batches:
             yield from batch_rows(batch)
 

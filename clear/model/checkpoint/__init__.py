@@ -16,7 +16,7 @@ writes every file under a temporary name and renames, so the file that the weigh
 overwritten, and a kill leaves either the old folder or one that is rejected as half-written.
 """
 
-from clear.model.checkpoint.config import load_tokenizer, read_config, special_tokens
+from clear.model.checkpoint.config import json_object, load_tokenizer, read_config, special_tokens
 from clear.model.checkpoint.format import (
     BRIDGE,
     HASHED_ON_LOAD,
@@ -48,6 +48,7 @@ __all__ = [
     "check_entries",
     "check_whole",
     "fingerprint",
+    "json_object",
     "load_bagel",
     "load_tokenizer",
     "load_weights",

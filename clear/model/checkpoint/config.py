@@ -199,10 +199,15 @@ def read_json(folder: Path, name: str, required: bool = True) -> dict:
                 "in params as model.base."
             )
         return {}
+    return json_object(path, "fetch it again")
+
+
+def json_object(path: Path, remedy: str) -> dict:
+    """The object that a JSON file holds. Raises ClearError with the remedy for what is none."""
     try:
         content = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
-        raise ClearError(f"{path} is not JSON ({error}); fetch it again.") from error
+        raise ClearError(f"{path} is not JSON ({error}); {remedy}.") from error
     if not isinstance(content, dict):
-        raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; fetch it again.")
+        raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; {remedy}.")
     return content

@@ -17,7 +17,7 @@ import yaml
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data import workspace as paths
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 from clear.project.git import Answer, NoGit, git
 
 if TYPE_CHECKING:
@@ -216,7 +216,7 @@ def _from_dvc(workspace: Path, commit: str, path: str, folder: Path) -> str:
     try:
         content = dvc.api.read(path, repo=str(workspace.resolve()), rev=commit, mode="rb")
     except (DvcException, OSError) as error:
-        return f"kept under DVC and not available locally ({' '.join(str(error).split())}); `dvc pull` fetches it"
+        return f"kept under DVC and not available locally ({one_line(error)}); `dvc pull` fetches it"
     target = folder / path
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(content)
@@ -262,7 +262,7 @@ def _yaml(file: Path, where: str) -> dict:
     try:
         content = yaml.safe_load(file.read_text())
     except yaml.YAMLError as error:
-        raise ClearError(f"{where}/{file.name}: not valid YAML ({' '.join(str(error).split())}).") from error
+        raise ClearError(f"{where}/{file.name}: not valid YAML ({one_line(error)}).") from error
     if not isinstance(content, dict):
         raise ClearError(f"{where}/{file.name}: not a mapping of names to values; restore it from git.")
     return content

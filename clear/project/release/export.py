@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from clear.bench.models import MODELS
+from clear.bench.models import MODELS, evaluations
 from clear.data.io import require_new
 from clear.data.records import file_sha256
 from clear.errors import ClearError, quoted
@@ -89,7 +89,7 @@ def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(
             "as ByteDance-Seed/BAGEL-7B-MoT."
         )
     stage = folder.resolve().name
-    names = [name for name, (of, *_) in MODELS.items() if of == stage]
+    names = evaluations(stage)
     if folder.resolve().parent != (workspace / "data/models").resolve() or not names:
         raise ClearError(
             f"{folder}: no model of this project's training, so a card could not say how it was made; run this in the "

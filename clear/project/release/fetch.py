@@ -14,10 +14,10 @@ import yaml
 
 from clear.config import load
 from clear.data.workspace import home
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
+from clear.project.check import LOCK
 from clear.project.git import output
 from clear.project.release import registry
-from clear.project.release.export import LOCK, directory_hash
 
 _NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w/-]*)?@(?P<which>[A-Za-z0-9][\w.+-]*)")
 
@@ -57,6 +57,8 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
     from dvc.repo import Repo
     from dvc_data.index import DataIndexDirError
 
+    from clear.project.release.export import directory_hash  # which needs torch
+
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.parent.mkdir(parents=True, exist_ok=True)
@@ -69,8 +71,7 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
     except (DvcException, DataIndexDirError, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise ClearError(
-            f"{model} {version} cannot be fetched ({' '.join(str(error).split())}); check `dvc remote "
-            "list` and its credentials."
+            f"{model} {version} cannot be fetched ({one_line(error)}); check `dvc remote list` and its credentials."
         ) from error
     wanted = _hash(root, model, commit)
     if directory_hash(partial) != wanted:
@@ -84,7 +85,8 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
 
 def _hash(root: Path, model: str, commit: str) -> str:
     """The hash of a model's folder in the dvc.lock of a commit."""
+    from clear.project.compare.load import outputs
+
     lock = yaml.safe_load(output(root, "show", f"{commit}:./{LOCK}"))
     path = yaml.safe_load(output(root, "show", f"{commit}:./{registry.FILE}"))["artifacts"][model]["path"]
-    found = [out for stage in lock["stages"].values() for out in stage.get("outs", []) if out["path"] == path]
-    return found[0]["md5"] if found else ""
+    return outputs(lock["stages"]).get(path, "")

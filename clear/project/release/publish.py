@@ -9,8 +9,8 @@ refused, because that is what one does while something is wrong.
 from dataclasses import replace
 from pathlib import Path
 
-from clear.bench.models import MODELS
-from clear.errors import ClearError
+from clear.bench.models import evaluations
+from clear.errors import ClearError, one_line
 from clear.project.check import drifts
 from clear.project.compare.load import read_side
 from clear.project.compare.verdict import NOT_COMPARABLE, PASSED, decide_under, policy_of
@@ -118,7 +118,7 @@ def _require_pushed(root: Path) -> None:
         except (DvcException, OSError) as error:
             raise ClearError(
                 f"DVC's remote {repo.config['core']['remote']} cannot be asked what it has "
-                f"({' '.join(str(error).split())}); check `dvc remote list` and its credentials."
+                f"({one_line(error)}); check `dvc remote list` and its credentials."
             ) from error
     missing = sorted(name for name, state in there.items() if state in ("new", "missing"))
     if missing:
@@ -154,8 +154,8 @@ def _require_gate(root: Path, entry: Artifact, commit: str, stage: str, known: d
 
 def evaluated(entry: Artifact) -> str:
     """The name under which a model of the registry is evaluated. Raises ClearError if it is not."""
-    names = [name for name, (folder, *_) in MODELS.items() if Path("data/models") / folder == entry.path]
-    if not names:
+    names = evaluations(entry.path.name)
+    if entry.path.parent != Path("data/models") or not names:
         raise ClearError(f"{entry.path}: no model of the evaluation, so the gate cannot judge {entry.name}.")
     return names[-1]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.errors import ClearError, printable
+from clear.errors import ClearError, one_line, printable
 
 if TYPE_CHECKING:
     from gto.base import BaseEvent
@@ -74,7 +74,7 @@ def _opened(root: Path) -> Iterator["GitRegistry"]:
         with GitRegistry.from_url(str(root)) as registry:
             yield registry
     except (GTOException, SCMError) as error:
-        raise ClearError(f"{root.resolve()}: the model registry refuses: {' '.join(str(error).split())}") from error
+        raise ClearError(f"{root.resolve()}: the model registry refuses: {one_line(error)}") from error
 
 
 def require_version(version: str) -> None:
@@ -86,6 +86,7 @@ def require_version(version: str) -> None:
 
 
 def require_stage(stage: str) -> None:
+    """Raises ClearError for what is no name of a stage as GTO has them."""
     from gto.constants import check_string_is_valid
 
     if not check_string_is_valid(stage):
