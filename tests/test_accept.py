@@ -105,6 +105,7 @@ def test_a_good_set_of_a_dozen_pictures_passes(inside):
     assert verdict.success and verdict.slices["bench"] >= LIMITS.bench, verdict.failed
 
 
+@pytest.mark.slow
 def test_the_stage_refuses_what_the_check_refuses(inside):
     for split in ("pretrain", "sft", "rl", "validation", "bench", "development"):
         write_samples(f"data/samples/{split}", scenes(split, 16, 5, 256, 4))

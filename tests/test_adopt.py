@@ -59,6 +59,7 @@ def drifts(folder: Path) -> list[str]:
     return [line for line in done.stdout.splitlines() if line]
 
 
+@pytest.mark.slow
 def test_an_edit_and_another_profile_end_without_drift(clone, tmp_path):
     folder = tmp_path / "project"
     git(tmp_path, "clone", "-q", str(clone), str(folder))

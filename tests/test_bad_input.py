@@ -106,6 +106,7 @@ def made(_made, tmp_path) -> Path:
     return Path(shutil.copytree(_made, tmp_path / "made"))
 
 
+@pytest.mark.slow
 def test_validate_names_the_sample_whose_degraded_image_is_truncated(made, refusal):
     key = truncate_last(made / "data/degraded/sft", "degraded")
     line = refusal(made, "validate")
@@ -114,6 +115,7 @@ def test_validate_names_the_sample_whose_degraded_image_is_truncated(made, refus
     assert (reject.id, reject.reason) == (key, "decodable") and "not a complete image" in reject.detail
 
 
+@pytest.mark.slow
 def test_degrade_names_the_sample_whose_clean_image_is_truncated(made):
     workspace(made, workers=2)  # the error comes out of a worker process
     before = bytes_of(made / "data/degraded")

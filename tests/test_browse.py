@@ -217,6 +217,7 @@ def test_a_wide_window_shows_pictures_answers_and_traces(address, page, tmp_path
     page.screenshot(tmp_path / "wide.png")
 
 
+@pytest.mark.slow
 def test_nothing_of_the_librarys_own_lies_over_the_page(opened, page, tmp_path):
     """No offer to install something, no button to deploy, no dialog; in the terminal no question."""
     address, log = opened

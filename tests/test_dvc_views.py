@@ -102,6 +102,7 @@ def test_experiments_are_listed_with_the_few_metrics(repository):
         assert list(metrics) == ["data/results/summary.json"]
 
 
+@pytest.mark.slow
 def test_the_page_of_plots_draws_every_plot_without_a_network(repository, tmp_path):
     command = [sys.executable, str(ROOT / "infra/plots.py"), str(tmp_path / "plots"), "main", "change"]
     subprocess.run(command, cwd=repository, check=True, capture_output=True)

@@ -208,6 +208,7 @@ stages:
 """
 
 
+@pytest.mark.slow
 def test_a_set_that_dvc_tracks_is_a_dependency_here_in_a_scratch_copy_and_in_a_clone(project, tmp_path):
     dvc = [sys.executable, "-m", "dvc"]
     (project / "dvc.yaml").write_text(DVC_STAGES)

@@ -113,6 +113,7 @@ def test_what_was_not_restored_counts_in_no_mean_of_the_image_term(tmp_path, mon
     assert logged == pytest.approx(np.mean([score for score in scores if score is not None]))
 
 
+@pytest.mark.slow
 def test_the_reward_brings_restorations_closer_to_the_clean_latents(tmp_path):
     model, tokenizer = tiny_model("mlp")
     prompts, trigger = tiny_prompts(tokenizer, 4), encode(tokenizer, "restore")

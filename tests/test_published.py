@@ -93,6 +93,7 @@ def test_the_settings_reach_optimiser_and_schedule(config, tmp_path, optimiser):
     assert max(rates) == pytest.approx(phase.lr) and rates[-1] == pytest.approx(optimiser.lr_floor * phase.lr)
 
 
+@pytest.mark.slow
 def test_other_optimiser_settings_train_other_weights(config, tmp_path):
     """Through the loop itself: the section of the parameters is the one that is used."""
     from clear.training.loop.trainer import optimise

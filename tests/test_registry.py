@@ -224,6 +224,7 @@ def test_what_nobody_else_could_have_is_no_release(project, clear, monkeypatch):
     assert "this commit is grpo v1.0.0 already" in refused(clear, "grpo", "v1.0.1")
 
 
+@pytest.mark.slow
 def test_the_gate_guards_the_stage_and_never_the_way_back(project, clear):
     released(clear, "grpo", "v1.0.0")
     released(clear, "--assign", "prod", "v1.0.0")

@@ -128,6 +128,7 @@ def test_a_flow_pulls_what_is_missing_and_pushes_what_it_made(store, project, tm
     assert git(second, "status", "--porcelain") == ""
 
 
+@pytest.mark.slow
 def test_what_the_cache_has_needs_no_remote_and_only_the_rest_is_asked_for(project):
     server = Store()
     server.start()

@@ -84,6 +84,7 @@ def test_sigterm_ends_what_runs_and_then_the_server(folder):
             httpx.get(f"{server.url}/health", trust_env=False)
 
 
+@pytest.mark.slow
 def test_what_does_not_end_in_time_is_told_that_the_server_stops(folder, tmp_path):
     (tmp_path / "sitecustomize.py").write_text(
         "import clear.serve.worker\nclear.serve.worker.DRAIN = 0.2\n"  # instead of the 20 s

@@ -223,6 +223,7 @@ def _hold_out(folder: Path) -> None:
     write_samples(folder / "data/degraded/validation", degraded_samples(((s, *CELL) for s in clean), 0.4, workers=1))
 
 
+@pytest.mark.slow
 def test_a_stage_ends_with_the_same_files_whether_it_is_shown_or_not(tmp_path, monkeypatch):
     """Real panels between the steps of a real model with an adapter, whose dropout draws numbers."""
     files = []

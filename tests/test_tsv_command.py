@@ -52,6 +52,7 @@ def test_the_command_resumes_after_sigkill_with_the_bytes_of_an_uninterrupted_ru
         assert (tmp_path / "out" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_two_at_once_into_one_folder_give_the_bytes_of_one(tmp_path):
     mmbench(tmp_path / "in", count=3)
     arguments = ("--source", "in", "--out", "out", "--protocol", "full", "--workers", "1")

@@ -108,8 +108,15 @@ def all_end(group: int) -> bool:
     return False
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("all_at_once", [True, False])
+@pytest.mark.parametrize(
+    ("number", "all_at_once"),
+    [
+        (signal.SIGINT, True),  # Ctrl-C at a terminal
+        (signal.SIGTERM, False),  # a scheduler, or `kill`
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.slow),
+    ],
+)
 def test_an_interruption_while_workers_start_or_work_is_one_line_and_leaves_no_process(number, all_at_once):
     for wait in (0.0, random.Random(number).random(), "until they work"):
         run = launch()
