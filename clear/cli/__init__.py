@@ -46,6 +46,7 @@ for _command in (
     use.export,
     use.decision,
     registry.release,
+    registry.lineage,
 ):
     app.command(rich_help_panel=TOOLS)(_command)
 app.add_typer(incoming.app, name="incoming", rich_help_panel=TOOLS)

@@ -1,4 +1,4 @@
-"""Commands about released models: versions, stages and their history."""
+"""Commands about what was made: releases of models, and where an output comes from."""
 
 from pathlib import Path
 from typing import Annotated
@@ -52,3 +52,18 @@ def release(
         lines = publish.release(Path(), model, version, stage, because, push)
     for line in lines:
         typer.echo(line)
+
+
+def lineage(
+    path: Annotated[str, typer.Argument(help="An output, a file in one, or a release: @prod, grpo@v1.2.0.")],
+    revision: Annotated[
+        str, typer.Option("--rev", help="As this commit has it; default: dvc.lock as it is here.")
+    ] = "",
+    full: Annotated[bool, typer.Option("--full", help="Data, parameters and code of every stage behind it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All of it, machine-readable.")] = False,
+) -> None:
+    """Print what made an output: data, code, parameters, parents, machine; and whether it can be made again here."""
+    from clear.project.lineage import lineage as trace
+
+    found = trace(Path(), path, revision)
+    typer.echo(found.json() if as_json else found.text(full))

@@ -6,7 +6,7 @@ DVC runs in a copy of the workspace (`clear scratch`, `dvc exp run --temp`) stil
 its report in the user's own folder. Nothing here may enter a tracked output.
 
     $CLEAR_HOME/checkpoints/<profile>/<stage>/    resumable training state, deleted on success
-    $CLEAR_HOME/runs/<profile>/<stage>.json       seconds, memory and whatever the stage adds with `record_run`
+    $CLEAR_HOME/runs/<profile>/<stage>.json       machine, seconds, memory and whatever the stage adds with `record_run`
     $CLEAR_HOME/latents/                          latents that stages share, see clear/model/latents.py
     $CLEAR_HOME/scratch/<profile>/                copies of the workspace for other profiles
     $CLEAR_HOME/../data/report/<profile>/         the report
@@ -15,6 +15,7 @@ its report in the user's own folder. Nothing here may enter a tracked output.
 
 import json
 import os
+import platform
 import resource
 import sys
 import time
@@ -119,7 +120,7 @@ def _read(file: Path) -> dict:
 
 @contextmanager
 def stage_run(stage: str) -> Iterator[None]:
-    """Start the run record of a stage anew; when the block succeeds, add what it cost.
+    """Start the run record of a stage anew; when the block succeeds, add the machine and what it cost.
 
     `seconds` is wall time, `cpu_seconds` includes children, `peak_mb` is the largest resident set of this process
     and `children_peak_mb` that of its largest child (MiB). The last one and the children's CPU time count only
@@ -133,6 +134,7 @@ def stage_run(stage: str) -> Iterator[None]:
     yield
     record_run(
         stage,
+        machine=_machine(),
         seconds=time.perf_counter() - start,
         cpu_seconds=_cpu_seconds() - cpu_start,
         peak_mb=_peak_mb(resource.RUSAGE_SELF),
@@ -148,3 +150,16 @@ def _cpu_seconds() -> float:
 def _peak_mb(who: int) -> float:
     unit = 2**20 if sys.platform == "darwin" else 2**10  # macOS counts bytes, Linux KiB
     return resource.getrusage(who).ru_maxrss / unit
+
+
+def _machine() -> str:
+    """What bytes may depend on beyond code, data and parameters: processor, GPU if there is one, Python, torch."""
+    torch = sys.modules.get("torch")  # not imported only to be asked
+    names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    processor = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), "")
+    parts = [f"{processor or platform.machine()} × {os.cpu_count()}", f"Python {platform.python_version()}"]
+    if torch is not None:
+        parts.append(f"torch {torch.__version__}")
+        if torch.cuda.is_available():
+            parts.insert(0, torch.cuda.get_device_name())
+    return ", ".join(parts)

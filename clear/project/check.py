@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from clear.config import PARAMS, compose, load
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 
 if TYPE_CHECKING:
     from dvc.dependency.param import ParamsDependency
@@ -31,19 +31,18 @@ def drifts(root: Path) -> list[str]:
 
     Raises ClearError where a file cannot be read at all (invalid params.yaml, dvc.yaml or dvc.lock, no DVC here).
     """
-    from dvc.exceptions import DvcException
-
     lines = composition_drifts(root)
-    try:
-        with _read_only(root) as repo:
-            return lines + lock_drifts(repo)
-    except DvcException as error:
-        raise ClearError(f"{root.resolve()}: DVC cannot read this project: {error}.") from error
+    with read_only(root) as repo:
+        return lines + lock_drifts(repo)
 
 
 @contextmanager
-def _read_only(root: Path) -> Iterator["Repo"]:
-    """The DVC project at `root`, opened without the files that DVC makes in it; hashes are cached where they may be."""
+def read_only(root: Path) -> Iterator["Repo"]:
+    """The DVC project at `root`, opened without the files that DVC makes in it; hashes are cached where they may be.
+
+    Raises ClearError for what DVC cannot read, also within the block.
+    """
+    from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     with tempfile.TemporaryDirectory(prefix="clear-check-") as made:
@@ -63,8 +62,11 @@ def _read_only(root: Path) -> Iterator["Repo"]:
             def _ignore(self) -> None:
                 """Not even .gitignore is completed."""
 
-        with Reader(str(root)) as repo:
-            yield repo
+        try:
+            with Reader(str(root)) as repo:
+                yield repo
+        except DvcException as error:
+            raise ClearError(f"{root.resolve()}: DVC cannot read this project: {one_line(error)}.") from error
 
 
 def composition_drifts(root: Path) -> list[str]:
@@ -80,8 +82,15 @@ def composition_drifts(root: Path) -> list[str]:
     ]
 
 
-def lock_drifts(repo: "Repo") -> list[str]:
-    """Disagreements between dvc.lock and the workspace of `repo`; stages with the same one share a line."""
+def stage_drifts(root: Path, stages: set[str]) -> list[str]:
+    """The disagreements with dvc.lock of the named stages alone."""
+    with read_only(root) as repo:
+        return lock_drifts(repo, stages)
+
+
+def lock_drifts(repo: "Repo", stages: set[str] | None = None) -> list[str]:
+    """Disagreements between dvc.lock and the workspace of `repo`; stages with the same one share a line. With `stages`,
+    of those alone."""
     from dvc.stage import PipelineStage
 
     root = Path(repo.root_dir)
@@ -94,6 +103,8 @@ def lock_drifts(repo: "Repo") -> list[str]:
         if not isinstance(stage, PipelineStage):  # data added with `dvc add` carries its own lock
             continue
         name = stage.name
+        if stages is not None and name not in stages:
+            continue
         if name not in locked:
             grouped[f"{name} is in dvc.yaml but not in {LOCK}", ""] = [name]
             continue

@@ -18,7 +18,7 @@ from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data import workspace as paths
 from clear.errors import ClearError, one_line
-from clear.project.git import Answer, NoGit, git
+from clear.project.git import Answer, NoGit, git, output
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -108,7 +108,7 @@ def resolve(workspace: Path, name: str) -> str:
         done = _run(workspace, ["rev-parse", "--verify", "--quiet", f"{name}^{{commit}}"])
         if done.status == 0:
             return done.data.decode().strip()
-    if _shallow(workspace):
+    if is_shallow(workspace):
         remedy = (
             "this clone is shallow: complete it with `git fetch --unshallow` (`fetch-depth: 0` in a workflow), and "
             "fetch a branch it lacks with `git fetch origin BRANCH:BRANCH`"
@@ -125,13 +125,13 @@ def merge_base(workspace: Path, base: str, head: str) -> str:
         return done.data.decode().split()[0]
     remedy = (
         "this clone is shallow: `git fetch --unshallow`, or `fetch-depth: 0` in a workflow"
-        if _shallow(workspace)
+        if is_shallow(workspace)
         else "they share no history; compare folders instead"
     )
     raise ClearError(f"{base[:10]} and {head[:10]} have no common ancestor here: {remedy}.")
 
 
-def _shallow(workspace: Path) -> bool:
+def is_shallow(workspace: Path) -> bool:
     return _run(workspace, ["rev-parse", "--is-shallow-repository"]).data.strip() == b"true"
 
 
@@ -252,27 +252,40 @@ def _read_tree(folder: Path, name: str, origin: str, commit: str, missing: dict[
         metrics=_json_files(folder / "data" / "metrics", where),
         frames=frames,
         missing=absent,
-        pins=_pins(folder / PINS),
+        pins=read_pins(folder / PINS),
     )
 
 
 def _yaml(file: Path, where: str) -> dict:
-    if not file.is_file():
-        return {}
+    return _mapping(file.read_text(), f"{where}/{file.name}") if file.is_file() else {}
+
+
+def _mapping(text: str, name: str) -> dict:
     try:
-        content = yaml.safe_load(file.read_text())
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ClearError(f"{where}/{file.name}: not valid YAML ({one_line(error)}).") from error
+        raise ClearError(f"{name}: not valid YAML ({one_line(error)}).") from error
     if not isinstance(content, dict):
-        raise ClearError(f"{where}/{file.name}: not a mapping of names to values; restore it from git.")
+        raise ClearError(f"{name}: not a mapping of names to values; restore it from git.")
     return content
 
 
 def read_lock(file: Path, where: str = "") -> dict[str, dict]:
     """The stages of a dvc.lock; `where` names its folder in errors."""
-    stages = _yaml(file, where or str(file.parent)).get("stages") or {}
-    if not all(isinstance(stage, dict) for stage in stages.values()):
-        raise ClearError(f"{where or file.parent}/{LOCK}: not a lock file of DVC; restore it from git.")
+    where = where or str(file.parent)
+    return _stages(_yaml(file, where), f"{where}/{LOCK}")
+
+
+def lock_at(root: Path, revision: str) -> dict[str, dict]:
+    """The stages of the dvc.lock of a revision. Raises ClearError if git has none there."""
+    name = f"{revision}:./{LOCK}"
+    return _stages(_mapping(output(root, "show", name), name), name)
+
+
+def _stages(lock: dict, name: str) -> dict[str, dict]:
+    stages = lock.get("stages") or {}
+    if not (isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values())):
+        raise ClearError(f"{name}: not a lock file of DVC; restore it from git.")
     return stages
 
 
@@ -288,7 +301,8 @@ def _json_files(folder: Path, where: str = "") -> dict[str, dict]:
     return contents
 
 
-def _pins(file: Path) -> dict[str, str]:
+def read_pins(file: Path) -> dict[str, str]:
+    """Package → version of a list of locked packages; empty if there is none."""
     if not file.is_file():
         return {}
     lines = (line.partition("==") for line in file.read_text().splitlines() if not line.startswith("#"))

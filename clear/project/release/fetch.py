@@ -28,16 +28,25 @@ def released(given: Path, root: Path = Path()) -> Path:
     Raises ClearError for an empty stage, an unknown version, and files that are in no cache or remote, or not those of
     the release.
     """
-    match = _NAME.fullmatch(str(given))
-    if match is None or given.exists():
+    if given.exists() or (named := find(str(given), root)) is None:
         return given
-    model = match["model"] or load(root / "params.yaml").gate.model
-    entry = registry.artifact(root, model)
-    version, commit = _resolve(root, model, match["which"])
-    folder = home() / "releases" / f"{model}-{version}".replace("/", "_")
+    entry, version, commit = named
+    folder = home() / "releases" / f"{entry.name}-{version}".replace("/", "_")
     if not folder.is_dir():
         _fetch(root, entry.name, version, commit, folder)
     return folder
+
+
+def find(name: str, root: Path) -> tuple[registry.Artifact, str, str] | None:
+    """The model, version and commit that `name` stands for, or None where it is no name of a release.
+
+    Raises ClearError for an empty stage and an unknown version.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        return None
+    model = match["model"] or load(root / "params.yaml").gate.model
+    return registry.artifact(root, model), *_resolve(root, model, match["which"])
 
 
 def _resolve(root: Path, model: str, which: str) -> tuple[str, str]:
@@ -85,8 +94,7 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
 
 def _hash(root: Path, model: str, commit: str) -> str:
     """The hash of a model's folder in the dvc.lock of a commit."""
-    from clear.project.compare.load import outputs
+    from clear.project.compare.load import lock_at, outputs
 
-    lock = yaml.safe_load(output(root, "show", f"{commit}:./{LOCK}"))
     path = yaml.safe_load(output(root, "show", f"{commit}:./{registry.FILE}"))["artifacts"][model]["path"]
-    return outputs(lock["stages"]).get(path, "")
+    return outputs(lock_at(root, commit)).get(path, "")
