@@ -47,6 +47,7 @@ for _command in (
     use.decision,
     registry.release,
     registry.lineage,
+    registry.tidy,
 ):
     app.command(rich_help_panel=TOOLS)(_command)
 app.add_typer(incoming.app, name="incoming", rich_help_panel=TOOLS)

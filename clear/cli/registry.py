@@ -1,4 +1,4 @@
-"""Commands about what was made: releases of models, and where an output comes from."""
+"""Commands about what was made: releases of models, where an output comes from, and what nobody needs any more."""
 
 from pathlib import Path
 from typing import Annotated
@@ -67,3 +67,18 @@ def lineage(
 
     found = trace(Path(), path, revision)
     typer.echo(found.json() if as_json else found.text(full))
+
+
+def tidy(
+    days: Annotated[float, typer.Option(help="Younger objects stay, and what younger commits name.")] = 30.0,
+    remote: Annotated[bool, typer.Option("--remote", help="DVC's default remote too, not the cache alone.")] = False,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove it; without, it is only listed.")] = False,
+    also: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Another clone that shares the cache.")
+    ] = None,
+) -> None:
+    """Find data in DVC's cache and remote that no release, branch, pull request or running flow needs."""
+    from clear.project.tidy import tidy as find
+
+    for line in find(Path(), days, remote, remove, also or []).lines():
+        typer.echo(line)

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,3 +52,31 @@ def output(folder: Path, *arguments: str) -> str:
     if done.status:
         raise ClearError(f"{folder}: `git {' '.join(arguments)}` failed: {done.said}")
     return done.text
+
+
+def tracked(folder: Path, commit: str, *paths: str) -> dict[str, str]:
+    """The files of a commit below some paths (default: all of the folder's), path → id of its content; no links."""
+    found = {}
+    for line in output(folder, "ls-tree", "-r", "-z", commit, "--", *paths).split("\0"):
+        entry, _, path = line.partition("\t")
+        if path:
+            mode, kind, blob = entry.split()
+            if kind == "blob" and mode != "120000":
+                found[path] = blob
+    return found
+
+
+def contents_of(folder: Path, blobs: Iterable[str]) -> dict[str, bytes]:
+    """Id → content; ids that this clone does not have are left out."""
+    names = list(blobs)
+    done = git(folder, "cat-file", "--batch", given="".join(f"{name}\n" for name in names).encode())
+    if done.status:
+        raise ClearError(f"{folder}: `git cat-file` failed: {done.said}")
+    found, start = {}, 0
+    for name in names:
+        end = done.data.index(b"\n", start)
+        words, start = done.data[start:end].split(), end + 1
+        if words[-1] != b"missing":
+            found[name] = done.data[start : start + int(words[-1])]
+            start += int(words[-1]) + 1
+    return found

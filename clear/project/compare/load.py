@@ -18,7 +18,7 @@ from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data import workspace as paths
 from clear.errors import ClearError, one_line
-from clear.project.git import Answer, NoGit, git, output
+from clear.project.git import Answer, NoGit, contents_of, git, output, tracked
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -185,24 +185,14 @@ def _with(side: Side, records: dict[str, dict], bench: Path | None) -> Side:
 
 def _extract(workspace: Path, commit: str, folder: Path) -> set[str]:
     """Write the wanted files of a commit below `folder` and return their paths. Links are left out."""
-    listed = _git(workspace, ["ls-tree", "-r", "-z", commit, "--", *WANTED]).decode()
-    blobs = {}
-    for line in filter(None, listed.split("\0")):
-        (mode, kind, blob), path = line.partition("\t")[0].split(), line.partition("\t")[2]
-        if kind == "blob" and mode != "120000":
-            blobs[path] = blob
-    content = _git(workspace, ["cat-file", "--batch"], "".join(f"{blob}\n" for blob in blobs.values()).encode())
-    start = 0
+    blobs = tracked(workspace, commit, *WANTED)
+    contents = contents_of(workspace, set(blobs.values()))
     for path, blob in blobs.items():
-        end = content.index(b"\n", start)
-        words = content[start:end].split()
-        if words[-1] == b"missing":
+        if blob not in contents:
             raise ClearError(f"{commit[:10]}:{path} is not in this clone ({blob[:10]}); `git fetch` it.")
-        start, size = end + 1, int(words[-1])
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(content[start : start + size])
-        start += size + 1
+        target.write_bytes(contents[blob])
     return set(blobs)
 
 

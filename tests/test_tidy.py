@@ -1,0 +1,203 @@
+"""`clear tidy`: what a release, a branch, a pull request, a copy or a young run needs stays; the rest is listed, and
+removed only on request. A store in which deleting too much would be seen: every version of the data is asked for again.
+"""
+
+import os
+import shutil
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from clear.data.lock import writer
+from clear.errors import ClearError
+from clear.project.tidy import tidy
+from tests.conftest import git
+
+OLD = time.time() - 400 * 86400
+
+
+def commit(folder: Path, version: str, **environment: str) -> None:
+    """Reproduce, push and commit a version of the samples."""
+    from dvc.repo import Repo
+
+    (folder / "code/source.txt").write_text(version)
+    with Repo(str(folder)) as repo:
+        repo.reproduce()
+        repo.push()
+    long_ago = {"GIT_COMMITTER_DATE": f"@{OLD:.0f}", "GIT_AUTHOR_DATE": f"@{OLD:.0f}"}
+    identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
+    subprocess.run(
+        ["git", *identity, "commit", "-qam", version], cwd=folder, check=True, env=os.environ | long_ago | environment
+    )
+
+
+def aged(*folders: Path) -> None:
+    for folder in folders:
+        for file in folder.rglob("*"):
+            os.utime(file, (OLD, OLD))
+
+
+def versions(root: Path, store: str = "cache") -> set[str]:
+    """The versions of the samples that a store has."""
+    folder = root / (".dvc/cache" if store == "cache" else "../store")
+    files = (file for file in folder.glob("files/md5/??/*") if file.is_file())
+    return {file.read_text() for file in files if file.stat().st_size < 50 and not file.read_text().strip().isdigit()}
+
+
+@pytest.fixture(scope="module")
+def _team(_project, tmp_path_factory) -> Path:
+    """A clone whose origin has a release, an open branch of somebody else, a pull request, and a version that only the
+    history of main has; every object and commit is 400 days old."""
+    base = tmp_path_factory.mktemp("team")
+    project = base / "project"
+    shutil.copytree(_project, project)
+    git(base, "init", "-q", "--bare", "-b", "main", "origin.git")
+    (project / ".dvc/config").write_text("[core]\n    remote = store\n['remote \"store\"']\n    url = ../../store\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project)
+        git(project, "remote", "add", "origin", "../origin.git")
+        commit(project, "released")
+        git(project, "tag", "-m", "a release", "grpo@v1.0.0")
+        commit(project, "superseded")
+        for name, where in {"branch": "refs/heads/theirs", "request": "refs/pull/7/head"}.items():
+            git(project, "checkout", "-q", "-b", name)
+            commit(project, f"of a {name}")
+            git(project, "push", "-q", "origin", f"{name}:{where}")
+            git(project, "checkout", "-q", "main")
+            git(project, "branch", "-q", "-D", name)
+        commit(project, "newest")
+        git(project, "push", "-q", "--tags", "origin", "main")
+        git(project, "remote", "remove", "origin")  # and with it what this clone knows of the others
+        git(project, "remote", "add", "origin", "../origin.git")
+    aged(project / ".dvc/cache", base / "store")
+    return base
+
+
+@pytest.fixture
+def team(_team, tmp_path, monkeypatch) -> Path:
+    """A copy of it with its origin and its store; the working directory."""
+    shutil.copytree(_team, tmp_path / "team")
+    project = tmp_path / "team/project"
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("CLEAR_HOME", str(project / ".clear"))
+    return project
+
+
+NEEDED = {"released", "of a branch", "of a request", "newest", "code/source.txt"}  # the last in a commit of today
+EVER = NEEDED | {"superseded"}
+PUSHED = EVER - {"code/source.txt"}  # made before there was a remote
+
+
+def test_only_what_nobody_needs_is_removed_and_only_on_request(team, clear):
+    from dvc.repo import Repo
+
+    assert versions(team) >= EVER and versions(team, "remote") == PUSHED
+    status, out, error = clear("tidy", "--remote")
+    assert status == 0, error
+    assert "1 tags, 1 branches, 2 branches of others, 1 pull requests" in out and "Nothing was removed" in out
+    assert versions(team) >= EVER and versions(team, "remote") == PUSHED
+    found = tidy(Path(), remove=True)
+    assert found.removed and versions(team) == NEEDED
+    assert versions(team, "remote") == PUSHED, "the remote only where it is asked for"
+    tidy(Path(), remote=True, remove=True)
+    assert versions(team, "remote") == NEEDED & PUSHED
+    assert [store.needless for store in tidy(Path(), remote=True).stores] == [[], []]
+    for revision in ("HEAD", "grpo@v1.0.0", "origin/theirs"):
+        git(team, "checkout", "-q", revision)
+        with Repo() as repo:
+            repo.pull()
+        assert (team / "data/samples").read_text() == (team / "code/source.txt").read_text()
+
+
+def test_young_objects_and_young_commits_keep_their_data(team):
+    commit(team, "young", GIT_COMMITTER_DATE="@" + str(int(time.time()) - 60))
+    commit(team, "newest")
+    aged(team / ".dvc/cache")
+    tidy(Path(), remove=True)
+    assert versions(team) == NEEDED | {"young"}, "a commit of today names it"
+    stray = team / ".dvc/cache/files/md5/00" / ("0" * 30)
+    stray.parent.mkdir()
+    stray.write_text("of a run elsewhere")
+    tidy(Path(), remove=True)
+    assert stray.exists(), "not yet committed, but of today"
+    os.utime(stray, (OLD, OLD))
+    tidy(Path(), remove=True)
+    assert not stray.exists()
+
+
+def test_what_copies_and_experiments_need_stays(team, tmp_path):
+    git(team, "worktree", "add", "-q", "--detach", str(tmp_path / "tree"), "HEAD~1")
+    copy = team / ".clear/scratch/smoke"
+    shutil.copytree(team, copy, ignore=shutil.ignore_patterns(".clear", "cache"))
+    git(team, "update-ref", "refs/exps/ab/cd/one", git(team, "rev-parse", "HEAD~1").strip())
+    needless = {one.id for one in tidy(Path()).stores[0].needless}
+    git(team, "worktree", "remove", "--force", str(tmp_path / "tree"))
+    assert {one.id for one in tidy(Path()).stores[0].needless} == needless, "the experiment has the same version"
+    git(team, "update-ref", "-d", "refs/exps/ab/cd/one")
+    assert {one.id for one in tidy(Path()).stores[0].needless} > needless
+    lock = team / "dvc.lock"
+    superseded = git(team, "show", "HEAD~1:dvc.lock")
+    (copy / "dvc.lock").write_text(superseded)
+    assert {one.id for one in tidy(Path()).stores[0].needless} == needless
+    (copy / "dvc.lock").write_text(lock.read_text())
+    (tmp_path / "other").mkdir()
+    shutil.copytree(copy, tmp_path / "other", dirs_exist_ok=True)
+    (tmp_path / "other/dvc.lock").write_text(superseded)
+    assert {one.id for one in tidy(Path(), also=[tmp_path / "other"]).stores[0].needless} == needless
+
+
+def test_nothing_is_removed_where_something_is_not_known(team, tmp_path, clear):
+    def said(*arguments: str) -> str:
+        status, _, error = clear("tidy", "--remove", *arguments)
+        assert status == 1 and error.count("\n") == 1 and versions(team) >= EVER, error
+        return error
+
+    with writer(team / ".clear/scratch/nobody", "leave"):
+        pass
+    assert "no DVC project" in said("--also", str(tmp_path))
+    assert "at least 0" in said("--days=-1")
+    git(team, "remote", "set-url", "origin", "../gone.git")
+    assert "git's remote origin does not say what is needed" in said()
+    git(team, "remote", "remove", "origin")
+    git(team, "clone", "-q", "--depth", "1", f"file://{tmp_path}/team/origin.git", str(tmp_path / "shallow"))
+    with pytest.raises(ClearError, match="shallow"):
+        tidy(tmp_path / "shallow")
+
+
+def test_folders_are_kept_with_their_files_and_one_without_its_list_is_counted(team):
+    """A release may be pushed from another clone: here its list is not, and what only it names is no use here."""
+    from dvc.repo import Repo
+
+    with Repo() as repo:
+        for name in ("one", "two"):
+            (team / "data/added").mkdir(exist_ok=True)
+            (team / f"data/added/{name}").write_text(f"file {name}")
+            repo.add("data/added")
+            git(team, "add", "-A", "data")
+            git(team, "commit", "-q", "-m", name)
+    aged(team / ".dvc/cache")
+    tidy(Path(), remove=True)
+    assert {"file one", "file two"} < versions(team)
+    for file in (team / ".dvc/cache/files/md5").glob("??/*.dir"):
+        file.unlink()
+    found = tidy(Path())
+    assert found.absent == 2 and "2 folders that these name are in none of the stores" in "\n".join(found.lines())
+    sizes = sorted(one.size for one in found.stores[0].needless if one.size == len("file one"))
+    assert len(sizes) >= 2
+
+
+def test_while_a_run_goes_on_nothing_is_removed(team, clear):
+    program = "import sys, time; from pathlib import Path; from clear.data.lock import writer\n"
+    program += "with writer(Path(), 'leave', 'a run'): print(flush=True); time.sleep(60)"
+    run = subprocess.Popen(["python", "-c", program], cwd=team, stdout=subprocess.PIPE, text=True)
+    try:
+        run.stdout.readline()
+        status, _, error = clear("tidy", "--remove")
+        assert status == 1 and "a run" in error and "Nothing is removed while a run may add" in error
+        assert versions(team) >= EVER
+        assert clear("tidy")[0] == 0, "to look is no harm"
+    finally:
+        run.kill()
+        run.wait()
