@@ -33,6 +33,7 @@ DEPLOYED = {
     "benchmark/nightly": "0 1 * * *",
     "retrain/check": "30 4 * * *",
     "sweep/orphans": "*/15 * * * *",
+    "tidy/monthly": "0 5 1 * *",
 }
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from prefect.logging import disable_run_logger
 
 from clear.data.lock import writer
 from clear.errors import ClearError
@@ -186,6 +187,20 @@ def test_folders_are_kept_with_their_files_and_one_without_its_list_is_counted(t
     assert found.absent == 2 and "2 folders that these name are in none of the stores" in "\n".join(found.lines())
     sizes = sorted(one.size for one in found.stores[0].needless if one.size == len("file one"))
     assert len(sizes) >= 2
+
+
+def test_the_flow_only_lists_unless_it_is_told_otherwise(team, monkeypatch):
+    from flows import tidy as flow
+
+    shown = []
+    monkeypatch.setattr(flow, "create_markdown_artifact", lambda text, **_: shown.append(text))
+    with disable_run_logger():
+        needless = flow.tidy.fn(str(team))
+    assert set(needless) == {"cache", "remote store"} and all(needless.values())
+    assert "Nothing was removed" in shown[0] and versions(team) >= EVER
+    (team / ".dvc/config").write_text("")
+    with disable_run_logger():
+        assert set(flow.tidy.fn(str(team))) == {"cache"}, "without a remote there is only the cache"
 
 
 def test_while_a_run_goes_on_nothing_is_removed(team, clear):
