@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results ablations test test-all lint format fuzz bench gpu plots experiments params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint format fuzz kill bench gpu plots experiments params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -61,6 +61,10 @@ format: $(READY)  ## rewrite the code in the house format
 INPUTS ?= 100000
 fuzz: $(READY)  ## give every reader INPUTS=100000 mutated inputs (READERS="…" of tests/fuzz/targets.py), resumable; prints a table
 	@python -m tests.fuzz.run $(INPUTS) $(READERS)
+
+TRIALS ?= 12
+kill: $(READY)  ## end every stage and long command TRIALS=12 times and run it again (NAMES="…"): are the bytes the same? resumable
+	@python -m tests.kill.run $(TRIALS) $(NAMES)
 
 bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 	@python tests/bench/run.py

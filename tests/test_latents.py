@@ -20,7 +20,7 @@ from clear.config import compose, from_dict
 from clear.data.images import encode_image
 from clear.data.records import write_samples
 from clear.degradation.build import degraded_samples
-from clear.model import latents
+from clear.model import images, latents
 from clear.model.images import ENCODE_IMAGES, ImageBank
 from clear.model.latents import LatentStore
 from clear.model.vae import AutoEncoder, VaeConfig
@@ -92,10 +92,28 @@ def test_an_empty_store_and_a_full_one_give_the_same_bits(tmp_path, encoded, alo
     encoded.clear()
     full = ImageBank(shown[::-1], size).encode(vae, LatentStore(tmp_path, vae))
     assert encoded == []
-    full.latents.reverse()
-    assert same(plain, empty) and same(plain, full)
+    assert same(plain, empty) and same(plain, ImageBank(shown, size).encode(vae, LatentStore(tmp_path, vae)))
+    assert all(torch.equal(a, b) for a, b in zip(plain.latents, list(full.latents)[::-1], strict=True))
     close = ImageBank(shown, size).encode(vae)
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(plain.latents, close.latents, strict=True))
+
+
+@pytest.mark.parametrize("posterior", ["mean", "sample"])
+def test_a_bank_without_room_reads_the_same_latents_from_the_store_or_makes_them_again(
+    tmp_path, encoded, alone, monkeypatch, posterior
+):
+    shown, vae, size = pictures(9), autoencoder(), replace(SIZE, posterior=posterior)
+    plain = alone(shown, vae, size)
+    monkeypatch.setattr(images, "KEPT_BYTES", 3 * plain.latents[1].nbytes)
+    bank = ImageBank(shown, size).encode(vae, LatentStore(tmp_path, vae))
+    encoded.clear()
+    assert same(plain, bank) and encoded == []
+    assert sum(one.nbytes for one in bank.latents._kept if one is not None) <= images.KEPT_BYTES
+    for file in files(tmp_path):
+        file.unlink()
+    assert same(plain, bank) and encoded == [ENCODE_IMAGES] * sum(one is None for one in bank.latents._kept)
+    encoded.clear()
+    assert same(plain, bank) and encoded == [], "they are kept again"
 
 
 @pytest.mark.parametrize("count", [1, 2])

@@ -27,6 +27,7 @@ TARGETS = [
     "format",
     "bench",
     "fuzz",
+    "kill",
     "gpu",
     "plots",
     "experiments",

@@ -16,7 +16,8 @@ Convolutions choose their algorithm by the size of the batch, and round by it. S
 """
 
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,7 +40,8 @@ ENCODE_IMAGES, ENCODE_PIXELS = 16, 2**20
 """The autoencoder reads at most so many images at once, and so many pixels (but always one image)."""
 
 KEPT_BYTES = 2**30
-"""Decoded pixels that one bank keeps: 270 images of 1024 px, or all that the small profiles have."""
+"""Decoded pixels that one bank keeps: 270 images of 1024 px, or all that the small profiles have. As much
+of latents that can be read again: 1,000 of 1024 px."""
 
 
 def target_size(height: int, width: int, max_side: int, min_side: int, stride: int) -> tuple[int, int]:
@@ -150,11 +152,35 @@ def encode_batch(height: int, width: int) -> int:
     return max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // (height * width)))
 
 
+class Latents(Sequence["Tensor | None"]):
+    """Latent tokens (N, C) by image number: those that are kept, and the others by `again`; None before `encode`."""
+
+    def __init__(self, count: int, again: Callable[[int], Tensor | None] = lambda i: None) -> None:
+        self._kept: list[Tensor | None] = [None] * count
+        self._again = again
+        self._bytes = 0
+
+    def put(self, i: int, tokens: Tensor, room: float) -> None:
+        """Keep the tokens of an image if all that is kept takes at most `room` bytes with them."""
+        if self._bytes + tokens.nbytes <= room:
+            self._kept[i] = tokens
+            self._bytes += tokens.nbytes
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, i):
+        if isinstance(i, slice):
+            return [self[n] for n in range(*i.indices(len(self)))]
+        kept = self._kept[i]
+        return self._again(range(len(self))[i]) if kept is None else kept
+
+
 class ImageBank:
     """Images of a stage by number: autoencoder and ViT pixels, ViT patches and (once encoded) latents.
 
-    Decoded pixels are kept up to `KEPT_BYTES`. Images beyond are decoded anew at every use, so that a bank takes little
-    more memory than the files and the latents of its images.
+    Decoded pixels are kept up to `KEPT_BYTES`, and so are latents that lie in a store. Images beyond are decoded, and
+    latents read, anew at every use, so that a bank takes little more memory than the files of its images.
     """
 
     def __init__(self, images: Sequence[bytes], size: ModelSize, names: Sequence[str] | None = None) -> None:
@@ -174,7 +200,7 @@ class ImageBank:
                 self._sizes.append((tuple(vae.shape[1:]), tuple(vit.shape[1:])))
                 if self._fits(vae.nbytes + (0 if vit is vae else vit.nbytes)):
                     self._kept[i] = vae, vit
-        self.latents: list[Tensor | None] = [None] * len(images)
+        self.latents = Latents(len(images))
 
     def __len__(self) -> int:
         return len(self._images)
@@ -254,25 +280,38 @@ class ImageBank:
         With the `store` of this autoencoder only what it lacks is encoded, in full batches, and kept there.
         """
         groups: dict[tuple[int, int], list[int]] = {}
+        kept = self.latents = Latents(len(self), lambda i: self._again(i, vae, store) if store else None)
         for i, (size, _) in enumerate(self._sizes):
             z = store.read(self._digests[i]) if store else None
             if z is None:
                 groups.setdefault(size, []).append(i)
             else:
-                self.latents[i] = self._tokens(z)
-        device = next(vae.parameters()).device
+                kept.put(i, self._tokens(z), KEPT_BYTES)
         for (h, w), members in groups.items():
             step = encode_batch(h, w)
             for start in range(0, len(members), step):
                 chunk = members[start : start + step]
-                filled = chunk + chunk[-1:] * (step - len(chunk)) if store else chunk
-                x = torch.stack([self.pixels(i) for i in filled]).to(device)
-                z = vae.encode(x, self._posterior_noise(vae, filled, device))[: len(chunk)]
-                for i, latent in zip(chunk, z.cpu(), strict=True):
-                    self.latents[i] = self._tokens(latent)
+                for i, latent in zip(chunk, self._encoded(vae, chunk, step if store else 0), strict=True):
                     if store:
                         store.write(self._digests[i], latent)
+                    kept.put(i, self._tokens(latent), KEPT_BYTES if store else math.inf)
         return self
+
+    def _encoded(self, vae: AutoEncoder, chunk: list[int], least: int) -> Tensor:
+        """Latents (B, z, h, w) of images of one size, encoded in a batch of `least` at least, on the CPU."""
+        device = next(vae.parameters()).device
+        filled = chunk + chunk[-1:] * (least - len(chunk))
+        x = torch.stack([self.pixels(i) for i in filled]).to(device)
+        return vae.encode(x, self._posterior_noise(vae, filled, device))[: len(chunk)].cpu()
+
+    @torch.no_grad()
+    def _again(self, i: int, vae: AutoEncoder, store: "LatentStore") -> Tensor:
+        """Tokens of an image that were not kept in memory; if they left the store as well, encoded as before."""
+        z = store.read(self._digests[i])
+        if z is None:
+            (z,) = self._encoded(vae, [i], encode_batch(*self._sizes[i][0]))
+            store.write(self._digests[i], z)
+        return self._tokens(z)
 
     def _tokens(self, latent: Tensor) -> Tensor:
         """Tokens (N, C) of a latent (z, h, w), in memory always in the same order: noise that is drawn like them is."""

@@ -21,8 +21,8 @@ from clear.data.io import replacing
 from clear.errors import refusal
 from clear.model.vae import AutoEncoder
 
-STORED_BYTES = 4 * 2**30
-"""Latents that a store keeps: 4,000 images of 1024 px (1 MiB each in float32), or 400,000 of the default profile."""
+STORED_BYTES = 128 * 2**30
+"""Latents that a store keeps if half of the disk's room is as much: 130,000 images of 1024 px (1 MiB each)."""
 
 _MAKERS = tuple(Path(__file__).with_name(name) for name in ("images.py", "latents.py", "vae.py"))
 _PROCESSOR = "model name", "flags", "CPU part", "Features"

@@ -1,0 +1,71 @@
+"""What `make kill` kills: every stage of dvc.yaml, and the long commands a person types.
+
+The workspace is the smoke profile with few samples and few steps, a checkpoint after every second one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from tests.conftest import ROOT
+from tests.helpers.incoming_sets import put
+from tests.helpers.tables import mmbench
+
+OVERRIDES = [
+    "profile=smoke",
+    "runtime.threads=1",
+    "runtime.checkpoint_every=2",
+    "runtime.log_every=2",
+    "degrade.workers=2",
+    "source={pretrain: 24, sft: 24, rl: 8, validation: 16, bench: 16, development: 16}",
+    *(f"base.{phase}={{steps: 6, warmup: 1, batch: 8}}" for phase in ("vit", "vae", "joint")),
+    *(f"sft.{phase}={{steps: 6, warmup: 1, batch: 8}}" for phase in ("restoration", "traces")),
+    *(f"bridge.{phase}={{steps: 4, warmup: 1, batch: 8}}" for phase in ("distill", "answer", "decide")),
+    "grpo={steps: 4, prompts: 2, group_size: 2, warmup: 1, holdout_every: 2}",
+    "sampling.flow_steps=2",
+    "evaluate.bootstrap=50",
+]
+
+
+@dataclass(frozen=True)
+class Command:
+    """What is typed after `python -m clear`, the files and folders that it makes, and what it needs beside the results
+    of all stages. Of a command that makes none, what it prints is compared."""
+
+    arguments: tuple[str, ...]
+    makes: tuple[str, ...] = ()
+    needs: Callable[[Path], object] = lambda folder: None
+
+
+def stages() -> dict[str, Command]:
+    """The stages of dvc.yaml in its order, `evaluate` for one model."""
+    found = {}
+    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
+        text = yaml.safe_dump(stage.get("do", stage)).replace("${key}", "grpo").replace("${item}", "grpo")
+        entry = yaml.safe_load(text)
+        outs = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
+        makes = tuple(out if isinstance(out, str) else next(iter(out)) for out in outs)
+        found[name] = Command(tuple(entry["cmd"].split()[3:]), makes)
+    return found
+
+
+def _tables(folder: Path) -> None:
+    mmbench(folder / "tables")
+
+
+OTHERS = {
+    "mmd-bench": Command(
+        ("mmd-bench", "--source", "tables", "--out", "made", "--protocol", "full", "--workers", "2"), ("made",), _tables
+    ),
+    "answer": Command(
+        ("answer", "tables/MMBench_DEV_EN.tsv", "--model", "data/models/grpo", "--out", "made", "--prompt", "plain"),
+        ("made",),
+        _tables,
+    ),
+    "export": Command(("export", "data/models/bridge", "made", "--evaluation", "bridge"), ("made",)),
+    "incoming check": Command(
+        ("incoming", "check", "fog", "--json"), (), lambda folder: put(folder / "data/incoming/fog", range(48, 72))
+    ),
+}

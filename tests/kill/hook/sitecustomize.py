@@ -1,0 +1,35 @@
+"""Put in front of the import path by tests/kill/run.py: ends this process by SIGKILL just before its KILL_AT-th change
+of a file below KILL_FOLDER (opened for writing, renamed, removed, a folder made); 0 only counts, into KILL_COUNT."""
+
+import atexit
+import os
+import signal
+import sys
+from pathlib import Path
+
+_folder, _at = os.environ["KILL_FOLDER"], int(os.environ["KILL_AT"])
+_changes = 0
+_EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "open"}
+
+
+def _watch(event: str, arguments: tuple) -> None:
+    global _changes
+    if event not in _EVENTS or not isinstance(arguments[0], (str, bytes, os.PathLike)):
+        return
+    if event == "open" and not arguments[2] & (os.O_WRONLY | os.O_RDWR):
+        return
+    path = os.path.abspath(os.fsdecode(arguments[0]))  # noqa: PTH100 - not where a link leads
+    if not path.startswith(_folder) or "__pycache__" in path:
+        return
+    _changes += 1
+    if _changes == _at:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _tell() -> None:
+    Path(f"{os.environ['KILL_COUNT']}.{os.getpid()}").write_text(str(_changes))
+
+
+if not _at:
+    atexit.register(_tell)
+sys.addaudithook(_watch)
