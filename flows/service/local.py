@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from clear.data.ports import HOST, require_free, spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, fail
 from flows.service import children
 from flows.service.deploy import POOL
 
@@ -90,8 +90,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped: worker and server", flush=True)
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     return 0
 
 
