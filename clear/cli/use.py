@@ -11,6 +11,7 @@ from clear.data.ports import HOST
 from clear.errors import ClearError, say, shown
 from clear.schema import QUANTISED
 
+SERVE_KEY = "CLEAR_SERVE_KEY"
 Base = Annotated[
     Path | None,
     typer.Option(help="Folder that completes weights alone, or has the weights an adapter adapts."),
@@ -142,7 +143,7 @@ def serve(
     name: Annotated[str, typer.Option(help="What clients call the model; default: the folder's name.")] = "",
     key_from: Annotated[
         str, typer.Option(help="Environment variable with the key that clients must send.")
-    ] = "CLEAR_SERVE_KEY",
+    ] = SERVE_KEY,
     restore: Annotated[str, typer.Option(help="Unless a request says: auto, always, never or plain.")] = "auto",
     feedback: Annotated[str, typer.Option(help="Unless a request says: bridge or reencode.")] = "bridge",
     rows: Annotated[int, typer.Option(min=0, help="Answered at once; 0 = sampling.batch of params.yaml.")] = 0,
@@ -170,12 +171,15 @@ def serve(
     ):
         if value not in values:
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    key = os.environ.get(key_from, "")
+    if not key and key_from != SERVE_KEY:
+        raise ClearError(f"--key-from {key_from}: this environment variable is not set; export it.")
     model = _found(model)
     config = with_local_weights(with_base(load(), base), "ask")
     sampling = config.sampling
     settings = Settings(
         name=name or _called(model),
-        key=os.environ.get(key_from, ""),
+        key=key,
         rows=rows or sampling.batch,
         queue=queue,
         body=max_body,

@@ -4,6 +4,7 @@ Every figure comes from the tracked metrics of the stage evaluate (METHOD §7) o
 computed here, never typed in. Shares are shown in percent, differences in points.
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,11 @@ class Table:
         text = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
         return f"{text}\n\n{self.caption}" if self.caption else text
 
+    def escaped(self) -> "Table":
+        """The same table for `markdown`, where its texts come from data: see `as_prose`."""
+        header, *rows = ([as_prose(cell) for cell in line] for line in (self.header, *self.rows))
+        return Table(header, rows, as_prose(self.caption))
+
     def text(self) -> str:
         """The table in aligned plain text: the first column to the left, the others to the right."""
         return "\n".join(aligned([self.header, *self.rows], gap="  "))
@@ -48,6 +54,36 @@ class Table:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
+
+
+_ACTIVE = re.compile(r"([\\`*_\[\]<>&#~!])")
+_LINKED = re.compile(r"(@|#)(?=\w)|(:)(?=//)|(\bwww)(?=\.)", re.IGNORECASE)
+_CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
+
+
+def as_text(text: str) -> str:
+    """Text that GitHub's Markdown shows as it is, in one line: no markup, no link, nobody mentioned. Bars are escaped
+    by the table."""
+    return _literal(" ".join(text.split()))
+
+
+def _literal(text: str) -> str:
+    return _LINKED.sub(lambda match: f"{match[0]}<!-- -->", _ACTIVE.sub(r"\\\1", text))
+
+
+def as_prose(text: str) -> str:
+    """As `as_text`, but what stands between backticks remains code, in which nothing is active."""
+    parts, end, text = [], 0, " ".join(text.split())
+    for code in _CODE.finditer(text):
+        parts += [_literal(text[end : code.start()]), code[0]]
+        end = code.end()
+    return "".join([*parts, _literal(text[end:])])
+
+
+def fenced(text: str) -> str:
+    """Text letter by letter in a block of code that it cannot end."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"
 
 
 def beyond(found: dict[str, dict[str, dict]]) -> Table:

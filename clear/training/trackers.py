@@ -128,7 +128,7 @@ class _Wandb:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        self.image, silent = wandb.Image, wandb.Settings(silent=True, console="off")
+        self.image, silent = wandb.Image, wandb.Settings(silent=True, console="off", disable_git=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "clear"),
             name=f"{stage}/{phase}",
