@@ -11,7 +11,8 @@ from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.report.claims import COMPARISONS, LEVELS, NAMES, points
 from clear.report.leaderboard import interval
-from clear.report.tables import ABOUT, Table, as_text
+from clear.report.markdown import as_text
+from clear.report.tables import ABOUT, Table
 from clear.schema import Config, Phase
 
 LICENSE = "apache-2.0"

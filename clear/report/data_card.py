@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from clear.bench.scoring import SEVERITIES
 from clear.data.records import CLEAN
 from clear.report.card import LICENSE, SOURCES
-from clear.report.tables import Table, as_prose, as_text
+from clear.report.markdown import as_prose, as_text
+from clear.report.tables import Table
 from clear.schema import Config
 
 _DAMAGED = tuple(level for level in SEVERITIES if level != CLEAN)

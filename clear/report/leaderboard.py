@@ -9,8 +9,9 @@ from typing import Any
 from clear.bench.scoring import HARD
 from clear.data.records import CLEAN
 from clear.report.claims import LEVELS, points
+from clear.report.markdown import as_text
 from clear.report.render import Section, page
-from clear.report.tables import Table, as_text
+from clear.report.tables import Table
 
 TEMPLATE = Path(__file__).parent / "leaderboard.html"
 NONE = "–"

@@ -16,7 +16,8 @@ from clear.bench.predictions import metrics
 from clear.bench.scoring import HARD
 from clear.report import gallery, plots, tables
 from clear.report.claims import LEVELS, Bootstrap, Claim
-from clear.report.tables import Table, as_prose, fenced
+from clear.report.markdown import as_prose, fenced
+from clear.report.tables import Table
 from clear.report.verdict import remarks, verdict
 
 if TYPE_CHECKING:

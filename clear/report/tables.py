@@ -4,7 +4,6 @@ Every figure comes from the tracked metrics of the stage evaluate (METHOD §7) o
 computed here, never typed in. Shares are shown in percent, differences in points.
 """
 
-import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +12,7 @@ from clear.bench.predictions import metrics
 from clear.bench.scoring import CLEAN, HARD, SEVERITIES
 from clear.data.io import aligned
 from clear.report.claims import LEVELS, NAMES, STRATIFIED, Claim, points
+from clear.report.markdown import as_prose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,36 +54,6 @@ class Table:
 
 def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
-
-
-_ACTIVE = re.compile(r"([\\`*_\[\]<>&#~!])")
-_LINKED = re.compile(r"(@|#)(?=\w)|(:)(?=//)|(\bwww)(?=\.)", re.IGNORECASE)
-_CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
-
-
-def as_text(text: str) -> str:
-    """Text that GitHub's Markdown shows as it is, in one line: no markup, no link, nobody mentioned. Bars are escaped
-    by the table."""
-    return _literal(" ".join(text.split()))
-
-
-def _literal(text: str) -> str:
-    return _LINKED.sub(lambda match: f"{match[0]}<!-- -->", _ACTIVE.sub(r"\\\1", text))
-
-
-def as_prose(text: str) -> str:
-    """As `as_text`, but what stands between backticks remains code, in which nothing is active."""
-    parts, end, text = [], 0, " ".join(text.split())
-    for code in _CODE.finditer(text):
-        parts += [_literal(text[end : code.start()]), code[0]]
-        end = code.end()
-    return "".join([*parts, _literal(text[end:])])
-
-
-def fenced(text: str) -> str:
-    """Text letter by letter in a block of code that it cannot end."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def beyond(found: dict[str, dict[str, dict]]) -> Table:

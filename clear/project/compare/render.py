@@ -19,8 +19,8 @@ from clear.project.compare.differences import Comparison, Difference, changed_an
 from clear.project.compare.load import Side
 from clear.project.compare.sections import Part
 from clear.project.compare.verdict import Verdict
+from clear.report.markdown import as_prose
 from clear.report.render import Figure, block_markdown, page
-from clear.report.tables import as_prose
 
 TEMPLATE = Path(__file__).parent / "template.html"
 FORMATS = ("md", "html", "json")
