@@ -1,13 +1,14 @@
 """Text from questions, models, files and branches in Markdown, where it must stay text: no markup, no HTML, no link.
 
 `as_text` for a name or a sentence, `as_prose` for a sentence of this project with code between backticks and words from
-outside, `fenced` for many lines, `without_markup` where a reader other than GitHub's draws it.
+outside, `fenced` for many lines, `without_markup` on a page of Streamlit.
 """
 
 import re
 
 _ACTIVE = re.compile(r"([\\`*_\[\]<>&#~!$])")
 _LINKED = re.compile(r"(@|#)(?=\w)|(:)(?=//)|(\bwww)(?=\.)", re.IGNORECASE)
+_DIRECTIVE = re.compile(r":(?=[a-z])", re.IGNORECASE)
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
 
@@ -18,8 +19,8 @@ def as_text(text: str) -> str:
 
 
 def without_markup(text: str) -> str:
-    """Text that any Markdown shows as it is, in one line, but that addresses in it may become links."""
-    return _ACTIVE.sub(r"\\\1", " ".join(text.split()))
+    """Text that Streamlit's Markdown shows as it is, in one line, but that addresses in it may become links."""
+    return _DIRECTIVE.sub(r"\\:", _ACTIVE.sub(r"\\\1", " ".join(text.split())))
 
 
 def _literal(text: str) -> str:
