@@ -401,8 +401,41 @@ def test_markdown_makes_nothing_of_text(pieces):
     assert [token.type for token in blocks] == ["fence"] and blocks[0].content == f"{text}\n"
 
 
+def test_no_page_runs_or_loads_what_stands_in_its_text(tmp_path):
+    """Report, comparison, leaderboard and the server's page in a real browser; its own console would tell of a load."""
+    from clear.project.compare.render import TEMPLATE as COMPARE
+    from clear.project.compare.sections import Part
+    from clear.report import leaderboard, render
+    from clear.serve.page import render as docs
+    from clear.serve.settings import Settings
+    from tests.browser import chromium
+
+    table = Table([ATTACK], [[ATTACK]], ATTACK)
+    blocks = [ATTACK, table, render.Quote(ATTACK, ATTACK), render.Folded(ATTACK, table)]
+    sections, marks = [render.Section(ATTACK, blocks)], lambda cell: ("", cell)
+    parts = [Part(ATTACK, blocks, open=True), Part(ATTACK, blocks, page=True)]
+    operation = {"description": ATTACK, "requestBody": {}}
+    schemas = {ATTACK: {"description": ATTACK, "properties": {ATTACK: {"type": ATTACK}, "b": {"enum": [ATTACK]}}}}
+    spec = {"info": {"title": ATTACK}, "paths": {ATTACK: {"post": operation}}, "components": {"schemas": schemas}}
+    kinds = {"kind": ATTACK, "first": ATTACK, "lines": [ATTACK], "sections": parts}
+    pages = {
+        "report": render.html(ATTACK, [ATTACK], sections, tmp_path),
+        "compare": render.page(COMPARE, tmp_path, marks, **kinds),
+        "board": render.page(leaderboard.TEMPLATE, tmp_path, marks, reference=ATTACK, sections=sections),
+        "docs": docs(spec, Settings(ATTACK)),
+    }
+    with chromium(tmp_path / "browser") as page:
+        for name, text in pages.items():
+            (tmp_path / f"{name}.html").write_text(text)
+            page.open(f"file://{tmp_path}/{name}.html", 1000, 800)
+            page.wait("document.readyState == 'complete' && document.title.length > 0")
+            assert page.run("document.body.innerText").count("<script>window.hit=1</script>") >= 3, name
+            assert page.run("[window.hit, document.querySelectorAll('img, a[href^=javascript]').length]") == [None, 0]
+            assert page.run("document.scripts.length") == 0, name
+
+
 def test_nobody_is_mentioned_and_nothing_is_linked():
     for shown in (as_text("@you #12 https://x.test www.x.test"), as_prose("@you #12 https://x.test www.x.test")):
         assert not re.search(r"@\w|#\d|://|www\.", shown)
     table = Table(["a"], [["@you | <b>"]], "see #12").escaped().markdown()
-    assert "@you" not in table and "<b>" not in table and "\\|" in table
+    assert "@you" not in table and "\\<b>" in table and "\\|" in table

@@ -6,8 +6,14 @@ outside, `fenced` for many lines, `without_markup` on a page of Streamlit.
 
 import re
 
-_ACTIVE = re.compile(r"([\\`*_\[\]<>&#~!$])")
-_LINKED = re.compile(r"(@|#)(?=\w)|(:)(?=//)|(\bwww)(?=\.)", re.IGNORECASE)
+_ACTIVE = re.compile(
+    r"""([\\`*<&~$]                    # code, emphasis, HTML, entities, mathematics
+    |(?<![^\W_])_|_(?![^\W_])         # not inside a word, where it means nothing
+    |\](?=[(\[:])|\[(?=\^)            # the middle of a link, the start of a footnote
+    |(?<!\S)\#|^[>+-])""",
+    re.VERBOSE,
+)
+_LINKED = re.compile(r"((?<!\w)@|#)(?=\w)|(:)(?=//)|(\bwww)(?=\.)", re.IGNORECASE)
 _DIRECTIVE = re.compile(r":(?=[a-z])", re.IGNORECASE)
 _CODE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)")
 
