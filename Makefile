@@ -50,9 +50,11 @@ test: $(READY)  ## run the suite, the smoke pipeline from end to end included, i
 test-all: $(READY)  ## run the slow tests too, reproducibility and resumption of the whole pipeline among them; new random examples
 	@python -m pytest --hypothesis-profile=search --durations=15
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff: rules and format; workflows by zizmor; no secret in a tracked file
 	@ruff check .
 	@ruff format --check .
+	@zizmor --offline --quiet .github/workflows
+	@python -m infra.secrets
 
 HASHES = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps --no-header --no-annotate
 hashes: $(READY)  ## after an edit of infra/constraints.txt: look up the hashes of its packages (infra/hashes.txt)

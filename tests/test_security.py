@@ -25,6 +25,7 @@ from clear.project.scratch import write_params
 from clear.report.markdown import as_prose, as_text, fenced
 from clear.report.tables import Table
 from infra import remote
+from infra import secrets as secret_forms
 from tests.chat_server import completion, serving
 from tests.conftest import ROOT, git
 from tests.helpers.secrets import VARIABLES, leaks, marker, origin, planted
@@ -336,6 +337,37 @@ def test_the_search_for_secrets_finds_them(tmp_path):
     assert names >= {"HF_TOKEN", "GITHUB_TOKEN", "PREFECT_API_KEY", "WANDB_API_KEY", "origin", "AWS_SESSION_TOKEN"}
 
 
+LOOK_LIKE_SECRETS = {
+    "an AWS access key": "AKIA" + "Q" * 16,
+    "a token of GitHub": "ghp_" + "a1" * 18,
+    "a token of GitLab": "glpat-" + "a" * 20,
+    "a key of OpenAI or Anthropic": "sk-ant-" + "a" * 40,
+    "a token of Hugging Face": "hf_" + "a" * 34,
+    "a key of Prefect": "pnu_" + "a" * 36,
+    "a webhook of Slack": "https://hooks.slack" + ".com/services/T0/B0/" + "a" * 24,
+    "a key of Google": "AIza" + "a" * 35,
+    "a private key": "-----BEGIN RSA " + "PRIVATE KEY-----",
+    "a password in an address": "https://me:" + "correct-horse@host/",
+}
+
+
+def test_no_tracked_file_holds_what_looks_like_a_secret(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert secret_forms.main() == 0, capsys.readouterr().err
+    assert secret_forms.FORMS.keys() == LOOK_LIKE_SECRETS.keys()
+    monkeypatch.chdir(tmp_path)
+    git(tmp_path, "init", "-q")
+    for number, text in enumerate(LOOK_LIKE_SECRETS.values()):
+        (tmp_path / f"{number}.txt").write_bytes(b"\xff\x00\n" + text.encode())
+    git(tmp_path, "add", ".")
+    assert secret_forms.main() == 1
+    said = capsys.readouterr().err.splitlines()
+    assert sorted(line.partition(";")[0] for line in said) == sorted(
+        f"{number}.txt:2: {kind}" for number, kind in enumerate(LOOK_LIKE_SECRETS)
+    )
+    assert not any(text in line for line in said for text in LOOK_LIKE_SECRETS.values())
+
+
 # --- text from outside stays text -----------------------------------------------------------------------------------
 
 ATTACK = '<img src=x onerror="window.hit=1"><script>window.hit=1</script> [a](javascript:hit) ![b](http://x.test/b.png)'
@@ -348,6 +380,7 @@ SAYS = {
     "flows/service/deploy.py": "names of infra/prefect.yaml",
     "flows/service/local.py": "constants and a port",
     "flows/sweep.py": "a count",
+    "infra/secrets.py": "places and kinds",
     "infra/plots.py": "the folder that the caller named; it runs without the package",
     "clear/data/lock.py": "a constant",
 }
