@@ -38,7 +38,7 @@ UNDECIDED = 2
 
 _SECRET = re.compile(r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|AUTH_STRING|WEBHOOK_URL)$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
-_USER = re.compile(r"(?<=://)(?!git@)[^\s/@]+@")
+_USER = re.compile(r"(?<=://)[^\s/]+@")
 HIDDEN = "***"
 
 

@@ -199,18 +199,16 @@ def test_an_error_a_line_and_a_log_hold_no_secret(monkeypatch, capsys):
     assert fail(ClearError(everything)) == 1
     say(everything)
     assert leaks(Path("/nonexistent"), capsys.readouterr()) == []
-    assert without_secrets("ssh://git@host/a, git@host:a, a@b.org, s3://bucket/a@b") == (
-        "ssh://git@host/a, git@host:a, a@b.org, s3://bucket/a@b"
-    )
+    for text in ("git@host:a/b", "a@b.org", "s3://bucket/a@b", "https://host/@you"):
+        assert without_secrets(text) == text
     monkeypatch.setenv("ONE_KEY", "1234567")
     assert without_secrets("1234567") == "1234567", "so short a value may be any word"
 
 
-@given(st.text(st.characters(exclude_characters="/@ \n\t\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0"), min_size=1, max_size=40))
-@example("user:p:w")
+@given(st.text(min_size=1, max_size=40).filter(lambda text: not re.search(r"[\s/]", text)))
+@example("user:p@:w?#")
 def test_what_stands_before_the_at_of_a_url_is_hidden(user):
-    if not re.search(r"\s", user):
-        assert without_secrets(f"to https://{user}@host/x") == "to https://***@host/x"
+    assert without_secrets(f"to https://{user}@host/x") == "to https://***@host/x"
 
 
 class _Echo(BaseHTTPRequestHandler):
