@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from clear.config import compose, load
@@ -83,6 +83,8 @@ def _risky(node: ast.AST, names: dict[str, str]) -> str:
     given = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
     if called == "torch.load":
         return "" if given.get("weights_only") == "True" else called
+    if called in ("yaml.load", "yaml.load_all") and given.get("Loader") in ("yaml.SafeLoader", "yaml.CSafeLoader"):
+        return ""
     if called == "importlib.import_module":
         return "" if node.args and isinstance(node.args[0], ast.Constant) else called
     if called == "jinja2.Environment":
@@ -145,7 +147,8 @@ archive.extractall(x)
 """
 GOOD = """
 import re, yaml, torch, subprocess, importlib, jinja2, numpy as np
-model.eval(); re.compile(x); yaml.safe_load(x); torch.load(x, weights_only=True); subprocess.run([x], shell=False)
+model.eval(); re.compile(x); yaml.safe_load(x); yaml.load(x, Loader=yaml.CSafeLoader);
+torch.load(x, weights_only=True); subprocess.run([x], shell=False)
 importlib.import_module('clear.bench'); jinja2.Environment(autoescape=True); np.load(x, allow_pickle=False)
 """
 
@@ -205,7 +208,8 @@ def test_an_error_a_line_and_a_log_hold_no_secret(monkeypatch, capsys):
     assert without_secrets("1234567") == "1234567", "so short a value may be any word"
 
 
-@given(st.text(min_size=1, max_size=40).filter(lambda text: not re.search(r"[\s/]", text)))
+@settings(max_examples=50)
+@given(st.from_regex(r"[^\s/]{1,40}", fullmatch=True))
 @example("user:p@:w?#")
 def test_what_stands_before_the_at_of_a_url_is_hidden(user):
     assert without_secrets(f"to https://{user}@host/x") == "to https://***@host/x"
