@@ -17,14 +17,14 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results ablations test test-all lint format fuzz kill bench gpu plots experiments params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint hashes format fuzz kill bench gpu plots experiments params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
 
 venv: $(READY)  ## install everything into .venv (PYTHON=… names an interpreter)
 
-.venv/.installed: pyproject.toml infra/constraints.txt infra/install.sh
+.venv/.installed: pyproject.toml infra/constraints.txt infra/hashes.txt infra/install.sh
 	@infra/install.sh .venv
 
 repro: $(READY)  ## run what is out of date and print the results; PROFILE=smoke runs another profile aside, in .clear/scratch
@@ -50,9 +50,16 @@ test: $(READY)  ## run the suite, the smoke pipeline from end to end included, i
 test-all: $(READY)  ## run the slow tests too, reproducibility and resumption of the whole pipeline among them; new random examples
 	@python -m pytest --hypothesis-profile=search --durations=15
 
-lint: $(READY)  ## ruff: rules and format
+lint: $(READY)  ## ruff: rules and format; workflows by zizmor; no secret in a tracked file
 	@ruff check .
 	@ruff format --check .
+	@zizmor --offline --quiet .github/workflows
+	@python -m infra.secrets
+
+HASHES = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-deps --no-header --no-annotate
+hashes: $(READY)  ## after an edit of infra/constraints.txt: look up the hashes of its packages (infra/hashes.txt)
+	@{ grep '^#' infra/hashes.txt; grep -v '^torch==' infra/constraints.txt | $(HASHES) -; } > infra/hashes.txt.partial
+	@mv infra/hashes.txt.partial infra/hashes.txt
 
 format: $(READY)  ## rewrite the code in the house format
 	@ruff check --fix .

@@ -5,6 +5,7 @@ stage reads the composed `params.yaml`, however it was edited, and every value p
 wrong type or a value out of range is rejected with its full name.
 """
 
+import re
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from clear.schema import Config, Endpoint, Lora, ModelSize, Runtime, Sampling, S
 CONF_DIR = Path(__file__).parent / "conf"
 PARAMS = Path("params.yaml")
 T = TypeVar("T")
+_RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:[^}]*")
 
 
 def check(value: Any, name: str = "", origin: str = "params") -> None:
@@ -136,11 +138,25 @@ def read_yaml(path: Path | str) -> Any:
 
     try:
         _check_size(path)
-        return OmegaConf.load(path)
+        loaded = OmegaConf.load(path)
+        _refuse_resolvers(loaded, str(path))
+        return loaded
     except ClearError:
         raise
     except Exception as error:  # yaml's own error classes share no base with OmegaConf's
         raise ClearError(f"{path} is not valid YAML: {one_line(error)}") from error
+
+
+def _refuse_resolvers(config: Any, origin: str) -> None:
+    """Raise ClearError for a value such as ${oc.env:NAME}: composed, it would carry what it names, a secret of the
+    environment or a file, into params.yaml, metrics and cards. References to other keys are no such values."""
+    from omegaconf import OmegaConf
+
+    if found := _RESOLVER.search(OmegaConf.to_yaml(config)):
+        raise ClearError(
+            f"{origin}: {found[0]}}} would copy something from outside into a tracked file; write the value itself, "
+            "or $NAME where a key takes a variable's name."
+        )
 
 
 def _check_size(path: Path | str) -> None:
@@ -187,6 +203,7 @@ def _composed(overrides: tuple[str, ...], stamps: tuple[tuple[str, int], ...]) -
             composed = hydra_compose("config", overrides=list(overrides))
     except (HydraException, ValueError) as error:  # ValueError for a profile that is a number
         raise ClearError(f"clear/conf: {one_line(error)}") from error
+    _refuse_resolvers(composed, "clear/conf")
     plain = OmegaConf.to_container(composed, resolve=True)
     from_dict(plain, "clear/conf")
     return plain

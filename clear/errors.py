@@ -4,14 +4,20 @@ Anything wrong with the user's data, configuration or workspace is raised as `Cl
 names the file, the row, the value and the remedy; the command line prints it as one line without a traceback. An
 operation that the operating system refuses (no permission, no space left, a file where a folder must be) is printed in
 the same way, wherever it occurs: no code has to catch it, see `refusal`. Programming errors stay ordinary exceptions.
+
+What is said passes through one place each: a ClearError holds no secret of the environment (`without_secrets`), and a
+terminal gets no control character from outside (`say`).
 """
 
 import errno
 import os
+import re
 import reprlib
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 _REMEDIES = {
     "check the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
@@ -30,11 +36,31 @@ UNDECIDED = 2
 """Exit status of a command that judges (`gate`, `compare`, `check`) where it cannot; 1 is a judgement: no."""
 
 
+_SECRET = re.compile(r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|AUTH_STRING|WEBHOOK_URL)$", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+_USER = re.compile(r"(?<=://)[^\s/]+@")
+HIDDEN = "***"
+
+
+def without_secrets(text: object, *more: str) -> str:
+    """Text without what must not be kept or shown: the user and password of a URL, the value of every environment
+    variable that is named like a secret, and `more` secrets. A value of fewer than 8 characters could be any word, and
+    is left; those of `more` never are."""
+    hidden = _USER.sub(f"{HIDDEN}@", str(text))
+    named = (value for name, value in os.environ.items() if _SECRET.search(name) and len(value) >= _SHORTEST_SECRET)
+    for secret in sorted({*named, *filter(None, more)}, key=len, reverse=True):  # one may be part of another
+        hidden = hidden.replace(secret, HIDDEN)
+    return hidden
+
+
 class ClearError(Exception):
-    """Bad input or workspace state. `str(error)` is a complete sentence with the remedy."""
+    """Bad input or workspace state. `str(error)` is a complete sentence with the remedy, and has no secret in it."""
 
     status = 1
     """Exit status of the command that it ends."""
+
+    def __init__(self, *said: object) -> None:
+        super().__init__(*map(without_secrets, said))
 
 
 @contextmanager
@@ -58,6 +84,20 @@ def shown(path: Path | str) -> str:
 def printable(text: str, kept: str = "\n\t") -> str:
     """Text from outside for a terminal: control characters, which could rewrite what stands there, become `\\xNN`."""
     return "".join(c if c.isprintable() or c in kept else c.encode("unicode_escape").decode() for c in text)
+
+
+def say(text: object, stream: TextIO | None = None) -> None:
+    """A line on a terminal (standard output, or `stream`), at once: what cannot be printed is escaped, no secret in it.
+
+    Every program of this project prints with it whatever could hold text from outside.
+    """
+    print(printable(without_secrets(text)), file=stream or sys.stdout, flush=True)
+
+
+def fail(error: ClearError) -> int:
+    """Say on standard error why a program ends; returns its exit status."""
+    say(f"error: {error}", sys.stderr)
+    return error.status
 
 
 def quoted(value: object) -> str:

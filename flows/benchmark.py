@@ -24,7 +24,7 @@ from prefect.states import Cancelled
 from clear.bench.models import MODELS
 from clear.config import PARAMS
 from clear.data.lock import Busy, writer
-from clear.errors import ClearError
+from clear.errors import ClearError, say
 from clear.project.scratch import clone, link
 from flows.dvc_commands import address, command_lock, dvc, remote_of
 from flows.pipeline import here_and_now, reproduce
@@ -150,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = (given.models, given.folder, given.force, given.when_busy, given.cluster)
     status, done = here_and_now(lambda: benchmark(".", given.revision, *chosen), ", it starts anew")
     if done:
-        print(metrics_table(Path(".clear/scratch/benchmark")))
+        say(metrics_table(Path(".clear/scratch/benchmark")))
     return status
 
 

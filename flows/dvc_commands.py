@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, printable, without_secrets
 from flows.service import children
 
 if TYPE_CHECKING:
@@ -198,7 +198,7 @@ def dvc(arguments: list[str], workspace: Path, say: Callable[[str], None]) -> li
 
 def _without_advice(say: Callable[[str], None], line: str) -> None:
     if not line.startswith(ADVICE):
-        say(line)
+        say(printable(without_secrets(line)))  # it is kept in the log of a run
 
 
 def explain(lines: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from prefect.states import Cancelled, Completed, State
 from clear.data.lock import Busy, writer
 from clear.data.ports import spare_loopback
 from clear.data.workspace import profile
-from clear.errors import ClearError
+from clear.errors import ClearError, fail, say
 from clear.project.retrain.reproduce import reproduce as reproduce_aside
 from clear.project.retrain.run import Outcome, Tools
 from flows.batch import execute
@@ -244,11 +244,10 @@ def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, 
         with on_the_command_line():
             return 0, run()
     except CancelledRun as left:
-        print(left, file=sys.stderr)
+        say(left, sys.stderr)
         return 3, None
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1, None
+        return fail(error), None
     except (KeyboardInterrupt, SystemExit) as end:
         print(f"interrupted; run the same command again{after_interruption}", file=sys.stderr)
         return (end.code if isinstance(end, SystemExit) else 130), None
@@ -275,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
         return here_and_now(lambda: pipeline(given.workspace, given.stages, given.when_busy), again)[0]
     status, done = here_and_now(lambda: propose(given.workspace, given.propose, given.when_busy), again)
     if done:
-        print(done["message"])
+        say(done["message"])
     return status
 
 

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from prefect import flow
 
+from clear.errors import say
 from clear.project.retrain.intake import FOLDER
 from clear.project.retrain.run import retrain as run_retrain
 from flows.pipeline import aside, here_and_now
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
         ", it continues after its last step",
     )
     if done:
-        print(done["message"])
+        say(done["message"])
     return status
 
 

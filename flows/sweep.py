@@ -15,7 +15,7 @@ from prefect import flow, get_run_logger
 
 from clear.data import aws
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, fail
 from flows.batch import job as batch
 from flows.batch import settings
 from flows.batch.settings import Compute
@@ -87,8 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         ended = sweep(settings.load(Path(given.workspace)), given.minutes)
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     print(f"{len(ended)} jobs ended" if ended else "every job has an owner")
     return 0
 

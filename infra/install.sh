@@ -2,13 +2,16 @@
 # Install the project into a virtual environment with the versions of infra/constraints.txt.
 # Usage: infra/install.sh FOLDER        PYTHON=… names an interpreter (default: the first of 3.11 … 3.13 found)
 #
-# torch goes first and by pip, which also sees wheels in a local find-links folder; uv installs the rest in a third of
-# pip's time, and pip does it where uv cannot. The log is FOLDER/install.log; every failure prints one line.
+# What infra/hashes.txt lists is installed from files with those hashes and no others, by uv in a third of pip's time, and
+# by pip where uv cannot. torch follows by pip, which also sees wheels in a local find-links folder: its hash depends on
+# the index. Last come the project itself and what another platform needs in addition. The log is FOLDER/install.log; every
+# failure prints one line.
 set -euo pipefail
 
 folder=${1:?usage: infra/install.sh FOLDER}
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 constraints=infra/constraints.txt
+hashes=infra/hashes.txt
 needed_gb=4
 
 fail() { echo "error: $*" >&2; exit 1; }
@@ -30,15 +33,21 @@ fi
 
 log=$folder/install.log
 : >"$log"
-pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check -c "$constraints")
-what_to_do="no network or no such version? Details: $log. Then repeat 'make venv'; it continues where it stopped."
+pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
+uv=("$folder/bin/uv" pip install --python "$folder/bin/python")
+checked=(--require-hashes --no-deps -r)
+what_to_do="no network, no such version, or a file with another hash? Details: $log. Then repeat 'make venv'; it continues where it stopped."
 
 echo "Installing into $folder (about 2 GB; 1 to 5 minutes) …"
-"${pip[@]}" "$(grep '^torch==' "$constraints")" >>"$log" 2>&1 || fail "torch could not be installed: $what_to_do"
-if ! { "${pip[@]}" uv && "$folder/bin/uv" pip install --python "$folder/bin/python" -c "$constraints" -e ".[dev]"; } \
-    >>"$log" 2>&1; then
-    echo "uv could not install the rest; trying pip …"
-    "${pip[@]}" -e ".[dev]" >>"$log" 2>&1 || fail "the packages could not be installed: $what_to_do"
+awk '/^uv==/, !/\\$/' "$hashes" >"$folder/uv.txt" # its lines alone: it installs the others
+if ! { "${pip[@]}" "${checked[@]}" "$folder/uv.txt" && "${uv[@]}" "${checked[@]}" "$hashes"; } >>"$log" 2>&1; then
+    echo "uv could not install the locked packages; trying pip …"
+    "${pip[@]}" "${checked[@]}" "$hashes" >>"$log" 2>&1 || fail "the packages could not be installed: $what_to_do"
+fi
+"${pip[@]}" -c "$constraints" "$(grep '^torch==' "$constraints")" >>"$log" 2>&1 ||
+    fail "torch could not be installed: $what_to_do"
+if ! "${uv[@]}" -c "$constraints" -e ".[dev]" >>"$log" 2>&1; then
+    "${pip[@]}" -c "$constraints" -e ".[dev]" >>"$log" 2>&1 || fail "the project could not be installed: $what_to_do"
 fi
 touch "$folder/.installed"
 echo "Ready: $("$folder/bin/python" --version), $folder"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from clear.data import aws
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, fail, say
 
 NAME = "storage"
 
@@ -54,9 +54,8 @@ def main(arguments: list[str]) -> int:
     try:
         url = add(Path.cwd(), bucket, endpoint)
     except ClearError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    print(f"default DVC remote: {url}{f' at {endpoint}' if endpoint else ''} (in .dvc/config.local)")
+        return fail(error)
+    say(f"default DVC remote: {url}{f' at {endpoint}' if endpoint else ''} (in .dvc/config.local)")
     return 0
 
 

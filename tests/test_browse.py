@@ -31,6 +31,7 @@ from tests.tiny import save_random_model
 
 SETTINGS = ["profile=smoke", "runtime.threads=1", "sampling.max_think_tokens=4", "sampling.flow_steps=2"]
 TEXTS = ("which colour is the circle ?", "is there a red circle ?")
+ATTACK = "<img src=x onerror='window.hit=1'> ![b](http://127.0.0.1:9/b.png) [a](javascript:window.hit=1) **b** :red[c]"
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,11 @@ def workspace(tmp_path_factory):
     path = folder / "data/predictions/grpo.parquet"
     rows = predictions.read(path).astype(object).to_dict("records")
     for row in rows:
-        row["correct"], row["prediction"] = row["question"] == "q0", "red" if row["question"] == "q0" else "blue"
+        row["correct"], row["prediction"] = row["question"] == "q0", "red" if row["question"] == "q0" else ATTACK
         if row["severity"] == "high" and row["question"] == "q1":
             row |= {"restored": True, "psnr_restored": 20.5, "ssim_restored": 0.5, "restored_png": clean[0].image}
+        if row["question"] == "q1":
+            row |= {"text": f"{TEXTS[1]} {ATTACK}", "answer": ATTACK, "output": ATTACK}
         row |= {name: None for name in predictions.NULLABLE[:4] if row[name] != row[name]}
     predictions.write(path, rows)
     return folder
@@ -243,6 +246,9 @@ def test_the_keyboard_alone_reaches_the_next_question(address, page):
     _ready(page, TEXTS[1])
     page.wait(f"{PICTURES}.length == 3")
     assert "20.5 dB" in page.text() and "restored by CLEAR" in page.text()
+    page.wait(f"document.body.innerText.split({json.dumps(ATTACK)}).length > 3")  # question, right answer, answer
+    made = "img[src*='127.0.0.1:9'], img[src=x], a[href^=javascript]"
+    assert page.run(f"[window.hit, document.querySelectorAll({json.dumps(made)}).length]") == [None, 0]
 
 
 def test_a_phone_shows_everything_below_each_other(address, page, tmp_path):

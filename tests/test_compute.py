@@ -3,6 +3,7 @@
 import copy
 import re
 import time
+from types import SimpleNamespace
 
 import boto3
 import pytest
@@ -248,3 +249,17 @@ def test_several_nodes_on_demand_are_accepted_and_no_stage_depends_on_its_place(
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
     for stage in stages.values():
         assert not any(key.startswith("compute") for key in stage.get("do", stage)["params"])
+
+
+@pytest.mark.parametrize("name", ["data/plots/../../code/evil.py", "../evil.py", "/evil.py", "code/source.txt"])
+def test_a_job_that_lies_writes_nothing_outside_its_outputs(project, name):
+    """Its result names files; what DVC keeps in git of a stage's outputs is all that they may be."""
+    inputs = Inputs("train", "run", {}, {}, {}, {"data/plots": False})
+    entry = {"cmd": "run", "outs": [{"path": "data/plots"}]}
+    result = {"lock": entry, "files": {name: "0" * 64}, "runs": {}}
+    store = SimpleNamespace(fetch=lambda *_: pytest.fail("it was fetched"))
+    with pytest.raises(ClearError, match=r"the job sent .*, which is not one of its outputs in git"):
+        execute.adopt(result, inputs, store, project, None, lambda line: None)
+    with pytest.raises(ClearError, match=r"the job sent a run record called '\.\./\.\./evil', which no stage has"):
+        execute._record("train", project, {"runs": {"../../evil": "{}"}}, {})
+    assert not list(project.parent.rglob("evil*"))

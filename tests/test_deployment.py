@@ -11,6 +11,7 @@ import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 from prefect.automations import Automation
@@ -312,6 +313,11 @@ def test_prefect_local_is_one_command_and_ctrl_c_stops_server_and_worker(server,
         wait_until(lambda: "stop with Ctrl-C" in log.read_text() or process.poll() is not None, PATIENCE, "the start")
         assert process.poll() is None, log.read_text()
         wait_until(lambda: "Worker" in log.read_text() and "started" in log.read_text(), PATIENCE, "the worker")
+        asked = {"Origin": "http://evil.test", "Access-Control-Request-Method": "POST"}
+        api = f"http://127.0.0.1:{port}/api/flow_runs/filter"
+        with httpx.Client(trust_env=False) as client:  # a page of any other site, open in a browser of this machine
+            assert "access-control-allow-origin" not in client.options(api, headers=asked).headers
+            assert client.post(api, json={}).status_code == 403, "without the token that only its own page can read"
         taken = subprocess.run(
             [sys.executable, "-m", "flows.service.local", str(port)],
             cwd=ROOT,

@@ -6,6 +6,7 @@ runs, with the reason.
 """
 
 import ast
+import importlib.util
 import json
 import os
 import re
@@ -241,6 +242,53 @@ def test_the_way_with_bagel_has_whoever_writes_the_traces_of_photographs(block, 
     values = dict(word.split("=", 1) for word in words if "=" in word)
     assert values["source.kind"] == "llava_onevision"
     assert values["traces.kind"] == "teacher" and values["teacher.url"].startswith("https://")
+
+
+RUNBOOK = ROOT / "docs/RUNBOOK.md"
+SPAN = re.compile(r"`([^`]+)`")
+
+
+def _rows() -> list[list[str]]:
+    """The cells of the runbook's tables of symptom, cause and command."""
+    lines = RUNBOOK.read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")]
+    return [row for row in cells if len(row) == 3 and row[0] != "it says"]
+
+
+def _said() -> str:
+    """Every text of the code, one a line, with … for the values that are filled in."""
+    found = []
+    for folder in ("clear", "flows", "infra"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    found.append(node.value)
+                elif isinstance(node, ast.JoinedStr):
+                    found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+    found.append(re.sub(r"\$\(\(.*?\)\)|\$\w+", "…", (ROOT / "infra/install.sh").read_text()))
+    return "\n".join(found)
+
+
+def test_every_message_of_the_runbook_is_one_of_the_code():
+    """A cell that is nothing but code quotes messages; words beside it describe what another program says."""
+    said = _said()
+    quoted = [text for row in _rows() if not SPAN.sub("", row[0]).strip(" ,") for text in SPAN.findall(row[0])]
+    assert len(quoted) > 60
+    assert [text for text in quoted if text not in said] == []
+
+
+RUNBOOK_COMMANDS = sorted(
+    {text for row in _rows() for text in SPAN.findall(row[2]) if text.split()[0] in (*PARSERS, *NOT_PARSED)}
+)
+
+
+@pytest.mark.parametrize("text", RUNBOOK_COMMANDS)
+def test_every_command_of_the_runbook_is_one(text):
+    program, *arguments = shlex.split(text)
+    if program == "python":  # its start would take seconds; the blocks of other documents start these two
+        assert importlib.util.find_spec(arguments[arguments.index("-m") + 1])
+    elif program in PARSERS:
+        PARSERS[program](arguments)
 
 
 @pytest.mark.parametrize(("place", "text"), blocks("python"), ids=[place for place, _ in blocks("python")])

@@ -375,7 +375,7 @@ def test_names_are_text_in_every_form(tmp_path):
         bars = [len(re.findall(r"(?<!\\)(?:\\\\)*\|", line)) for line in table.splitlines()]
         assert len(set(bars)) == 1, table
     row = next(line for line in markdown.splitlines() if line.startswith("|") and "模型" in line and "measured" in line)
-    assert r"\<b\>x\</b\> \| a\\\|b \*c\* \`d\` \[e\](f) \&amp; 模型" in row
+    assert r"\<b>x\</b> \| a\\\|b \*c\* \`d\` [e\](f) \&amp; 模型" in row
     json.dumps(board)
 
 

@@ -24,6 +24,7 @@ TARGETS = [
     "test",
     "test-all",
     "lint",
+    "hashes",
     "format",
     "bench",
     "fuzz",
@@ -115,7 +116,6 @@ FAKE_PYTHON = """#!/usr/bin/env bash
 case "$*" in
     "-c "*) {version} ;;
     "-m venv"*) mkdir -p "${{@: -1}}/bin" && cp "$0" "${{@: -1}}/bin/python" ;;
-    *" uv") exit 1 ;;
     "-m pip"*) echo "$*" >> {log}; {pip} ;;
     --version) echo "Python 3.11.9" ;;
 esac
@@ -158,9 +158,13 @@ def _refused(done, *words):
 def test_an_installation_uses_the_lock_and_marks_itself_complete(install, tmp_path):
     assert install().returncode == 0
     assert (tmp_path / ".venv/.installed").exists()
-    torch, *_, rest = (tmp_path / "pip.log").read_text().splitlines()
+    uv, packages, torch, project = (tmp_path / "pip.log").read_text().splitlines()
+    assert uv.endswith("--require-hashes --no-deps -r .venv/uv.txt")
+    first, *more = (tmp_path / ".venv/uv.txt").read_text().splitlines()
+    assert first.startswith("uv==") and more and all("--hash=sha256:" in line for line in more)
+    assert packages.endswith("--require-hashes --no-deps -r infra/hashes.txt"), "pip does it where uv cannot"
     assert torch.endswith("-c infra/constraints.txt torch==2.13.0")
-    assert rest.endswith("-c infra/constraints.txt -e .[dev]"), "pip does it where uv cannot"
+    assert project.endswith("-c infra/constraints.txt -e .[dev]")
 
 
 def test_no_suitable_python_is_one_line(install, tmp_path):
@@ -182,8 +186,19 @@ def test_the_lock_pins_everything_and_names_no_host():
     lock = (ROOT / "infra/constraints.txt").read_text().splitlines()
     assert "torch==2.13.0" in lock
     assert all(re.fullmatch(r"[\w.-]+==[\w.]+", line) for line in lock if line and not line.startswith("#"))
-    for name in ("Makefile", "infra/install.sh", "infra/constraints.txt", "pyproject.toml", ".ci/run"):
+    infra = (f"infra/{name}" for name in ("install.sh", "constraints.txt", "hashes.txt"))
+    for name in ("Makefile", *infra, "pyproject.toml", ".ci/run"):
         assert "://" not in (ROOT / name).read_text(), name
+
+
+def test_every_locked_package_has_hashes_but_torch():
+    """Files of another content, whoever serves them, are not installed; `make hashes` follows an edit of the lock."""
+    lock = [line for line in (ROOT / "infra/constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    text = re.sub(r"^#.*\n", "", (ROOT / "infra/hashes.txt").read_text(), flags=re.MULTILINE)
+    entries = re.findall(r"^(\S+==\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n", text, re.MULTILINE)
+    named = [line.split("==") for line in lock if not line.startswith("torch==")]
+    assert {name for name, _ in entries} == {f"{re.sub('[._]', '-', name.lower())}=={v}" for name, v in named}
+    assert "".join(f"{name}{hashes}\n" for name, hashes in entries) == text, "nothing else is in it"
 
 
 def _plain(name):

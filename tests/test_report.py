@@ -127,6 +127,18 @@ def test_text_from_a_model_cannot_become_markup(tmp_path):
     quote = render.Quote("base: “<b>”, wrong", "<script>alert(1)</script>")
     page = render.html("tiny", ["<i>"], [render.Section("Examples", [quote])], tmp_path)
     assert "<script" not in page and "&lt;script&gt;" in page and "<b>" not in page and "<i>" not in page
+    ticks = "````\n<img src=x> [a](http://x.test)\n````"
+    table = tables.Table(["a"], [["<b> [x](http://x.test)"]])
+    blocks = [
+        render.Quote("base: “<b>”, wrong", ticks),
+        table,
+        render.Folded("<u>", table),
+        "![x](http://x.test) `<b>`",
+    ]
+    text = render.markdown("tiny", ["<i>"], [render.Section("Examples", blocks)])
+    assert f"`````text\n{ticks}\n`````" in text, "a block of code that what is quoted cannot end"
+    assert re.findall(r"(?<!\\)<(?!!--|/?details|/?summary)\w*", text.replace(ticks, "").replace("`<b>`", "")) == []
+    assert not re.search(r"(?<!\\)\[\w*\]\(|://", text.replace(ticks, ""))
 
 
 def test_what_the_average_hides_is_in_the_report(tmp_path, filled):

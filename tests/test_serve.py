@@ -306,6 +306,36 @@ def test_health_metrics_and_the_page(server):
     assert "messages" in schema["properties"] and "Message" in described["components"]["schemas"]
 
 
+def test_a_page_whose_name_was_made_to_lead_here_gets_nothing(server):
+    """A browser takes http://evil.test:8000 for one place, wherever that name leads; such a request says the name."""
+    port = server.url.rpartition(":")[2]
+    for host in ("evil.test", f"evil.test:{port}", "127.0.0.1.evil.test", f"10.0.0.1:{port}", ""):
+        refused = server.http.get("/v1/models", headers={"Host": host})
+        assert refused.status_code == 403 and refused.json()["error"]["param"] == "host", host
+    for host in ("localhost", f"LOCALHOST:{port}", f"127.0.0.1:{port}", f"[::1]:{port}"):
+        assert server.http.get("/v1/models", headers={"Host": host}).status_code == 200, host
+
+
+def test_a_page_from_elsewhere_may_ask_nothing(server):
+    """Without a word of the server's a browser sends no JSON across origins, and shows no answer to them."""
+    asked = {"Origin": "http://evil.test", "Access-Control-Request-Method": "POST"}
+    answers = [server.http.options("/v1/chat/completions", headers=asked)]
+    answers.append(server.http.get("/v1/models", headers={"Origin": "http://evil.test"}))
+    plain = {"Content-Type": "text/plain", "Origin": "http://evil.test"}
+    answers.append(server.http.post("/v1/chat/completions", content=b"{}", headers=plain))
+    assert not any(name.startswith("access-control-") for answer in answers for name in answer.headers)
+    assert answers[-1].status_code == 415
+    policy = server.http.get("/docs").headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "script-src" not in policy
+
+
+def test_a_key_that_is_named_and_not_there_is_no_open_server(folder, clear, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MY_KEY", raising=False)
+    status, _, said = clear("serve", "model", "--key-from", "MY_KEY")
+    assert status == 1 and said == "error: --key-from MY_KEY: this environment variable is not set; export it.\n"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_hangs_up_frees_its_row(server, stream):
     server.wait_for("clear_batch_rows", 0)

@@ -11,6 +11,7 @@ import yaml
 
 from clear.bench.models import MODELS
 from tests.conftest import ROOT, git
+from tests.helpers.secrets import leaks, origin, planted
 
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -22,13 +23,16 @@ def _figures(stage: str) -> str:
 
 def _make(folder, *arguments):
     plain = {key: value for key, value in os.environ.items() if not key.startswith(("MAKE", "MFLAGS", "CLEAR_HOME"))}
+    plain |= planted()
     command = ["make", *arguments, f"VENV={Path(sys.executable).parent.parent}"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=plain)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert leaks(folder, [done.stdout, done.stderr], [folder / ".git/config"]) == []
     return done.stdout
 
 
 def test_smoke_runs_from_end_to_end_in_a_fresh_clone(clone):
+    git(clone, "remote", "add", "origin", origin())
     before = git(clone, "status", "--porcelain", "--ignored")
     first = _make(clone, "repro", "PROFILE=smoke")
 

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,141 @@ def test_roles_may_do_little(template):
     }, "these know no resources"
     for name, one in _of(template, "AWS::IAM::Role").items():
         assert "Administrator" not in json.dumps(one), name
+
+
+BUCKET, OTHER = "arn:aws:s3:::clear-storage", "arn:aws:s3:::somebody-elses"
+BATCH = "arn:aws:batch:eu-west-1:111122223333"
+MADE = {
+    "Storage.Arn": BUCKET,
+    "Repository.Arn": "arn:aws:ecr:eu-west-1:111122223333:repository/clear-stage",
+    "Logs.Arn": "arn:aws:logs:eu-west-1:111122223333:log-group:clear:*",
+    "JobRole.Arn": "arn:aws:iam::111122223333:role/job",
+    "ExecutionRole.Arn": "arn:aws:iam::111122223333:role/execution",
+    "SpotQueue": f"{BATCH}:job-queue/clear-spot",
+    "OnDemandQueue": f"{BATCH}:job-queue/clear-on-demand",
+    "WeightsBucket": "the-weights",
+    "AWS::StackId": "arn:aws:cloudformation:eu-west-1:111122223333:stack/clear/1",
+    "AWS::StackName": "clear",
+    "AWS::Partition": "aws",
+    "AWS::Region": "eu-west-1",
+    "AWS::AccountId": "111122223333",
+}
+"""What the names of the template stand for once the stack is there."""
+
+
+def _resolved(value):
+    if isinstance(value, list):
+        return [_resolved(item) for item in value]
+    if isinstance(value, dict) and value and value.keys() <= {"Ref", "GetAtt", "Sub"}:
+        ((kind, text),) = value.items()
+        return re.sub(r"\$\{(.*?)\}", lambda match: MADE[match[1]], text) if kind == "Sub" else MADE[text]
+    return {name: _resolved(item) for name, item in value.items()} if isinstance(value, dict) else value
+
+
+def _documents(template, who):
+    """The policies of a role, or of FlowPolicy, which is for whoever runs the flows."""
+    own = template["Resources"][who]["Properties"]
+    yield from [policy["PolicyDocument"] for policy in own.get("Policies", [])]
+    if "PolicyDocument" in own:
+        yield own["PolicyDocument"]
+    for policy in _of(template, "AWS::IAM::Policy").values():
+        if {"Ref": who} in policy["Roles"]:
+            yield policy["PolicyDocument"]
+
+
+def _may(template, who, action, resource, **context):
+    """IAM's rule: something allows it and nothing denies it."""
+    effects = set()
+    for document in _documents(template, who):
+        for statement in document["Statement"]:
+            names, places = (_resolved(statement[part]) for part in ("Action", "Resource"))
+            asked = [names] if isinstance(names, str) else names, [places] if isinstance(places, str) else places
+            fits = all(any(fnmatchcase(v, p) for p in part) for v, part in zip((action, resource), asked, strict=True))
+            wanted = _resolved(statement.get("Condition", {}))
+            assert wanted.keys() <= {"StringEquals"}, "the only kind that is understood here"
+            if fits and wanted.get("StringEquals", {}).items() <= context.items():
+                effects.add(statement["Effect"])
+    return effects == {"Allow"}
+
+
+TAGGED = {"aws:ResourceTag/clear": "clear"}
+TASKS = {"iam:PassedToService": "ecs-tasks.amazonaws.com"}
+MAY = [
+    ("JobRole", "s3:GetObject", f"{BUCKET}/compute/requests/k/1.json", {}),
+    ("JobRole", "s3:GetObject", f"{BUCKET}/dvc/files/md5/ab/cd", {}),
+    ("JobRole", "s3:PutObject", f"{BUCKET}/dvc/files/md5/ab/cd", {}),
+    ("JobRole", "s3:PutObject", f"{BUCKET}/compute/results/k.json", {}),
+    ("JobRole", "s3:DeleteObject", f"{BUCKET}/compute/checkpoints/k/1", {}),
+    ("JobRole", "s3:ListBucket", BUCKET, {}),
+    ("JobRole", "s3:GetObject", "arn:aws:s3:::the-weights/bagel/ema.safetensors", {}),
+    ("FlowPolicy", "batch:SubmitJob", MADE["SpotQueue"], {}),
+    ("FlowPolicy", "batch:SubmitJob", f"{BATCH}:job-definition/clear-stage-0123456789ab:1", {}),
+    ("FlowPolicy", "batch:TerminateJob", f"{BATCH}:job/1", TAGGED),
+    ("FlowPolicy", "iam:PassRole", MADE["JobRole.Arn"], TASKS),
+    ("FlowPolicy", "s3:PutObject", f"{BUCKET}/compute/ledger/1.json", {}),
+    ("ExecutionRole", "ecr:BatchGetImage", MADE["Repository.Arn"], {}),
+]
+MAY_NOT = [
+    ("JobRole", "s3:PutObject", f"{BUCKET}/compute/ledger/1.json", {}),  # what was spent
+    ("JobRole", "s3:DeleteObject", f"{BUCKET}/dvc/files/md5/ab/cd", {}),
+    ("JobRole", "s3:DeleteObject", f"{BUCKET}/compute/results/k.json", {}),
+    ("JobRole", "s3:PutObject", "arn:aws:s3:::the-weights/bagel/ema.safetensors", {}),
+    ("JobRole", "batch:SubmitJob", MADE["SpotQueue"], {}),
+    ("JobRole", "batch:TerminateJob", f"{BATCH}:job/1", TAGGED),
+    ("JobRole", "iam:PassRole", MADE["JobRole.Arn"], TASKS),
+    ("FlowPolicy", "batch:SubmitJob", f"{BATCH}:job-queue/somebody-elses", {}),
+    ("FlowPolicy", "batch:RegisterJobDefinition", f"{BATCH}:job-definition/somebody-elses", {}),
+    ("FlowPolicy", "batch:TerminateJob", f"{BATCH}:job/1", {"aws:ResourceTag/clear": "another-stack"}),
+    ("FlowPolicy", "batch:TerminateJob", f"{BATCH}:job/1", {}),
+    ("FlowPolicy", "iam:PassRole", MADE["JobRole.Arn"], {"iam:PassedToService": "ec2.amazonaws.com"}),
+    ("FlowPolicy", "iam:PassRole", "arn:aws:iam::111122223333:role/admin", TASKS),
+    ("FlowPolicy", "cloudformation:UpdateStack", MADE["AWS::StackId"], {}),
+    ("ExecutionRole", "ecr:BatchGetImage", "arn:aws:ecr:eu-west-1:111122223333:repository/other", {}),
+    ("ExecutionRole", "ecr:PutImage", MADE["Repository.Arn"], {}),
+    ("ExecutionRole", "s3:GetObject", f"{BUCKET}/compute/requests/k/1.json", {}),
+    *(
+        (who, action, place, {})
+        for who in ("JobRole", "ExecutionRole", "FlowPolicy")
+        for action, place in (
+            ("s3:GetObject", f"{OTHER}/x"),
+            ("s3:ListBucket", OTHER),
+            ("s3:DeleteObjectVersion", f"{BUCKET}/dvc/files/md5/ab/cd"),  # so a deleted object can be brought back
+            ("s3:PutBucketPolicy", BUCKET),
+            ("s3:PutLifecycleConfiguration", BUCKET),
+            ("iam:CreateRole", "arn:aws:iam::111122223333:role/new"),
+            ("iam:PutRolePolicy", MADE["JobRole.Arn"]),
+            ("sts:AssumeRole", MADE["JobRole.Arn"]),
+            ("ec2:RunInstances", "arn:aws:ec2:eu-west-1:111122223333:instance/*"),
+            ("secretsmanager:GetSecretValue", "arn:aws:secretsmanager:eu-west-1:111122223333:secret:x"),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("who", "action", "resource", "context"), MAY)
+def test_a_role_may_do_what_it_is_for(template, who, action, resource, context):
+    assert _may(template, who, action, resource, **context)
+
+
+def test_and_nothing_else(template):
+    assert [asked for asked in MAY_NOT if _may(template, *asked[:3], **asked[3])] == []
+
+
+def test_no_right_to_steer_machines_is_left_unused(template):
+    """Batch and CloudFormation: what FlowPolicy allows is what the code calls, and the tags that go along."""
+    code = "".join(file.read_text() for file in (ROOT / "flows").rglob("*.py") if file.name != "stack.py")
+    called = set(
+        re.findall(r"\.((?:describe|list|submit|register|terminate|cancel|tag)_(?:jobs?|stacks|job_\w+))\(", code)
+    )
+    named = {name.title().replace("_", "") for name in called}
+    allowed = {
+        action
+        for document in _documents(template, "FlowPolicy")
+        for statement in document["Statement"]
+        for action in ([statement["Action"]] if isinstance(statement["Action"], str) else statement["Action"])
+    }
+    steering = {action.partition(":")[2] for action in allowed if action.startswith(("batch:", "cloudformation:"))}
+    assert steering == named | {"TagResource"}
 
 
 def test_the_bill_has_an_alarm(template):

@@ -4,9 +4,11 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from html import escape
 
 import cv2
 import numpy as np
+import pandas as pd
 import pytest
 from omegaconf import OmegaConf
 
@@ -21,7 +23,7 @@ from clear.errors import ClearError
 from clear.sources.scenes.render import scenes
 from clear.stages import degrade, mmd_bench, validate
 from clear.validation import metrics
-from clear.validation.expectations import run_checks
+from clear.validation.expectations import Check, run_checks
 from clear.validation.frames import build_frame, chi_square_p
 
 COUNTS = {"sft": 96, "rl": 48, "validation": 16, "bench": 48, "development": 32}
@@ -89,6 +91,21 @@ def test_healthy_data_pass_with_metrics_and_docs(inside):
     links = {name: link for link, name in re.findall(r'<a href="([^"]+)">(\w+)</a>', page)}
     assert links.keys() == found["datasets"].keys() and all((docs / link).is_file() for link in links.values())
     assert page.count("✓") == len(links) and "http" not in page, "it needs no network"
+
+
+def test_text_from_the_data_is_no_markup_in_the_data_docs(tmp_path):
+    """Great Expectations writes values that break a rule into its pages as it finds them."""
+    attack = "<img src=x onerror='window.hit=1'>"
+    keys = [f"{attack}{n}" for n in range(3)]
+    frame = pd.DataFrame({"key": keys, "split": ["sft", attack, "a&b"], "id": [attack] * 3})
+    checks = [Check("split", "split", "is known", allowed=("sft", "a&b")), Check("unique", "id", "occurs once")]
+    found = run_checks({"samples": frame}, {"samples": checks}, tmp_path)["samples"]
+    assert [(failure.check.name, failure.keys) for failure in found] == [
+        ("split", (f"{attack}1",)),
+        ("unique", tuple(frame.key)),
+    ]
+    pages = [file.read_text() for file in tmp_path.rglob("*.html")]
+    assert not any(attack in page for page in pages) and any(escape(attack) in page for page in pages)
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg"])

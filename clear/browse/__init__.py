@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from clear.data.ports import HOST, require_free
-from clear.errors import ClearError
+from clear.errors import ClearError, say
 
 
 def serve(root: Path, port: int, open_browser: bool) -> None:
@@ -36,6 +36,6 @@ def serve(root: Path, port: int, open_browser: bool) -> None:
         "runner.magicEnabled": "false",  # it would show docstrings and values of expressions on the page
     }
     given = [part for name, value in options.items() for part in (f"--{name}", value)]
-    print(f"http://{HOST}:{port} (Ctrl-C ends it)", flush=True)
+    say(f"http://{HOST}:{port} (Ctrl-C ends it)")
     os.chdir(root)
     os.execv(sys.executable, [sys.executable, "-m", "streamlit", "run", page, *given])

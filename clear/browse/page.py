@@ -16,6 +16,7 @@ from clear.data.records import CLEAN, Question
 from clear.degradation.corruptions import CORRUPTIONS, corrupt
 from clear.errors import ClearError
 from clear.report.claims import LEVELS, NAMES
+from clear.report.markdown import without_markup
 
 ROOT = Path()
 BENCHMARK, OWN = "Benchmark", "Your picture"
@@ -52,9 +53,9 @@ def picture(place, title: str, image: np.ndarray | None, otherwise: str) -> None
     """A titled image, or a note why it is missing."""
     with place:
         if image is None:
-            st.info(f"{title}: {otherwise}")
+            st.info(without_markup(f"{title}: {otherwise}"))
         else:
-            st.image(enlarged(image), caption=title, width="stretch")
+            st.image(enlarged(image), caption=without_markup(title), width="stretch")
 
 
 def level(name: str) -> str:
@@ -94,8 +95,9 @@ def one_question(found: dict, model: str, key: tuple, stamp: tuple) -> None:
     """Pictures, answers and traces of one question."""
     row, sample = found[model].loc[key], sample_of(key, stamp)
     name, corruption, severity, question = key
-    st.subheader(row.text)
-    st.caption(f"right answer: **{row.answer}** · {row.task} · {name} · {corruption} · {level(severity)} · {question}")
+    st.subheader(without_markup(row.text))
+    where = without_markup(f"{row.task} · {name} · {corruption} · {level(severity)} · {question}")
+    st.caption(f"right answer: **{without_markup(row.answer)}** · {where}")
     left, middle, right = st.columns(3)
     missing = "data/bench is not on this machine (`dvc pull data/bench`)."
     clean = decode_image(sample.image) if sample and sample.paired else None
@@ -111,7 +113,7 @@ def one_question(found: dict, model: str, key: tuple, stamp: tuple) -> None:
     table = [
         {
             "model": NAMES[name],
-            "answer": frame.prediction.loc[key] or "(none)",
+            "answer": without_markup(frame.prediction.loc[key] or "(none)"),
             "": "right" if frame.correct.loc[key] else "wrong",
             "restored": "yes" if frame.restored.loc[key] else "no",
         }
@@ -172,7 +174,7 @@ def own(stamp: tuple) -> None:
         picture(middle, f"{corruption}, {intensity:.2f}", shown, "")
     if reply is not None:
         picture(right, f"restored by {NAMES[model]}", reply.picture, "it answered without restoring.")
-        st.subheader(f"Answer: {reply.answer or '(none)'}")
+        st.subheader(without_markup(f"Answer: {reply.answer or '(none)'}"))
         st.code(reply.trace, language=None, wrap_lines=True)
 
 
@@ -188,7 +190,7 @@ def main() -> None:
         else:
             own(stamp)
     except ClearError as error:
-        st.error(str(error))
+        st.error(without_markup(str(error)))
 
 
 main()

@@ -14,7 +14,7 @@ import typer
 
 from clear.cli import benchmark, incoming, pipeline, project, registry, review, use
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError, printable, refusal
+from clear.errors import ClearError, fail, refusal, say
 
 INTERRUPTED = 130
 TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
@@ -96,10 +96,9 @@ def _again(lost: Any) -> None:
 def _interrupted() -> NoReturn:
     for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not print the interpreter's traceback
         signal.signal(number, signal.SIG_IGN)
-    typer.echo("interrupted; run the same command again to resume from the last checkpoint", err=True)
+    say("interrupted; run the same command again to resume from the last checkpoint", sys.stderr)
     sys.exit(INTERRUPTED)
 
 
 def _refuse(error: ClearError) -> NoReturn:
-    typer.echo(f"error: {printable(str(error))}", err=True)
-    sys.exit(error.status)
+    sys.exit(fail(error))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clear.errors import ClearError, naming
+from clear.errors import ClearError, naming, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -61,12 +61,10 @@ def score(
         shown = scores.table(found)
     if report:
         found["judge"] = report
-    typer.echo(shown)
+    say(shown)
     rejected = frame["reject"][frame["reject"] != ""]
     if len(rejected):
-        typer.echo(
-            f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", err=True
-        )
+        say(f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", err=True)
     if out is not None:
         write_json(out, found)
     if rows is not None:
@@ -123,9 +121,9 @@ def mmd_bench(
         raise ClearError(f"--names {names}: choose one of {', '.join(NAMES)}, authors with --protocol full only.")
     if not os.path.lexists(source):
         raise ClearError(f"--source {source}: nothing is there; name a folder with VLMEvalKit's TSV files.")
-    for file in write_benchmarks(source, out, protocol, scale, workers, typer.echo, names):
-        typer.echo(str(file))
-    typer.echo(str(out / "manifest.parquet"))
+    for file in write_benchmarks(source, out, protocol, scale, workers, say, names):
+        say(str(file))
+    say(str(out / "manifest.parquet"))
     if rejects := read_rejects(out / REJECTS):
         files = sum(reject.reason == FILE for reject in rejects)
         counts = {"files that cannot be read": files, "rows that cannot be degraded": len(rejects) - files}

@@ -4,6 +4,8 @@ from typing import Annotated
 
 import typer
 
+from clear.errors import say
+
 app = typer.Typer(help="Naturally degraded images: the sets of data/incoming.", no_args_is_help=True)
 
 
@@ -17,15 +19,15 @@ def list_sets(as_json: Annotated[bool, typer.Option("--json", help="Machine-read
 
     found = sets()
     if as_json:
-        typer.echo(json.dumps({"sets": [asdict(one) for one in found]}, indent=1))
+        say(json.dumps({"sets": [asdict(one) for one in found]}, indent=1))
         return
     for one in found:
         state = f"{one.files} files, {one.size / 1e6:.1f} MB, {one.fingerprint[:12]}" if one.present else "not pulled"
-        typer.echo(f"{one.name}: {state}")
+        say(f"{one.name}: {state}")
         for fault in one.faults:
-            typer.echo(f"  cannot be read: {fault}")
+            say(f"  cannot be read: {fault}")
     if not found:
-        typer.echo(f"no set in {FOLDER}; docs/DEGRADATIONS.md says what to put there.")
+        say(f"no set in {FOLDER}; docs/DEGRADATIONS.md says what to put there.")
 
 
 @app.command("check")
@@ -41,5 +43,5 @@ def check_one(
     from clear.validation.incoming import lines
 
     verdict = check_set(name, load())
-    typer.echo(json.dumps(verdict.as_json(), indent=1) if as_json else "\n".join(lines(verdict)))
+    say(json.dumps(verdict.as_json(), indent=1) if as_json else "\n".join(lines(verdict)))
     raise typer.Exit(0 if verdict.success else 1)

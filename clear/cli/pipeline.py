@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from clear.bench.models import MODELS
-from clear.errors import ClearError
+from clear.errors import ClearError, say
 from clear.schema import Config
 
 STAGES = {
@@ -58,7 +59,7 @@ def _say_if_too_large(config: Config, module: str) -> None:
         device, world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         text = cards.too_small(config, stage, torch.cuda.get_device_properties(device).total_memory, world)
         if text:
-            typer.echo(f"note: {text}", err=True)
+            say(f"note: {text}", sys.stderr)
 
 
 def stage(name: str) -> Callable[[], None]:
@@ -87,7 +88,7 @@ def evaluate(
         from clear.model.weights import with_local_weights
         from clear.stages.evaluate import run_development
 
-        typer.echo(f"figures: {run_development(with_local_weights(load(), 'evaluate'), model)}")
+        say(f"figures: {run_development(with_local_weights(load(), 'evaluate'), model)}")
         return
     run_stage(f"evaluate_{model}", "evaluate", model)
 
@@ -98,7 +99,7 @@ def seeds(
     """Run the pipeline under several seeds, one after the other, and write docs/RESULTS.md from all there are."""
     from clear.project import seeds as several
 
-    typer.echo(f"results: {several.run(Path.cwd(), wanted or [])}")
+    say(f"results: {several.run(Path.cwd(), wanted or [])}")
 
 
 def ablations(
@@ -107,4 +108,4 @@ def ablations(
     """Change one setting at a time, run what it reaches, and add the comparison to docs/RESULTS.md."""
     from clear.project import ablations as changed
 
-    typer.echo(f"results: {changed.run(Path.cwd(), wanted or list(changed.listed()))}")
+    say(f"results: {changed.run(Path.cwd(), wanted or list(changed.listed()))}")

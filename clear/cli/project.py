@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from clear.errors import ClearError
+from clear.errors import ClearError, say
 from clear.schema import PROFILES
 
 _NAMES = f"{', '.join(PROFILES[:-1])} or {PROFILES[-1]}"
@@ -18,7 +18,7 @@ def results(
     """Print the result table, beside the committed figures where they differ, and the report's path."""
     from clear.project.results import markdown, render
 
-    typer.echo(markdown(Path()) if as_markdown else render(Path()))
+    say(markdown(Path()) if as_markdown else render(Path()))
 
 
 def params(
@@ -40,10 +40,10 @@ def params(
             raise ClearError("--adopt takes the values of params.yaml; leave --set out.")
         changed = adopt_params(Path())
         for line in changed or ["clear/conf composes to params.yaml already."]:
-            typer.echo(line)
+            say(line)
         return
     write_params(PARAMS, overrides or [])
-    typer.echo(f"{PARAMS} written.")
+    say(f"{PARAMS} written.")
 
 
 def memory(
@@ -68,7 +68,7 @@ def memory(
             raise ClearError("--cards lists every profile as it is; leave --profile and --set out.")
         fitting = importlib.import_module("clear.training.cards")
         found = fitting.rows(gpus)
-        typer.echo(json.dumps([asdict(row) for row in found], indent=2) if as_json else fitting.table(found))
+        say(json.dumps([asdict(row) for row in found], indent=2) if as_json else fitting.table(found))
         return
     if overrides and not profile:
         raise ClearError("--set changes a composed profile; name it with --profile, or edit params.yaml.")
@@ -83,9 +83,9 @@ def memory(
     found = [module.estimate(config, stage, vocab, gpus) for stage in module.STAGES]
     if as_json:
         content = {"profile": config.profile, "gpus": gpus, "stages": [asdict(one) for one in found]}
-        typer.echo(json.dumps(content, indent=2))
+        say(json.dumps(content, indent=2))
     else:
-        typer.echo(module.report(found, config.profile, gpus))
+        say(module.report(found, config.profile, gpus))
 
 
 def scratch(
@@ -98,4 +98,4 @@ def scratch(
     from clear.project.results import render
     from clear.project.scratch import run
 
-    typer.echo(render(run(Path(), profile, overrides or [])))
+    say(render(run(Path(), profile, overrides or [])))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from clear.errors import ClearError
+from clear.errors import ClearError, say
 
 
 def release(
@@ -44,14 +44,14 @@ def release(
         ]
         lines = aligned([("when", "what", "version", "stage", "commit", "by"), *rows]) if rows else []
         for line in lines or [f"{model} has no release yet; `clear release {model} v0.1.0` makes one."]:
-            typer.echo(line)
+            say(line)
         return
     if assign:
         lines = publish.assign(Path(), model, *assign, because, push)
     else:
         lines = publish.release(Path(), model, version, stage, because, push)
     for line in lines:
-        typer.echo(line)
+        say(line)
 
 
 def lineage(
@@ -66,7 +66,7 @@ def lineage(
     from clear.project.lineage import lineage as trace
 
     found = trace(Path(), path, revision)
-    typer.echo(found.json() if as_json else found.text(full))
+    say(found.json() if as_json else found.text(full))
 
 
 def tidy(
@@ -81,4 +81,4 @@ def tidy(
     from clear.project.tidy import tidy as find
 
     for line in find(Path(), days, remote, remove, also or []).lines():
-        typer.echo(line)
+        say(line)

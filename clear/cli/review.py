@@ -3,12 +3,13 @@
 Their exit status is an answer (0 yes, 1 no), so a file that cannot be read ends them with 2: cannot say.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clear.errors import ClearError, judging
+from clear.errors import ClearError, judging, say
 
 
 def check() -> None:
@@ -21,11 +22,11 @@ def check() -> None:
     with judging():
         found = drifts(Path())
     for line in found:
-        typer.echo(line, err=True)
+        say(line, sys.stderr)
     if found:
-        typer.echo(f"{len(found)} drift{'s' if len(found) > 1 else ''} found.", err=True)
+        say(f"{len(found)} drift{'s' if len(found) > 1 else ''} found.", sys.stderr)
         raise typer.Exit(1)
-    typer.echo("dvc.lock, params.yaml, code and committed results agree.")
+    say("dvc.lock, params.yaml, code and committed results agree.")
 
 
 def compare(
@@ -49,11 +50,11 @@ def compare(
     with judging():
         found, verdict = decide(*read_sides(Path(), base, head))
     if form == "md" and out is None:
-        typer.echo(render.markdown(found, verdict), nl=False)
+        say(render.markdown(found, verdict).removesuffix("\n"))
         return
     formats = render.FORMATS if form == "all" else (form,)
     for file in render.write(found, verdict, out or Path("data/report/compare"), formats):
-        typer.echo(str(file))
+        say(str(file))
 
 
 def gate(
@@ -71,5 +72,5 @@ def gate(
     with judging():
         _, verdict = decide(*read_sides(Path(), base, head), detail=False)
     for line in report_lines(verdict):
-        typer.echo(line)
+        say(line)
     raise typer.Exit(verdict.status)

@@ -8,9 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from clear.data.ports import HOST
-from clear.errors import ClearError, printable
+from clear.errors import ClearError, say, shown
 from clear.schema import QUANTISED
 
+SERVE_KEY = "CLEAR_SERVE_KEY"
 Base = Annotated[
     Path | None,
     typer.Option(help="Folder that completes weights alone, or has the weights an adapter adapts."),
@@ -52,14 +53,14 @@ def ask(
     model = _found(model, "name one with --model")
     config = with_local_weights(with_base(load(), base), "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
-    typer.echo(printable(answer.trace))
-    typer.echo(f"restored: {'yes' if answer.restored else 'no'}")
-    typer.echo(f"answer: {printable(answer.answer)}")
+    say(answer.trace)
+    say(f"restored: {'yes' if answer.restored else 'no'}")
+    say(f"answer: {answer.answer}")
     if save is not None:
         if answer.picture is None:
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
         save.write_bytes(encode_image(answer.picture))
-        typer.echo(f"restored image: {save}")
+        say(f"restored image: {save}")
 
 
 def answer(
@@ -122,9 +123,9 @@ def answer(
     with respondent as who:
         for file in data:
             asked = Served(who) if endpoint else who
-            with tqdm(total=count(file), desc=file.stem, unit="row") as bar:
+            with tqdm(total=count(file), desc=shown(file.stem), unit="row") as bar:
                 done = answer_table(file, out, label, asked, prompt, form, bar.update)
-            typer.echo(str(done.table))
+            say(str(done.table))
             rejects += done.rejects
     if rejects:
         first = rejects[0]
@@ -142,7 +143,7 @@ def serve(
     name: Annotated[str, typer.Option(help="What clients call the model; default: the folder's name.")] = "",
     key_from: Annotated[
         str, typer.Option(help="Environment variable with the key that clients must send.")
-    ] = "CLEAR_SERVE_KEY",
+    ] = SERVE_KEY,
     restore: Annotated[str, typer.Option(help="Unless a request says: auto, always, never or plain.")] = "auto",
     feedback: Annotated[str, typer.Option(help="Unless a request says: bridge or reencode.")] = "bridge",
     rows: Annotated[int, typer.Option(min=0, help="Answered at once; 0 = sampling.batch of params.yaml.")] = 0,
@@ -170,12 +171,15 @@ def serve(
     ):
         if value not in values:
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    key = os.environ.get(key_from, "")
+    if not key and key_from != SERVE_KEY:
+        raise ClearError(f"--key-from {key_from}: this environment variable is not set; export it.")
     model = _found(model)
     config = with_local_weights(with_base(load(), base), "ask")
     sampling = config.sampling
     settings = Settings(
         name=name or _called(model),
-        key=os.environ.get(key_from, ""),
+        key=key,
         rows=rows or sampling.batch,
         queue=queue,
         body=max_body,
@@ -187,7 +191,7 @@ def serve(
         restore=restore,
         feedback=feedback,
     )
-    run(model, config, settings, host, port, lambda line: typer.echo(line))
+    run(model, config, settings, host, port, say)
 
 
 def browse(
@@ -211,8 +215,8 @@ def decision(
     from clear.report import budget
 
     file = budget.run(with_local_weights(load(), "evaluate"), model)
-    typer.echo(budget.table(json.loads(file.read_text())))
-    typer.echo(f"figures: {file}\ncurves: {file.with_suffix('.png')}")
+    say(budget.table(json.loads(file.read_text())))
+    say(f"figures: {file}\ncurves: {file.with_suffix('.png')}")
 
 
 def _type(weights: str) -> Any:
@@ -239,9 +243,9 @@ def merge(
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote with lora.rank > 0.")
     kind = _type(weights) if weights else importlib.import_module("clear.model.runtime").stored(load())[0]
     quantised = importlib.import_module("clear.model.lora").merge(folder, out, kind, base)
-    typer.echo(f"{out} written.")
+    say(f"{out} written.")
     if quantised:
-        typer.echo(
+        say(
             f"The adapter was trained on {quantised} weights and has been added to those, decoded, not to the exact "
             "ones; the sums are rounded once."
         )
@@ -264,7 +268,7 @@ def quantise(
         raise ClearError(f"{folder} holds an adapter; quantise the weights it adapts, or `clear merge` it first.")
     dtype = _type(weights) if weights else None
     importlib.import_module("clear.model.checkpoint").quantise_folder(folder, out, kind, dtype, base)
-    typer.echo(f"{out} written.")
+    say(f"{out} written.")
 
 
 def export(
@@ -300,4 +304,4 @@ def export(
     release = importlib.import_module("clear.project.release.export")
     wishes = release.Wishes(name, license, base_model, dataset or [], language or ["en"], evaluation, scores)
     for file in release.export(folder, out, load(), wishes, kind, base):
-        typer.echo(str(file))
+        say(str(file))

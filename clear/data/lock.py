@@ -27,7 +27,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from clear.errors import ClearError
+from clear.errors import ClearError, fail, say
 
 CHOICES = ("wait", "leave")
 POLL_SECONDS = 1.0
@@ -53,7 +53,7 @@ def stage_lock(workspace: Path) -> Path:
 
 def remark(text: str) -> None:
     """Say something of a lock on stderr, beside the output of what is run."""
-    print(text, file=sys.stderr, flush=True)
+    say(text, sys.stderr)
 
 
 def when_busy_here() -> str:
@@ -186,8 +186,7 @@ def main(arguments: list[str]) -> int:
             status = process.wait()
             return status if status >= 0 else 128 - status
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     except KeyboardInterrupt:  # while waiting for the lock
         return 130
 

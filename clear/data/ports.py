@@ -1,5 +1,6 @@
 """Ports of this machine for what a person looks at in a browser: always on the loopback interface."""
 
+import ipaddress
 import os
 import socket
 from collections.abc import MutableMapping
@@ -23,6 +24,14 @@ def spare_loopback(environment: MutableMapping[str, str] = os.environ) -> None:
     listed = f"{environment.get('no_proxy', '')},{environment.get('NO_PROXY', '')}".split(",")
     hosts = dict.fromkeys([*filter(None, (host.strip().strip("[]") for host in listed)), *_LOOPBACK])
     environment["no_proxy"] = environment["NO_PROXY"] = "*" if "*" in hosts else ",".join(hosts)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host (a name, or an address, which may be in brackets) is this machine to itself and to nobody else."""
+    try:
+        return host.lower() == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 def require_free(port: int, remedy: str) -> None:

@@ -31,7 +31,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from clear.errors import ClearError
+from clear.errors import ClearError, without_secrets
 from clear.llm.ledger import ReplyStore, most_tokens
 from clear.schema import Endpoint
 
@@ -334,6 +334,7 @@ class Client:
             return
         outcome.free = True  # errors are not billed
         said = " ".join(data[:300].decode("utf-8", "replace").split())
+        said = without_secrets(said, self.key)  # some servers repeat the key that they refuse
         if code in (401, 403, 404):
             raise Denied(
                 f"{self.name}: {self.url} answers {code} ({said}); check the URL, the key and model '{self.model}'."

@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from clear.data.io import replacing
-from clear.errors import refusal
+from clear.errors import refusal, say
 from clear.model.vae import AutoEncoder
 
 STORED_BYTES = 128 * 2**30
@@ -71,7 +71,7 @@ class LatentStore:
         except OSError as error:
             self._refused = True
             why = str(refusal(error) or f"{self.folder}: {error}").rstrip(".")
-            print(f"{why}. Latents are not kept; every stage encodes its images itself.", file=sys.stderr)
+            say(f"{why}. Latents are not kept; every stage encodes its images itself.", sys.stderr)
 
     def _file(self, image: str) -> Path:
         name = hashlib.sha256(f"{self._maker} {image}".encode()).hexdigest()

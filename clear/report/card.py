@@ -10,7 +10,8 @@ from typing import Any
 from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.report.claims import COMPARISONS, LEVELS, NAMES, points
-from clear.report.leaderboard import as_text, interval
+from clear.report.leaderboard import interval
+from clear.report.markdown import as_text
 from clear.report.tables import ABOUT, Table
 from clear.schema import Config, Phase
 

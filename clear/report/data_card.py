@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from clear.bench.scoring import SEVERITIES
 from clear.data.records import CLEAN
 from clear.report.card import LICENSE, SOURCES
-from clear.report.leaderboard import as_text
+from clear.report.markdown import as_prose, as_text
 from clear.report.tables import Table
 from clear.schema import Config
 
@@ -53,7 +53,7 @@ def _source(facts: DataFacts) -> str:
     text = f"Source `{kind}`: {SOURCES[kind]}. Licence: {licence}. Seed {facts.config.seed}."
     if facts.config.traces.kind == "teacher":
         text += f" Demonstrations were written by {facts.config.teacher.model}; the terms of its provider apply."
-    return as_text(text).replace("\\`", "`")
+    return as_prose(text)
 
 
 def _samples(facts: DataFacts) -> str:

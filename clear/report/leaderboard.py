@@ -3,18 +3,17 @@
 Names of models and benchmarks come from files and columns: they are shown in one line, and as text in every form.
 """
 
-import re
 from pathlib import Path
 from typing import Any
 
 from clear.bench.scoring import HARD
 from clear.data.records import CLEAN
 from clear.report.claims import LEVELS, points
+from clear.report.markdown import as_text
 from clear.report.render import Section, page
 from clear.report.tables import Table
 
 TEMPLATE = Path(__file__).parent / "leaderboard.html"
-_ACTIVE = re.compile(r"([\\`*_\[\]<>&#~!])")
 NONE = "–"
 Rows = list[tuple[str, dict]]
 """(name, row) of the models; a published model may have the name of a measured one."""
@@ -68,11 +67,6 @@ def markdown(board: dict) -> str:
 def html(board: dict) -> str:
     """One page that loads nothing from elsewhere."""
     return page(TEMPLATE, TEMPLATE.parent, _mark, reference=board["reference"] or "", sections=sections(board))
-
-
-def as_text(text: str) -> str:
-    """Text that Markdown shows as it is, in one line; bars are escaped by the table."""
-    return _ACTIVE.sub(r"\\\1", _line(text))
 
 
 def _line(text: str) -> str:

@@ -16,6 +16,7 @@ from clear.bench.predictions import metrics
 from clear.bench.scoring import HARD
 from clear.report import gallery, plots, tables
 from clear.report.claims import LEVELS, Bootstrap, Claim
+from clear.report.markdown import as_prose, fenced
 from clear.report.tables import Table
 from clear.report.verdict import remarks, verdict
 
@@ -283,23 +284,24 @@ def _reproduce(profile: str) -> Section:
 
 def markdown(profile: str, lines: list[str], sections: list[Section]) -> str:
     """The report in GitHub's Markdown; pictures are links to files beside it."""
-    parts = [f"# CLEAR report, profile {profile}", *(f"**{line}**" for line in lines)]
+    parts = [f"# CLEAR report, profile {profile}", *(f"**{as_prose(line)}**" for line in lines)]
     for section in sections:
         parts.append(f"## {section.title}")
-        parts += [_markdown(block) for block in section.blocks]
+        parts += map(block_markdown, section.blocks)
     return "\n\n".join(parts) + "\n"
 
 
-def _markdown(block: Block) -> str:
+def block_markdown(block: Block) -> str:
+    """A block in GitHub's Markdown: its texts, which may come from questions and models, are shown as they are."""
     if isinstance(block, Table):
-        return block.markdown()
+        return block.escaped().markdown() if block.rows else as_prose(block.caption)
     if isinstance(block, Figure):
-        return f"![{Path(block.file).stem}]({block.file})\n\n*{block.caption}*"
+        return f"![{Path(block.file).stem}]({block.file})\n\n*{as_prose(block.caption)}*"
     if isinstance(block, Quote):
-        return f"{block.title}:\n\n````text\n{block.text}\n````"
+        return f"{as_prose(block.title)}:\n\n{fenced(block.text)}"
     if isinstance(block, Folded):
-        return f"<details><summary>{block.title}</summary>\n\n{block.table.markdown()}\n\n</details>"
-    return block
+        return f"<details><summary>{as_prose(block.title)}</summary>\n\n{block_markdown(block.table)}\n\n</details>"
+    return as_prose(block)
 
 
 def html(profile: str, lines: list[str], sections: list[Section], folder: Path) -> str:

@@ -12,6 +12,7 @@ from clear.bench.predictions import metrics
 from clear.bench.scoring import CLEAN, HARD, SEVERITIES
 from clear.data.io import aligned
 from clear.report.claims import LEVELS, NAMES, STRATIFIED, Claim, points
+from clear.report.markdown import as_prose
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -40,6 +41,11 @@ class Table:
         lines = [self.header, ["---"] * len(self.header), *self.rows]
         text = "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
         return f"{text}\n\n{self.caption}" if self.caption else text
+
+    def escaped(self) -> "Table":
+        """The same table for `markdown`, where its texts come from data: see `as_prose`."""
+        header, *rows = ([as_prose(cell) for cell in line] for line in (self.header, *self.rows))
+        return Table(header, rows, as_prose(self.caption))
 
     def text(self) -> str:
         """The table in aligned plain text: the first column to the left, the others to the right."""

@@ -5,7 +5,6 @@ is accepted, talk.py and pictures.py turn it into what the model reads, answers.
 """
 
 import errno
-import ipaddress
 import os
 import signal
 import socket
@@ -14,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clear.data.ports import is_loopback
 from clear.errors import ClearError
 
 if TYPE_CHECKING:
@@ -93,14 +93,6 @@ def serve(
     if worker.is_alive():  # in the middle of a long step, which nobody waits for any more
         sys.stdout.flush()
         os._exit(0)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can reach a server on this host."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -7,6 +7,7 @@ an answer, an error, its time is over, or its client has hung up. In all of them
 import asyncio
 import hmac
 import json
+import re
 import time
 import traceback
 import uuid
@@ -20,6 +21,7 @@ from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingRes
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from clear.data.ports import is_loopback
 from clear.serve.answers import Writer, whole
 from clear.serve.batch import Row
 from clear.serve.errors import ApiError
@@ -37,6 +39,9 @@ HELD = 2**29
 
 LONG = 2**18
 """Bytes of a body that is parsed beside the event loop, so that other requests do not wait for it."""
+
+PAGE = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
+"""What the page may load and run: its own style."""
 
 OPEN = ("/health",)
 """Paths that need no key."""
@@ -210,7 +215,7 @@ def create(settings: Settings, worker: Worker, metrics: Metrics) -> FastAPI:
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
-        return HTMLResponse(render(app.openapi(), settings))
+        return HTMLResponse(render(app.openapi(), settings), headers={"Content-Security-Policy": PAGE})
 
     for kind in (ApiError, HTTPException):
         app.add_exception_handler(kind, _refused)
@@ -313,6 +318,10 @@ class _Guard:
             error = ApiError(401, "send the server's key as `Authorization: Bearer …`.", code="invalid_api_key")
             await JSONResponse(error.body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, counted)
             return
+        if not self.key and not self._names_this_machine(scope):
+            error = ApiError(403, "a server without a key answers as localhost only; start it with a key.", "host")
+            await JSONResponse(error.body, 403)(scope, receive, counted)
+            return
         try:
             await self.app(scope, receive, counted)
         except Exception:  # a fault of this program: the log has it, the client does not
@@ -320,6 +329,12 @@ class _Guard:
             error = ApiError(500, "internal error; the server's log says more.")
             with suppress(RuntimeError):  # an answer has begun
                 await JSONResponse(error.body, 500)(scope, receive, counted)
+
+    def _names_this_machine(self, scope) -> bool:
+        """Whether a request was meant for this machine. A page from elsewhere whose name was made to lead here, so that
+        its browser takes this server for the page's own, comes with that name."""
+        host = dict(scope["headers"]).get(b"host", b"localhost").decode(errors="replace")
+        return is_loopback(re.sub(r":\d*$", "", host))
 
     def _knows_key(self, scope) -> bool:
         given = dict(scope["headers"]).get(b"authorization", b"")

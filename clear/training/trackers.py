@@ -25,7 +25,7 @@ from PIL import Image
 from transformers import TrainerCallback
 
 from clear.data.workspace import home, profile
-from clear.errors import ClearError, one_line
+from clear.errors import ClearError, one_line, say
 from clear.training.loop.parallel import rank
 
 LIVE = Path("dvclive")
@@ -128,7 +128,7 @@ class _Wandb:
         import wandb
 
         mode = os.environ.get("WANDB_MODE") or ("online" if os.environ.get("WANDB_API_KEY") else "offline")
-        self.image, silent = wandb.Image, wandb.Settings(silent=True, console="off")
+        self.image, silent = wandb.Image, wandb.Settings(silent=True, console="off", disable_git=True)
         self.run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "clear"),
             name=f"{stage}/{phase}",
@@ -264,7 +264,7 @@ class Trackers(TrainerCallback):
         except Exception as error:
             self._open.pop(name, None)
             reason = one_line(error)[:200] or type(error).__name__
-            print(f"warning: {what} failed and is off, the training goes on: {reason}", file=sys.stderr, flush=True)
+            say(f"warning: {what} failed and is off, the training goes on: {reason}", sys.stderr)
 
 
 @contextmanager

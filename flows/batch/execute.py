@@ -9,6 +9,7 @@ only if its entry of dvc.lock names exactly the requested inputs and every file 
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Callable
@@ -25,7 +26,7 @@ from clear.config import PARAMS, load
 from clear.data.aws import Unreachable
 from clear.data.io import write_json
 from clear.data.workspace import profile
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from flows.batch import cost, settings
 from flows.batch import job as batch
 from flows.batch.request import CACHED, LOCK, Inputs, describe, environment_tag, send
@@ -272,7 +273,8 @@ def adopt(
     shutil.rmtree(arrived, ignore_errors=True)
     outs = {out["path"]: out for out in entry.get("outs", [])}
     for name, digest in result["files"].items():
-        if not any(name == out or name.startswith(f"{out}/") for out, kept in inputs.outs.items() if not kept):
+        inside = any(name == out or name.startswith(f"{out}/") for out, kept in inputs.outs.items() if not kept)
+        if not inside or ".." in Path(name).parts:
             raise ClearError(f"stage {inputs.stage}: the job sent {name}, which is not one of its outputs in git.")
         store.fetch(f"objects/{digest}", arrived / name, digest)
         wanted = outs.get(name, {}).get("md5")
@@ -334,4 +336,6 @@ def _record(stage: str, workspace: Path, result: dict, more: dict[str, Any]) -> 
     """The job's run records, with what it cost, among this machine's."""
     folder = Path(environment(workspace)["CLEAR_HOME"]) / "runs" / profile(workspace)
     for name, text in ({stage.replace("@", "_"): "{}"} | result["runs"]).items():
+        if not re.fullmatch(r"\w+", name):
+            raise ClearError(f"stage {stage}: the job sent a run record called {quoted(name)}, which no stage has.")
         write_json(folder / f"{name}.json", json.loads(text) | more)

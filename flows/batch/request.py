@@ -158,7 +158,7 @@ def send(store: Store, inputs: Inputs, key: str, workspace: Path, **more: Any) -
 def environment_tag(workspace: Path) -> str:
     """Tag of the container image with the environment of this workspace: its Dockerfile and locked versions."""
     digest = hashlib.sha256()
-    for name in ("infra/Dockerfile", "infra/constraints.txt", "infra/install.sh", "pyproject.toml"):
+    for name in ("infra/Dockerfile", "infra/constraints.txt", "infra/hashes.txt", "infra/install.sh", "pyproject.toml"):
         if not (workspace / name).exists():
             raise ClearError(f"{workspace / name} is missing; restore it, or name an image as compute.image.")
         digest.update((workspace / name).read_bytes())

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.data import aws
-from clear.errors import ClearError
+from clear.errors import ClearError, fail, say
 from flows.batch import settings
 from flows.batch.job import OUTPUTS, account
 from flows.batch.request import environment_tag
@@ -122,17 +122,16 @@ def main(arguments: list[str]) -> int:
     try:
         compute = settings.load(root)
         if arguments[:1] == ["image"]:
-            print(f"image: {push_image(compute, root)}")
+            say(f"image: {push_image(compute, root)}")
         elif arguments[:1] == ["stack"]:
             outputs = apply(compute, root, "".join(arguments[1:2]))
             for name in (*OUTPUTS, "FlowPolicy"):
-                print(f"{name:15} {outputs.get(name, '')}")
-            print(f"next: make image; make remote BUCKET={outputs['Bucket']}/dvc")
+                say(f"{name:15} {outputs.get(name, '')}")
+            say(f"next: make image; make remote BUCKET={outputs['Bucket']}/dvc")
         else:
             raise ClearError("say `stack` or `image`: make stack [MAIL=address], make image.")
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     return 0
 
 

@@ -29,7 +29,7 @@ from typing import Any
 from clear.data import aws
 from clear.data.ports import spare_loopback
 from clear.data.records import file_sha256
-from clear.errors import ClearError
+from clear.errors import ClearError, fail, say, without_secrets
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
 from flows.batch.request import LOCK, Inputs, expand, receive
@@ -84,10 +84,10 @@ class Log:
                 self._sent = size
 
     def say(self, line: str) -> None:
-        """One line."""
-        print(line, flush=True)
+        """One line, without the secrets of the job's environment: what the log keeps outlives the job."""
+        say(line)
         with self.file.open("a") as opened:
-            opened.write(line + "\n")
+            opened.write(without_secrets(line) + "\n")
 
 
 def run(request: str, work: Path, notice: Notice) -> int:
@@ -326,8 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         with tempfile.TemporaryDirectory(prefix="clear-") as work:
             return run(given.request, Path(work), notice)
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
 
 
 if __name__ == "__main__":

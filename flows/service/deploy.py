@@ -16,7 +16,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import get_current_settings
 
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, fail
 
 POOL = "clear"
 DEPLOYMENTS = Path("infra/prefect.yaml")
@@ -77,8 +77,7 @@ def main() -> int:
     try:
         deploy(Path.cwd())
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     names = [deployment["name"] for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
     print(f"Deployed {', '.join(names)}. Start a worker where the data is: prefect worker start --pool {POOL}")
     return 0

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from clear.data.ports import HOST, require_free, spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, fail
 from flows.service import children
 from flows.service.deploy import POOL
 
@@ -56,7 +56,7 @@ def start_server(folder: Path, port: int, environment: dict[str, str], **options
     Raises ClearError if it does not come up. End it with children.stop.
     """
     command = [*PREFECT, "server", "start", "--host", HOST, "--port", str(port)]
-    server = children.start(command, folder, environment, **options)
+    server = children.start(command, folder, guarded(environment, port), **options)
     deadline = time.monotonic() + STARTUP_SECONDS
     while not _answers(f"http://{HOST}:{port}/api/health"):
         if server.poll() is not None or time.monotonic() > deadline:
@@ -64,6 +64,16 @@ def start_server(folder: Path, port: int, environment: dict[str, str], **options
             raise ClearError("the Prefect server did not start; its reason is above.")
         time.sleep(0.2)
     return server
+
+
+def guarded(environment: dict[str, str], port: int) -> dict[str, str]:
+    """The server's environment. By default any page that a browser of this machine shows may call Prefect's API, and
+    so have the worker run what it likes: only the server's own page may, unless the caller has decided otherwise."""
+    pages = f"http://{HOST}:{port},http://localhost:{port}"
+    return {
+        "PREFECT_SERVER_CORS_ALLOWED_ORIGINS": pages,
+        "PREFECT_SERVER_CSRF_PROTECTION_ENABLED": "true",
+    } | environment
 
 
 def _answers(url: str) -> bool:
@@ -90,8 +100,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("stopped: worker and server", flush=True)
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     return 0
 
 

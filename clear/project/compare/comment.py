@@ -14,7 +14,7 @@ import urllib.request
 from pathlib import Path
 
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError
+from clear.errors import ClearError, fail, say
 
 MARKER = "<!-- clear compare -->"
 """Found in the comment's last line, invisible to readers."""
@@ -110,10 +110,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         if not token:
             raise ClearError("GITHUB_TOKEN is not set; the workflow must pass `github.token` to this step.")
-        print(post(api, given.repository, given.number, body(given.report, given.commit, given.run_url), token))
+        say(post(api, given.repository, given.number, body(given.report, given.commit, given.run_url), token))
     except ClearError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return fail(error)
     return 0
 
 

@@ -5,9 +5,7 @@ its last lines and are on the page. Its first line is the verdict, its last the 
 again and replaced.
 """
 
-import html as escaping
 import math
-import re
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -19,10 +17,10 @@ from clear.project.compare import verdict as verdicts
 from clear.project.compare.comment import LIMIT, MARKER
 from clear.project.compare.differences import Comparison, Difference, changed_answers
 from clear.project.compare.load import Side
-from clear.project.compare.sections import Block, Part
+from clear.project.compare.sections import Part
 from clear.project.compare.verdict import Verdict
-from clear.report.render import Figure, Folded, Quote, page
-from clear.report.tables import Table
+from clear.report.markdown import as_prose
+from clear.report.render import Figure, block_markdown, page
 
 TEMPLATE = Path(__file__).parent / "template.html"
 FORMATS = ("md", "html", "json")
@@ -44,7 +42,7 @@ def write(comparison: Comparison, verdict: Verdict, folder: Path, formats: tuple
 
 def markdown(comparison: Comparison, verdict: Verdict, limit: int = LIMIT) -> str:
     """The report as a comment of at most `limit` bytes in UTF-8."""
-    first, *rest = (_escaped(line) for line in sections.lines(comparison, verdict))
+    first, *rest = (as_prose(line) for line in sections.lines(comparison, verdict))
     kind = verdict.kind
     text = "\n\n".join([f"**{kind}**{first.removeprefix(kind)}", *rest])
     parts = [part for part in sections.build(comparison, verdict) if not part.page]
@@ -72,27 +70,10 @@ def _fitted(text: str, parts: list[tuple[str, str]], room: int) -> tuple[str, li
 
 
 def _part(part: Part) -> str:
-    body = "\n\n".join(filter(None, (_block(block) for block in part.blocks)))
+    body = "\n\n".join(filter(None, (block_markdown(block) for block in part.blocks if not isinstance(block, Figure))))
     if part.open:
         return f"### {part.title}\n\n{body}"
     return f"<details><summary>{part.title}</summary>\n\n{body}\n\n</details>"
-
-
-def _block(block: Block) -> str:
-    if isinstance(block, Table):
-        rows = [[_escaped(cell) for cell in row] for row in block.rows]
-        # An empty table is said in words by its caption.
-        return Table(block.header, rows, _escaped(block.caption)).markdown() if rows else _escaped(block.caption)
-    if isinstance(block, Quote):
-        fence = "`" * max(3, 1 + max(map(len, re.findall("`+", block.text)), default=0))
-        return f"{_escaped(block.title)}:\n\n{fence}text\n{block.text}\n{fence}"
-    if isinstance(block, Folded):
-        return f"<details><summary>{_escaped(block.title)}</summary>\n\n{_block(block.table)}\n\n</details>"
-    return "" if isinstance(block, Figure) else _escaped(block)
-
-
-def _escaped(text: str) -> str:
-    return escaping.escape(text, quote=False)
 
 
 def html(comparison: Comparison, verdict: Verdict) -> str:

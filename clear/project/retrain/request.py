@@ -52,7 +52,7 @@ def body(workspace: Path, branch: str, names: list[str], incumbent: str, retrain
         f"New degradation data: {', '.join(names)}. The model so far was measured on it first (commit "
         f"{incumbent[:10]}), then everything was trained again (commit {retrained[:10]}). Data and models are in the "
         f"DVC remote: `git switch {branch} && dvc pull`.",
-        f"### The new degradations\n\n{table.markdown()}" if table.rows else table.caption,
+        f"### The new degradations\n\n{table.escaped().markdown()}" if table.rows else table.caption,
         render.markdown(comparison, verdict, ROOM).replace(MARKER, "").strip(),
     ]
     return title, "\n\n".join(said) + "\n"
