@@ -1,8 +1,11 @@
 """The flow `promote` on a real Prefect server with a real worker: a person is asked, and the answer counts."""
 
+import json
+
 import pytest
 
 from clear.project.release import publish, registry
+from flows.benchmark import benchmark
 from flows.service import alerts
 from flows.service.alerts import ensure_alerts
 from tests.conftest import ROOT, git
@@ -54,6 +57,9 @@ def test_a_version_goes_into_production_if_a_person_agrees(server, worker, tmp_p
         server.ended(declined).name == "Declined" and "by the owner: not on a Friday" in server.state(declined).message
     )
     assert registry.in_stage(project, "grpo", "prod") == "v1.0.0"
+    measured = benchmark(str(project), models=["grpo"], folder="@prod")
+    assert measured["grpo"] == json.loads((project / "code/evaluate_grpo.json").read_text())
+    assert (tmp_path / "home/releases/grpo-v1.0.0").is_dir()
     for version, said in (("v1.0.0", "is in prod already"), ("v9.0.0", "is no release here")):
         refused = promote(version)
         assert server.ended(refused).is_failed() and said in server.state(refused).message

@@ -42,7 +42,7 @@ START, TEST = "clear.alerts.start", "clear.alert.test"
 
 @dataclass(frozen=True)
 class Target:
-    """A notification block of the Prefect API; `address` is "" for one that is not from CLEAR_ALERTS."""
+    """A notification block of the Prefect API; `address` is "" for one of a kind that has none."""
 
     name: str
     block: str
