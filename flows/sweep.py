@@ -83,7 +83,8 @@ def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
 
     ended = sweep(settings.load(folder), minutes, say)
     if ended:
-        announce("swept", f"{len(ended)} jobs without an owner ended", "; ".join(lines), "python -m flows.sweep")
+        count = f"{len(ended)} {'job' if len(ended) == 1 else 'jobs'}"
+        announce("swept", f"{count} without an owner ended", "; ".join(lines), "python -m flows.sweep")
     return ended
 
 

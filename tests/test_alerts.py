@@ -206,6 +206,7 @@ def test_why_a_target_failed_is_said_without_its_address():
 )
 def test_a_gate_that_fails_is_told_once(monkeypatch, outcome, told):
     sent = []
+    monkeypatch.setattr(announce, "flow_run", SimpleNamespace(id=RUN, flow_name="retrain"))
     monkeypatch.setattr(announce, "emit_event", lambda name, resource, payload: sent.append((name, payload)))
     announce.announce_gate(outcome)
     payloads = [payload for name, payload in sent if name == "clear.alert.gate-failed"]
