@@ -95,7 +95,7 @@ check: $(READY)  ## compare dvc.lock with parameters, code and committed results
 remote: $(READY)  ## keep data in S3: BUCKET=bucket/prefix [ENDPOINT=url]; keys and region come from the AWS environment
 	@python -m infra.remote "$(BUCKET)" "$(ENDPOINT)"
 
-deploy: $(READY)  ## send flows, schedules and the zombie automation to the Prefect API of PREFECT_API_URL
+deploy: $(READY)  ## send flows, schedules, automations and alerts to the Prefect API of PREFECT_API_URL
 	@python -m flows.service.deploy
 
 prefect-local: $(READY)  ## Prefect server, deployments and a worker on this machine (PORT=4200) until Ctrl-C

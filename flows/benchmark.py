@@ -25,6 +25,7 @@ from clear.bench.models import MODELS
 from clear.config import PARAMS
 from clear.data.lock import Busy, writer
 from clear.errors import ClearError, say
+from clear.project.release.fetch import released
 from clear.project.scratch import clone, link
 from flows.dvc_commands import address, command_lock, dvc, remote_of
 from flows.pipeline import here_and_now, reproduce
@@ -45,7 +46,8 @@ def benchmark(
 ) -> dict[str, Any]:
     """Evaluate models (default: all six) of a revision; returns {model: content of its metrics file}.
 
-    `folder` names a model folder to be evaluated in place of the one that the single model in `models` reads. Two
+    `folder` names a model folder, or a release such as `@prod` or `grpo@v1.2.0`, to be evaluated in place of the one
+    that the single model in `models` reads. Two
     benchmarks of one workspace do not run at once: the second waits or leaves, as `when_busy` says. `cluster` is the
     address of a Dask scheduler, "" this machine, and None what the revision's parameters say.
     """
@@ -53,7 +55,7 @@ def benchmark(
     chosen = models or list(MODELS)
     if folder is not None and len(chosen) != 1:
         raise ClearError(f"folder = {folder}: name the one model it is evaluated as, such as models = ['grpo'].")
-    given = None if folder is None else Path(folder).resolve()
+    given = None if folder is None else released(Path(folder), source).resolve()
     if given is not None and not given.is_dir():
         raise ClearError(f"{given}: no model folder here; name one such as data/models/grpo.")
     logger = get_run_logger()
@@ -142,7 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.benchmark", description="MMD-Bench, aside.")
     parser.add_argument("revision", nargs="?", default="HEAD", help="git revision")
     parser.add_argument("--model", action="append", dest="models", help=f"{', '.join(MODELS)}; default: all")
-    parser.add_argument("--folder", help="evaluate this model folder in place of the model's own")
+    parser.add_argument("--folder", help="evaluate this folder or release (@prod) in place of the model's own")
     parser.add_argument("--force", action="store_true", help="measure even what is recorded as up to date")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another benchmark runs")
     parser.add_argument("--cluster", help="address of a Dask scheduler whose workers answer; '' = this machine")

@@ -46,6 +46,7 @@ from flows.dvc_commands import (
     unchanged,
 )
 from flows.service import children
+from flows.service.announce import announce_gate, announce_refused
 from flows.service.artifacts import metrics_table, picture
 from flows.service.naming import profile_and_commit
 
@@ -128,7 +129,7 @@ def tools(say: Callable[[str], None]) -> Tools:
     def reproduce_all(folder: Path, stages: list[str] | None) -> None:
         pipeline(str(folder), stages, "wait")
 
-    return Tools(dvc=lambda arguments, folder: command(arguments, folder), reproduce=reproduce_all, run=run, say=say)
+    return Tools(lambda arguments, folder: command(arguments, folder), reproduce_all, run, say, announce_refused)
 
 
 def aside(home: Path, when_busy: str, run: Callable[[Tools], Outcome], artifact: str) -> State:
@@ -143,6 +144,7 @@ def aside(home: Path, when_busy: str, run: Callable[[Tools], Outcome], artifact:
         logger.warning(str(busy))
         return Cancelled(message=str(busy))
     logger.info(outcome.message)
+    announce_gate(outcome)
     if outcome.body:
         create_markdown_artifact(outcome.body, artifact, outcome.message)
     return Completed(name=outcome.state, message=outcome.message, data=asdict(outcome))

@@ -20,6 +20,7 @@ from flows.batch import job as batch
 from flows.batch import settings
 from flows.batch.settings import Compute
 from flows.batch.store import Store
+from flows.service.announce import announce
 
 MINUTES = 10.0
 
@@ -74,7 +75,17 @@ def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
     if AWS_BATCH not in placement(folder).values():
         get_run_logger().info("no stage is placed on AWS Batch (compute.place): nothing to sweep.")
         return []
-    return sweep(settings.load(folder), minutes, get_run_logger().info)
+    lines: list[str] = []
+
+    def say(line: str) -> None:
+        get_run_logger().info(line)
+        lines.append(line)
+
+    ended = sweep(settings.load(folder), minutes, say)
+    if ended:
+        count = f"{len(ended)} {'job' if len(ended) == 1 else 'jobs'}"
+        announce("swept", f"{count} without an owner ended", "; ".join(lines), "python -m flows.sweep")
+    return ended
 
 
 def main(arguments: list[str] | None = None) -> int:

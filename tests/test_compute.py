@@ -14,7 +14,7 @@ from clear.errors import ClearError
 from clear.project.scratch import write_params
 from flows.batch import execute
 from flows.batch import settings as compute_settings
-from flows.batch.cost import Estimate, enter, estimate, refuse_beyond_budget, spent
+from flows.batch.cost import Estimate, OverBudget, enter, estimate, refuse_beyond_budget, spent
 from flows.batch.job import (
     Account,
     definition,
@@ -163,7 +163,7 @@ def test_the_month_counts_what_ended_jobs_cost_and_others_may(aws, settings):
     settings.budget_usd = 73.25
     refuse_beyond_budget(store, settings, Estimate(1, 36, 1), "sft")
     settings.budget_usd = 73.0
-    with pytest.raises(ClearError, match=r"37\.25"):
+    with pytest.raises(OverBudget, match=r"37\.25"):
         refuse_beyond_budget(store, settings, Estimate(1, 36, 1), "sft")
 
 

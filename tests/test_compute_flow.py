@@ -251,7 +251,9 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
 
 
-def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, cloud, training, tmp_path):
+def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, cloud, training, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(sweep, "announce", lambda *words: told.append(words))
     cloud.batch.held |= {"spot", "ondemand"}
     mine = work("ends")
     job = compute_batch.submit(mine.account, mine.compute, mine.job, "image", "clear-left", True, REQUEST, {})
@@ -261,6 +263,10 @@ def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, clo
         assert sweep.sweep_jobs.fn(str(tmp_path)) == []
         assert cloud.batch.jobs[job]["status"] == "RUNNABLE"
         assert sweep.sweep_jobs.fn(str(training)) == [job]
+        assert sweep.sweep_jobs.fn(str(training)) == []
+    ((kind, subject, said, look),) = told
+    assert (kind, subject, look) == ("swept", "1 job without an owner ended", "python -m flows.sweep")
+    assert job in said and "nobody has asked for it for" in said
 
 
 def test_an_attempt_is_ended_after_its_time(work, cloud):

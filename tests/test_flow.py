@@ -23,7 +23,7 @@ from clear.data import lock
 from clear.data.lock import Busy, holder, lock_file, writer
 from clear.data.workspace import profile
 from clear.errors import ClearError
-from flows import benchmark, dvc_commands, pipeline, retrain, sweep, tidy
+from flows import benchmark, dvc_commands, pipeline, promote, retrain, sweep, tidy
 from flows.dvc_commands import explain
 from flows.service import children
 from flows.service.artifacts import metrics_table, picture
@@ -336,17 +336,18 @@ def test_a_known_error_is_logged_in_one_line_and_a_bug_with_its_trace(name, monk
 def test_deployments_name_flows_with_the_parameters_they_have():
     content = yaml.safe_load((ROOT / DEPLOYMENTS).read_text())
     flows = {"flows/pipeline.py:pipeline": pipeline.pipeline, "flows/benchmark.py:benchmark": benchmark.benchmark}
-    flows["flows/pipeline.py:propose"] = pipeline.propose
+    flows |= {"flows/pipeline.py:propose": pipeline.propose, "flows/promote.py:promote": promote.promote}
     flows |= {"flows/retrain.py:retrain": retrain.retrain, "flows/sweep.py:sweep_jobs": sweep.sweep_jobs}
     flows["flows/tidy.py:tidy"] = tidy.tidy
     assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
     for one in content["deployments"]:
         flow = flows[one["entrypoint"]]
-        flow.validate_parameters(one["parameters"])
+        asked = {"version": "v1.2.0"} if flow is promote.promote else {}
+        flow.validate_parameters(one["parameters"] | asked)
         assert set(one["parameters"]) <= set(inspect.signature(flow.fn).parameters)
         assert one["concurrency_limit"] == {"limit": 1, "collision_strategy": "CANCEL_NEW"}
         assert one["work_pool"]["name"] == POOL and one["tags"] == ["clear"]
-        assert (one["name"] == "here") == ("schedules" not in one), "on request only"
+        assert (one["name"] in ("here", "prod")) == ("schedules" not in one), "on request only"
         assert all(schedule["cron"] for schedule in one.get("schedules", []))
 
 

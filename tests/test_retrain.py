@@ -164,6 +164,8 @@ def test_a_bad_set_goes_to_quarantine_and_a_good_one_beside_it_is_trained(traine
     problem = "no row of it can be used, 1 are rejected"
     assert outcome.quarantined == {"mist": problem} and outcome.branch.startswith("retrain/fog-")
     assert any("mist is not good" in one and "data/quarantine/mist" in one for one in said)
+    told = said.index(f"refused: mist: {problem}")
+    assert told < next(number for number, one in enumerate(said) if "grpo" in one), "before hours of training"
     assert not bad.exists() and (trained / "data/quarantine/mist/rows.jsonl").exists()
     report = trained / "data/quarantine/mist.report"
     assert json.loads((report / "refused.json").read_text())["problem"] == problem

@@ -17,6 +17,10 @@ from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
 
 
+class OverBudget(ClearError):
+    """A job is not submitted because of what it may cost; infra/alerts.yaml knows such a failure by this name."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """US dollars of one job, and the hours they are for."""
@@ -61,10 +65,10 @@ def settle(store: Store, batch: Any) -> None:
 
 
 def refuse_beyond_budget(store: Store, compute: Compute, estimate: Estimate, stage: str) -> None:
-    """Raise ClearError if the job, added to this month's, might exceed the budget."""
+    """Raise OverBudget if the job, added to this month's, might exceed the budget."""
     before = spent(store)
     if before + estimate.allowed > compute.budget_usd:
-        raise ClearError(
+        raise OverBudget(
             f"stage {stage} is not submitted: it may cost {estimate.allowed:.2f} USD, this month's jobs {before:.2f}, "
             f"and compute.budget_usd is {compute.budget_usd:.2f}; raise it in infra/compute.yaml, or lower "
             f"compute.jobs.*.timeout_hours."

@@ -1,7 +1,8 @@
-"""Send the deployments, their work pool and their automation to a Prefect API: `make deploy`.
+"""Send the deployments, their work pool and their automations to a Prefect API: `make deploy`.
 
 The API is the one that PREFECT_API_URL (or the active Prefect profile) names. Run it again after any change of
-infra/prefect.yaml or infra/automations.yaml: what is there is updated, nothing is doubled.
+infra/prefect.yaml, infra/automations.yaml, infra/alerts.yaml or CLEAR_ALERTS: what is there is updated, nothing is
+doubled.
 """
 
 import subprocess
@@ -17,16 +18,19 @@ from prefect.settings import get_current_settings
 
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError, fail
+from flows.service.alerts import ensure_alerts
+from flows.service.automations import ensure_automation
 
 POOL = "clear"
 DEPLOYMENTS = Path("infra/prefect.yaml")
 AUTOMATIONS = Path("infra/automations.yaml")
 
 
-def deploy(root: Path) -> None:
-    """Create or update everything for the project in `root`.
+def deploy(root: Path) -> str:
+    """Create or update everything for the project in `root`; returns a line about its alerts.
 
-    Raises ClearError where no API is named, it does not answer, or it refuses a deployment.
+    Raises ClearError where no API is named, it does not answer, it refuses a deployment, or a target of the alerts is
+    wrong; everything else is deployed in the last case.
     """
     url = get_current_settings().api.url
     if not url:
@@ -40,6 +44,7 @@ def deploy(root: Path) -> None:
         send_deployments(root)
         for content in yaml.safe_load((root / AUTOMATIONS).read_text()):
             ensure_automation(client, AutomationCore.model_validate(content))
+        return ensure_alerts(client, root)
 
 
 def ensure_pool(client: SyncPrefectClient) -> None:
@@ -62,24 +67,16 @@ def send_deployments(root: Path) -> None:
         raise ClearError(f"{root / DEPLOYMENTS}: `prefect deploy` refused it: {said}")
 
 
-def ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """Create the automation, or bring the one of that name up to date."""
-    there = client.read_automations_by_name(automation.name)
-    if there:
-        client.update_automation(there[0].id, automation)
-    else:
-        client.create_automation(automation)
-
-
 def main() -> int:
     """Deploy from the working directory; 0 done, 1 refused with one line."""
     spare_loopback()
     try:
-        deploy(Path.cwd())
+        alerts = deploy(Path.cwd())
     except ClearError as error:
         return fail(error)
     names = [deployment["name"] for deployment in yaml.safe_load(DEPLOYMENTS.read_text())["deployments"]]
     print(f"Deployed {', '.join(names)}. Start a worker where the data is: prefect worker start --pool {POOL}")
+    print(alerts)
     return 0
 
 

@@ -111,7 +111,10 @@ def tools(said: list[str]) -> Tools:
     def reproduce(folder: Path, stages: list[str] | None) -> None:
         dvc(["repro", "--single-item", *(stages or ["degrade", "mmd_bench", "grpo", "evaluate@grpo"])], folder)
 
-    return Tools(dvc=dvc, reproduce=reproduce, run=run, say=said.append)
+    def refused(name: str, problem: str) -> None:
+        said.append(f"refused: {name}: {problem}")
+
+    return Tools(dvc=dvc, reproduce=reproduce, run=run, say=said.append, refused=refused)
 
 
 def look(project: Path, **options):

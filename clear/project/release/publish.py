@@ -58,10 +58,28 @@ def release(
     return [*lines, _published(root, tag, push, branch=True), assigning]
 
 
-def assign(root: Path, model: str, stage: str, version: str, because: str = "", push: bool = False) -> list[str]:
+class Undecided(ClearError):
+    """The gate cannot judge a version, so that a person has to."""
+
+
+def assign(
+    root: Path, model: str, stage: str, version: str, because: str = "", push: bool = False, approved_by: str = ""
+) -> list[str]:
     """Put a version into a stage and return what there is to say. A version that has been there is not judged again.
 
-    Raises ClearError for a version that is not registered, is there already, or does not pass the gate.
+    `approved_by` names in the tag the person who has agreed, if that is another than its author. Raises ClearError for
+    a version that is not registered, is there already, or does not pass the gate.
+    """
+    moved, reason = judge(root, model, stage, version, because)
+    approved = f" Approved by {' '.join(approved_by.split())}." if approved_by.strip() else ""
+    tag = registry.assign(root, model, version, stage, f"{moved}. {reason}{approved}")
+    return [f"{moved}.", f"tag {tag}", reason, _published(root, tag, push, branch=False)]
+
+
+def judge(root: Path, model: str, stage: str, version: str, because: str = "") -> tuple[str, str]:
+    """(What putting a version into a stage would do, why it may be done), each in words; nothing is changed.
+
+    Raises ClearError as `assign` does, Undecided where a reason of a person (`because`) would help.
     """
     entry = registry.artifact(root, model)
     registry.require_version(version)
@@ -80,9 +98,7 @@ def assign(root: Path, model: str, stage: str, version: str, because: str = "", 
         reason = "It has been there before."
     else:
         reason = _require_gate(root, entry, known[version], stage, known, because)
-    moved = f"{model} {version} is in {stage}" + (f", in place of {current}" if current else "")
-    tag = registry.assign(root, model, version, stage, f"{moved}. {reason}")
-    return [f"{moved}.", f"tag {tag}", reason, _published(root, tag, push, branch=False)]
+    return f"{model} {version} is in {stage}" + (f", in place of {current}" if current else ""), reason
 
 
 def _require_clean(root: Path) -> None:
@@ -144,7 +160,7 @@ def _require_gate(root: Path, entry: Artifact, commit: str, stage: str, known: d
     if verdict.status == NOT_COMPARABLE:
         if because.strip():
             return f"The gate cannot decide against {against}; decided by a person: {' '.join(because.split())}"
-        raise ClearError(
+        raise Undecided(
             f"the gate cannot decide against {against}: {verdict.sentence} {command}; a person decides, with "
             "`--because REASON`."
         )

@@ -21,6 +21,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from clear.errors import ClearError
 from clear.project.git import git as ask_git
@@ -40,22 +41,23 @@ class Tools:
     """How commands are run; a flow puts its own in, which end with it and are retried.
 
     `dvc` runs a DVC command in a folder and raises where it fails. `reproduce` reproduces the named stages of a folder
-    (None: all), each alone and in order. `run` runs any command and returns (exit status, last lines).
+    (None: all), each alone and in order. `run` runs any command and returns (exit status, last lines). `refused` is
+    told of each set that goes to quarantine, and why, at once: what follows takes hours and may fail.
     """
 
     dvc: Callable[[list[str], Path], object]
     reproduce: Callable[[Path, list[str] | None], object]
     run: Callable[[list[str], Path], tuple[int, list[str]]]
     say: Callable[[str], None]
+    refused: Callable[[str, str], object] = lambda name, problem: None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check: `message` says it in a line, `state` in a word (NothingNew, WaitsForReview, Quarantined,
-    Proposed); `branch` is "" where nothing was trained."""
+    """What became of a check: `message` says it in a line, `state` in a word; `branch` is "" if nothing was trained."""
 
     message: str
-    state: str
+    state: Literal["NothingNew", "WaitsForReview", "Quarantined", "Proposed"]
     branch: str = ""
     body: str = ""
     url: str = ""
@@ -109,6 +111,7 @@ def retrain(
                 moved_to = source.quarantine(new, copy, problem)
                 restore(copy, new.name, trained.get(new.name, ""))
                 tools.say(f"{new.name} is not good: {problem}. It is now in {moved_to}, with its report beside it.")
+                tools.refused(new.name, problem)
         news = [new for new in news if new.name not in refused]
         if not news:
             shutil.rmtree(copy)

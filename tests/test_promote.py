@@ -1,0 +1,65 @@
+"""The flow `promote` on a real Prefect server with a real worker: a person is asked, and the answer counts."""
+
+import json
+
+import pytest
+
+from clear.project.release import publish, registry
+from flows.benchmark import benchmark
+from flows.service import alerts
+from flows.service.alerts import ensure_alerts
+from tests.conftest import ROOT, git
+from tests.helpers.prefect_server import PATIENCE
+from tests.helpers.processes import wait_until
+from tests.helpers.receivers import web_hook
+from tests.helpers.registry_project import another, make
+
+pytest_plugins = ["tests.helpers.prefect_server"]
+
+
+@pytest.mark.slow
+def test_a_version_goes_into_production_if_a_person_agrees(server, worker, tmp_path, monkeypatch):
+    project = make(tmp_path / "all")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "home"))
+    publish.release(project, "grpo", "v1.0.0", push=True)
+    another(project, "as good", seed=1)
+    publish.release(project, "grpo", "v1.1.0", push=True)
+
+    def promote(version: str):
+        return server.start("promote/prod", workspace=str(project), version=version)
+
+    def answered(run, **given):
+        wait_until(lambda: server.state(run).is_paused(), PATIENCE, f"a question; the run is {server.state(run)}")
+        return server.client.resume_flow_run(run, run_input=given)
+
+    with web_hook() as hook:
+        monkeypatch.setenv(alerts.VARIABLE, hook.address)
+        ensure_alerts(server.client, ROOT)
+        hook.messages.clear()
+        run = promote("v1.0.0")
+        wait_until(lambda: hook.messages, PATIENCE, "a message")
+        assert hook.titles() == ["CLEAR: promote/prod waits for a decision"]
+        assert "v1.0.0 to prod: " in hook.messages[0][1] and f"/runs/flow-run/{run}" in hook.messages[0][1]
+        nobody = answered(run, approve=True, name="")
+        assert nobody.status.value == "REJECT" and server.state(run).is_paused()
+        assert registry.in_stage(project, "grpo", "prod") == ""
+        assert answered(run, approve=True, name="the owner").status.value == "ACCEPT"
+        assert server.ended(run).name == "Promoted", server.state(run)
+        assert registry.in_stage(project, "grpo", "prod") == "v1.0.0"
+        (tag,) = git(tmp_path / "all/origin.git", "tag", "--list", "grpo#prod*", "--format=%(contents)").split("\n\n")
+        assert "Approved by the owner." in tag and "The gate passes" in tag
+        wait_until(lambda: "CLEAR: grpo v1.0.0 is in prod" in hook.titles(), PATIENCE, "a message")
+        assert len(hook.messages) == 2, "going on is no second question"
+    declined = promote("v1.1.0")
+    answered(declined, approve=False, name="the owner", because="not on a Friday")
+    assert (
+        server.ended(declined).name == "Declined" and "by the owner: not on a Friday" in server.state(declined).message
+    )
+    assert registry.in_stage(project, "grpo", "prod") == "v1.0.0"
+    measured = benchmark(str(project), models=["grpo"], folder="@prod")
+    assert measured["grpo"] == json.loads((project / "code/evaluate_grpo.json").read_text())
+    assert (tmp_path / "home/releases/grpo-v1.0.0").is_dir()
+    for version, said in (("v1.0.0", "is in prod already"), ("v9.0.0", "is no release here")):
+        refused = promote(version)
+        assert server.ended(refused).is_failed() and said in server.state(refused).message
