@@ -164,7 +164,7 @@ def test_addresses_are_services_mail_or_plain_web_hooks():
     assert [type(plugin).__name__ for plugin in plugins] == ["NotifySlack", "NotifyEmail", "NotifyJSON"]
     assert [(plugin.retry, plugin.wait, plugin.notify_format.value) for plugin in plugins] == [(3, 5.0, "text")] * 3
     slack, mail, web = plugins
-    assert slack.token_c == "TIiajkdnlazkcOXrIdevi7FQ"
+    assert slack.token_c == "TIiajkdnlazkcOXrIdevi7FQ"  # noqa: S105 - the example of the documents of Slack
     assert mail.targets == [(False, "a@b.org")] and mail.from_addr[1] == "x@y.org"
     assert (web.host, web.port, web.fullpath, web.params, web.secure) == (
         "host.example.org",
