@@ -56,6 +56,7 @@ def says(
         ("Crashed", "No heartbeat for 90 s", "crashed", "No heartbeat for 90 s"),
         ("TimedOut", "after 5 s", "timed out", "after 5 s"),
         ("Failed", None, "failed", "no message"),
+        ("Failed", " \n", "failed", "no message"),
         ("Failed", "x" * 5000, "failed", "x" * 597 + "..."),
     ],
 )

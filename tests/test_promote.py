@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from clear.errors import ClearError
 from clear.project.release import publish, registry
 from flows.benchmark import benchmark
 from flows.service import alerts
@@ -57,9 +58,22 @@ def test_a_version_goes_into_production_if_a_person_agrees(server, worker, tmp_p
         server.ended(declined).name == "Declined" and "by the owner: not on a Friday" in server.state(declined).message
     )
     assert registry.in_stage(project, "grpo", "prod") == "v1.0.0"
-    measured = benchmark(str(project), models=["grpo"], folder="@prod")
-    assert measured["grpo"] == json.loads((project / "code/evaluate_grpo.json").read_text())
-    assert (tmp_path / "home/releases/grpo-v1.0.0").is_dir()
     for version, said in (("v1.0.0", "is in prod already"), ("v9.0.0", "is no release here")):
         refused = promote(version)
         assert server.ended(refused).is_failed() and said in server.state(refused).message
+
+
+@pytest.mark.slow
+def test_the_benchmark_takes_a_release_for_a_folder(server, tmp_path, monkeypatch):
+    project = make(tmp_path / "all")
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "home"))
+    publish.release(project, "grpo", "v1.0.0", push=True)
+    with pytest.raises(ClearError, match="grpo@prod: no version and no stage with one in it"):
+        benchmark(str(project), models=["grpo"], folder="@prod")
+    publish.assign(project, "grpo", "prod", "v1.0.0")
+    another(project, "a later model", seed=1)
+    measured = benchmark(str(project), models=["grpo"], folder="@prod")
+    assert measured["grpo"] == json.loads((project / "code/evaluate_grpo.json").read_text())
+    copy = project / ".clear/scratch/benchmark/data/models/grpo"
+    assert not (copy / "note.txt").exists() and (project / "data/models/grpo/note.txt").exists(), "the released model"
