@@ -2,8 +2,7 @@
 
 The work is `clear watch`, run in the workspace under the supervisor that ends it with the flow; the page and the
 history stay in that folder's data/watch. Prefect gets numbers alone: an artifact without pictures and names of files,
-the state Drifted, NoDrift or TooFew, and where the pictures have changed the event `clear.drift.found`, for
-automations to act on.
+the state Drifted, NoDrift or TooFew, and where the pictures have changed an alert (flows/service/announce.py).
 """
 
 import argparse
@@ -14,7 +13,6 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
 from prefect.states import Completed
 
 from clear.drift.night import DRIFTED
@@ -23,10 +21,8 @@ from clear.errors import UNDECIDED, ClearError
 from flows.dvc_commands import environment
 from flows.pipeline import here_and_now
 from flows.service import children
+from flows.service.announce import announce
 from flows.service.naming import profile_and_commit
-
-FOUND = "clear.drift.found"
-"""Name of the event."""
 
 HOURS = 24.0
 
@@ -65,32 +61,21 @@ def watch(
     night = json.loads((folder / page).with_name("night.json").read_text())
     create_markdown_artifact((folder / page).with_name("night.md").read_text(), "watch", f"{place}: {night['verdict']}")
     if night["verdict"] == DRIFTED:
-        _emit(night, page)
+        _announce(night, page)
     logger.info("%s: %s. Report: %s", night["verdict"], night["message"], page)
     told = {name: night[name] for name in ("night", "verdict", "message")}
     return Completed(name=night["verdict"], message=night["message"], data=told | {"page": page})
 
 
-def _emit(night: dict[str, Any], page: str) -> None:
-    """Tell Prefect that pictures have changed; who is told is up to the automations."""
-    first = night["damage"][0] if night["damage"] else None
-    emit_event(
-        FOUND,
-        {
-            "prefect.resource.id": f"clear.watch.{Path(page).parent.parent.name}",
-            "prefect.resource.name": night["place"],
-        },
-        payload={
-            "night": night["night"],
-            "place": night["place"],
-            "message": night["message"],
-            "p": night["decision"]["p"],
-            "looks_like": f"{kind_of(first['kind'])}/{first['level']}" if first else "",
-            "proposal": (night["proposal"] or {}).get("because", ""),
-            "command": next(iter((night["proposal"] or {}).get("commands", [])), ""),
-            "page": page,
-        },
-    )
+def _announce(night: dict[str, Any], page: str) -> None:
+    """Tell people that pictures have changed, what they look like, and what would cover it."""
+    first, proposal = next(iter(night["damage"]), None), night["proposal"] or {}
+    said = [night["message"]]
+    if first:
+        said.append(f"They look most like {kind_of(first['kind'])}/{first['level']}.")
+    if proposal:
+        said.append(" ".join([proposal["because"], *proposal["commands"][:1]]))
+    announce("drift", f"the pictures at {night['place']} have changed", "\n".join(said), page)
 
 
 def main(arguments: list[str] | None = None) -> int:
