@@ -17,7 +17,7 @@ from prefect.states import Completed
 
 from clear.drift.night import DRIFTED
 from clear.drift.reference import kind_of
-from clear.errors import UNDECIDED, ClearError
+from clear.errors import UNDECIDED, ClearError, say
 from flows.dvc_commands import environment
 from flows.pipeline import here_and_now
 from flows.service import children
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> int:
     pictures = not given.pop("no_pictures")
     status, night = here_and_now(lambda: watch(**given, pictures=pictures), "")
     if night:
-        print(f"{night['verdict']}: {night['message']}")
+        say(f"{night['verdict']}: {night['message']}")
     return status
 
 

@@ -1,11 +1,12 @@
 """`clear watch`: whether new, unlabelled pictures are still what the model was trained on."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from clear.errors import UNDECIDED, ClearError, judging
+from clear.errors import UNDECIDED, ClearError, judging, say
 
 
 def watch(
@@ -50,15 +51,15 @@ def watch(
     with judging():
         if calibrate:
             file = calibrated(Path(), reference, damaged, alpha)
-            typer.echo(f"{power.enough(power.figures(file))}\n{file} written.")
+            say(f"{power.enough(power.figures(file))}\n{file} written.")
             return
         wishes = Wishes(reference, damaged, alpha, since, limit, night, answers, pictures, collect)
-        found, page = run(Path(), place, wishes, lambda line: typer.echo(line, err=True))
+        found, page = run(Path(), place, wishes, lambda line: say(line, sys.stderr))
     if as_json:
-        typer.echo(json.dumps(found.as_json(), indent=1))
+        say(json.dumps(found.as_json(), indent=1))
     else:
         for line in lines(found):
-            typer.echo(line)
-        typer.echo(f"report: {page}")
+            say(line)
+        say(f"report: {page}")
     if found.verdict != SAME:
         raise typer.Exit(UNDECIDED if found.verdict == TOO_FEW else 1)
