@@ -192,7 +192,7 @@ def test_a_wrong_address_is_named_by_its_place_alone(wrong, capfd, caplog):
 def test_why_a_target_failed_is_said_without_its_address():
     log = "first\nFailed to send JSON POST notification to /hidden-path-1 of host.example.org: error=500.\n"
     said = alerts._reason({"notification_log": log}, "json://user:password1@host.example.org/hidden-path-1?retry=3")
-    assert said == "Failed to send JSON POST notification to /… of …: error=500"
+    assert said == "Failed to send JSON POST notification to /*** of ***: error=500"
     assert alerts._reason({"reason": "Notification failed"}, "") == "Notification failed"
 
 
