@@ -10,6 +10,7 @@ import pytest
 import yaml
 from apprise import Apprise
 
+from clear.drift.night import DRIFTED, SAME, TOO_FEW
 from clear.errors import ClearError
 from clear.project.retrain.run import Outcome
 from flows.service import alerts, announce
@@ -96,9 +97,16 @@ def test_an_announcement_says_what_its_run_says():
     assert alone == ("CLEAR: fog is in quarantine", ["8 of 14 rows", look])
 
 
+def test_drift_is_said_with_its_page():
+    payload = SimpleNamespace(place="s3://b/p", message="p = 0.001", page="data/watch/index.html")
+    lines = ["p = 0.001", f"tiny 1a2b: {UI}/runs/flow-run/{RUN}", "Look further: data/watch/index.html"]
+    assert says("drift", event=SimpleNamespace(payload=payload)) == ("CLEAR: drift at s3://b/p", lines)
+
+
 def test_every_state_in_which_a_run_ends_well_is_known():
     """A state that is missing would keep a deployment silent for ever after its first failure."""
     states = {"Completed", *get_args(get_type_hints(Outcome)["state"])}
+    states |= {DRIFTED, SAME, TOO_FEW, "NotSet"}
     states |= set(re.findall(r"Completed\(name=\"(\w+)\"", (ROOT / "flows/promote.py").read_text()))
     assert states >= {"NothingNew", "Declined"}
     triggers = {alert["name"]: alert["trigger"] for alert in CONFIG["alerts"]}
@@ -112,7 +120,7 @@ def test_each_alert_is_an_automation_for_all_targets_and_lateness_one_per_schedu
     targets = [Target("clear-alert-a", RUN), Target("clear-alert-b", RUN.replace("1", "2"))]
     made = {one.name: one for one in automations(CONFIG, targets, [WEEKLY, BY_HAND], UI)}
     assert list(made) == [
-        f"clear-alert-{name}" for name in ("failed", "recovered", "late-propose-weekly", "waiting", "news")
+        f"clear-alert-{name}" for name in ("failed", "recovered", "late-propose-weekly", "waiting", "news", "drift")
     ]
     for automation in made.values():
         assert [str(action.block_document_id) for action in automation.actions] == [one.block for one in targets]
@@ -165,7 +173,7 @@ def test_addresses_are_services_mail_or_plain_web_hooks():
     assert [type(plugin).__name__ for plugin in plugins] == ["NotifySlack", "NotifyEmail", "NotifyJSON"]
     assert [(plugin.retry, plugin.wait, plugin.notify_format.value) for plugin in plugins] == [(3, 5.0, "text")] * 3
     slack, mail, web = plugins
-    assert slack.token_c == "TIiajkdnlazkcOXrIdevi7FQ"  # noqa: S105 - the example of the documents of Slack
+    assert slack.token_c and SLACK.endswith(slack.token_c)
     assert mail.targets == [(False, "a@b.org")] and mail.from_addr[1] == "x@y.org"
     assert (web.host, web.port, web.fullpath, web.params, web.secure) == (
         "host.example.org",
@@ -192,7 +200,7 @@ def test_a_wrong_address_is_named_by_its_place_alone(wrong, capfd, caplog):
 def test_why_a_target_failed_is_said_without_its_address():
     log = "first\nFailed to send JSON POST notification to /hidden-path-1 of host.example.org: error=500.\n"
     said = alerts._reason({"notification_log": log}, "json://user:password1@host.example.org/hidden-path-1?retry=3")
-    assert said == "Failed to send JSON POST notification to /… of …: error=500"
+    assert said == "Failed to send JSON POST notification to /*** of ***: error=500"
     assert alerts._reason({"reason": "Notification failed"}, "") == "Notification failed"
 
 

@@ -379,7 +379,7 @@ SAYS = {
     "clear/stages/traces.py": "counts",
     "clear/training/loop/trainer.py": "a phase's name and figures",
     "flows/pipeline.py": "a constant",
-    "flows/service/deploy.py": "names of infra/prefect.yaml",
+    "flows/service/deploy.py": "names of infra/prefect.yaml and of blocks, which Prefect limits to letters and dashes",
     "flows/service/local.py": "constants and a port",
     "flows/sweep.py": "a count",
     "infra/secrets.py": "places and kinds",

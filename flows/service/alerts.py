@@ -26,7 +26,7 @@ from prefect.events.schemas.automations import AutomationCore
 from prefect.settings import get_current_settings
 from pydantic import ValidationError
 
-from clear.errors import ClearError, one_line
+from clear.errors import ClearError, one_line, without_secrets
 from flows.service.automations import ensure_automation
 
 ALERTS = Path("infra/alerts.yaml")
@@ -315,6 +315,4 @@ def _reason(payload: dict[str, Any], address: str) -> str:
     """Why an action failed: the last line of Apprise's log that says so, without any part of the address."""
     lines = str(payload.get("notification_log", "")).strip().splitlines()
     said = lines[-1] if lines else str(payload.get("reason", "unknown"))
-    for part in re.findall(r"[\w.%-]{8,}", address):
-        said = said.replace(part, "…")
-    return said.rstrip(".")
+    return without_secrets(said.rstrip("."), *re.findall(r"[\w.%-]{8,}", address))
