@@ -36,7 +36,7 @@ UNDECIDED = 2
 """Exit status of a command that judges (`gate`, `compare`, `check`) where it cannot; 1 is a judgement: no."""
 
 
-_SECRET = re.compile(r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|AUTH_STRING|WEBHOOK_URL)$", re.IGNORECASE)
+_SECRET = re.compile(r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|AUTH_STRING|WEBHOOK_URL|ALERTS)$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 _USER = re.compile(r"(?<=://)[^\s/]+@")
 HIDDEN = "***"

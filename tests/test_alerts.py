@@ -97,12 +97,6 @@ def test_an_announcement_says_what_its_run_says():
     assert alone == ("CLEAR: fog is in quarantine", ["8 of 14 rows", look])
 
 
-def test_drift_is_said_with_its_page():
-    payload = SimpleNamespace(place="s3://b/p", message="p = 0.001", page="data/watch/index.html")
-    lines = ["p = 0.001", f"tiny 1a2b: {UI}/runs/flow-run/{RUN}", "Look further: data/watch/index.html"]
-    assert says("drift", event=SimpleNamespace(payload=payload)) == ("CLEAR: drift at s3://b/p", lines)
-
-
 def test_every_state_in_which_a_run_ends_well_is_known():
     """A state that is missing would keep a deployment silent for ever after its first failure."""
     states = {"Completed", *get_args(get_type_hints(Outcome)["state"])}
@@ -120,7 +114,7 @@ def test_each_alert_is_an_automation_for_all_targets_and_lateness_one_per_schedu
     targets = [Target("clear-alert-a", RUN), Target("clear-alert-b", RUN.replace("1", "2"))]
     made = {one.name: one for one in automations(CONFIG, targets, [WEEKLY, BY_HAND], UI)}
     assert list(made) == [
-        f"clear-alert-{name}" for name in ("failed", "recovered", "late-propose-weekly", "waiting", "news", "drift")
+        f"clear-alert-{name}" for name in ("failed", "recovered", "late-propose-weekly", "waiting", "news")
     ]
     for automation in made.values():
         assert [str(action.block_document_id) for action in automation.actions] == [one.block for one in targets]
