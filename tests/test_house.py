@@ -27,6 +27,7 @@ ORDER = (
     ("traces",),
     ("training",),
     ("report",),
+    ("drift",),
     ("browse",),
     ("serve",),
     ("stages",),

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import typer
 
 from clear.cli import benchmark, incoming, pipeline, project, registry, review, use
+from clear.cli import watch as watching
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError, fail, refusal, say
 
@@ -48,6 +49,7 @@ for _command in (
     registry.release,
     registry.lineage,
     registry.tidy,
+    watching.watch,
 ):
     app.command(rich_help_panel=TOOLS)(_command)
 app.add_typer(incoming.app, name="incoming", rich_help_panel=TOOLS)

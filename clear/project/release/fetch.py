@@ -8,7 +8,11 @@ remote. A folder that is there was written whole and verified against the dvc.lo
 
 import re
 import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -18,6 +22,9 @@ from clear.errors import ClearError, one_line
 from clear.project.check import LOCK
 from clear.project.git import output
 from clear.project.release import registry
+
+if TYPE_CHECKING:
+    from dvc.repo import Repo
 
 _NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w/-]*)?@(?P<which>[A-Za-z0-9][\w.+-]*)")
 
@@ -61,9 +68,42 @@ def _resolve(root: Path, model: str, which: str) -> tuple[str, str]:
     return version, known[version]
 
 
+@contextmanager
+def data_of(root: Path, commit: str, paths: Sequence[Path]) -> Iterator[Path]:
+    """A folder with outputs of the pipeline as they were at a commit, from DVC's cache or remote; gone after the block.
+
+    Raises ClearError where DVC has them no more.
+    """
+    from dvc.exceptions import DvcException
+
+    home().mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=home()) as folder:
+        try:
+            with _opened(root) as repo, repo.switch(commit):
+                for path in paths:
+                    repo.dvcfs.get(str(path), str(Path(folder) / path), recursive=True)
+        except (DvcException, OSError) as error:
+            raise ClearError(
+                f"the data of commit {commit[:10]} cannot be fetched ({one_line(error)}); run `dvc push` in the clone "
+                "that made it, or check `dvc remote list` and its credentials."
+            ) from error
+        yield Path(folder)
+
+
+@contextmanager
+def _opened(root: Path) -> Iterator["Repo"]:
+    """The repository for reading at a revision, where DVC takes a remote's relative path for one from the root of the
+    file system: here remotes have their whole addresses."""
+    from dvc.repo import Repo
+
+    with Repo(str(root)) as repo:
+        remotes = {name: {"url": remote["url"]} for name, remote in repo.config["remote"].items()}
+    with Repo(str(root), config={"remote": remotes}) as repo:
+        yield repo
+
+
 def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> None:
     from dvc.exceptions import DvcException
-    from dvc.repo import Repo
     from dvc_data.index import DataIndexDirError
 
     from clear.project.release.export import directory_hash  # which needs torch
@@ -72,10 +112,7 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
     shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with Repo(str(root)) as repo:
-            # Read at a revision, DVC takes a remote's relative path for one from the root of the file system.
-            remotes = {name: {"url": remote["url"]} for name, remote in repo.config["remote"].items()}
-        with Repo(str(root), config={"remote": remotes}) as repo:
+        with _opened(root) as repo:
             repo.artifacts.download(model, version=version, out=str(partial))
     except (DvcException, DataIndexDirError, OSError) as error:
         shutil.rmtree(partial, ignore_errors=True)
