@@ -23,7 +23,7 @@ from clear.data import lock
 from clear.data.lock import Busy, holder, lock_file, writer
 from clear.data.workspace import profile
 from clear.errors import ClearError
-from flows import benchmark, dvc_commands, pipeline, promote, retrain, sweep, tidy
+from flows import benchmark, dvc_commands, pipeline, promote, retrain, sweep, tidy, watch
 from flows.dvc_commands import explain
 from flows.service import children
 from flows.service.artifacts import metrics_table, picture
@@ -339,6 +339,7 @@ def test_deployments_name_flows_with_the_parameters_they_have():
     flows |= {"flows/pipeline.py:propose": pipeline.propose, "flows/promote.py:promote": promote.promote}
     flows |= {"flows/retrain.py:retrain": retrain.retrain, "flows/sweep.py:sweep_jobs": sweep.sweep_jobs}
     flows["flows/tidy.py:tidy"] = tidy.tidy
+    flows["flows/watch.py:watch"] = watch.watch
     assert {one["entrypoint"] for one in content["deployments"]} == set(flows)
     for one in content["deployments"]:
         flow = flows[one["entrypoint"]]

@@ -1,0 +1,100 @@
+"""The flow `watch`: what Prefect is told of a night."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from clear.errors import ClearError
+from flows import watch as flow
+from tests.conftest import ROOT
+from tests.helpers.drifting import night, world
+from tests.helpers.processes import wait_until
+
+pytest_plugins = ["tests.helpers.prefect_server"]
+
+NIGHT = {
+    "night": "2026-01-01",
+    "place": "/data/traffic",
+    "verdict": "Drifted",
+    "message": "300 pictures have changed",
+    "decision": {"p": 0.001},
+    "damage": [{"kind": "+fog", "level": "mid"}],
+    "proposal": {"because": "it looks like fog", "commands": ["clear scratch tiny"]},
+    "unread": [["secret name.txt", "no picture"]],
+}
+
+
+@pytest.fixture
+def told(monkeypatch, tmp_path):
+    """Run the flow on a command that ends with a status and, unless `night` is None, writes it; returns its last state
+    and what was told."""
+
+    def run(status: int, night: dict | None, lines: list[str], **parameters):
+        heard = {"artifacts": [], "events": [], "commands": []}
+
+        def command(arguments, folder, environment, say, lock=None):
+            heard["commands"].append(arguments)
+            if night is not None:
+                page = tmp_path / "data/watch/traffic-1/2026-01-01/index.html"
+                page.parent.mkdir(parents=True, exist_ok=True)
+                page.with_name("night.json").write_text(json.dumps(night))
+                page.with_name("night.md").write_text("**a table**")
+                lines.append(f"report: {page}")
+            return status, lines
+
+        monkeypatch.setattr(flow.children, "run", command)
+        monkeypatch.setattr(flow, "get_run_logger", lambda: logging.getLogger("test"))
+        monkeypatch.setattr(flow, "create_markdown_artifact", lambda *given: heard["artifacts"].append(given))
+        monkeypatch.setattr(flow, "emit_event", lambda *given, **more: heard["events"].append((given, more)))
+        return flow.watch.fn(str(tmp_path), **parameters), heard
+
+    return run
+
+
+def test_a_night_that_drifted_is_a_state_an_artifact_and_one_event(told):
+    state, heard = told(1, NIGHT, ["1 files are no usable pictures"], place="/data/traffic", reference="@prod")
+    assert (state.name, state.type.value, state.message) == ("Drifted", "COMPLETED", "300 pictures have changed")
+    ((name, resource), more) = heard["events"][0]
+    assert name == "clear.drift.found" and resource["prefect.resource.id"] == "clear.watch.traffic-1"
+    assert more["payload"]["looks_like"] == "fog/mid" and more["payload"]["command"] == "clear scratch tiny"
+    assert heard["artifacts"] == [("**a table**", "watch", "/data/traffic: Drifted")]
+    assert "secret name" not in str(heard["events"]) + str(state)
+    (command,) = heard["commands"]
+    assert command[3] == "watch" and {"--reference=@prod", "--since=24.0"} <= set(command)
+    assert command[-2:] == ["--", "/data/traffic"], "no place is taken for an option"
+
+
+@pytest.mark.parametrize(("verdict", "status"), [("NoDrift", 0), ("TooFew", 2)])
+def test_other_nights_emit_nothing(told, verdict, status):
+    state, heard = told(status, NIGHT | {"verdict": verdict, "decision": None, "damage": []}, [], place="/data/traffic")
+    assert state.name == verdict and state.type.value == "COMPLETED" and heard["events"] == []
+
+
+def test_an_error_fails_the_run_with_its_line_and_no_place_is_no_error(told):
+    with pytest.raises(ClearError, match=r"^/gone: no such folder$"):
+        told(2, None, ["pictures: 1/2", "error: /gone: no such folder"], place="/gone")
+    state, heard = told(0, None, [])
+    assert state.name == "NotSet" and heard["commands"] == []
+
+
+@pytest.mark.slow
+def test_a_real_run_on_a_server_ends_as_drifted_with_an_event(server, tmp_path):
+    root = world(tmp_path / "project", 120)
+    place = night(tmp_path / "traffic", 60, ("gaussian_noise", "high"), 0.4)
+    command = [sys.executable, "-m", "flows.watch", str(place), "--workspace", str(root)]
+    environment = os.environ | server.environment | {"PYTHONPATH": str(ROOT), "CLEAR_HOME": str(root / ".clear")}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "Drifted: 60 pictures have changed" in done.stdout, done.stderr
+    (run,) = server._read("/flow_runs/filter", {"flows": {"name": {"any_": ["watch"]}}})
+    assert (run["state_name"], run["state_type"]) == ("Drifted", "COMPLETED")
+    assert server.artifacts(run["id"])["watch"].startswith("**Drifted**")
+    asked = {"filter": {"event": {"name": [flow.FOUND]}}}
+    found = wait_until(lambda: server._read("/events/filter", asked)["events"], 30, "the event")
+    assert found[0]["payload"]["looks_like"].startswith("gaussian_noise/")
+    assert (Path(root) / found[0]["payload"]["page"]).is_file()
+    assert run["id"] in str(found[0]["related"]), "an automation can say which run it was"
