@@ -87,6 +87,8 @@ RUN = {
     "clear score": "test_leaderboard::test_the_command_makes_all_forms_and_leaves_one_model_as_it_was",
     "clear export": "test_release::test_export_writes_a_folder_with_a_card_of_the_committed_metrics",
     "clear release": "test_registry::test_releases_are_assigned_put_back_and_fetched_by_a_fresh_clone",
+    "clear watch": "test_watch::test_the_same_world_has_not_changed_and_the_status_says_so",
+    "python -m flows.watch": "test_watch_flow::test_a_real_run_on_a_server_ends_as_drifted_with_an_event",
     "clear incoming": "test_incoming_stages::test_the_commands_list_and_refuse",
     "clear compare": "test_compare::test_all_formats_are_written_and_the_page_needs_nothing_else",
     "clear gate": "test_compare::test_verdict_and_gate_of_real_branches",
