@@ -14,19 +14,15 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
-from prefect.events import emit_event
 from prefect.states import Completed
 
 from clear.drift.night import DRIFTED
-from clear.drift.reference import kind_of
 from clear.errors import UNDECIDED, ClearError
 from flows.dvc_commands import environment
 from flows.pipeline import here_and_now
 from flows.service import children
+from flows.service.announce import announce
 from flows.service.naming import profile_and_commit
-
-FOUND = "clear.drift.found"
-"""Name of the event."""
 
 HOURS = 24.0
 
@@ -65,32 +61,11 @@ def watch(
     night = json.loads((folder / page).with_name("night.json").read_text())
     create_markdown_artifact((folder / page).with_name("night.md").read_text(), "watch", f"{place}: {night['verdict']}")
     if night["verdict"] == DRIFTED:
-        _emit(night, page)
+        because = (night["proposal"] or {}).get("because", "")
+        announce("drift", f"the pictures of {night['night']} have changed", f"{night['message']}; {because}", page)
     logger.info("%s: %s. Report: %s", night["verdict"], night["message"], page)
     told = {name: night[name] for name in ("night", "verdict", "message")}
     return Completed(name=night["verdict"], message=night["message"], data=told | {"page": page})
-
-
-def _emit(night: dict[str, Any], page: str) -> None:
-    """Tell Prefect that pictures have changed; who is told is up to the automations."""
-    first = night["damage"][0] if night["damage"] else None
-    emit_event(
-        FOUND,
-        {
-            "prefect.resource.id": f"clear.watch.{Path(page).parent.parent.name}",
-            "prefect.resource.name": night["place"],
-        },
-        payload={
-            "night": night["night"],
-            "place": night["place"],
-            "message": night["message"],
-            "p": night["decision"]["p"],
-            "looks_like": f"{kind_of(first['kind'])}/{first['level']}" if first else "",
-            "proposal": (night["proposal"] or {}).get("because", ""),
-            "command": next(iter((night["proposal"] or {}).get("commands", [])), ""),
-            "page": page,
-        },
-    )
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -50,7 +49,7 @@ def told(monkeypatch, tmp_path):
         monkeypatch.setattr(flow.children, "run", command)
         monkeypatch.setattr(flow, "get_run_logger", lambda: logging.getLogger("test"))
         monkeypatch.setattr(flow, "create_markdown_artifact", lambda *given: heard["artifacts"].append(given))
-        monkeypatch.setattr(flow, "emit_event", lambda *given, **more: heard["events"].append((given, more)))
+        monkeypatch.setattr(flow, "announce", lambda *given: heard["events"].append(given))
         return flow.watch.fn(str(tmp_path), **parameters), heard
 
     return run
@@ -59,9 +58,9 @@ def told(monkeypatch, tmp_path):
 def test_a_night_that_drifted_is_a_state_an_artifact_and_one_event(told):
     state, heard = told(1, NIGHT, ["1 files are no usable pictures"], place="/data/traffic", reference="@prod")
     assert (state.name, state.type.value, state.message) == ("Drifted", "COMPLETED", "300 pictures have changed")
-    ((name, resource), more) = heard["events"][0]
-    assert name == "clear.drift.found" and resource["prefect.resource.id"] == "clear.watch.traffic-1"
-    assert more["payload"]["looks_like"] == "fog/mid" and more["payload"]["command"] == "clear scratch tiny"
+    ((kind, subject, said, look),) = heard["events"]
+    assert (kind, subject) == ("drift", "the pictures of 2026-01-01 have changed")
+    assert said == "300 pictures have changed; it looks like fog" and look.endswith("traffic-1/2026-01-01/index.html")
     assert heard["artifacts"] == [("**a table**", "watch", "/data/traffic: Drifted")]
     assert "secret name" not in str(heard["events"]) + str(state)
     (command,) = heard["commands"]
@@ -93,8 +92,8 @@ def test_a_real_run_on_a_server_ends_as_drifted_with_an_event(server, tmp_path):
     (run,) = server._read("/flow_runs/filter", {"flows": {"name": {"any_": ["watch"]}}})
     assert (run["state_name"], run["state_type"]) == ("Drifted", "COMPLETED")
     assert server.artifacts(run["id"])["watch"].startswith("**Drifted**")
-    asked = {"filter": {"event": {"name": [flow.FOUND]}}}
+    asked = {"filter": {"event": {"name": ["clear.alert.drift"]}}}
     found = wait_until(lambda: server._read("/events/filter", asked)["events"], 30, "the event")
-    assert found[0]["payload"]["looks_like"].startswith("gaussian_noise/")
-    assert (Path(root) / found[0]["payload"]["page"]).is_file()
-    assert run["id"] in str(found[0]["related"]), "an automation can say which run it was"
+    assert found[0]["payload"]["said"].startswith("60 pictures have changed")
+    assert (root / found[0]["payload"]["look"]).is_file()
+    assert run["id"] in str(found[0]["related"]), "a message can say which run it was"
