@@ -2,8 +2,7 @@
 
 The work is `clear watch`, run in the workspace under the supervisor that ends it with the flow; the page and the
 history stay in that folder's data/watch. Prefect gets numbers alone: an artifact without pictures and names of files,
-the state Drifted, NoDrift or TooFew, and where the pictures have changed the event `clear.drift.found`, for
-automations to act on.
+the state Drifted, NoDrift or TooFew, and where the pictures have changed an announcement, for the alerts to send.
 """
 
 import argparse
