@@ -2,7 +2,7 @@
 
 The work is `clear watch`, run in the workspace under the supervisor that ends it with the flow; the page and the
 history stay in that folder's data/watch. Prefect gets numbers alone: an artifact without pictures and names of files,
-the state Drifted, NoDrift or TooFew, and where the pictures have changed an alert (flows/service/announce.py).
+the state Drifted, NoDrift or TooFew, and where the pictures have changed an announcement, for the alerts to send.
 """
 
 import argparse
@@ -16,7 +16,6 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed
 
 from clear.drift.night import DRIFTED
-from clear.drift.reference import kind_of
 from clear.errors import UNDECIDED, ClearError, say
 from flows.dvc_commands import environment
 from flows.pipeline import here_and_now
@@ -61,21 +60,11 @@ def watch(
     night = json.loads((folder / page).with_name("night.json").read_text())
     create_markdown_artifact((folder / page).with_name("night.md").read_text(), "watch", f"{place}: {night['verdict']}")
     if night["verdict"] == DRIFTED:
-        _announce(night, page)
+        because = (night["proposal"] or {}).get("because", "")
+        announce("drift", f"the pictures of {night['night']} have changed", f"{night['message']}; {because}", page)
     logger.info("%s: %s. Report: %s", night["verdict"], night["message"], page)
     told = {name: night[name] for name in ("night", "verdict", "message")}
     return Completed(name=night["verdict"], message=night["message"], data=told | {"page": page})
-
-
-def _announce(night: dict[str, Any], page: str) -> None:
-    """Tell people that pictures have changed, what they look like, and what would cover it."""
-    first, proposal = next(iter(night["damage"]), None), night["proposal"] or {}
-    said = [night["message"]]
-    if first:
-        said.append(f"They look most like {kind_of(first['kind'])}/{first['level']}.")
-    if proposal:
-        said.append(" ".join([proposal["because"], *proposal["commands"][:1]]))
-    announce("drift", f"the pictures at {night['place']} have changed", "\n".join(said), page)
 
 
 def main(arguments: list[str] | None = None) -> int:

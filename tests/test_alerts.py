@@ -10,7 +10,7 @@ import pytest
 import yaml
 from apprise import Apprise
 
-from clear.drift.night import DRIFTED, SAME, TOO_FEW
+from clear.drift import night
 from clear.errors import ClearError
 from clear.project.retrain.run import Outcome
 from flows.service import alerts, announce
@@ -100,9 +100,10 @@ def test_an_announcement_says_what_its_run_says():
 def test_every_state_in_which_a_run_ends_well_is_known():
     """A state that is missing would keep a deployment silent for ever after its first failure."""
     states = {"Completed", *get_args(get_type_hints(Outcome)["state"])}
-    states |= {DRIFTED, SAME, TOO_FEW, "NotSet"}
     states |= set(re.findall(r"Completed\(name=\"(\w+)\"", (ROOT / "flows/promote.py").read_text()))
-    assert states >= {"NothingNew", "Declined"}
+    states |= {night.DRIFTED, night.SAME, night.TOO_FEW}
+    states |= set(re.findall(r"Completed\(name=\"(\w+)\"", (ROOT / "flows/watch.py").read_text()))
+    assert states >= {"NothingNew", "Declined", "NotSet"}
     triggers = {alert["name"]: alert["trigger"] for alert in CONFIG["alerts"]}
     well = {f"prefect.flow-run.{state}" for state in states}
     assert set(triggers["recovered"]["expect"]) == well

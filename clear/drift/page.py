@@ -14,7 +14,7 @@ from clear.drift.measures import METRICS
 from clear.drift.night import HISTORY, Night, standing_out
 from clear.drift.power import needed
 from clear.drift.reference import Reference, kind_of
-from clear.report.leaderboard import as_text
+from clear.report.markdown import as_text
 from clear.report.plots import figure_file, pictures
 from clear.report.render import Figure, Folded, Quote, Section, page
 from clear.report.tables import Table
