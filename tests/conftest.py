@@ -42,6 +42,9 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # begun with `&`: what th
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+import dvc  # noqa: E402, F401 - its log goes where stderr is at its first import, which must not be one test's capture
+
+
 def pytest_collection_modifyitems(items):
     """The longest test comes first: at the end one worker would be waited for while the others have nothing to do."""
     items.sort(key=lambda item: item.path.name != "test_smoke.py")
