@@ -170,6 +170,31 @@ def test_an_interruption_that_a_callback_swallows_comes_again(project):
     assert run.stderr == "interrupted; run the same command again to resume from the last checkpoint\n"
 
 
+def test_an_interruption_after_the_end_changes_nothing(tmp_path):
+    """A command that had done its work ended as killed by SIGTERM, or with a traceback, while Python was leaving."""
+    script = """if True:
+        import atexit, os, signal, sys, time
+        def leave():
+            me, (ready, begun) = os.getpid(), os.pipe()
+            if os.fork():
+                os.read(ready, 1)  # from here on it is signalled until it is gone
+                return
+            while os.getppid() == me:
+                for number in (signal.SIGINT, signal.SIGTERM):
+                    os.kill(me, number)
+                os.write(begun, b"1")
+                time.sleep(0.0005)
+            os._exit(0)
+        atexit.register(leave)
+        sys.argv = ["clear", "params"]
+        from clear.cli import main
+        main()"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment, timeout=60)
+    assert (run.returncode, run.stdout, run.stderr) == (0, "params.yaml written.\n", "")
+
+
 def test_what_a_terminal_would_obey_is_printed_as_text(clear, tmp_path):
     """A name with control sequences could clear the screen, colour a refusal as a success, or rewrite its title."""
     name = tmp_path / "a\x1b[2J\x1b]0;title\x07b.png"

@@ -5,6 +5,7 @@ library. Everything heavy is imported inside the command that needs it, so `clea
 is one line on stderr; Ctrl-C and SIGTERM end with a remedy, because every long stage resumes from its checkpoint.
 """
 
+import atexit
 import signal
 import sys
 import threading
@@ -81,6 +82,15 @@ def main() -> None:
         if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
             _interrupted()
         raise
+    finally:
+        atexit.register(_ignore_interruptions)
+
+
+def _ignore_interruptions() -> None:
+    """All is done or said. As Python ends it gives signals back their default, which would change the exit status, and
+    a second Ctrl-C would print its traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _again(lost: Any) -> None:
@@ -96,8 +106,7 @@ def _again(lost: Any) -> None:
 
 
 def _interrupted() -> NoReturn:
-    for number in (signal.SIGINT, signal.SIGTERM):  # a second Ctrl-C must not print the interpreter's traceback
-        signal.signal(number, signal.SIG_IGN)
+    _ignore_interruptions()
     say("interrupted; run the same command again to resume from the last checkpoint", sys.stderr)
     sys.exit(INTERRUPTED)
 
