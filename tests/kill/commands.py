@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import ROOT
 from tests.helpers.incoming_sets import put
-from tests.helpers.tables import mmbench
+from tests.helpers.tables import b64, mmbench, picture, write_tsv
 
 OVERRIDES = [
     "profile=smoke",
@@ -32,11 +32,13 @@ OVERRIDES = [
 @dataclass(frozen=True)
 class Command:
     """What is typed after `python -m clear`, the files and folders that it makes, and what it needs beside the results
-    of all stages. Of a command that makes none, what it prints is compared."""
+    of all stages. Of a command that makes none, what it prints is compared; files that end in `timed` hold seconds, and
+    are not."""
 
     arguments: tuple[str, ...]
     makes: tuple[str, ...] = ()
     needs: Callable[[Path], object] = lambda folder: None
+    timed: tuple[str, ...] = ()
 
 
 def stages() -> dict[str, Command]:
@@ -55,17 +57,24 @@ def _tables(folder: Path) -> None:
     mmbench(folder / "tables")
 
 
+def _asked(folder: Path) -> None:
+    """A benchmark in the words of the small model."""
+    rows = [{"index": i, "image": b64(picture(i)), "question": "which colour ?", "answer": "red"} for i in range(24)]
+    write_tsv(folder / "tables/MMVet.tsv", rows)
+
+
 OTHERS = {
     "mmd-bench": Command(
         ("mmd-bench", "--source", "tables", "--out", "made", "--protocol", "full", "--workers", "2"), ("made",), _tables
     ),
     "answer": Command(
-        ("answer", "tables/MMBench_DEV_EN.tsv", "--model", "data/models/grpo", "--out", "made", "--prompt", "plain"),
+        ("answer", "tables/MMVet.tsv", "--model", "data/models/grpo", "--out", "made", "--prompt", "plain"),
         ("made",),
-        _tables,
+        _asked,
+        (".jsonl", ".parquet"),
     ),
     "export": Command(("export", "data/models/bridge", "made", "--evaluation", "bridge"), ("made",)),
     "incoming check": Command(
-        ("incoming", "check", "fog", "--json"), (), lambda folder: put(folder / "data/incoming/fog", range(48, 72))
+        ("incoming", "check", "fog", "--json"), (), lambda folder: put(folder / "data/incoming/fog", range(24))
     ),
 }

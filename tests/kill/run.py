@@ -149,7 +149,7 @@ def _trial(command: Command, folder: Path, told: dict, number: int, trials: int)
         return way, f"status {ended.status}: {ended.errors[-300:]}", ended.seconds
     if asked and ("Traceback" in ended.errors or ended.seconds > PATIENCE):
         return way, f"left after {ended.seconds:.1f} s with {ended.errors[-300:]!r}", ended.seconds
-    again = _run(command.arguments, folder)
+    again = ended if ended.status == 0 else _run(command.arguments, folder)  # it may have been quicker than the signal
     if again.status:
         return way, f"the same command again: status {again.status}: {again.errors[-300:]}", ended.seconds
     made = _made(command, folder, again)
@@ -212,7 +212,7 @@ def _made(command: Command, folder: Path, ended: Ended) -> dict[str, str]:
     for path in command.makes:
         below = (folder / path).rglob("*") if (folder / path).is_dir() else [folder / path]
         for file in sorted(below):
-            if file.is_file():
+            if file.is_file() and not file.name.endswith(command.timed):
                 found[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
