@@ -261,13 +261,21 @@ def test_a_scratch_run_that_cannot_start_or_fails_is_refused(project, tmp_path):
         refresh(tmp_path, tmp_path / "copy")
 
 
-def test_an_interrupted_scratch_run_ends_its_stage_too(project):
+@pytest.mark.parametrize("begun", ["at a terminal", "in the background"])
+def test_an_interrupted_scratch_run_ends_its_stage_too(project, begun):
+    """In the background of a script SIGINT is ignored, by whatever is started there, too."""
     stages = "stages:\n  source:\n    cmd: echo $$ > pid && exec sleep 60\n"
     (project / "dvc.yaml").write_text(stages)
     command = [sys.executable, "-m", "clear", "scratch", "smoke"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     pid = project / ".clear/scratch/smoke/pid"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+    before = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, signal.SIG_IGN if begun == "in the background" else before)
+    try:
+        started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with started as process:
         while not (pid.exists() and pid.read_text()):
             assert process.poll() is None
             time.sleep(0.05)

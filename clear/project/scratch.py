@@ -87,7 +87,16 @@ def _reproduce(workspace: Path, folder: Path, targets: Sequence[str]) -> None:
 
 def _call(command: list[str], folder: Path, environment: dict[str, str]) -> int:
     """Run a command in a process group of its own; an interruption reaches all of it and is waited for."""
-    process = subprocess.Popen(command, cwd=folder, env=environment, process_group=0)
+    # Begun with `&` in a script, or by cron, we ignore SIGINT, and so would the command: SIGTERM would be waited for in
+    # vain. A handler of Python's is not passed on.
+    ignored = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if ignored:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(command, cwd=folder, env=environment, process_group=0)
+    finally:
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         return process.wait()
     except KeyboardInterrupt:
