@@ -57,6 +57,7 @@ def black(seed: int) -> bytes:
     return encode_image(np.clip(noise, 0, 255).astype(np.uint8))
 
 
+@pytest.mark.slow
 def test_a_set_of_which_most_rows_are_unusable_is_refused(inside):
     put(Path("data/incoming/road"), range(6))
     usable = Path("data/incoming/road/rows.jsonl").read_text().splitlines()[:24:4]  # one question a picture

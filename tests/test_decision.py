@@ -108,6 +108,7 @@ def test_the_engine_follows_what_was_learned():
     assert logits.argmax(-1).tolist() == [first[0][place], first[1][place]]
 
 
+@pytest.mark.slow
 def test_the_stage_learns_the_decision_in_the_output_head_alone(tmp_path, monkeypatch):
     """Otherwise few questions are learned by heart; what the phases before made of the model stays."""
     small = ["profile=smoke", "runtime.threads=1", "runtime.device=cpu", "runtime.precision=float32"]

@@ -229,6 +229,7 @@ def test_a_scratch_run_changes_nothing_but_its_own_folder(project, monkeypatch):
     assert yaml.safe_load((folder / "params.yaml").read_text())["grpo"]["steps"] == 2
 
 
+@pytest.mark.slow
 def test_a_scratch_run_of_targets_begins_with_what_the_workspace_has_made(project, capfd):
     profile = yaml.safe_load((project / "params.yaml").read_text())["profile"]
     (project / "code/lib/b.txt").write_text("code of evaluate alone")

@@ -117,6 +117,7 @@ def test_cards_are_committed_and_made_of_what_is_committed(project, clear):
     assert cards.texts(project, entry, "grpo@v1.0.0") == (model, data), "the same again, and without any data"
 
 
+@pytest.mark.slow
 def test_what_nobody_else_could_have_is_no_release(project, clear, monkeypatch):
     assert "it has: grpo, sft" in refused(clear, "gpro", "v1.0.0")
     assert "sft: no output of a stage" in refused(clear, "sft", "v1.0.0")

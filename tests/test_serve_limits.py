@@ -50,6 +50,7 @@ def test_a_full_queue_says_when_to_try_again(strict):
     assert never.status_code == 400 and never.json()["error"]["param"] == "n", "three choices never fit a queue of two"
 
 
+@pytest.mark.slow
 def test_a_request_has_a_time_limit(folder):
     with serving(folder, "--timeout", "0.5") as server:
         for stream in (False, True):
