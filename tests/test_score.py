@@ -306,6 +306,17 @@ def test_a_file_that_cannot_be_scored_is_named(tmp_path, rows, said):
         scores.read_predictions([Path(write(tmp_path / "X.tsv", rows))])
 
 
+def test_rows_without_a_verdict_are_told_beside_the_table(tmp_path, clear, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path / "MMVet.tsv", [mmvet(0, "x", "x"), mmvet(1, "x", "y")])
+    with serving(lambda body, number: (200, {}, completion("1.0" if number == 0 else "no idea"))) as server:
+        write_params(tmp_path / "params.yaml", [f"judge.url={server.url}"])
+        monkeypatch.setenv("CLEAR_JUDGE_KEY", "k")
+        status, stdout, stderr = clear("score", file, "--judge")
+    assert status == 0 and "MMVet" in stdout
+    assert stderr.splitlines()[-1].startswith("1 rows have no verdict and are in no figure; the first: malformed: ")
+
+
 def test_the_command_prints_a_table_and_writes_json_and_rows(tmp_path, clear, monkeypatch):
     """With a judge that is there only the first time: the second run asks nothing."""
     monkeypatch.chdir(tmp_path)

@@ -1,6 +1,7 @@
 """Commands for VLMEvalKit's files: score its predictions, degrade its benchmarks."""
 
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -64,7 +65,7 @@ def score(
     say(shown)
     rejected = frame["reject"][frame["reject"] != ""]
     if len(rejected):
-        say(f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", err=True)
+        say(f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", sys.stderr)
     if out is not None:
         write_json(out, found)
     if rows is not None:
