@@ -30,17 +30,13 @@ def tidy(workspace: str = ".", days: float = DAYS, remote: bool = True, remove: 
     found = find(folder, days, remote, remove)
     for line in found.lines():
         logger.info(line)
-    mebibytes = [
-        [f"{sum(one.size for one in objects) / 2**20:,.1f}" for objects in (store.objects, store.needless)]
-        for store in found.stores
-    ]
     rows = [
-        [store.name, str(len(store.objects)), str(len(store.needless)), *sizes]
-        for store, sizes in zip(found.stores, mebibytes, strict=True)
+        [store.name, str(len(store.objects)), str(len(store.needless)), *(f"{n / 2**20:,.1f}" for n in store.bytes)]
+        for store in found.stores
     ]
     table = Table(["store", "objects", "needless", "MiB", "needless MiB"], rows, " ".join(found.lines()))
     create_markdown_artifact(table.markdown(), key="tidy", description="Data that nobody needs")
-    return {store.name: sum(one.size for one in store.needless) for store in found.stores}
+    return {store.name: store.bytes[1] for store in found.stores}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,6 +2,7 @@
 removed only on request. A store in which deleting too much would be seen: every version of the data is asked for again.
 """
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -15,6 +16,7 @@ from clear.data.lock import writer
 from clear.errors import ClearError
 from clear.project.tidy import tidy
 from tests.conftest import git
+from tests.helpers.processes import python
 
 OLD = time.time() - 400 * 86400
 
@@ -149,6 +151,18 @@ def test_what_copies_and_experiments_need_stays(team, tmp_path):
     assert {one.id for one in tidy(Path(), also=[tmp_path / "other"]).stores[0].needless} == needless
 
 
+def test_data_added_in_a_project_below_the_top_of_its_clone_stay(team, tmp_path):
+    """One repository may hold several projects; what is added with `dvc add` and not committed is in a file alone."""
+    git(tmp_path, "init", "-q", "several")
+    other = tmp_path / "several/other"
+    (other / ".dvc").mkdir(parents=True)
+    lost = hashlib.md5(b"superseded").hexdigest()
+    needless = {one.id for one in tidy(Path(), also=[other]).stores[0].needless}
+    assert lost in needless
+    (other / "set.dvc").write_text(f"outs:\n- md5: {lost}\n  path: set\n")
+    assert {one.id for one in tidy(Path(), also=[other]).stores[0].needless} == needless - {lost}
+
+
 def test_nothing_is_removed_where_something_is_not_known(team, tmp_path, clear):
     def said(*arguments: str) -> str:
         status, _, error = clear("tidy", "--remove", *arguments)
@@ -206,9 +220,9 @@ def test_the_flow_only_lists_unless_it_is_told_otherwise(team, monkeypatch):
 def test_while_a_run_goes_on_nothing_is_removed(team, clear):
     program = "import sys, time; from pathlib import Path; from clear.data.lock import writer\n"
     program += "with writer(Path(), 'leave', 'a run'): print(flush=True); time.sleep(60)"
-    run = subprocess.Popen(["python", "-c", program], cwd=team, stdout=subprocess.PIPE, text=True)
+    run = python(program, cwd=team)
     try:
-        run.stdout.readline()
+        assert run.stdout.readline() == "\n", "it holds the lock"
         status, _, error = clear("tidy", "--remove")
         assert status == 1 and "a run" in error and "Nothing is removed while a run may add" in error
         assert versions(team) >= EVER

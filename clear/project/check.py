@@ -82,12 +82,6 @@ def composition_drifts(root: Path) -> list[str]:
     ]
 
 
-def stage_drifts(root: Path, stages: set[str]) -> list[str]:
-    """The disagreements with dvc.lock of the named stages alone."""
-    with read_only(root) as repo:
-        return lock_drifts(repo, stages)
-
-
 def lock_drifts(repo: "Repo", stages: set[str] | None = None) -> list[str]:
     """Disagreements between dvc.lock and the workspace of `repo`; stages with the same one share a line. With `stages`,
     of those alone."""

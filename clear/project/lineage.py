@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING
 from clear.data.io import aligned
 from clear.data.workspace import run_records
 from clear.errors import ClearError
-from clear.project.check import LOCK, read_only, stage_drifts
-from clear.project.compare.load import PINS, is_shallow, lock_at, outputs, read_lock, read_pins, resolve
+from clear.project.check import LOCK, lock_drifts, read_only
+from clear.project.compare.changes import leaves
+from clear.project.compare.load import PINS, is_shallow, lock_at, outputs, read_lock, read_pins, resolve, stage_name
 from clear.project.git import git
 from clear.project.release.fetch import find
 
@@ -56,7 +56,7 @@ class Step:
     commit: Commit | None
     machine: str = ""
 
-    @cached_property
+    @property
     def parents(self) -> list[str]:
         """Stages whose outputs this one read."""
         return sorted({stage for stage in self.inputs.values() if stage})
@@ -120,22 +120,29 @@ def lineage(root: Path, path: str, revision: str = "") -> Lineage:
     held = _holder(path, made)
     if not held:
         raise ClearError(_not_an_output(root, path, made))
-    steps = [_step(root, stage, lock, made, revision) for stage in _before(lock, made, made[held])]
+    records = {} if revision else {stage_name(name): record for name, record in run_records().items()}
+    steps = [
+        _step(root, stage, lock, made, revision, records.get(stage, {}).get("machine", ""))
+        for stage in _before(lock, made, made[held])
+    ]
     here = read_lock(root / LOCK) if revision else lock
     changed = [step.stage for step in steps if here.get(step.stage) != lock[step.stage]]
     obstacles, cautions = [], []
+    with read_only(root) as repo:
+        places = list(_places(repo, root, path, lock[made[held]], held))
+        drifts = [] if changed else lock_drifts(repo, {step.stage for step in steps})
     if changed:
         obstacles.append(
             f"{LOCK} here has another version of {', '.join(changed)}: ask in a copy of that commit (`git worktree add "
             f"../then {revision}`)"
         )
     else:
-        obstacles += [line.rstrip(".") for line in stage_drifts(root, {step.stage for step in steps})]
+        obstacles += [line.rstrip(".") for line in drifts]
         obstacles += _absent_weights(root, steps)
         cautions += _other_packages(root)
     if is_shallow(root):
         cautions.append("this clone is shallow, so an output may be older than the commit it is said to be recorded in")
-    return Lineage(path, revision, steps, list(_places(root, path, lock, made[held], held)), obstacles, cautions)
+    return Lineage(path, revision, steps, places, obstacles, cautions)
 
 
 def _holder(path: str, made: dict[str, str]) -> str:
@@ -180,7 +187,7 @@ def _read(entry: dict, made: dict[str, str]) -> list[str]:
     return found
 
 
-def _step(root: Path, stage: str, lock: dict, made: dict[str, str], revision: str) -> Step:
+def _step(root: Path, stage: str, lock: dict, made: dict[str, str], revision: str, machine: str) -> Step:
     entry = lock[stage]
     inputs, code = {}, []
     for dep in entry.get("deps", []):
@@ -189,23 +196,14 @@ def _step(root: Path, stage: str, lock: dict, made: dict[str, str], revision: st
             inputs |= {out: made[out] for out in read} or {dep["path"]: ""}
         else:
             code.append(dep["path"])
-    given = {key: value for values in entry.get("params", {}).values() for key, value in _leaves(values)}
+    given = {key: value for values in entry.get("params", {}).values() for key, value in leaves(values)}
     hashes = outputs({stage: entry})
-    machine = "" if revision else run_records().get(stage.replace("@", "_"), {}).get("machine", "")
     return Step(stage, _command(entry), inputs, code, given, hashes, _first(root, hashes, revision), machine)
 
 
 def _command(entry: dict) -> str:
     command = entry.get("cmd", "")
     return command if isinstance(command, str) else " && ".join(command)
-
-
-def _leaves(values: object, name: str = "") -> Iterator[tuple[str, object]]:
-    if isinstance(values, dict) and values:
-        for key, value in values.items():
-            yield from _leaves(value, f"{name}.{key}".lstrip("."))
-    else:
-        yield name, values
 
 
 def _first(root: Path, hashes: dict[str, str], revision: str) -> Commit | None:
@@ -273,20 +271,18 @@ def _other_packages(root: Path) -> list[str]:
     return [f"{PINS} locks other packages than are installed: {', '.join(others[:4])}{more}"]
 
 
-def _places(root: Path, path: str, lock: dict, stage: str, held: str) -> Iterator[str]:
-    """Where the version of an output that the lock names lies."""
-    entry = next(out for out in lock[stage]["outs"] if out["path"] == held)
-    value = str(entry.get("md5", ""))
-    with read_only(root) as repo:
-        out = next((out for out in repo.index.outs if os.path.relpath(out.fs_path, root) == held), None)
-        same = out is not None and out.hash_info.value == value
-        if same and out.exists and not out.changed_checksum() and (root / path).exists():
-            yield "the workspace"
-        if out is not None and not out.use_cache:
-            if git(root, "ls-files", "--error-unmatch", held).status == 0:
-                yield "git"
-        elif _in_cache(repo, value):
-            yield "the cache"
+def _places(repo: "Repo", root: Path, path: str, stage: dict, held: str) -> Iterator[str]:
+    """Where the version of an output that a stage of the lock names lies."""
+    value = outputs({"": stage})[held]
+    out = next((out for out in repo.index.outs if os.path.relpath(out.fs_path, root) == held), None)
+    same = out is not None and out.hash_info.value == value
+    if same and out.exists and not out.changed_checksum() and (root / path).exists():
+        yield "the workspace"
+    if out is not None and not out.use_cache:
+        if git(root, "ls-files", "--error-unmatch", held).status == 0:
+            yield "git"
+    elif _in_cache(repo, value):
+        yield "the cache"
 
 
 def _in_cache(repo: "Repo", value: str) -> bool:

@@ -24,6 +24,7 @@ from clear.data.lock import Busy, writer
 from clear.data.workspace import home
 from clear.errors import ClearError, one_line
 from clear.project.check import LOCK
+from clear.project.compare.load import is_shallow
 from clear.project.git import contents_of, git, output, tracked
 
 if TYPE_CHECKING:
@@ -51,11 +52,16 @@ class Store:
     objects: list[Object]
     needless: list[Object]
 
+    @property
+    def bytes(self) -> tuple[int, int]:
+        """The size of all objects, and of the needless ones."""
+        return sum(one.size for one in self.objects), sum(one.size for one in self.needless)
+
     def __str__(self) -> str:
-        sizes = [sum(one.size for one in found) / 2**20 for found in (self.needless, self.objects)]
+        whole, needless = (size / 2**20 for size in self.bytes)
         return (
-            f"{self.name}: {len(self.needless)} of {len(self.objects)} objects are needless, {sizes[0]:,.1f} of "
-            f"{sizes[1]:,.1f} MiB"
+            f"{self.name}: {len(self.needless)} of {len(self.objects)} objects are needless, {needless:,.1f} of "
+            f"{whole:,.1f} MiB"
         )
 
 
@@ -94,8 +100,8 @@ def tidy(
     """Find what nobody needs in the cache, with `remote` also in DVC's default remote, and with `remove` delete it.
 
     `also` are other clones that share the cache. Raises ClearError where it cannot be known what is needed (a remote of
-    git that does not answer, a shallow clone, a revision whose lists are in no store) and, with `remove`, where a run
-    is going on in the workspace or a copy of it. Nothing is removed then.
+    git that does not answer, a shallow or partial clone) and, with `remove`, where a run is going on in the workspace
+    or a copy of it. Nothing is removed then.
     """
     if days < 0:
         raise ClearError(f"--days {days:g}: at least 0.")
@@ -131,7 +137,7 @@ def _scratch(root: Path) -> list[Path]:
 
 def _revisions(root: Path) -> dict[str, list[str]]:
     """Commits whose data are needed, by what they are; those of the remotes are fetched first."""
-    if git(root, "rev-parse", "--is-shallow-repository").text.strip() == "true":
+    if is_shallow(root):
         raise ClearError("this clone is shallow and does not know every branch: `git fetch --unshallow` first.")
     remotes = output(root, "remote").split()
     for name in remotes:
@@ -148,10 +154,9 @@ def _revisions(root: Path) -> dict[str, list[str]]:
         "branches": "refs/heads",
         "branches of others": "refs/remotes",
         "pull requests": _PULLS,
+        "experiments": "refs/exps",
     }
-    found = {what: _commits(root, where) for what, where in kinds.items()}
-    found["experiments"] = [commit for commit in _commits(root, "refs/exps") if commit]
-    return found
+    return {what: _commits(root, where) for what, where in kinds.items()}
 
 
 def _commits(root: Path, where: str) -> list[str]:
@@ -189,7 +194,7 @@ def _tidied(
                 if remove and needless:
                     _delete(store, needless)
     except (DvcException, OSError) as error:
-        raise ClearError(f"it cannot be found out what is needed: {_reason(error)}; nothing was removed.") from error
+        raise ClearError(f"it cannot be found out what is needed: {one_line(error)}; nothing was removed.") from error
     return Tidied(kept, absent, found, remove)
 
 
@@ -198,13 +203,6 @@ def _recent(root: Path, days: float) -> list[str]:
     since = (datetime.now(UTC) - timedelta(days=days)).isoformat()
     # Not --since, which ends at the first older commit: clocks differ, and a rebased commit is younger than its child.
     return output(root, "log", "--branches", "--remotes", "--format=%H", f"--since-as-filter={since}").split()
-
-
-def _reason(error: BaseException) -> str:
-    causes = [one_line(error)]
-    while (error := error.__cause__) is not None:
-        causes.append(one_line(error))
-    return ": ".join(causes)
 
 
 def _stores(repo: "Repo", remote: bool) -> list[tuple[str, "HashFileDB"]]:
@@ -220,8 +218,8 @@ def _stores(repo: "Repo", remote: bool) -> list[tuple[str, "HashFileDB"]]:
 def _named(root: Path, commits: Iterable[str]) -> set[str]:
     """The hashes of outputs in the dvc.lock and .dvc files of a folder as it is and of commits; a folder's is that of
     its list."""
-    listed = output(root, "ls-files", "-z", "--cached", "--others").split("\0") if (root / ".git").exists() else []
-    files = {root / name for name in [*listed, LOCK] if _names_data(name)}
+    listed = git(root, "ls-files", "-z", "--cached", "--others")  # of a folder outside git there is no list
+    files = {root / name for name in [*listed.text.split("\0"), LOCK] if _names_data(name)}
     texts = [file.read_bytes() for file in files if file.is_file()]
     blobs: set[str] = set()
     for commit in commits:

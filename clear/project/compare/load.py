@@ -132,6 +132,7 @@ def merge_base(workspace: Path, base: str, head: str) -> str:
 
 
 def is_shallow(workspace: Path) -> bool:
+    """Whether a clone lacks older commits."""
     return _run(workspace, ["rev-parse", "--is-shallow-repository"]).data.strip() == b"true"
 
 
@@ -169,13 +170,14 @@ def _read_revision(workspace: Path, name: str, commit: str, origin: str) -> Side
     # A record of this machine is this revision's if the stage was locked alike: same command, inputs and outputs.
     own = {stage for stage, entry in side.lock.items() if here.get(stage) == entry}
     records = _json_files(paths.home() / "runs" / side.profile) if side.profile else {}
-    current = {stage: record for stage, record in records.items() if _stage_name(stage) in own}
+    current = {stage: record for stage, record in records.items() if stage_name(stage) in own}
     bench = workspace / "data" / "bench"
     same = side.hash_of(BENCH[1]) and outputs(here).get(BENCH[1]) == side.hash_of(BENCH[1])
     return _with(side, current, bench if same else None)
 
 
-def _stage_name(record: str) -> str:
+def stage_name(record: str) -> str:
+    """The stage in dvc.lock of a run record's name."""
     return record.replace("evaluate_", "evaluate@", 1)
 
 
