@@ -5,11 +5,15 @@ import sys
 
 import numpy as np
 import pytest
+from markdown_it import MarkdownIt
 from scipy.stats import wasserstein_distance
 
 from clear.data.images import encode_image
 from clear.drift import power, resemblance
 from clear.drift.measures import METRICS, SMALLEST, describe, measure
+from clear.drift.night import Night
+from clear.drift.page import markdown
+from clear.drift.proposal import Proposal
 from clear.drift.statistics import PERMUTATIONS, decide, p_value
 from tests.conftest import ROOT
 from tests.helpers.drifting import picture
@@ -188,3 +192,11 @@ def test_what_is_no_picture_has_a_problem_and_no_metrics():
     assert bad.values == () and "5 bytes are not a complete image" in bad.problem and "a.txt" not in bad.problem
     small = measure(("b", encode_image(picture(1, SMALLEST)[: SMALLEST - 1]), 64))
     assert small.problem.startswith(f"{SMALLEST}x{SMALLEST - 1} px")
+
+
+def test_the_name_of_a_place_does_not_end_the_block_of_commands():
+    command = "clear watch 'a\n```\n# b'"
+    proposal = Proposal("incoming", "no preset stands for them", (command,))
+    night = Night("2026-01-01", "a", "training", "Drifted", "changed", 1, 1, 1, 1, proposal=proposal)
+    (block,) = [token for token in MarkdownIt().parse(markdown(night)) if token.type in ("fence", "heading_open")]
+    assert block.content == f"{command}\n"

@@ -22,8 +22,7 @@ from clear.project.scratch import refresh, run
 from clear.schema import Gate
 from tests.conftest import ROOT, git
 from tests.helpers.processes import run_dvc
-
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+from tests.helpers.stages import STAGES, entry_of, made_by
 
 # Code that cannot change a result: it reports errors, finds folders, times runs, checks what is tracked as params.
 NEUTRAL = {"clear/errors.py", "clear/data/workspace.py", "clear/config.py", "clear/schema.py"}
@@ -36,10 +35,6 @@ SHOWING = {"clear/training/trackers.py", "clear/training/panel.py"}
 def _folder_of_figures(stage: str) -> str:
     """`report` reads the whole folder of the others' figures and so keeps its own apart."""
     return "data/results" if stage == "report" else "data/metrics"
-
-
-def _definition(stage):
-    return STAGES[stage].get("do", STAGES[stage])
 
 
 @cache  # the stages share most of their files
@@ -80,7 +75,7 @@ def _covers(dep: str, file: str) -> bool:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_depends_on_exactly_the_code_it_imports(stage):
-    deps = [dep for dep in _definition(stage)["deps"] if dep.startswith("clear/")]
+    deps = [dep for dep in entry_of(stage)["deps"] if dep.startswith("clear/")]
     code = _code_of(stage)
     undeclared = sorted(file for file in code if not any(_covers(dep, file) for dep in deps))
     written = {file.relative_to(ROOT).as_posix() for file in (ROOT / "clear").rglob("*.py") if file.stat().st_size}
@@ -135,7 +130,7 @@ def test_nothing_trains_on_data_that_failed_validation():
         for out in (one for kind in ("outs", "metrics", "plots") for one in definition.get(kind, [])):
             outputs[out if isinstance(out, str) else next(iter(out))] = name
     for name in STAGES:
-        deps = _definition(name)["deps"]
+        deps = entry_of(name)["deps"]
         upstream[name] = {stage for out, stage in outputs.items() if any(_covers(dep, out) for dep in deps)} - {name}
     for name in ("traces", "sft", "sft_direct", "bridge", "grpo", "evaluate", "report"):
         behind, todo = set(), [name]
@@ -184,7 +179,7 @@ def test_no_stage_before_evaluation_reads_the_benchmark():
     reading = {
         name
         for name in STAGES
-        if any(dep.startswith(("data/bench", "data/samples/bench")) for dep in _definition(name)["deps"])
+        if any(dep.startswith(("data/bench", "data/samples/bench")) for dep in entry_of(name)["deps"])
     }
     assert reading == set(MAY_OPEN_BENCH) - {"source"}
     code = set().union(*(_code_of(name) for name in STAGES if name not in MAY_OPEN_BENCH))
@@ -299,31 +294,25 @@ for name in sys.argv[1:]:
 """
 
 
-def _made_by(stage) -> dict[str, dict]:
-    """Path → flags of every output of a stage."""
-    entries = [one for kind in ("outs", "metrics", "plots") for one in _definition(stage).get(kind, [])]
-    return dict((one, {}) if isinstance(one, str) else next(iter(one.items())) for one in entries)
-
-
 @pytest.mark.parametrize("stage", TRAINING)
 def test_dvc_keeps_a_training_in_its_run_cache(stage):
     """It does so only if every output without a cache of DVC's own is a metric or a plot."""
-    plain = [one for one in _definition(stage)["outs"] if isinstance(one, dict)]
+    plain = [one for one in entry_of(stage)["outs"] if isinstance(one, dict)]
     assert not [one for one in plain if next(iter(one.values())).get("cache") is False]
-    assert f"data/metrics/{stage}.json" in _made_by(stage) and f"data/plots/{stage}.csv" in _made_by(stage)
+    assert f"data/metrics/{stage}.json" in made_by(stage) and f"data/plots/{stage}.csv" in made_by(stage)
 
 
 def test_a_training_that_was_done_before_is_restored_and_not_repeated(project):
     """The outputs of a stage as dvc.yaml declares them, with a command that takes no time."""
-    definition = {key: _definition("base")[key] for key in ("outs", "plots")}
-    command = f"python code/train.py {' '.join(_made_by('base'))}"
+    definition = {key: entry_of("base")[key] for key in ("outs", "plots")}
+    command = f"python code/train.py {' '.join(made_by('base'))}"
     stage = definition | {"cmd": command, "deps": ["code/train.py", "code/source.txt"]}
     (project / "dvc.yaml").write_text(yaml.safe_dump({"stages": {"base": stage}}))
     (project / "code/train.py").write_text(FAKE_STAGE)
     (project / "dvc.lock").unlink()
     (project / ".gitignore").write_text("/data/models/\n/ran\n")
     run_dvc(project, "repro", "-q")
-    lock, files = (project / "dvc.lock").read_bytes(), [project / name for name in _made_by("base")]
+    lock, files = (project / "dvc.lock").read_bytes(), [project / name for name in made_by("base")]
     made = [file.read_bytes() for file in files if file.is_file()]
     (project / "code/source.txt").write_text("another input")
     run_dvc(project, "repro", "-q")

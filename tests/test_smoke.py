@@ -7,13 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import yaml
-
 from clear.bench.models import MODELS
-from tests.conftest import ROOT, git
+from tests.conftest import git
 from tests.helpers.secrets import leaks, origin, planted
-
-STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+from tests.helpers.stages import STAGES
 
 
 def _figures(stage: str) -> str:

@@ -14,7 +14,7 @@ from clear.drift.measures import METRICS
 from clear.drift.night import HISTORY, Night, standing_out
 from clear.drift.power import needed
 from clear.drift.reference import Reference, kind_of
-from clear.report.markdown import as_text
+from clear.report.markdown import as_text, fenced
 from clear.report.plots import figure_file, pictures
 from clear.report.render import Figure, Folded, Quote, Section, page
 from clear.report.tables import Table
@@ -72,7 +72,8 @@ def markdown(night: Night) -> str:
     if night.restored:
         parts.append(_restored(night))
     if night.proposal:
-        parts.append(f"{as_text(night.proposal.because)}:\n\n```sh\n" + "\n".join(night.proposal.commands) + "\n```")
+        commands = "\n".join(night.proposal.commands)
+        parts.append(f"{as_text(night.proposal.because)}:\n\n{fenced(commands)}")
     return "\n\n".join(parts)
 
 

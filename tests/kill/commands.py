@@ -7,10 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
-from tests.conftest import ROOT
 from tests.helpers.incoming_sets import put
+from tests.helpers.stages import STAGES, entry_of, made_by
 from tests.helpers.tables import b64, mmbench, picture, write_tsv
 
 OVERRIDES = [
@@ -43,14 +41,14 @@ class Command:
 
 def stages() -> dict[str, Command]:
     """The stages of dvc.yaml in its order, `evaluate` for one model."""
-    found = {}
-    for name, stage in yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"].items():
-        text = yaml.safe_dump(stage.get("do", stage)).replace("${key}", "grpo").replace("${item}", "grpo")
-        entry = yaml.safe_load(text)
-        outs = [out for kind in ("outs", "metrics", "plots") for out in entry.get(kind, [])]
-        makes = tuple(out if isinstance(out, str) else next(iter(out)) for out in outs)
-        found[name] = Command(tuple(entry["cmd"].split()[3:]), makes)
-    return found
+
+    def of_grpo(text: str) -> str:
+        return text.replace("${key}", "grpo")
+
+    return {
+        name: Command(tuple(of_grpo(entry_of(name)["cmd"]).split()[3:]), tuple(map(of_grpo, made_by(name))))
+        for name in STAGES
+    }
 
 
 def _tables(folder: Path) -> None:
