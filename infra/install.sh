@@ -34,11 +34,12 @@ fi
 log=$folder/install.log
 : >"$log"
 pip=("$folder/bin/python" -m pip install --quiet --disable-pip-version-check)
-uv=("$folder/bin/uv" pip install --python "$folder/bin/python")
+# Compiled here once: where Python may not write bytecode (containers, CI), each command would do it for all it imports.
+uv=("$folder/bin/uv" pip install --compile-bytecode --python "$folder/bin/python")
 checked=(--require-hashes --no-deps -r)
 what_to_do="no network, no such version, or a file with another hash? Details: $log. Then repeat 'make venv'; it continues where it stopped."
 
-echo "Installing into $folder (about 2 GB; 1 to 5 minutes) …"
+echo "Installing into $folder (about 3 GB; 1 to 5 minutes) …"
 awk '/^uv==/, !/\\$/' "$hashes" >"$folder/uv.txt" # its lines alone: it installs the others
 if ! { "${pip[@]}" "${checked[@]}" "$folder/uv.txt" && "${uv[@]}" "${checked[@]}" "$hashes"; } >>"$log" 2>&1; then
     echo "uv could not install the locked packages; trying pip …"

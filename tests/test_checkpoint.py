@@ -151,9 +151,10 @@ import os, sys
 import torch
 from clear.model.bagel import Bagel
 from clear.model.checkpoint import load_bagel, read_config
+from clear.model.runtime import without_weights
 
-with torch.device("meta"):
-    Bagel(read_config(sys.argv[1]))  # torch imports the machinery of the meta device on its first use
+with without_weights():
+    Bagel(read_config(sys.argv[1]))  # what is imported on the way is no weight
 
 def peak():
     return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
@@ -191,6 +192,23 @@ def test_loading_holds_the_weights_once(tmp_path):
     assert found["stored"][0] - base < 0.1 * size  # nothing is read before it is used
     assert 0.9 * size < found["stored"][1] - base <= 1.1 * size
     assert 1.9 * size < found["float32"][1] - base <= 2.2 * size  # the converted weights once, not the stored ones too
+
+
+LOADS = """
+import sys
+from clear.model.checkpoint import load_bagel
+model, _, _ = load_bagel(sys.argv[1])
+assert not [name for name, value in model.state_dict().items() if value.is_meta]
+print(*sorted({name.partition(".")[0] for name in sys.modules} & {"pandas", "sympy"}))
+"""
+
+
+def test_loading_does_not_bring_in_torchs_compiler(folder):
+    """Two to three seconds of every command, and nothing of it is used."""
+    done = subprocess.run(
+        [sys.executable, "-c", LOADS, str(folder)], capture_output=True, text=True, check=True, cwd=GOLDEN.parent.parent
+    )
+    assert done.stdout.strip() == ""
 
 
 def test_the_stored_type_is_mapped_from_the_file(folder):

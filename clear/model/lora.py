@@ -51,6 +51,7 @@ from clear.model.checkpoint import (
     save_bagel,
     write_folder,
 )
+from clear.model.runtime import without_weights
 from clear.schema import Lora
 
 ADAPTER, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
@@ -279,7 +280,7 @@ def load_model(
     bridged = _read(folder / BASE).get("bridge", "direct")
     model.config = replace(model.config, bridge=bridged)
     if bridged == "mlp":
-        with torch.device("meta"):
+        with without_weights():
             bridge = LatentBridge(model.config.latent_channels, model.config.llm.hidden)
         load_weights(bridge, folder / BRIDGE, torch.float32, device)
         model.bridge = bridge

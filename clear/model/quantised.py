@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from clear.errors import ClearError
 from clear.model.mot import Mlp
+from clear.model.runtime import without_weights
 from clear.schema import QUANTISED
 
 KINDS = QUANTISED
@@ -266,7 +267,7 @@ def quantise(model: nn.Module, kind: str) -> None:
 def plain(layer: nn.Linear, dtype: torch.dtype) -> nn.Linear:
     """An ordinary linear layer with the weight and bias that `layer` computes with, in `dtype`."""
     weight = layer.decoded(dtype) if isinstance(layer, QuantisedLinear) else layer.weight.to(dtype)
-    with torch.device("meta"):
+    with without_weights():
         new = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     new.weight = nn.Parameter(weight, requires_grad=False)
     if layer.bias is not None:

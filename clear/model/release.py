@@ -24,6 +24,7 @@ from clear.model.checkpoint import INDEX, MODEL, VAE, named_file, read_config, r
 from clear.model.checkpoint.config import config_files, read_json
 from clear.model.checkpoint.format import refuse
 from clear.model.lora import base_of, is_adapter, load_model, merge_adapter, quantisation_of
+from clear.model.runtime import without_weights
 from clear.model.tokenizer import MARKERS, MERGES, SETTINGS, TOKENIZER, VOCABULARY
 from clear.model.vae import VaeConfig
 
@@ -139,7 +140,7 @@ def _index(config: BagelConfig) -> dict:
     """The tensors of the two files; programs that load every safetensors file of a folder load what an index names."""
     from clear.model.vae import AutoEncoder
 
-    with torch.device("meta"):
+    with without_weights():
         vae = AutoEncoder(config.vae).state_dict()
     return {"metadata": {}, "weight_map": dict.fromkeys(expected(config), MODEL) | dict.fromkeys(vae, VAE)}
 

@@ -14,13 +14,12 @@ import functools
 import math
 from dataclasses import dataclass
 
-import torch
-
 from clear.model.bagel import FROZEN, Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
 from clear.model.cache import grown
 from clear.model.mot import LlmConfig
 from clear.model.quantised import size
+from clear.model.runtime import without_weights
 from clear.model.vae import AutoEncoder
 from clear.schema import Lora
 
@@ -99,7 +98,7 @@ class Counts:
 @functools.cache
 def _parameters(model: BagelConfig) -> tuple[dict[str, tuple[int, ...]], int]:
     """Names and shapes of all parameters, from the model on the meta device, and the autoencoder's number."""
-    with torch.device("meta"):
+    with without_weights():
         module, vae = Bagel(model), AutoEncoder(model.vae)
     found = {name: tuple(value.shape) for name, value in module.named_parameters()}
     return found, sum(value.numel() for value in vae.parameters())

@@ -28,6 +28,7 @@ from clear.model.checkpoint.format import (
     read_header,
     refuse,
 )
+from clear.model.runtime import without_weights
 from clear.model.vae import AutoEncoder
 
 
@@ -59,7 +60,7 @@ def load_bagel(
     config = read_config(path, tokenizer, base)
     _check_kind(folder, config.quantised, kind)
     quantised.require(kind, device)
-    with torch.device("meta"):
+    with without_weights():
         model, vae = Bagel(config), AutoEncoder(config.vae)
     bridge = getattr(model, "bridge", None)
     if bridge is not None:
