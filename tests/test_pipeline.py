@@ -257,6 +257,14 @@ def test_a_scratch_run_that_cannot_start_or_fails_is_refused(project, tmp_path):
         refresh(tmp_path, tmp_path / "copy")
 
 
+def test_copies_in_a_home_that_git_does_not_ignore_do_not_copy_themselves(project, monkeypatch):
+    monkeypatch.setenv("CLEAR_HOME", str(project / "home"))
+    for _ in range(2):
+        refresh(project, project / "home/scratch/smoke")
+    assert (project / "home/scratch/smoke/dvc.yaml").exists()
+    assert not (project / "home/scratch/smoke/home").exists()
+
+
 @pytest.mark.parametrize("begun", ["at a terminal", "in the background"])
 def test_an_interrupted_scratch_run_ends_its_stage_too(project, begun):
     """In the background of a script SIGINT is ignored, by whatever is started there, too."""

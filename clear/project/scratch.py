@@ -147,14 +147,17 @@ def _take_over(workspace: Path, folder: Path, environment: dict[str, str]) -> No
 
 
 def _listed(workspace: Path) -> list[str]:
-    """The files git tracks or would track, as they are in the folder now."""
+    """The files git tracks or would track, as they are in the folder now; those of `$CLEAR_HOME` are no part of it."""
     if not (workspace / ".dvc" / "config").exists():
         raise ClearError(f"{workspace}: no DVC project here; run this from the project's folder.")
     listed = git(workspace, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed.status:
         raise ClearError(f"{workspace}: {listed.said}; run this in a git clone of the project.")
     names = dict.fromkeys(filter(None, listed.text.split("\0")))  # a file in a merge conflict is listed thrice
-    return [name for name in names if (workspace / name).is_file()]
+    # A home inside the workspace that git does not ignore holds the copies themselves.
+    inside = workspace.resolve() in home().resolve().parents
+    own = f"{home().resolve().relative_to(workspace.resolve()).as_posix()}/" if inside else "/"
+    return [name for name in names if (workspace / name).is_file() and not name.startswith(own)]
 
 
 def _cache(workspace: Path) -> str:
