@@ -30,7 +30,8 @@ def retrain(
     """Train on new data and propose the result; without new data it ends at once. Returns what became of it; the name
     of the run's last state says it in a word: NothingNew, WaitsForReview, Quarantined or Proposed.
 
-    `incoming` is a folder of the workspace or s3://bucket/prefix; `target` is the branch of the pull request.
+    `incoming` is a folder of the workspace or s3://bucket/prefix; `target` is the branch of the pull request (default:
+    the one checked out). `revision` is what to start from, "" the newest commit of that branch at `origin`.
     """
     source = Path(workspace).resolve()
     home = source / ".clear" / "scratch" / "retrain"
@@ -42,7 +43,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flows.retrain", description="Retrain on new degradation data.")
     parser.add_argument("workspace", nargs="?", default=".", help="the project's folder")
     parser.add_argument("--incoming", default=FOLDER, help=f"folder or s3://bucket/prefix (default: {FOLDER})")
-    parser.add_argument("--revision", default="HEAD", help="what to start from (default: HEAD)")
+    parser.add_argument(
+        "--revision", default="HEAD", help="what to start from (default: HEAD; '': the newest commit at origin)"
+    )
     parser.add_argument("--target", help="branch of the pull request (default: the one checked out)")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another retraining runs")
     given = parser.parse_args(arguments)

@@ -2,7 +2,8 @@
 
 The work is `clear watch`, run in the workspace under the supervisor that ends it with the flow; the page and the
 history stay in that folder's data/watch. Prefect gets numbers alone: an artifact without pictures and names of files,
-the state Drifted, NoDrift or TooFew, and where the pictures have changed an announcement, for the alerts to send.
+the state Drifted, NoDrift or TooFew, and where the pictures have changed an announcement, for the alerts to send. A
+change that lasts is announced on its first night; the state says it every night.
 """
 
 import argparse
@@ -59,7 +60,9 @@ def watch(
         raise ClearError(said)
     night = json.loads((folder / page).with_name("night.json").read_text())
     create_markdown_artifact((folder / page).with_name("night.md").read_text(), "watch", f"{place}: {night['verdict']}")
-    if night["verdict"] == DRIFTED:
+    if night["verdict"] == DRIFTED and night["begun"] not in ("", night["night"]):
+        logger.info("announced on %s, when these pictures began to be like this.", night["begun"])
+    elif night["verdict"] == DRIFTED:
         because = (night["proposal"] or {}).get("because", "")
         announce("drift", f"the pictures of {night['night']} have changed", f"{night['message']}; {because}", page)
     logger.info("%s: %s. Report: %s", night["verdict"], night["message"], page)

@@ -11,10 +11,11 @@ from scipy.stats import wasserstein_distance
 from clear.data.images import encode_image
 from clear.drift import power, resemblance
 from clear.drift.measures import METRICS, SMALLEST, describe, measure
-from clear.drift.night import Night
+from clear.drift.night import Night, begun, with_night
 from clear.drift.page import markdown
 from clear.drift.proposal import Proposal
-from clear.drift.statistics import PERMUTATIONS, decide, p_value
+from clear.drift.resemblance import Share
+from clear.drift.statistics import PERMUTATIONS, Decision, decide, p_value
 from tests.conftest import ROOT
 from tests.helpers.drifting import picture
 
@@ -200,3 +201,27 @@ def test_the_name_of_a_place_does_not_end_the_block_of_commands():
     night = Night("2026-01-01", "a", "training", "Drifted", "changed", 1, 1, 1, 1, proposal=proposal)
     (block,) = [token for token in MarkdownIt().parse(markdown(night)) if token.type in ("fence", "heading_open")]
     assert block.content == f"{command}\n"
+
+
+def test_a_change_lasts_until_a_night_without_it_or_with_another_one():
+    def night(day, verdict, damage="+fog", reference="training"):
+        share = Share(damage, "mid", 0.3, 0.2, 0.4, 0.0, 9)
+        decision = Decision(verdict == "Drifted", 0.001, 0.01, 9, 9, ()) if verdict != "TooFew" else None
+        return Night(f"2026-01-0{day}", "a", reference, verdict, "", 9, 9, 9, 9, decision=decision, damage=(share,))
+
+    rows = []
+    firsts = []
+    for one in (
+        night(1, "Drifted"),
+        night(2, "Drifted"),
+        night(3, "TooFew"),
+        night(4, "Drifted"),
+        night(5, "NoDrift"),
+        night(6, "Drifted"),
+        night(7, "Drifted", damage="+blur"),
+        night(8, "Drifted", damage="+blur", reference="@prod"),
+    ):
+        rows = with_night(rows, one)
+        firsts.append(begun(rows, one).removeprefix("2026-01-0"))
+    assert firsts == ["1", "1", "", "1", "", "6", "7", "8"]
+    assert begun(rows, night(2, "Drifted")) == "2026-01-01", "a night that is judged again looks back alone"

@@ -168,6 +168,35 @@ def test_commands_that_ignore_sigterm_are_gone_with_the_flow_and_the_next_one_wa
         assert not (tmp_path / "outlived").exists(), "they were ended, and did not end by themselves"
 
 
+SLOW_TO_LEAVE = """
+import pathlib, signal, time
+def leave(number, frame):
+    time.sleep(1)
+    pathlib.Path("saved").touch()
+    raise SystemExit
+signal.signal(signal.SIGTERM, leave)
+print("up", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize(("seconds", "saved"), [("0.1", False), ("30", True)])
+def test_a_command_has_the_seconds_to_leave_that_it_is_given(tmp_path, monkeypatch, seconds, saved):
+    monkeypatch.setenv("CLEAR_GRACE_SECONDS", seconds)
+    command = [sys.executable, "-c", SLOW_TO_LEAVE]
+    process = children.start(command, tmp_path, dict(os.environ), stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"up\n"
+    children.stop(process)
+    assert (tmp_path / "saved").exists() is saved
+
+
+@pytest.mark.parametrize("seconds", ["soon", "-1", "nan", "1e9"])
+def test_seconds_to_leave_that_are_none_are_named(tmp_path, monkeypatch, seconds):
+    monkeypatch.setenv("CLEAR_GRACE_SECONDS", seconds)
+    with pytest.raises(ClearError, match=f"CLEAR_GRACE_SECONDS={seconds} is not a number from 0 to 86400"):
+        children.start(["true"], tmp_path, dict(os.environ))
+
+
 def test_a_command_leaves_nothing_behind_when_it_ends_by_itself(tmp_path):
     code = "import subprocess; print(subprocess.Popen(['sleep', '60']).pid, flush=True)"
     status, lines = children.run([sys.executable, "-c", code], tmp_path, dict(os.environ), lambda line: None)

@@ -21,6 +21,7 @@ from clear.project.retrain import intake
 from clear.project.retrain import request as pull_request
 from clear.project.retrain.reproduce import reproduce
 from clear.project.scratch import write_params
+from clear.sources.incoming import sets
 from tests.conftest import ROOT, git
 from tests.helpers.forge import Forge
 from tests.helpers.incoming_sets import put
@@ -102,6 +103,24 @@ def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(tra
     assert not (trained / ".clear/scratch").exists()
     with pytest.raises(ClearError, match="s3://bucket: name a prefix too"):
         look(trained, incoming="s3://bucket")
+
+
+def test_a_workspace_that_is_behind_starts_from_the_newest_commit_at_origin(trained):
+    """A colleague has trained on the set and the branch was merged: nothing is left to do."""
+    run_dvc(trained, "remote", "default", "--local", "--unset", "-q")
+    git(trained.parent, "clone", "-q", str(trained.parent / "origin.git"), "colleague")
+    colleague = trained.parent / "colleague"
+    file = colleague / "data/metrics/degrade.json"
+    (new,) = sets(trained / "data/incoming")
+    file.write_text(json.dumps({"incoming": {"sets": {"fog": {"fingerprint": new.fingerprint}}}}))
+    git(colleague, "add", "-f", str(file))
+    git(colleague, "commit", "-q", "-m", "trained on fog")
+    git(colleague, "push", "-q", "origin", "main")
+    with pytest.raises(ClearError, match="fog: new"):
+        look(trained)
+    outcome, _ = look(trained, revision="")
+    head = git(colleague, "rev-parse", "HEAD")[:10]
+    assert outcome.message == f"nothing new in data/incoming: 1 sets are in the training of {head}."
 
 
 @pytest.mark.slow

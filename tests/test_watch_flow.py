@@ -21,6 +21,7 @@ NIGHT = {
     "place": "/data/traffic",
     "verdict": "Drifted",
     "message": "300 pictures have changed",
+    "begun": "2026-01-01",
     "decision": {"p": 0.001},
     "damage": [{"kind": "+fog", "level": "mid"}],
     "proposal": {"because": "it looks like fog", "commands": ["clear scratch tiny"]},
@@ -66,6 +67,11 @@ def test_a_night_that_drifted_is_a_state_an_artifact_and_one_event(told):
     (command,) = heard["commands"]
     assert command[3] == "watch" and {"--reference=@prod", "--since=24.0"} <= set(command)
     assert command[-2:] == ["--", "/data/traffic"], "no place is taken for an option"
+
+
+def test_a_change_that_lasts_is_announced_once_and_a_state_every_night(told):
+    state, heard = told(1, NIGHT | {"begun": "2025-12-24"}, [], place="/data/traffic")
+    assert state.name == "Drifted" and heard["events"] == [] and len(heard["artifacts"]) == 1
 
 
 @pytest.mark.parametrize(("verdict", "status"), [("NoDrift", 0), ("TooFew", 2)])

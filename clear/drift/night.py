@@ -49,7 +49,8 @@ class Night:
     counts pictures with the pixels of another one, `larger` and `smaller` those of another size than in training.
 
     `strange` is the share of pictures unlike any that is known, of which a share `strange_expected` is expected by
-    definition; `strangest` names the pictures to look at first.
+    definition; `strangest` names the pictures to look at first. `begun` is the first of the nights that have changed
+    in this way without a night of no change between them, or "".
     """
 
     night: str
@@ -73,6 +74,7 @@ class Night:
     strangest: tuple[str, ...] = ()
     restored: Restored | None = None
     proposal: Proposal | None = None
+    begun: str = ""
 
     def as_json(self) -> dict[str, Any]:
         """What night.json has."""
@@ -279,3 +281,17 @@ def with_night(rows: Iterable[dict[str, str]], night: Night) -> list[dict[str, s
     """The history with this night in it, in order; a night that is judged again takes the place of its former row."""
     kept = {row["night"]: row for row in rows} | {night.night: history_row(night)}
     return [kept[name] for name in sorted(kept)]
+
+
+def begun(rows: Sequence[dict[str, str]], night: Night) -> str:
+    """The first night of a change that lasts until `night`, by a history with it; "" where it has not changed.
+
+    Another reference or another damage is another change. A night with too few pictures neither begins nor ends one.
+    """
+    first = ""
+    mine = history_row(night)
+    for row in reversed([row for row in rows if row["night"] <= night.night and row["verdict"] != TOO_FEW]):
+        if any(row[name] != mine[name] for name in ("verdict", "reference", "most_like")) or row["verdict"] != DRIFTED:
+            break
+        first = row["night"]
+    return first

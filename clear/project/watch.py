@@ -101,6 +101,7 @@ def watch(root: Path, place: str, wishes: Wishes, say: Callable[[str], Any] = pr
         night = replace(night, proposal=proposal)
     night = replace(night, restored=restored or None)
     rows = nights.with_night(former, night)
+    night = replace(night, begun=nights.begun(rows, night))
     thumbnails = list(_thumbnails(there, night.strangest)) if wishes.pictures else []
     shown_page = page.write(
         folder / name, night, values, reference.baseline(wishes.damaged), reference, rows, figures, thumbnails

@@ -10,10 +10,9 @@ run continues from what DVC and the stages' checkpoints have recorded.
 import shutil
 from pathlib import Path
 
-from clear.errors import ClearError
 from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
-from clear.project.retrain.run import Outcome, Tools, bring_raw, commit_all, fetch_branches, git
+from clear.project.retrain.run import Outcome, Tools, bring_raw, commit_all, git, newest
 from clear.project.scratch import clone
 
 BRANCHES = "reproduce"
@@ -50,19 +49,6 @@ def reproduce(workspace: Path, tools: Tools, target: str = "") -> Outcome:
     outcome = finish(workspace, branch, commit, into, tools)
     shutil.rmtree(copy)
     return outcome
-
-
-def newest(workspace: Path, branch: str) -> str:
-    """The commit of a branch at `origin` as of now, or of the workspace's own where there is no `origin`."""
-    if fetch_branches(workspace, branch):
-        fetch_branches(workspace, f"{BRANCHES}/*")
-        ref = f"refs/remotes/origin/{branch}"
-    else:
-        ref = f"refs/heads/{branch}"
-    done = ask_git(workspace, "rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}")
-    if done.status:
-        raise ClearError(f"{workspace}: there is no branch {branch}; name one as `target`.")
-    return done.text.strip()
 
 
 def _is_of(copy: Path, commit: str, branch: str) -> bool:

@@ -70,11 +70,16 @@ def retrain(
     """Look for new sets and do all their steps; running it again on the same sets does nothing.
 
     `incoming` is a folder of the workspace or `s3://bucket/prefix`, `target` the branch that a pull request is for
-    (default: the one checked out). The caller makes sure that no other retraining of this workspace runs. Raises
-    ClearError if there are new sets but no default DVC remote or no model to compare with, or if a command fails.
+    (default: the one checked out). `revision` is what to start from, "" the newest commit of that branch at `origin`:
+    a clone that nobody updates still trains the code of today. The caller makes sure that no other retraining of this
+    workspace runs. Raises ClearError if there are new sets but no default DVC remote or no model to compare with, or if
+    a command fails.
     """
     home = workspace / ".clear" / "scratch" / "retrain"
-    commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+    if revision:
+        commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+    else:
+        commit = newest(workspace, target or git(workspace, "branch", "--show-current"))
     source = intake.Source.of(workspace, incoming, home / "incoming")
     folder = source.fetch(tools.dvc, tools.say)
     trained = known(workspace, commit)
@@ -196,6 +201,19 @@ def fetch_branches(workspace: Path, names: str = f"{BRANCHES}/*") -> bool:
         return False
     git(workspace, "fetch", "--quiet", "origin", f"+refs/heads/{names}:refs/remotes/origin/{names}")
     return True
+
+
+def newest(workspace: Path, branch: str) -> str:
+    """The commit of a branch at `origin` as of now, or of the workspace's own where there is no `origin`."""
+    if fetch_branches(workspace, branch):
+        fetch_branches(workspace, f"{BRANCHES}/*")
+        ref = f"refs/remotes/origin/{branch}"
+    else:
+        ref = f"refs/heads/{branch}"
+    done = ask_git(workspace, "rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}")
+    if done.status:
+        raise ClearError(f"{workspace}: there is no branch {branch}; name one as `target`.")
+    return done.text.strip()
 
 
 def branches(workspace: Path, commit: str) -> dict[str, set[tuple[str, str]]]:
