@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
-from clear.model import flow
+from clear.model import flow, mot
 from clear.model.bagel import Contents
+from clear.model.cache import CacheView, KVCache
 from clear.model.flow import Guidance
 from clear.model.sequence import LATENT, VIT, Image, Text, layout
 from clear.reasoning import engine
@@ -68,6 +69,39 @@ def test_a_guided_batch_equals_one_by_one_and_differs_from_the_plain_one():
         x0 = together.restorations[0].x0
         torch.testing.assert_close(x0, alone.restorations[0].x0, atol=1e-4, rtol=0)
         assert (x0 - plain[i].restorations[0].x0).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_view_reads_what_copies_would_hold_and_keeps_none():
+    """Contexts of one conversation, side by side: fewer entries of the same rows, a row twice, another cache."""
+    model, tokenizer = tiny_model()
+    rows = engine.prefill(model, tiny_prompts(tokenizer, 3))
+    other = engine.prefill(model, tiny_prompts(tokenizer, 2))
+    engine.text_reply(model, rows, [12, 13, 14])
+    index, fewer = torch.tensor([2, 0, 2]), rows.cache.lengths - 5
+    shorter = rows.cache.select(torch.arange(3))
+    shorter.lengths = fewer
+    copies = KVCache.concatenate([rows.cache.select(index), shorter, other.cache])
+    view = CacheView.beside_each_other(
+        [CacheView(rows.cache, index), CacheView(rows.cache, lengths=fewer), other.cache]
+    )
+    assert torch.equal(view.lengths, copies.lengths) and torch.equal(view.visible(), copies.visible())
+    x, rope = torch.randn(8, 9, 4), torch.cat([rows.rope[index], rows.rope - 5, other.rope])
+    before = [store.clone() for store in rows.cache.keys]
+    found = velocities(model, Context(view, rope), (3, 3), x, 0.5)
+    assert torch.equal(found, velocities(model, Context(copies, rope), (3, 3), x, 0.5))
+    assert all(torch.equal(a, b) for a, b in zip(rows.cache.keys, before, strict=True)), "it is read and not written"
+
+
+@torch.no_grad()
+def test_an_images_tokens_need_one_line_of_bias(monkeypatch):
+    """Of a restoration at 1024 px behind 20,000 tokens, (B, L, S) in float32 would be 400 MB a row."""
+    model, tokenizer = tiny_model()
+    rows = engine.prefill(model, tiny_prompts(tokenizer, 2))
+    shapes, plain = [], mot.as_bias
+    monkeypatch.setattr(mot, "as_bias", lambda allowed: shapes.append(allowed.shape) or plain(allowed))
+    velocities(model, Context(rows.cache, rows.rope), (3, 3), torch.randn(2, 9, 4), 0.5)
+    assert [shape[1] for shape in shapes] == [1]
 
 
 @pytest.mark.parametrize("restorations", [0, 1])

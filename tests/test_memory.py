@@ -382,5 +382,5 @@ def test_more_memory_is_asked_for_where_more_is_used():
     assert of("runtime.device=cuda", "sampling.batch=2", profile="bagel_7b", stage="bridge", gpus=8).peak < memory.LIMIT
     assert of("sampling.batch=2", stage="evaluate").kv_cache * 2 == of(stage="evaluate").kv_cache
     plain = of("sampling.text_guidance=1.0", "sampling.image_guidance=1.0", stage="evaluate").kv_cache
-    assert of("sampling.image_guidance=1.0", stage="evaluate").kv_cache == 4 * plain
-    assert 5 * plain < of(stage="evaluate").kv_cache < 6 * plain, "and the context of the texts alone"
+    assert of("sampling.image_guidance=1.0", stage="evaluate").kv_cache == plain, "fewer of the same entries"
+    assert plain < of(stage="evaluate").kv_cache < 1.5 * plain, "and the context of the texts alone"

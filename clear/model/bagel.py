@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from clear.model import flex, quantised
 from clear.model.bridge import LatentBridge
-from clear.model.cache import KVCache
+from clear.model.cache import CacheView, KVCache
 from clear.model.mot import Hidden, LanguageModel, LlmConfig
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Layout, SpecialTokens
 from clear.model.vae import VaeConfig
@@ -202,7 +202,7 @@ class Bagel(nn.Module):
         self,
         layout: Layout,
         contents: Contents,
-        cache: KVCache | None = None,
+        cache: KVCache | CacheView | None = None,
         write: bool = False,
         collect: Sequence[int] = (),
     ) -> Hidden:

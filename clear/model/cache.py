@@ -70,8 +70,7 @@ class KVCache:
 
     def visible(self) -> Tensor:
         """(B, longest row) bool: which entries are real."""
-        longest = int(self.lengths.max())
-        return torch.arange(longest, device=self.lengths.device)[None] < self.lengths[:, None]
+        return _visible(self.lengths)
 
     def select(self, rows: Tensor) -> "KVCache":
         """A new cache with these rows (repeats allowed: a shared prompt is expanded to its group this way)."""
@@ -108,3 +107,52 @@ class KVCache:
         new.keys, new.values = [join("keys", i) for i in layers], [join("values", i) for i in layers]
         new.lengths = torch.cat([part.lengths for part in parts])
         return new
+
+
+def _visible(lengths: Tensor) -> Tensor:
+    return torch.arange(int(lengths.max()), device=lengths.device)[None] < lengths[:, None]
+
+
+class CacheView:
+    """Rows of caches to be read and not written, of which no copy is kept.
+
+    A row may occur several times and may show fewer entries than it has. One layer's keys and values of all rows are
+    put side by side when they are read, so that several contexts of a row cost one layer of it each and not a cache.
+    """
+
+    def __init__(self, cache: KVCache, rows: Tensor | None = None, lengths: Tensor | None = None) -> None:
+        """`rows` (R,) of a cache, or all of them; `lengths` (R,) are the entries to be seen, at most those it has."""
+        held = cache.lengths if rows is None else cache.lengths[rows]
+        self.lengths = held if lengths is None else lengths
+        self._parts = [(cache, rows)]
+
+    @classmethod
+    def beside_each_other(cls, caches: "list[KVCache | CacheView]") -> "CacheView":
+        """The rows of all of them, in order."""
+        views = [one if isinstance(one, cls) else cls(one) for one in caches]
+        new = object.__new__(cls)
+        new.lengths = torch.cat([view.lengths for view in views])
+        new._parts = [part for view in views for part in view._parts]
+        return new
+
+    def visible(self) -> Tensor:
+        """(R, longest row) bool: which entries are seen."""
+        return _visible(self.lengths)
+
+    def reserve(self, tokens: int) -> None:
+        """Nothing: what is read side by side has room for what is read with it."""
+
+    def beside(self, layer: int, k: Tensor, v: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """As KVCache.beside: the first `longest` entries of every row, then k, v (R, kv_heads, n, head_dim)."""
+        return self._read("keys", layer, k, longest), self._read("values", layer, v, longest)
+
+    def _read(self, name: str, layer: int, fresh: Tensor, longest: int) -> Tensor:
+        stores = [(getattr(cache, name)[layer], rows) for cache, rows in self._parts]
+        out = stores[0][0].new_zeros(*fresh.shape[:2], longest + fresh.shape[2], fresh.shape[3])
+        begin = 0
+        for store, rows in stores:
+            there = store[:, :, :longest] if rows is None else store[rows, :, :longest]
+            out[begin : begin + len(there), :, : there.shape[2]] = there
+            begin += len(there)
+        out[:, :, longest:] = fresh
+        return out

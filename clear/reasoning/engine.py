@@ -5,8 +5,9 @@ that emit the trigger denoise together, the bridge feeds the latent back, and ro
 engine serves evaluation (greedy, ODE) and GRPO rollouts (sampling, SDE, everything recorded).
 
 Guidance (METHOD §1 "CFG") denoises in up to three contexts at once: the conditional one, one without the reply that
-asked for the restoration, and one without any image. Each has its own cache and rope position; inside the guided
-interval they are one batch, outside it and without guidance only the conditional one runs.
+asked for the restoration, and one without any image. The second reads the entries of the first, fewer of them, and the
+third has its own cache; inside the guided interval they are one batch, outside it and without guidance only the
+conditional one runs.
 
 Sampling is over the tokenizer's ids: a model's vocabulary may be padded beyond them, and padding ids are never sampled.
 
@@ -24,7 +25,7 @@ from torch import Tensor
 from clear.errors import ClearError
 from clear.model import flow
 from clear.model.bagel import Bagel, Contents
-from clear.model.cache import KVCache
+from clear.model.cache import CacheView, KVCache
 from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Text, layout
 from clear.model.tokenizer import decode, encode
 from clear.reasoning import grammar
@@ -265,7 +266,7 @@ def feed_back(model: Bagel, rows: Rows, latents: Tensor, grid, feedback: str = "
 class Context:
     """What a velocity is predicted in: B cached rows and the rope position (B,) at which each continues."""
 
-    cache: KVCache
+    cache: KVCache | CacheView
     rope: Tensor
 
 
@@ -279,9 +280,7 @@ def dropped_contexts(model: Bagel, rows: Rows, prompts: Sequence[Prompt], guidan
         # The cache only ever grows, so the context before the last reply is the same entries, fewer of them counted.
         said = [1 + len(t.replies[-1].ids) for t in rows.trajectories]
         said = torch.tensor(said, device=rows.rope.device)
-        cache = rows.cache.select(torch.arange(rows.cache.rows, device=rows.rope.device))
-        cache.lengths = cache.lengths - said
-        found.append(Context(cache, rows.rope - said))
+        found.append(Context(CacheView(rows.cache, lengths=rows.cache.lengths - said), rows.rope - said))
     if guidance.contexts > 2:
         talks = []
         for prompt, trajectory in zip(prompts, rows.trajectories, strict=True):
@@ -299,7 +298,7 @@ def join_contexts(contexts: Sequence[Context]) -> Context:
     """Several contexts of the same rows as one batch, context after context."""
     if len(contexts) == 1:
         return contexts[0]
-    return Context(KVCache.concatenate([c.cache for c in contexts]), torch.cat([c.rope for c in contexts]))
+    return Context(CacheView.beside_each_other([c.cache for c in contexts]), torch.cat([c.rope for c in contexts]))
 
 
 def velocities(model: Bagel, context: Context, grid: tuple[int, int], x: Tensor, t: float) -> Tensor:
@@ -350,7 +349,7 @@ def denoise(
     if twins is not None and options.sigma > 0 and first:
         kept = list(dict.fromkeys(twins))
         one = torch.tensor([twins.index(twin) for twin in kept], device=x.device)
-        trunk = partial(velocities, model, Context(cache.select(one), rope[one]), grid)
+        trunk = partial(velocities, model, Context(CacheView(cache, one), rope[one]), grid)
         velocity = flow.shared(velocity, trunk, one, [kept.index(twin) for twin in twins], times[first])
     steps = flow.sample(velocity, x, times, flow.stepping(options.sigma, times[first], times[last], generator))
     if not options.sigma > 0:

@@ -242,8 +242,9 @@ def _generation(
     """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
 
     The stage `bridge` only denoises, behind the prompt and the reply that asks for it. Prefill works through one layer
-    at a time; GRPO prefills each prompt once for its group. Guidance, which GRPO has none of, keeps the contexts that
-    it compares with, and while it denoises all of them once more as one batch.
+    at a time; GRPO prefills each prompt once for its group. A step of a restoration has one layer's keys and values of
+    all its contexts side by side, and again for each head. Guidance, which GRPO has none of, compares up to three; only
+    that of the texts alone is kept beside the rows.
     """
     s, prompt = config.sampling, prompt_tokens(config)
     latent, _ = grids(config)
@@ -258,13 +259,14 @@ def _generation(
     train = Training(compute, number, frozen, fused=fused, piece=piece)
     work = layer_activations(model.llm, batch, train) + piece_activations(model.llm, batch, train)
     cache = kv_bytes(model.llm, rows, capacity, number)
-    contexts = Guidance(s.text_guidance, s.image_guidance).contexts
-    if contexts > 1 and stage != "grpo":
-        # The row's own context, the one without its last reply, all of them as one batch; and the one of texts alone.
-        cache *= 2 + contexts
+    contexts = 1 if stage == "grpo" else Guidance(s.text_guidance, s.image_guidance).contexts
+    if contexts > 2:
         texts = prompt - sum(grids(config)) + replies * (longest + 1)
-        cache += kv_bytes(model.llm, rows, texts, number) * (contexts > 2)
-    return cache, work + 7 * prefilled * prompt**2
+        cache += kv_bytes(model.llm, rows, texts, number)
+    llm, seen = model.llm, capacity + latent + 2
+    read = 2 * contexts * rows * seen * llm.head_dim * number * ((contexts > 1) * llm.kv_heads + llm.heads)
+    scores = 0 if fused else 4 * contexts * rows * llm.heads * (latent + 2) * seen
+    return cache, max(work + 7 * prefilled * prompt**2, read + scores)
 
 
 def report(found: list[Estimate], profile: str, gpus: int) -> str:
