@@ -40,6 +40,7 @@ class Runtime:
         0, 10**7
     )  # tokens of a row that several samples are packed into; 0 = one sample per row
     attention: str = one_of("auto", "dense", "flex")  # training without a cache; auto: flex on CUDA, dense elsewhere
+    offload: bool = field()  # frozen decoder layers wait in host memory; in training with adapters and recomputing only
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
     checkpoint_every: int = count()  # optimiser steps between checkpoints
     log_every: int = count()

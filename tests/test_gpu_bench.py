@@ -14,18 +14,23 @@ from tests.conftest import ROOT
 
 
 @pytest.mark.slow
-def test_the_program_measures_a_small_model_on_the_cpu(tmp_path):
+@pytest.mark.parametrize("offload", [[], ["--offload"]])
+def test_the_program_measures_a_small_model_on_the_cpu(tmp_path, offload):
     out = tmp_path / "deep/gpu.json"
     arguments = "--small --device=cpu --repeats=1 --pixels 64 96 --flow-steps=2 --attention=dense --group=2 --out"
     done = subprocess.run(
-        [sys.executable, "tests/bench/gpu.py", *arguments.split(), out], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "tests/bench/gpu.py", *offload, *arguments.split(), out],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     table = [line.split(" | ") for line in done.stdout.splitlines()]
     assert [len(cells) for cells in table if len(cells) > 1] == [10] * 4
     found = json.loads(out.read_text())
     assert found["attention"] == "dense" and "recomputation excluded" in found["formula"]
-    assert sorted(found["runs"]) == ["bfloat16", "int8", "nf4"] == sorted(cells[1] for cells in table[2:])
+    assert sorted(found["runs"]) == ["bfloat16", "int8", "nf4"]
+    assert sorted(cells[1] for cells in table[2:]) == [f"{kind}{', offload' * bool(offload)}" for kind in found["runs"]]
     for one in found["runs"].values():
         assert one["sft_step"]["tokens"] > one["grpo_scoring"]["tokens"] > 0 < one["sft_step"]["estimated_gib"]
         assert one["restoration_96px_batch_8"]["seconds_per_image"] > 0

@@ -38,12 +38,12 @@ SIZES = [
 WORDS = [*grammar.WORDS, *"abcdefghij"]
 
 
-def tiny_model(bridge: str = "mlp", seed: int = 0) -> tuple[Bagel, object]:
+def tiny_model(bridge: str = "mlp", seed: int = 0, layers: int = 2) -> tuple[Bagel, object]:
     """A random Bagel with a closed vocabulary; the velocity head is random too, so that latents matter."""
     torch.manual_seed(seed)
     tokenizer = word_tokenizer(WORDS)
     config = BagelConfig(
-        llm=LlmConfig(tokenizer.get_vocab_size(), 32, 2, 4, 2, 64, rope_theta=1e4),
+        llm=LlmConfig(tokenizer.get_vocab_size(), 32, layers, 4, 2, 64, rope_theta=1e4),
         vit=VitConfig(16, 1, 2, 32, 4, 4),
         vae=VaeConfig(8, (1, 2), 1, 4, 4),
         special=SpecialTokens(0, 1, 2, 3),

@@ -8,8 +8,9 @@ Shapes: B rows, L tokens per row, U/G understanding/generation tokens over all r
 E head size, S keys.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -251,6 +252,7 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(config.hidden, config.vocab, bias=False)
         self.gradient_checkpointing = False
         self.attention = "auto"  # without a cache: "dense" masks, "flex" block masks, or flex on CUDA only
+        self.waiting: Callable | None = None  # runs a layer by its number, where layers wait in host memory
 
     def forward(
         self,
@@ -276,6 +278,7 @@ class LanguageModel(nn.Module):
         kept = {}
         recompute = self.gradient_checkpointing and self.training and cache is None and torch.is_grad_enabled()
         for i, layer in enumerate(self.model.layers):
+            layer = partial(self.waiting, i) if self.waiting else layer
             given = (und, gen, routing, rope, lambda q, k, v, i=i: plan(i, q, k, v))
             und, gen = checkpoint(layer, *given, use_reentrant=False) if recompute else layer(*given)
             if i in collect:

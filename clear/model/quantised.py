@@ -181,13 +181,14 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x: Tensor, layer: "QuantisedLinear") -> Tensor:
-        ctx.layer = layer
-        return layer.product(x)
+        # The codes of this forward: those of a layer that waits in host memory are gone from it by then.
+        ctx.layer, ctx.held = layer, layer.held()
+        return layer.product(x, ctx.held)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        return ctx.layer.product(grad, transposed=True), None
+        return ctx.layer.product(grad, ctx.held, transposed=True), None
 
 
 class QuantisedLinear(nn.Linear):
@@ -213,16 +214,19 @@ class QuantisedLinear(nn.Linear):
 
     def decoded(self, dtype: torch.dtype) -> Tensor:
         """The weight (outputs, inputs) that this layer computes with."""
-        return decode(self.kind, self.held(), self.out_features, self.in_features, dtype)
+        return self._decoded(self.held(), dtype)
 
-    def product(self, x: Tensor, transposed: bool = False) -> Tensor:
+    def _decoded(self, held: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        return decode(self.kind, held, self.out_features, self.in_features, dtype)
+
+    def product(self, x: Tensor, held: dict[str, Tensor], transposed: bool = False) -> Tensor:
         """x (…, inputs) to (…, outputs), or `transposed` the other way, in x's type, outside autograd."""
         if self.kind == "int8":  # whole numbers up to 127 are exact in bfloat16, and the scales act on the smaller side
-            weight, scale = self.weight.to(x.dtype), self.scale
+            weight, scale = held["weight"].to(x.dtype), held["scale"]
             return ((x * scale).to(x.dtype) @ weight) if transposed else (F.linear(x, weight) * scale).to(x.dtype)
         if x.is_cuda and x.numel() == self.in_features and not transposed:
-            return _library_row(self.held(), x, self.out_features)
-        weight = self.decoded(x.dtype)
+            return _library_row(held, x, self.out_features)
+        weight = self._decoded(held, x.dtype)
         return x @ weight if transposed else F.linear(x, weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -233,7 +237,7 @@ class QuantisedLinear(nn.Linear):
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _apply(self, fn, recurse: bool = True):
-        kept = self.held()
+        kept = {name: value for name, value in self.held().items() if value is not None}  # those that do not wait
         super()._apply(fn, recurse)
         for name, value in kept.items():  # moved, not converted: scales of another type would be other weights
             setattr(self, name, value.to(self.get_buffer(name).device))

@@ -20,6 +20,7 @@ from clear.model.bagel import Bagel
 from clear.model.flow import Guidance
 from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
 from clear.model.latents import LatentStore
+from clear.model.offload import wait_in_host_memory
 from clear.model.runtime import device, stored
 from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, unpatchify
@@ -85,7 +86,12 @@ class Answerer:
         """
         dtype, kind = stored(config)
         base, rest = config.model.checkpoint or None, completing(config)
-        model, vae, tokenizer = lora.load_model(folder, dtype, device(config), base, rest, kind)
+        place = device(config)
+        start = "cpu" if config.runtime.offload else place
+        model, vae, tokenizer = lora.load_model(folder, dtype, start, base, rest, kind)
+        if config.runtime.offload:
+            wait_in_host_memory(model, place)
+            vae.to(place)
         if tokenizer is None:
             raise ClearError(f"{folder}: tokenizer.json is missing; copy it from the checkpoint the model came from.")
         check_geometry(config.model, model.config, folder)

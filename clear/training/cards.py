@@ -1,5 +1,6 @@
 """Which card each stage of BAGEL-7B fits, for every profile and type of weights: `clear memory --cards`."""
 
+import itertools
 from dataclasses import dataclass
 
 from clear.config import compose, from_dict
@@ -15,10 +16,13 @@ WEIGHTS = ("bfloat16", "int8", "nf4")
 
 @dataclass(frozen=True)
 class Row:
-    """The peaks of one profile's stages with one type of weights, in bytes; None where it cannot be trained so."""
+    """The peaks of one profile's stages with one type of weights, in bytes; None where it cannot be trained so.
+
+    `offload` says whether the decoder's layers wait in host memory."""
 
     profile: str
     weights: str
+    offload: bool
     peaks: dict[str, int | None]
 
 
@@ -31,18 +35,19 @@ def smallest(peak: int) -> int | None:
 
 
 def rows(gpus: int = 1) -> list[Row]:
-    """Every profile of BAGEL-7B with every type of weights."""
-    found = []
-    for profile in (name for name in PROFILES if name.startswith("bagel")):
-        for weights in WEIGHTS:
-            settings = [f"profile={profile}", f"runtime.weights={weights}", "runtime.precision=bfloat16"]
-            config = from_dict(compose(settings))
-            peaks = {}
-            for stage in STAGES:
-                frozen = weights in QUANTISED and stage != "evaluate" and not config.lora.rank
-                peaks[stage] = None if frozen else estimate(config, stage, gpus=gpus).peak
-            found.append(Row(profile, weights, peaks))
-    return found
+    """Every profile of BAGEL-7B with every type of weights, on the device and waiting in host memory."""
+    profiles = [name for name in PROFILES if name.startswith("bagel")]
+    return [_row(*chosen, gpus) for chosen in itertools.product(profiles, WEIGHTS, (False, True))]
+
+
+def _row(profile: str, weights: str, offload: bool, gpus: int) -> Row:
+    settings = [f"profile={profile}", f"runtime.weights={weights}", "runtime.precision=bfloat16"]
+    config = from_dict(compose([*settings, f"runtime.offload={str(offload).lower()}"]))
+    held = (weights in QUANTISED or offload) and not config.lora.rank  # weights that nothing trains
+    peaks = {
+        stage: None if held and stage != "evaluate" else estimate(config, stage, gpus=gpus).peak for stage in STAGES
+    }
+    return Row(profile, weights, offload, peaks)
 
 
 def table(found: list[Row]) -> str:
@@ -50,7 +55,7 @@ def table(found: list[Row]) -> str:
     lines = ["| profile | weights | " + " | ".join(STAGES) + " |", "|---|---|" + "---|" * len(STAGES)]
     for row in found:
         cells = [_cell(row.peaks[stage]) for stage in STAGES]
-        lines.append(f"| `{row.profile}` | {row.weights} | {' | '.join(cells)} |")
+        lines.append(f"| `{row.profile}` | {row.weights}{', offload' * row.offload} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -72,8 +77,9 @@ def too_small(config: Config, stage: str, memory: int, gpus: int = 1) -> str:
     fit = [row for row in rows() if row.peaks[stage] is not None and row.peaks[stage] + CONTEXT <= memory]
     best = "no setting of a profile would fit"
     if fit:
-        row = max(fit, key=lambda row: row.peaks[stage])
-        best = f"profile {row.profile} with runtime.weights = {row.weights} would fit"
+        row = max(fit, key=lambda row: (not row.offload, row.peaks[stage]))  # what waits is slower
+        more = " and runtime.offload = true" * row.offload
+        best = f"profile {row.profile} with runtime.weights = {row.weights}{more} would fit"
     return (
         f"{stage} needs {needed / 2**30:.1f} GiB by estimate, and this card has {memory / 2**30:.1f}: {best} "
         "(`clear memory --cards`)."

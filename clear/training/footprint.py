@@ -241,6 +241,12 @@ def activations(model: BagelConfig, batch: Batch, train: Training, stride: int =
     return kept + head
 
 
+def layer_numbers(model: BagelConfig) -> int:
+    """How many numbers the weights of the decoder's layers are: what `runtime.offload` keeps in host memory."""
+    shapes, _ = _parameters(model)
+    return sum(math.prod(shape) for name, shape in shapes.items() if name.startswith("language_model.model.layers."))
+
+
 def kv_bytes(llm: LlmConfig, rows: int, capacity: int, number: int) -> int:
     """Keys and values of all layers: 2 · layers · rows · capacity · K numbers of `number` bytes."""
     return 2 * llm.layers * rows * capacity * llm.kv_heads * llm.head_dim * number

@@ -23,13 +23,14 @@ from clear.model.bagel import FROZEN, Bagel
 from clear.model.checkpoint import fingerprint, save_bagel
 from clear.model.images import ImageBank, check_geometry
 from clear.model.latents import LatentStore
+from clear.model.offload import wait_in_host_memory
 from clear.model.runtime import device, stored
 from clear.model.vae import AutoEncoder
 from clear.reasoning.prompts import SYSTEM
 from clear.schema import Config
 from clear.traces.table import read_traces
 from clear.training.loop import sharded
-from clear.training.loop.parallel import rank
+from clear.training.loop.parallel import rank, world
 from clear.training.sft import TraceData, set_trainable
 
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -78,6 +79,9 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
             f"{folder} was trained on {trained} weights, params say runtime.weights = {config.runtime.weights}; set it "
             "back, or run sft again."
         )
+    if config.runtime.offload:
+        _check_offload(config)
+        start = "cpu"
     if sharded.enabled():
         start = "meta" if rank() and not whole and sharded.from_first() else "cpu"
     model, vae, tokenizer = lora.load_model(folder, dtype, start, base, rest, kind)
@@ -98,9 +102,25 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
         files = json.loads(MANIFEST.read_text())["files"] if given else fingerprint(folder, rest)
     if start == "meta":
         model.to_empty(device="cpu")  # never touched, so no memory; accelerate tells parameters apart by their address
+    if config.runtime.offload:
+        wait_in_host_memory(model, place)
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files, rest)
+
+
+def _check_offload(config: Config) -> None:
+    """Raise ClearError where the decoder's layers cannot wait in host memory while this trains."""
+    said = "params: runtime.offload keeps the decoder's layers in host memory"
+    if not config.lora.rank:
+        raise ClearError(f"{said}, and lora.rank = 0 trains them; set lora.rank, or offload to false.")
+    if not config.runtime.gradient_checkpointing:
+        raise ClearError(
+            f"{said}, and without runtime.gradient_checkpointing the device would keep them all for the backward pass; "
+            "set it to true, or offload to false."
+        )
+    if world() > 1:
+        raise ClearError(f"{said}, on one device; train on one, or set offload to false.")
 
 
 def _check_quantised(folder: Path, config: Config, adapted: bool) -> None:

@@ -17,6 +17,7 @@ from clear.model.bagel import FROZEN, GENERATION, BagelConfig
 from clear.model.flow import Guidance
 from clear.model.images import encode_batch
 from clear.model.mot import LlmConfig
+from clear.model.offload import AHEAD
 from clear.model.quantised import PIECE
 from clear.model.runtime import precision
 from clear.model.sequence import SpecialTokens
@@ -32,6 +33,7 @@ from clear.training.footprint import (
     kv_bytes,
     kv_capacity,
     layer_activations,
+    layer_numbers,
     piece_activations,
     training_workspace,
 )
@@ -180,6 +182,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     in float32. GRPO keeps the incoming policy: a copy of the model in full training, of adapter and bridge else.
     Over several devices (FSDP) weights, gradients and optimiser are divided; the micro-batch is divided too.
 
+    With `runtime.offload` two decoder layers at a time are on the device, and the others in host memory.
+
     peak = weights + the largest of: encoding the images; training (gradients, optimiser, activations, temporary);
     generation (optimiser, cache, temporary, and for GRPO on sharded weights a whole copy of them). The stage bridge
     generates before its weights are sharded, on the first device, which then holds all of them and nothing else.
@@ -195,6 +199,9 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     quantised, piece = coded(model, kind), PIECE if kind else 0
     beside = 4 * (counts.adapter + counts.bridge) if lora.rank else number * counts.bridge
     policy = (counts.base - quantised.numbers) * number + quantised.bytes + beside
+    if runtime.offload and (lora.rank or not trains):
+        layers = (layer_numbers(model) - quantised.numbers) * number + quantised.bytes
+        policy -= layers - AHEAD * layers // model.llm.layers
     weights = policy + 4 * counts.vae
     if stage == "grpo":
         weights += beside if lora.rank else policy

@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -34,6 +34,8 @@ from clear.errors import ClearError
 from clear.model import flex, flow, lora, quantised
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.mot import LlmConfig
+from clear.model.offload import AHEAD, frozen, wait_in_host_memory
+from clear.model.runtime import without_weights
 from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
 from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import VaeConfig
@@ -55,24 +57,31 @@ QUESTION, REPLY = 64, 300  # tokens
 WEIGHTS = ["bfloat16", *QUANTISED]
 
 
-def random_model(small: bool, device: str, rank: int, attention: str = "auto", weights: str = "bfloat16") -> Bagel:
+def random_model(
+    small: bool, device: str, rank: int, attention: str = "auto", weights: str = "bfloat16", offload: bool = False
+) -> Bagel:
     """A Bagel of the published shapes (or a tiny one) with random weights and a fresh adapter.
 
     `attention`: that of training forwards, as `runtime.attention` (restorations read a cache, which is dense).
-    `weights`: those of the decoder's linear layers, as `runtime.weights`; all others are bfloat16.
+    `weights`: those of the decoder's linear layers, as `runtime.weights`; all others are bfloat16. `offload`: as
+    `runtime.offload`.
     """
     llm = LlmConfig(600, 64, 2, 4, 2, 128) if small else LlmConfig()
     vit = VitConfig(48, 1, 2, 96, 14, 70) if small else VitConfig()
     config = BagelConfig(llm, vit, VaeConfig(), SpecialTokens(0, 1, 2, 3))
-    with torch.device("meta"):
+    with without_weights():
         model = Bagel(config).to(torch.bfloat16)
         if weights in QUANTISED:
             quantised.quantise(model, weights)
     generator = torch.Generator(device).manual_seed(0)
     for part in model.modules():  # one by one: quantised layers are made where the exact ones would not fit together
         _fill(part, device, generator)
+        if offload:
+            part._apply(Tensor.cpu, recurse=False)
     model.requires_grad_(False)
     lora.attach(model, Lora(rank, 2.0 * rank, 0.0, TARGETS, "both"))
+    if offload:
+        wait_in_host_memory(model, device)
     model.language_model.gradient_checkpointing = True
     model.language_model.attention = attention
     return model.train()
@@ -158,14 +167,19 @@ def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, f
 
 def sft_estimate(model: Bagel, built: Layout, noisy: int, given: argparse.Namespace, weights: str) -> float:
     """GiB of an SFT step over a layout with `noisy` latents by the formulas of `clear memory`, without autoencoder."""
-    fused = next(model.parameters()).is_cuda
+    device = model.vae2llm.weight.device
+    fused = device.type == "cuda"
     kind = weights if weights in QUANTISED else ""
     adapter = Lora(given.rank, 2.0 * given.rank, 0.0, TARGETS, "both")
-    blocks = flex.wanted(given.attention, next(model.parameters()).device)
+    blocks = flex.wanted(given.attention, device)
     train = Training(2, 2, adapter, True, fused, blocks, quantised.PIECE if kind else 0)
     gen, vit, scored = (int(part.sum()) for part in (built.is_gen, built.kind == VIT, built.target >= 0))
     batch = Batch(*built.valid.shape, gen, scored, noisy, vit=vit)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    if given.offload:
+        layers = model.language_model.model.layers
+        waiting = sum(t.nbytes for layer in layers for t in frozen(layer).values())
+        held -= waiting - AHEAD * waiting // len(layers)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     counts = count(model.config, adapter)
     step = activations(model.config, batch, train) + training_workspace(model.config, batch, train, counts.cast)
@@ -282,7 +296,7 @@ def measure_grpo_step(model: Bagel, group: int, pixels: int, flow_steps: int, re
 def measure(given: argparse.Namespace, weights: str) -> dict:
     """All figures under one type of weights; what the card has no memory for is None."""
     device, repeats = given.device, given.repeats
-    model = random_model(given.small, device, given.rank, given.attention, weights)
+    model = random_model(given.small, device, given.rank, given.attention, weights, given.offload)
     side = given.pixels[0]
     tasks = {
         "sft_step": lambda: measure_sft(model, given, weights),
@@ -322,7 +336,7 @@ def row(found: dict, weights: str, pixels: Sequence[int]) -> str:
         return show(one[name]) if one[name] else "–"
 
     step = one["sft_step"]
-    cells = [found["device"], weights, found["attention"]]
+    cells = [found["device"], weights + ", offload" * found["offload"], found["attention"]]
     cells += [cell("sft_step", lambda f: f"{f['tokens_per_second']:,.0f}")]
     cells += [cell("sft_step", lambda f: f"{100 * f['model_flops_utilisation']:.0f} %")]
     cells += [f"{step['peak_gib']:.1f}", f"{step['peak_gib'] / step['estimated_gib']:.2f}"] if step else ["–", "–"]
@@ -339,6 +353,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a tiny model, to try the program without a GPU")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
     parser.add_argument("--weights", nargs="+", default=WEIGHTS, choices=WEIGHTS, help="runtime.weights; default all")
+    parser.add_argument("--offload", action="store_true", help="runtime.offload")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--attention", default="auto", choices=("auto", "dense", "flex"), help="runtime.attention")
     parser.add_argument("--rows", type=int, default=4, help="rows of an SFT step")
@@ -358,6 +373,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name() if given.device == "cuda" else "cpu",
         "torch": torch.__version__,
         "attention": "flex" if flex.wanted(given.attention, torch.device(given.device)) else "dense",
+        "offload": given.offload,
         "formula": FORMULA,
         "settings": {k: str(v) for k, v in sorted(vars(given).items()) if k not in ("out", "device")},
         "runs": {},
