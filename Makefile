@@ -69,9 +69,9 @@ INPUTS ?= 100000
 fuzz: $(READY)  ## give every reader INPUTS=100000 mutated inputs (READERS="…" of tests/fuzz/targets.py), resumable; prints a table
 	@python -m tests.fuzz.run $(INPUTS) $(READERS)
 
-TRIALS ?= 12
-kill: $(READY)  ## end every stage and long command TRIALS=12 times and run it again (NAMES="…"): are the bytes the same? resumable
-	@python -m tests.kill.run $(TRIALS) $(NAMES)
+TURNS ?= 2
+kill: $(READY)  ## TURNS=2 times: end every stage and long command (NAMES="…"), fill its disk, begin it twice (WAYS=full,twice,…), run it again: are the bytes the same? resumable
+	@python -m tests.kill.run $(if $(WAYS),--ways $(WAYS)) $(TURNS) $(NAMES)
 
 bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 	@python tests/bench/run.py

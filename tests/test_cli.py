@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from tqdm import tqdm
 
 from clear import cli
 from clear.cli.pipeline import STAGES
@@ -212,6 +213,13 @@ def test_params_composes_and_refuses(tmp_path, clear, monkeypatch):
     code, _, stderr = clear("params", "--set", "grpo.group_size=1")
     assert code == 1 and "grpo.group_size" in stderr
     assert (tmp_path / "params.yaml").read_text() == before
+
+
+def test_an_error_has_a_line_of_its_own_below_a_bar_that_it_has_left_open(capsys):
+    bar = tqdm(total=3, file=sys.stderr)
+    with pytest.raises(SystemExit):
+        cli._refuse(ClearError("no"))
+    assert bar.disable and capsys.readouterr().err.endswith("\nerror: no\n")
 
 
 @pytest.mark.parametrize("several", [False, True])

@@ -105,11 +105,20 @@ def _again(lost: Any) -> None:
     again.start()
 
 
+def _close_bars() -> None:
+    """End the progress bars that an exception has left open in its frames: what is said next has a line of its own."""
+    if bars := sys.modules.get("tqdm"):
+        for bar in [*getattr(bars.tqdm, "_instances", ())]:
+            bar.close()
+
+
 def _interrupted() -> NoReturn:
     _ignore_interruptions()
+    _close_bars()
     say("interrupted; run the same command again to resume from the last checkpoint", sys.stderr)
     sys.exit(INTERRUPTED)
 
 
 def _refuse(error: ClearError) -> NoReturn:
+    _close_bars()
     sys.exit(fail(error))

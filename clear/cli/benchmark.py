@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from clear.errors import ClearError, naming, say
+from clear.errors import ClearError, say
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -39,7 +39,7 @@ def score(
     Tables of several models, or one of the options from --reference on, make a leaderboard (docs/LEADERBOARD.md).
     """
     from clear.bench.vlmeval import collect, scores
-    from clear.data.io import write_json, write_text
+    from clear.data.io import replacing, write_json, write_text
 
     several = len({*collect.models_of(files)} - {""}) > 1
     if several or reference or published or manifest or markdown or html:
@@ -69,9 +69,8 @@ def score(
     if out is not None:
         write_json(out, found)
     if rows is not None:
-        rows.parent.mkdir(parents=True, exist_ok=True)
-        with naming(rows):
-            frame.to_parquet(rows, index=False)
+        with replacing(rows) as partial:
+            frame.to_parquet(partial, index=False)
 
 
 def _scored(frame: "pd.DataFrame", judge: bool) -> "tuple[pd.DataFrame, dict]":

@@ -44,6 +44,7 @@ def ask(
     """Ask a trained model about one image."""
     from clear.config import load
     from clear.data.images import encode_image
+    from clear.data.io import replacing
     from clear.model.weights import with_base, with_local_weights
 
     if restore not in ("auto", "always", "never"):
@@ -59,7 +60,8 @@ def ask(
     if save is not None:
         if answer.picture is None:
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
-        save.write_bytes(encode_image(answer.picture))
+        with replacing(save) as partial:
+            partial.write_bytes(encode_image(answer.picture))
         say(f"restored image: {save}")
 
 

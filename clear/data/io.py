@@ -1,23 +1,26 @@
-"""Files that are whole or not there: written beside their place under another name, then renamed.
+"""Files that are whole or not there: written beside their place under another name, brought to the disk, then renamed.
 
-git and DVC ignore the other name (`*.partial`). JSON is written so that equal values give equal bytes. Also the form of
-tables in plain text.
+Without the second step a file system may rename first and write later, and a crash of the machine in between leaves an
+empty file under the final name. git and DVC ignore the other name (`*.partial`). JSON is written so that equal values
+give equal bytes. Also the form of tables in plain text.
 """
 
 import json
+import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from clear.errors import ClearError, naming
 
 
 @contextmanager
-def replacing(path: Path | str, several: bool = False) -> Iterator[Path]:
+def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> Iterator[Path]:
     """The file to write instead of `path`, which it becomes when the block ends; after an error there is none of it.
 
-    `several` processes may write `path` at once: each has a file of its own, and the last one counts.
+    `several` processes may write `path` at once: each has a file of its own, and the last one counts. `crashes` says
+    that it must be whole after a crash of the machine, too (`sync`); not needed where its readers verify its content.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,9 +29,39 @@ def replacing(path: Path | str, several: bool = False) -> Iterator[Path]:
     try:
         with naming(path):
             yield partial
+            if crashes:
+                sync(partial)
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or every file below a folder, is on the disk; before the rename that says it is whole."""
+    for file in path.rglob("*") if path.is_dir() else (path,):
+        if file.is_file():
+            with naming(file), file.open("rb") as written:
+                os.fsync(written.fileno())
+
+
+@contextmanager
+def asked_again(folder: Path) -> Iterator[None]:
+    """For libraries that say only that writing failed: where a RuntimeError ends the block and `folder` takes no other
+    file either, raise the OSError that says why, with the folder's name."""
+    try:
+        yield
+    except RuntimeError as error:
+        probe = folder / f"{uuid.uuid4().hex[:8]}.partial"
+        try:
+            with naming(folder):
+                probe.write_bytes(os.urandom(2**20))
+                sync(probe)
+        except OSError as reason:
+            raise reason from error
+        finally:
+            with suppress(OSError):
+                probe.unlink(missing_ok=True)
         raise
 
 

@@ -13,7 +13,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.errors import ClearError
+from clear.data.io import sync
+from clear.errors import ClearError, naming
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
     import pyarrow as pa
@@ -177,7 +178,9 @@ class ShardWriter:
         import pyarrow.parquet as pq
 
         table = pa.Table.from_pylist(self._buffer, schema=schema())
-        pq.write_table(table, self._partial / f"{self._shards:05d}.parquet", compression="zstd", row_group_size=256)
+        shard = self._partial / f"{self._shards:05d}.parquet"
+        with naming(shard):
+            pq.write_table(table, shard, compression="zstd", row_group_size=256)
         self._shards += 1
         self._buffer, self._bytes = [], 0
 
@@ -185,6 +188,7 @@ class ShardWriter:
         """Write what is left and put the folder in place."""
         if self._buffer or not self._shards:
             self._flush()
+        sync(self._partial)
         _remove_tree(self.folder)
         self._partial.rename(self.folder)
 

@@ -4,6 +4,9 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from clear.data.io import sync
+from clear.errors import naming
+
 
 @dataclass(frozen=True)
 class Reject:
@@ -52,7 +55,8 @@ class RejectWriter:
     def _flush(self) -> None:
         import pyarrow as pa
 
-        self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
+        with naming(self._partial):
+            self._writer.write_table(pa.Table.from_pylist(self._rows, self._schema))
         self._rows = []
 
     def __enter__(self) -> "RejectWriter":
@@ -60,7 +64,9 @@ class RejectWriter:
 
     def __exit__(self, *_: object) -> None:
         self._flush()
-        self._writer.close()
+        with naming(self._partial):
+            self._writer.close()
+        sync(self._partial)
         self._partial.rename(self.path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from clear.data.io import write_text
 from clear.data.records import CLEAN
 from clear.drift.measures import METRICS
 from clear.drift.night import HISTORY, Night, standing_out
@@ -57,8 +58,7 @@ def write(
         Section("How this is decided", _method(night, figures)),
     ]
     file = folder / "index.html"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(page(TEMPLATE, folder, _mark, night=night, sections=sections), encoding="utf-8")
+    write_text(file, page(TEMPLATE, folder, _mark, night=night, sections=sections))
     return file
 
 

@@ -66,7 +66,7 @@ class LatentStore:
         data = hashlib.sha256(content).digest() + content
         try:
             self._take(len(data))
-            with replacing(self._file(image), several=True) as partial:
+            with replacing(self._file(image), several=True, crashes=False) as partial:
                 partial.write_bytes(data)
         except OSError as error:
             self._refused = True

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from clear.data.io import require_new
@@ -49,6 +49,7 @@ from clear.model.checkpoint import (
     read_header,
     samples_sha256,
     save_bagel,
+    save_tensors,
     write_folder,
 )
 from clear.model.runtime import without_weights
@@ -182,11 +183,11 @@ def save_adapter(
         name: json.dumps(c, indent=2, sort_keys=True, default=str) + "\n"
         for name, c in ((ADAPTER_CONFIG, content), (BASE, known))
     }
-    writers = {ADAPTER: lambda path: save_file(state, path, {"format": "pt"})}
+    writers = {ADAPTER: lambda path: save_tensors(state, path, {"format": "pt"})}
     writers |= {name: lambda path, text=text: path.write_text(text) for name, text in texts.items()}
     if getattr(model, "bridge", None) is not None:
         bridge = stored(model.bridge.state_dict())
-        writers[BRIDGE] = lambda path: save_file(bridge, path)
+        writers[BRIDGE] = lambda path: save_tensors(bridge, path)
     write_folder(folder, writers, {BRIDGE} - writers.keys())
 
 

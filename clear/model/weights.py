@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clear.data import aws
-from clear.data.io import write_json
+from clear.data.io import sync, write_json
 from clear.data.workspace import home
 from clear.errors import ClearError, naming, refusal
 from clear.schema import Config
@@ -167,6 +167,7 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
         raise ClearError(
             f"{path}: its content does not match the ETag {remote.etag}; repeat the command to fetch it again."
         )
+    sync(part)
     part.replace(path)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
+from clear.data.io import replacing
 from clear.data.records import CLEAN
 from clear.report.claims import LEVELS, NAMES
 
@@ -59,8 +60,8 @@ def figure_file(path: Path, rows: int, columns: int, size: tuple[float, float], 
         figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
         try:
             yield figure, axes
-            path.parent.mkdir(parents=True, exist_ok=True)
-            figure.savefig(path, dpi=DPI, metadata={"Software": None})
+            with replacing(path) as partial:
+                figure.savefig(partial, dpi=DPI, format="png", metadata={"Software": None})
         finally:
             plt.close(figure)
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from clear.bench.models import MODELS
 from clear.bench.predictions import metrics
 from clear.bench.scoring import HARD
+from clear.data.io import write_text
 from clear.report import gallery, plots, tables
 from clear.report.claims import LEVELS, Bootstrap, Claim
 from clear.report.markdown import as_prose, fenced
@@ -351,5 +352,5 @@ def write(inputs: Inputs, folder: Path) -> None:
     for old in (folder / "plots").glob("*.png"):
         old.unlink()
     lines, sections = build(inputs, folder)
-    (folder / "report.md").write_text(markdown(inputs.profile, lines, sections))
-    (folder / "index.html").write_text(html(inputs.profile, lines, sections, folder))
+    write_text(folder / "report.md", markdown(inputs.profile, lines, sections))
+    write_text(folder / "index.html", html(inputs.profile, lines, sections, folder))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from clear.data.io import write_json
+from clear.data.io import write_json, write_text
 from clear.data.records import read_samples
 from clear.data.workspace import completing
 from clear.errors import ClearError
@@ -86,5 +86,4 @@ def _manifest(folder: Path, base: Path | None, kind: str) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
     write_json(OUT / "manifest.json", {"files": files})
     write_json(METRICS, {"files": len(files)})
-    CURVE.parent.mkdir(parents=True, exist_ok=True)
-    CURVE.write_text("phase,step\n")
+    write_text(CURVE, "phase,step\n")

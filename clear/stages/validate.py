@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clear.data.io import write_json
+from clear.data.io import replacing, write_json
 from clear.data.pool import parallel
 from clear.data.records import INCOMING, read_samples
 from clear.data.rejects import Reject, write_rejects
@@ -57,8 +57,8 @@ def run(config: Config) -> None:
     write_rejects(REJECTS, rejects)
     for name, frame in frames.items():  # a run record, like the Data Docs
         file = report_dir() / "samples" / f"{name}.parquet"
-        file.parent.mkdir(exist_ok=True)
-        frame.drop(columns="answers").to_parquet(file, index=False)
+        with replacing(file) as partial:
+            frame.drop(columns="answers").to_parquet(partial, index=False)
     summaries = {name: summary(frame, failures[name], checks[name]) for name, frame in frames.items()}
     success = not any(failures.values())
     write_json(METRICS, {"success": success, "rejected": len(rejects), "datasets": summaries})

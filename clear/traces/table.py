@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from clear.data.io import replacing
 from clear.errors import ClearError
 from clear.reasoning.grammar import Trace
 
@@ -46,9 +47,9 @@ _SCHEMA = pa.schema([(f.name, pa.bool_() if f.type in (bool, "bool") else pa.str
 
 def write_traces(folder: Path | str, rows: list[TraceRow]) -> None:
     """Write `<folder>/traces.parquet`."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
     table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
-    pq.write_table(table, Path(folder) / FILE, compression="zstd")
+    with replacing(Path(folder) / FILE) as partial:
+        pq.write_table(table, partial, compression="zstd")
 
 
 def read_traces(folder: Path | str) -> list[TraceRow]:

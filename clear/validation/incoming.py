@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from clear.data.io import write_json
+from clear.data.io import replacing, write_json
 from clear.data.pool import parallel
 from clear.data.rejects import write_rejects
 from clear.degradation.incoming import planned
@@ -101,8 +101,8 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
 
 def write_table(frame: pd.DataFrame, file: Path) -> None:
     """Write a frame as Parquet; equal frames give equal bytes."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    frame.to_parquet(file, index=False)
+    with replacing(file) as partial:
+        frame.to_parquet(partial, index=False)
 
 
 def lines(verdict: Verdict) -> list[str]:

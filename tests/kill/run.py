@@ -1,58 +1,61 @@
-"""`make kill`: stages and long commands killed in the middle, then run again: are the bytes as if nothing had been?
+"""`make kill`: stages and long commands ended, starved of disk or begun twice: are the bytes as if nothing had been?
 
-    python -m tests.kill.run TRIALS [NAME …]
+    python -m tests.kill.run [--ways WAY,…] TURNS [NAME …]
 
-Each trial begins with what the command reads, ends it once, and types the same command again. It is ended in turn by
-SIGKILL for its whole process group at a random moment, by SIGKILL for it alone, by SIGKILL just before a change of a
-file (over all of them, evenly), and by SIGTERM or Ctrl-C, after which it must leave within PATIENCE seconds,
-without a traceback or a process left. Resumable: what was tried is in $CLEAR_HOME/kill; prints a table.
+Each trial begins with what the command reads, goes wrong once, and types the same command again. The ways:
+
+- `group`, `alone`: SIGKILL for its whole process group, or for it alone, at a random moment;
+- `change`: SIGKILL just before a change of a file (over all of them, evenly);
+- `asked`: SIGTERM or Ctrl-C, after which it must leave within PATIENCE seconds, without a traceback or a process left;
+- `full`: a disk that is full after a share of the bytes that the command needs (over all of them, evenly);
+- `read-only`: a disk that is read-only at first, and in later turns from one change of a file on: in both it must end
+  with one line that names the reason and the remedy, and leave no file under its final name that is not whole;
+- `twice`: it is begun twice on one workspace, at the same moment and in later turns a moment apart: one waits or is
+  refused in one line.
+
+Resumable: what was tried is in $CLEAR_HOME/kill; prints a table.
 """
 
+import argparse
 import contextlib
-import hashlib
+import errno
 import json
 import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
-import tempfile
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 from clear.data.io import aligned, write_json
 from clear.project.scratch import write_params
-from tests.conftest import ROOT
 from tests.kill.commands import OTHERS, OVERRIDES, Command, stages
+from tests.kill.disk import PLENTY, mounted
+from tests.kill.process import PATIENCE, Ended, Hook, differing, fresh, made, run
 
-PATIENCE = 10.0
-HOOK = Path(__file__).parent / "hook"
-WAYS = ("group", "alone", "change", "asked")
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a run of a command ended: exit status, output, errors, seconds from the signal to its end, and whether a
-    process of it was left after twice PATIENCE."""
-
-    status: int
-    out: str
-    errors: str
-    seconds: float
-    outlived: bool
+MOUNTED = ("full", "read-only")
 
 
 def main() -> int:
     """Run the trials that are not done yet and print the table; 1 if one has failed."""
-    trials, names = int(sys.argv[1]), sys.argv[2:]
+    asked = argparse.ArgumentParser(prog="python -m tests.kill.run")
+    asked.add_argument("--ways", type=lambda text: text.split(","), default=[*WAYS], help=f"of {','.join(WAYS)}")
+    asked.add_argument("turns", type=int, help="trials of each command in each way")
+    asked.add_argument("names", nargs="*")
+    given = asked.parse_args()
     state = Path(os.environ.get("CLEAR_HOME", ".clear")).absolute() / "kill"
     known = stages() | OTHERS
+    for kind, named, of in (("way", given.ways, WAYS), ("command", given.names, known)):
+        if unknown := [*set(named) - set(of)]:
+            raise SystemExit(f"no {kind} {unknown[0]!r}; choose of {', '.join(of)}.")
     base = _base(state / "base")
-    rows = [("command", "trials", "seconds", "changes", "slowest leave s", "failed")]
-    for name in names or known:
-        told = _tried(known[name], base, state / f"{name.replace(' ', '-')}.json", trials, name)
+    rows = [("command", "trials", "seconds", "changes", "room MB", "slowest leave s", "failed")]
+    for name in given.names or known:
+        told = tried(known[name], base, state / f"{name.replace(' ', '-')}.json", given.turns, name, given.ways)
         failed = {key: why for key, why in told["trials"].items() if why}
         rows.append(
             (
@@ -60,6 +63,7 @@ def main() -> int:
                 str(len(told["trials"])),
                 f"{told['seconds']:.1f}",
                 str(told["changes"]),
+                f"{told['room'] / 1e6:.1f}",
                 f"{told['slowest']:.1f}",
                 "; ".join(f"{key}: {why}" for key, why in failed.items()) or "none",
             )
@@ -81,7 +85,7 @@ def _base(folder: Path) -> Path:
         for model in models:
             arguments = (name, model) if model else command.arguments
             print(f"kill: {' '.join(arguments)}, to begin with", flush=True)
-            ended = _run(arguments, folder)
+            ended = run(arguments, folder)
             if ended.status:
                 raise SystemExit(f"{' '.join(arguments)} fails without being killed: {ended.errors.strip()}")
     shutil.rmtree(folder / ".clear", ignore_errors=True)
@@ -89,132 +93,176 @@ def _base(folder: Path) -> Path:
     return folder
 
 
-def _tried(command: Command, base: Path, file: Path, trials: int, name: str) -> dict:
-    """The state of a command after so many trials."""
-    if file.exists():
-        told = json.loads(file.read_text())
-    else:
-        with _fresh(command, base) as folder:
-            count = folder.parent / "count"
-            began = time.monotonic()
-            ended = _run(command.arguments, folder, at=0, count=count)
-            seconds = time.monotonic() - began
-            if ended.status:
-                raise SystemExit(f"{name} fails without being killed: {ended.errors.strip()}")
-            changes = max((int(one.read_text()) for one in folder.parent.glob("count.*")), default=0)
-            told = {"seconds": seconds, "changes": changes, "made": _made(command, folder, ended), "slowest": 0.0}
-            told["trials"] = {}
-        write_json(file, told)
-    for number in range(len(told["trials"]), trials):
-        with _fresh(command, base) as folder:
-            way, why, left = _trial(command, folder, told, number, trials)
-        told["trials"][f"{number} {way}"] = why
-        told["slowest"] = max(told["slowest"], left)
-        write_json(file, told)
-        if why:
-            print(f"{name}, trial {number} ({way}): {why}", flush=True)
+def tried(command: Command, base: Path, file: Path, turns: int, name: str, ways: list[str] | None = None) -> dict:
+    """The state of a command after so many turns of the ways (all, if None)."""
+    told = json.loads(file.read_text()) if file.exists() else _undisturbed(command, base, name)
+    write_json(file, told)
+    done = {" ".join(key.split(" ", 2)[:2]) for key in told["trials"]}
+    for turn in range(turns):
+        for way in ways or WAYS:
+            if f"{way} {turn}" in done:
+                continue
+            trial = Trial(command, base, told, turn, turns, random.Random(f"{command.arguments} {way} {turn}"))
+            with contextlib.ExitStack() as stack:
+                if way in MOUNTED and (disk := stack.enter_context(mounted())) is None:
+                    print(f"{name}, {way}: left out, only root mounts a small disk", flush=True)
+                    continue
+                how, why, left = WAYS[way](trial, disk) if way in MOUNTED else WAYS[way](trial)
+            told["trials"][f"{way} {turn}: {how}"] = why
+            told["slowest"] = max(told["slowest"], left)
+            write_json(file, told)
+            if why:
+                print(f"{name}, {way} {turn} ({how}): {why}", flush=True)
     return told
 
 
-@contextlib.contextmanager
-def _fresh(command: Command, base: Path):
-    """A copy of the workspace without what the command makes."""
-    with tempfile.TemporaryDirectory(prefix="kill-") as made:
-        folder = Path(made).resolve() / "workspace"
-        shutil.copytree(base, folder)
-        for path in command.makes:
-            shutil.rmtree(folder / path, ignore_errors=True)
-            (folder / path).unlink(missing_ok=True)
-        command.needs(folder)
-        yield folder
+def _undisturbed(command: Command, base: Path, name: str) -> dict:
+    """What the command makes and needs: seconds, changes of files by its busiest process, bytes of disk."""
+    with mounted() as disk, fresh(command, base, disk and disk.folder) as folder:
+        count, began = folder.parent / "count", time.monotonic()
+        with disk.peak() if disk else contextlib.nullcontext([0]) as peak:
+            ended = run(command.arguments, folder, Hook(count=count))
+        if ended.status:
+            raise SystemExit(f"{name} fails without being disturbed: {ended.errors.strip()}")
+        changes = max((int(one.read_text()) for one in folder.parent.glob("count.*")), default=0)
+        told = {"seconds": time.monotonic() - began, "changes": changes, "room": peak[0], "slowest": 0.0, "trials": {}}
+        return told | {"made": made(command, folder, ended)}
 
 
-def _trial(command: Command, folder: Path, told: dict, number: int, trials: int) -> tuple[str, str, float]:
-    """(how it was ended, what is wrong or "", seconds it took to leave when it was asked to)."""
-    draw = random.Random(f"{command.arguments} {number}")
-    way = WAYS[number % len(WAYS)]
-    after = draw.uniform(0.0, told["seconds"])
-    if way == "change":
-        turns = max(1, trials // len(WAYS))
-        at = 1 + (number // len(WAYS)) * max(1, told["changes"]) // turns
-        ended, way = _run(command.arguments, folder, at=at), f"before change {at}"
-    else:
-        number_of = {"asked": draw.choice((signal.SIGTERM, signal.SIGINT))}.get(way, signal.SIGKILL)
-        ended = _run(command.arguments, folder, signal_after=(number_of, after, way != "alone"))
-        way = f"{number_of.name} {way} after {after:.1f} s"
-    asked = "asked" in way
-    if ended.outlived:
-        return way, f"a process outlived it by {2 * PATIENCE:g} s", ended.seconds
-    if asked and ended.status not in (0, 130, 143):
-        return way, f"status {ended.status}: {ended.errors[-300:]}", ended.seconds
-    if asked and ("Traceback" in ended.errors or ended.seconds > PATIENCE):
-        return way, f"left after {ended.seconds:.1f} s with {ended.errors[-300:]!r}", ended.seconds
-    again = ended if ended.status == 0 else _run(command.arguments, folder)  # it may have been quicker than the signal
-    if again.status:
-        return way, f"the same command again: status {again.status}: {again.errors[-300:]}", ended.seconds
-    made = _made(command, folder, again)
-    differ = sorted(path for path in made | told["made"] if made.get(path) != told["made"].get(path))
-    why = f"other bytes: {', '.join(differ[:4])}" if differ else ""
-    return way, why, ended.seconds if asked else 0.0
+@dataclass(frozen=True)
+class Trial:
+    """One trial of a command: `turn` of `turns`, with what `_undisturbed` told and random draws of its own."""
+
+    command: Command
+    base: Path
+    told: dict
+    turn: int
+    turns: int
+    draw: random.Random
+
+    def share(self, of: int) -> int:
+        """A place among `of` places for this turn: the turns cover them all evenly."""
+        return int(of * (self.turn + self.draw.random()) / self.turns)
+
+    def again(self, folder: Path, ended: Ended) -> str:
+        """Type the command again, if it has not succeeded, and say what is wrong with the result, or ""."""
+        last = ended if ended.status == 0 else run(self.command.arguments, folder)
+        if last.status:
+            return f"the same command again: status {last.status}: {last.errors[-300:]}"
+        differ = differing(made(self.command, folder, last), self.told["made"])
+        return f"other bytes: {', '.join(differ[:4])}" if differ else ""
 
 
-def _run(
-    arguments: tuple[str, ...],
-    folder: Path,
-    at: int | None = None,
-    count: Path | None = None,
-    signal_after: tuple[signal.Signals, float, bool] | None = None,
-) -> Ended:
-    """Run a command to its end, by the hook's or a signal's doing, and wait until no process of it is left."""
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("CLEAR_", "KILL_"))}
-    environment |= {"CLEAR_HOME": str(folder / ".clear"), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    if at is not None:
-        environment |= {"KILL_AT": str(at), "KILL_FOLDER": str(folder), "PYTHONPATH": f"{HOOK}:{ROOT}"}
-        environment["KILL_COUNT"] = str(count)
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
-        command = [sys.executable, "-m", "clear", *arguments]
-        run = subprocess.Popen(command, cwd=folder, env=environment, stdout=out, stderr=errors, start_new_session=True)
-        told = time.monotonic()
-        if signal_after:
-            number, after, group = signal_after
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                run.wait(after)
-            told = time.monotonic()
-            with contextlib.suppress(ProcessLookupError):
-                (os.killpg if group else os.kill)(run.pid, number)
-        status = run.wait()
-        seconds = time.monotonic() - told
-        outlived = not _all_gone(run.pid)
-        texts = []
-        for file in (out, errors):
-            file.seek(0)
-            texts.append(file.read().decode(errors="replace"))
-    return Ended(status, texts[0], texts[1], seconds, outlived)
+def _killed(trial: Trial, whole_group: bool) -> tuple[str, str, float]:
+    """SIGKILL at a random moment; as every way, (what was done, what is wrong or "", seconds it took to leave)."""
+    after = trial.draw.uniform(0.0, trial.told["seconds"])
+    with fresh(trial.command, trial.base) as folder:
+        ended = run(trial.command.arguments, folder, signal_after=(signal.SIGKILL, after, whole_group))
+        return f"after {after:.1f} s", _outlived(ended) or trial.again(folder, ended), 0.0
 
 
-def _all_gone(group: int) -> bool:
-    """Wait for the last process of a group; one that stays is killed, and the answer is no."""
-    end = time.monotonic() + 2 * PATIENCE
-    with contextlib.suppress(ProcessLookupError):
-        while time.monotonic() < end:
-            os.killpg(group, 0)
-            time.sleep(0.05)
-        os.killpg(group, signal.SIGKILL)
-        return False
-    return True
+def _before_change(trial: Trial) -> tuple[str, str, float]:
+    at = 1 + trial.share(trial.told["changes"])
+    with fresh(trial.command, trial.base) as folder:
+        ended = run(trial.command.arguments, folder, Hook(at))
+        return f"before {at}", _outlived(ended) or trial.again(folder, ended), 0.0
 
 
-def _made(command: Command, folder: Path, ended: Ended) -> dict[str, str]:
-    """Path → hash of every file that the command has made, or of what it has printed."""
-    if not command.makes:
-        return {"output": hashlib.sha256(ended.out.replace(str(folder), "").encode()).hexdigest()}
-    found = {}
-    for path in command.makes:
-        below = (folder / path).rglob("*") if (folder / path).is_dir() else [folder / path]
-        for file in sorted(below):
-            if file.is_file() and not file.name.endswith(command.timed):
-                found[file.relative_to(folder).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
-    return found
+def _asked(trial: Trial) -> tuple[str, str, float]:
+    number, after = trial.draw.choice((signal.SIGTERM, signal.SIGINT)), trial.draw.uniform(0.0, trial.told["seconds"])
+    with fresh(trial.command, trial.base) as folder:
+        ended = run(trial.command.arguments, folder, signal_after=(number, after, True))
+        if not (why := _outlived(ended)):
+            if ended.status not in (0, 130, 143):
+                why = f"status {ended.status}: {ended.errors[-300:]}"
+            elif "Traceback" in ended.errors or ended.seconds > PATIENCE:
+                why = f"left after {ended.seconds:.1f} s with {ended.errors[-300:]!r}"
+        return f"{number.name} after {after:.1f} s", why or trial.again(folder, ended), ended.seconds
+
+
+def _full(trial: Trial, disk) -> tuple[str, str, float]:
+    room = trial.share(trial.told["room"])
+    with fresh(trial.command, trial.base, disk.folder) as folder:
+        temporary = folder.parent / "tmp"
+        temporary.mkdir()
+        disk.leave(room)
+        ended = run(trial.command.arguments, folder, temporary=temporary)
+        disk.leave(PLENTY)
+        why = _outlived(ended) or refused(trial, folder, ended, errno.ENOSPC) or trial.again(folder, ended)
+        return f"after {room} bytes", why, 0.0
+
+
+def _read_only(trial: Trial, disk) -> tuple[str, str, float]:
+    at = trial.share(trial.told["changes"]) + 1 if trial.turn else 0
+    with fresh(trial.command, trial.base, disk.folder) as folder:
+        if at:
+            ended = run(trial.command.arguments, folder, Hook(at, "EROFS", folder.parent / "count"))
+        else:
+            disk.forbid()
+            ended = run(trial.command.arguments, folder)
+            disk.leave(PLENTY)
+        why = _outlived(ended) or refused(trial, folder, ended, errno.EROFS) or trial.again(folder, ended)
+        return f"from change {at}" if at else "from the beginning", why, 0.0
+
+
+def _twice(trial: Trial) -> tuple[str, str, float]:
+    apart = trial.draw.uniform(0.0, trial.told["seconds"]) if trial.turn else 0.0
+
+    def begin(after: float) -> Ended:
+        time.sleep(after)
+        return run(trial.command.arguments, folder)
+
+    with fresh(trial.command, trial.base) as folder, ThreadPoolExecutor(2) as pool:
+        runs = list(pool.map(begin, (0.0, apart)))
+        how = f"{apart:.1f} s apart, status {runs[0].status} and {runs[1].status}"
+        whole = [ended for ended in runs if ended.status == 0]
+        for ended in runs:
+            if ended.status and (why := _one_line(ended)):
+                return how, why, 0.0
+        if not whole:
+            return how, f"neither is done: {' '.join(ended.errors[-200:] for ended in runs)}", 0.0
+        return how, next(filter(None, (_outlived(one) or trial.again(folder, one) for one in whole)), ""), 0.0
+
+
+def _outlived(ended: Ended) -> str:
+    return f"a process outlived it by {2 * PATIENCE:g} s" if ended.outlived else ""
+
+
+def _one_line(ended: Ended) -> str:
+    """What is wrong with how a command has said why it ends: status 1 and one line, no traceback."""
+    lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
+    if ended.status != 1 or len(lines) != 1 or "Traceback" in ended.errors:
+        return f"status {ended.status} with {ended.errors[-600:]!r}"
+    return ""
+
+
+def refused(trial: Trial, folder: Path, ended: Ended, number: int) -> str:
+    """What is wrong with a run that the disk has refused: what it said, or a file that is not whole under its name."""
+    if ended.status == 0:
+        return ""  # it needed no more, or did without
+    if why := _one_line(ended):
+        return why
+    said = os.strerror(number)
+    line = next(line for line in ended.errors.splitlines() if line.startswith("error: "))
+    if said not in line or ";" not in line:
+        return f"the line has no {said!r} and remedy: {line}"
+    if not trial.command.makes:
+        return ""
+    left = made(trial.command, folder, ended)
+    cut = [path for path, content in left.items() if content != trial.told["made"].get(path)]
+    cut = [path for path in cut if not path.endswith((".partial", ".part"))]
+    return f"not whole under its name: {', '.join(cut[:4])}" if cut else ""
+
+
+WAYS: dict[str, Callable[..., tuple[str, str, float]]] = {
+    "group": lambda trial: _killed(trial, True),
+    "alone": lambda trial: _killed(trial, False),
+    "change": _before_change,
+    "asked": _asked,
+    "full": _full,
+    "read-only": _read_only,
+    "twice": _twice,
+}
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ command is never its input: files named like degraded ones are skipped. Of two r
 import base64
 import csv
 import json
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +29,7 @@ from pathlib import Path
 
 from clear.bench.vlmeval import names
 from clear.data.images import decode_image, encode_image
-from clear.data.io import replacing
+from clear.data.io import replacing, sync
 from clear.data.lock import writer
 from clear.data.pool import CHUNK, parallel
 from clear.data.records import file_sha256, sha256
@@ -228,7 +227,7 @@ def _write(
     """The missing files of one corruption, of `group` at all levels; a file is complete when it has its name."""
     header = table.header if "image" in table.header else [*table.header, "image"]
     with ExitStack() as stack:
-        files = [stack.enter_context(_synced(output.partial)) for output in outputs]
+        files = [stack.enter_context(_opened(output.partial)) for output in outputs]
         for file in files:
             _write_row(file, header)
         rows = _degrade_rows(outputs, group, files, header, table, scale, workers)
@@ -236,13 +235,14 @@ def _write(
         for output in outputs:
             _leave_out(output.partial, header.index("index"), lost)
     for n, output in enumerate(outputs):
-        with replacing(output.part) as partial, _synced(partial) as file:
+        with replacing(output.part) as partial, _opened(partial) as file:
             file.write(json.dumps(state | {"tsv_sha256": file_sha256(output.partial)}) + "\n")
             for index, row in rows.made.items():
                 entry = replace(rows.made[row][n], index=index) if isinstance(row, str) else row[n]
                 file.write(json.dumps(asdict(entry)) + "\n")
             for reject in rows.rejects.values():
                 file.write(json.dumps(asdict(reject)) + "\n")
+        sync(output.partial)
         output.partial.rename(output.path)
 
 
@@ -313,7 +313,7 @@ def _degrade_rows(
 def _leave_out(path: Path, column: int, indices: set[str]) -> None:
     """Rewrite one of this command's TSVs without some rows; `column` holds the index."""
     csv.field_size_limit(sys.maxsize)  # a cell holds a whole picture
-    with path.open(newline="", encoding="utf-8") as lines, replacing(path) as partial, _synced(partial) as file:
+    with path.open(newline="", encoding="utf-8") as lines, replacing(path) as partial, _opened(partial) as file:
         for number, cells in enumerate(csv.reader(lines, delimiter="\t")):
             if number == 0 or cells[column] not in indices:
                 _write_row(file, cells)
@@ -342,12 +342,10 @@ def _degraded(job: tuple[bytes, str, tuple[str, ...], str, float]) -> list[bytes
 
 
 @contextmanager
-def _synced(path: Path) -> Iterator:
-    """A text file that is on disk when the block ends."""
+def _opened(path: Path) -> Iterator:
+    """A new text file, which errors of writing it name."""
     with naming(path), path.open("w", newline="", encoding="utf-8") as file:
         yield file
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_part(part: Path) -> tuple[list[dict], list[Reject]]:

@@ -32,6 +32,7 @@ from clear.model.checkpoint.format import (
     places,
     read_header,
     samples_sha256,
+    save_tensors,
 )
 from clear.model.checkpoint.load import load_bagel, load_weights
 from clear.model.checkpoint.save import quantise_folder, save_bagel, write_folder
@@ -60,6 +61,7 @@ __all__ = [
     "read_header",
     "samples_sha256",
     "save_bagel",
+    "save_tensors",
     "special_tokens",
     "write_folder",
 ]

@@ -3,12 +3,17 @@
 import hashlib
 import json
 import math
+import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 from clear.data.records import file_sha256
 from clear.errors import ClearError
@@ -42,6 +47,16 @@ _LONGEST_HEADER = 100_000_000  # bytes; the format's own limit
 _CONVERT = (
     "Take the safetensors release, or convert it: torch.load(…, weights_only=True), then safetensors.torch.save_file."
 )
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file. What the system refuses is an OSError with the path, which the library only says."""
+    try:
+        save_file(dict(tensors), path, metadata)
+    except SafetensorError as error:
+        if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
 
 
 @dataclass(frozen=True)

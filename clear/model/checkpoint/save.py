@@ -5,13 +5,12 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
-from clear.data.io import require_new
+from clear.data.io import require_new, sync
 from clear.errors import ClearError
 from clear.model.bagel import Bagel
 from clear.model.checkpoint.config import SOURCES, config_files, read_config
-from clear.model.checkpoint.format import BRIDGE, MODEL, PARTIAL, SAVING, VAE, named_file
+from clear.model.checkpoint.format import BRIDGE, MODEL, PARTIAL, SAVING, VAE, named_file, save_tensors
 from clear.model.checkpoint.load import load_bagel
 from clear.model.tokenizer import TOKENIZER
 from clear.model.vae import AutoEncoder
@@ -27,11 +26,11 @@ def save_bagel(folder: Path | str, model: Bagel, vae: AutoEncoder, tokenizer=Non
     bridge = {k.removeprefix("bridge."): state.pop(k) for k in list(state) if k.startswith("bridge.")}
     autoencoder = {k: v.detach().cpu().contiguous() for k, v in vae.state_dict().items()}
     writers: dict[str, Callable[[Path], object]] = {
-        MODEL: lambda path: save_file(state, path),
-        VAE: lambda path: save_file(autoencoder, path),
+        MODEL: lambda path: save_tensors(state, path),
+        VAE: lambda path: save_tensors(autoencoder, path),
     }
     if bridge:
-        writers[BRIDGE] = lambda path: save_file(bridge, path)
+        writers[BRIDGE] = lambda path: save_tensors(bridge, path)
     stale = {BRIDGE, TOKENIZER}
     if tokenizer is not None:
         writers[TOKENIZER] = lambda path: path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
@@ -70,6 +69,7 @@ def write_folder(folder: Path | str, writers: dict[str, Callable[[Path], object]
     try:
         for name, write in writers.items():
             write(folder / (name + PARTIAL))
+            sync(folder / (name + PARTIAL))
     except BaseException:  # a full disk or Ctrl-C: what was there before is still whole
         for name in writers:
             (folder / (name + PARTIAL)).unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from clear.bench.models import MODELS, evaluations
-from clear.data.io import require_new
+from clear.data.io import require_new, sync
 from clear.data.records import file_sha256
 from clear.errors import ClearError, quoted
 from clear.model import release
@@ -63,6 +63,7 @@ def export(
             "bridge": read_config(partial).bridge,
         }
         (partial / CARD).write_text(card.render(card.Facts(**facts)), encoding="utf-8")
+        sync(partial)
         if out.exists():
             out.rmdir()
         partial.replace(out)

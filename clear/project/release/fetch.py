@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from clear.config import load
+from clear.data.io import sync
 from clear.data.workspace import home
 from clear.errors import ClearError, one_line
 from clear.project.check import LOCK
@@ -126,6 +127,7 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
             f"{model} {version}: what DVC has is not what the release's {LOCK} names (MD5 {wanted}); run `dvc fetch` "
             "in a clone at that version, and `dvc push` where it is whole."
         )
+    sync(partial)
     partial.replace(folder)
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from clear.data.io import replacing
 from clear.model.bagel import Contents
+from clear.model.checkpoint import save_tensors
 from clear.model.sequence import BRIDGE, LATENT, VIT, Image, Layout, Segment, SpecialTokens, layout, length, pack
 
 
@@ -50,7 +51,7 @@ def made_once(file: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Te
     if int(os.environ.get("LOCAL_RANK", 0)) == 0 and not file.exists():
         found = {name: value.cpu().contiguous() for name, value in make().items()}
         with replacing(file) as partial:
-            save_file(found, partial)
+            save_tensors(found, partial)
     while not file.exists():
         time.sleep(0.2)
     return load_file(file)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from clear.data.io import write_text
 from clear.data.records import file_sha256
 from clear.schema import Config
 from clear.training import trackers
@@ -68,8 +69,7 @@ def write_curve(path: Path | str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         values = (row.get(name, "") for name in names)
         lines.append(",".join(f"{v:.6g}" if isinstance(v, float) else str(v) for v in values))
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text("\n".join(lines) + "\n")
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def curve_rows(phase: str, history: list[dict]) -> list[dict[str, Any]]:

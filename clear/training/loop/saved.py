@@ -7,14 +7,17 @@ process, so that a run may resume on another number of processes.
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from clear.data.io import asked_again, sync
 from clear.errors import ClearError
+from clear.model.checkpoint import save_tensors
 from clear.training.loop.parallel import barrier, copy_whole, rank, whole
 
 _COMPLETE = "complete"
@@ -27,7 +30,11 @@ class TrainedOnly:
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
             Path(output_dir).mkdir(parents=True, exist_ok=True)
-            save_file(trained_state(self.accelerator.unwrap_model(self.model)), Path(output_dir) / _WEIGHTS)
+            save_tensors(trained_state(self.accelerator.unwrap_model(self.model)), Path(output_dir) / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        with asked_again(Path(self.args.output_dir)):  # torch.save has no reason for what it could not write
+            super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not self.is_fsdp_enabled:  # there the optimiser's checkpoint brings the sharded weights along
@@ -112,7 +119,7 @@ class Ema(TrainerCallback):
             full = whole(value)  # all processes take part, one keeps it
             found |= {name: full} if rank() == 0 else {}
         if rank() == 0:
-            save_file(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
+            save_tensors(found, Path(args.output_dir) / f"checkpoint-{state.global_step}" / _EMA)
 
     @torch.no_grad()
     def apply(self) -> None:
@@ -133,7 +140,9 @@ class MarkComplete(TrainerCallback):
     def on_save(self, args, state, control, **_) -> None:
         barrier()
         if rank() == 0:
-            (Path(args.output_dir) / f"checkpoint-{state.global_step}" / _COMPLETE).touch()
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            sync(folder)
+            (folder / _COMPLETE).touch()
 
 
 def last_complete(folder: Path) -> Path | None:

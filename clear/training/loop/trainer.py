@@ -22,14 +22,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-from clear.data.io import replacing
+from clear.data.io import replacing, write_text
 from clear.errors import ClearError
+from clear.model.checkpoint import save_tensors
 from clear.model.mot import LanguageModel
 from clear.model.runtime import device, precision
 from clear.schema import Grpo, Optimiser, Phase
@@ -251,9 +251,9 @@ def optimise(
     rows = curve_rows(name, trainer.state.log_history)
     run.curve += rows
     if rank() == 0:
-        curve.write_text(json.dumps(rows))
+        write_text(curve, json.dumps(rows))
         with replacing(finished) as partial:
-            save_file(trained_state(module), partial)
+            save_tensors(trained_state(module), partial)
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
     if leave():

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from safetensors.torch import save_file
 from transformers import Trainer, TrainerCallback
 
 from clear.data.io import replacing
+from clear.model.checkpoint import save_tensors
 from clear.schema import Grpo
 from clear.training.loop.parallel import rank
 from clear.training.loop.saved import trained_state
@@ -49,7 +49,7 @@ class StopRule(TrainerCallback):
         known = [a for a, _ in measured(self._trainer.state.log_history)]
         if rank() == 0 and accuracy > max(known, default=-1.0):
             with replacing(self._best) as partial:
-                save_file(trained_state(self._trainer.accelerator.unwrap_model(self._trainer.model)), partial)
+                save_tensors(trained_state(self._trainer.accelerator.unwrap_model(self._trainer.model)), partial)
 
     def on_log(self, args, state, control, logs=None, **_) -> None:
         if self.stopped():

@@ -1,13 +1,17 @@
-"""Put in front of the import path by tests/kill/run.py: ends this process by SIGKILL just before its KILL_AT-th change
-of a file below KILL_FOLDER (opened for writing, renamed, removed, a folder made); 0 only counts, into KILL_COUNT."""
+"""Put in front of the import path by tests/kill/process.py: what happens at the KILL_AT-th change of a file below
+KILL_FOLDER (opened for writing, renamed, removed, a folder made). KILL_DOES=KILL: this process ends by SIGKILL just
+before it. EROFS: it is refused, and all later ones, of other processes too, as on a disk that has become read-only.
+At 0 the changes are counted, into KILL_COUNT."""
 
 import atexit
+import errno
 import os
 import signal
 import sys
 from pathlib import Path
 
 _folder, _at = os.environ["KILL_FOLDER"], int(os.environ["KILL_AT"])
+_refuses, _refused = os.environ["KILL_DOES"] == "EROFS", Path(f"{os.environ['KILL_COUNT']}.refused")
 _changes = 0
 _EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.truncate", "open"}
 
@@ -22,8 +26,18 @@ def _watch(event: str, arguments: tuple) -> None:
     if not path.startswith(_folder) or "__pycache__" in path:
         return
     _changes += 1
-    if _changes == _at:
+    if _refuses:
+        _refuse(event, path)
+    elif _changes == _at:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _refuse(event: str, path: str) -> None:
+    """What Linux says of a change on a read-only disk: of a folder that is there, that it is there."""
+    if _changes >= _at and not _refused.exists():
+        _refused.touch()
+    if _refused.exists() and not (event == "os.mkdir" and Path(path).exists()):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
 
 
 def _tell() -> None:

@@ -1,0 +1,117 @@
+"""A disk that is full, and a machine that crashes: one line that says what and why, and nothing half under its name."""
+
+import ast
+import errno
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from clear.data.io import asked_again, write_json
+from clear.data.records import ShardWriter
+from clear.data.rejects import Reject, write_rejects
+from clear.model.checkpoint import save_tensors, write_folder
+from clear.traces.table import TraceRow, write_traces
+from tests.conftest import ROOT
+from tests.helpers.tables import write_tsv
+from tests.kill.disk import mounted
+
+MOVES = {"clear/project/retrain/intake.py"}
+"""What renames folders that are not new."""
+
+
+@pytest.fixture(scope="module")
+def small():
+    """A disk of one page to spare."""
+    with mounted() as disk:
+        if disk is None:
+            pytest.skip("only root mounts a small disk")
+        disk.leave(4096)
+        yield disk.folder
+
+
+def test_tensors_that_find_no_room_are_refused_as_any_file_is(small):
+    with pytest.raises(OSError, match="No space left") as refused:
+        save_tensors({"a": torch.zeros(100_000)}, small / "a.safetensors")
+    assert (refused.value.errno, refused.value.filename) == (errno.ENOSPC, str(small / "a.safetensors"))
+    assert not list(small.iterdir())
+
+
+def test_a_checkpoint_that_torch_could_not_write_says_that_the_disk_is_full(small):
+    with pytest.raises(OSError, match="No space left") as refused, asked_again(small):
+        torch.save({"a": torch.zeros(100_000)}, small / "optimizer.pt")
+    assert refused.value.filename == str(small) and isinstance(refused.value.__cause__, RuntimeError)
+    assert [file.name for file in small.iterdir()] == ["optimizer.pt"], "what asked is gone"
+    (small / "optimizer.pt").unlink()
+
+
+def test_an_error_that_is_not_the_disk_s_stays_what_it_is(tmp_path):
+    with pytest.raises(RuntimeError, match="shapes differ"), asked_again(tmp_path):
+        raise RuntimeError("shapes differ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tables_are_whole_or_not_there(small, clear, tmp_path):
+    with pytest.raises(OSError, match="No space left"):
+        write_traces(small, [TraceRow(*[os.urandom(2000).hex() for _ in range(9)], False) for _ in range(10)])
+    assert not list(small.iterdir())
+    said = {"A": "red", "B": "blue", "answer": "A", "prediction": "A"}
+    asked = [{"index": n, "question": os.urandom(200).hex(), **said} for n in range(100)]
+    table = write_tsv(tmp_path / "MMStar.tsv", asked)
+    status, _, stderr = clear("score", table, "--rows", small / "rows.parquet")
+    said = f"error: {small / 'rows.parquet'}: No space left on device; free some space there, then run the command "
+    assert status == 1 and stderr.endswith(f"{said}again.\n")
+    assert not list(small.iterdir())
+
+
+@pytest.fixture
+def crash(monkeypatch):
+    """The names of the files that a crash of the machine could leave empty: renamed before they were on the disk."""
+    on_disk, lost, fsync, rename = set(), [], os.fsync, os.rename
+
+    def synced(descriptor: int) -> None:
+        on_disk.add(os.fstat(descriptor).st_ino)
+        fsync(descriptor)
+
+    def renamed(self: Path, target: Path) -> Path:
+        files = [file for file in self.rglob("*") if file.is_file()] if self.is_dir() else [self]
+        lost.extend(file.name for file in files if file.stat().st_ino not in on_disk)
+        rename(self, target)
+        return Path(target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "rename", renamed)
+    monkeypatch.setattr(Path, "replace", renamed)
+    return lost
+
+
+def test_a_file_is_on_the_disk_before_it_has_its_name(crash, tmp_path):
+    write_json(tmp_path / "metrics.json", {"a": 1})
+    write_rejects(tmp_path / "rejects.parquet", [Reject("1", "sft", "broken", "detail")])
+    write_folder(tmp_path / "model", {"a.json": lambda path: path.write_text("{}")})
+    writer = ShardWriter(tmp_path / "samples")
+    writer.close()
+    names = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file())
+    assert names == ["metrics.json", "model/a.json", "rejects.parquet", "samples/00000.parquet"]
+    assert not crash
+
+
+def test_whatever_gives_a_file_its_name_brings_it_to_the_disk_first():
+    found = []
+    for file in [*(ROOT / "clear").rglob("*.py"), *(ROOT / "flows").rglob("*.py")]:
+        name = file.relative_to(ROOT).as_posix()
+        for function in (node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.FunctionDef)):
+            calls = [node for node in ast.walk(function) if isinstance(node, ast.Call)]
+            called = {node.func.id for node in calls if isinstance(node.func, ast.Name)}
+            gives = [
+                node.func.attr
+                for node in calls
+                if isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("rename", "replace")
+                and len(node.args) == 1
+                and not node.keywords
+            ]
+            if gives and "sync" not in called and name not in MOVES:
+                found.append(f"{name}: {function.name}")
+    assert not found
