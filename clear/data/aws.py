@@ -5,8 +5,10 @@ AWS_DEFAULT_REGION, AWS_ENDPOINT_URL, ~/.aws. A caller that has settings of its 
 """
 
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from clear.errors import ClearError
@@ -26,8 +28,12 @@ _REMEDIES = {
     "log in again": ("ExpiredToken", "ExpiredTokenException", "InvalidToken"),
     "the bucket is in another region; set AWS_DEFAULT_REGION": ("PermanentRedirect", "AuthorizationHeaderMalformed"),
     "the object changed while it was read; {again}": ("PreconditionFailed",),
+    "this machine's clock is wrong; set it (`timedatectl set-ntp true`)": ("RequestTimeTooSkewed",),
 }
 _MOST_RETRIES = 5
+_PATIENT, _QUICK = (10.0, 60.0), (5.0, 10.0)  # seconds for a connection, and for data
+_PAUSE = 0.5  # seconds before a broken body is asked for again, doubled each time
+_LONGEST_PAUSE = 20.0
 
 
 class Unreachable(ClearError):
@@ -57,7 +63,7 @@ def client(
         retries["max_attempts"] = 1
     elif "AWS_MAX_ATTEMPTS" not in os.environ:
         retries["max_attempts"] = _MOST_RETRIES
-    connect, read = (10, 60) if patient else (5, 10)
+    connect, read = _PATIENT if patient else _QUICK
     config = Config(retries=retries, connect_timeout=connect, read_timeout=read)
     try:
         # A session of its own: boto3's default one would keep the first credentials it saw.
@@ -103,6 +109,8 @@ def explained(
         ) from error
     except (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError) as error:
         raise lost(error) from error
+    except exceptions.FlexibleChecksumError as error:
+        raise Unreachable(f"{place}: what arrived is not what was stored ({_sentence(error)}); {again}.") from error
     except (RetriesExceededError, ConnectionError, TimeoutError) as error:  # the latter two of a socket
         raise lost(error) from error
     except Boto3Error as error:  # a failed upload, which does not say why but in what it was raised from
@@ -113,9 +121,83 @@ def explained(
 
 
 def listed(client: Any, bucket: str, prefix: str) -> Iterator[dict[str, Any]]:
-    """Every object of a bucket whose key begins with `prefix`, as S3 lists it: Key, Size, ETag, LastModified."""
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix):
+    """Every object of a bucket whose key begins with `prefix`, as S3 lists it: Key, Size, ETag, LastModified.
+
+    boto3 takes an answer without content, of a connection that was cut or of a proxy, for a list of nothing, which
+    would delete mirrors and end jobs; this asks again, and raises boto3's error of a lost connection.
+    """
+    wanted = {"Bucket": bucket, "Prefix": prefix}
+    while True:
+        page = _page(client, wanted)
         yield from page.get("Contents", [])
+        if not page["IsTruncated"]:
+            return
+        wanted["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def _page(client: Any, wanted: dict[str, str]) -> dict[str, Any]:
+    from botocore.exceptions import ResponseStreamingError
+
+    for pause in _pauses(client):
+        page = client.list_objects_v2(**wanted)
+        if "IsTruncated" in page:  # which every list of S3 says
+            return page
+        time.sleep(pause)
+    raise ResponseStreamingError(error="an answer without a list")
+
+
+def _pauses(client: Any) -> Iterator[float]:
+    """Seconds to wait after each attempt of as many as the client makes of a request; 0 after the last."""
+    attempts = client.meta.config.retries["total_max_attempts"]
+    return (min(_PAUSE * 2**n, _LONGEST_PAUSE) if n + 1 < attempts else 0.0 for n in range(attempts))
+
+
+def opened(
+    client: Any, bucket: str, key: str, start: int = 0, etag: str = "", size: int = 2**20
+) -> tuple[dict[str, Any], Iterator[bytes]]:
+    """S3's answer about an object, and its content from byte `start` on in chunks of at most `size` bytes.
+
+    boto3 repeats a request until its answer begins; where a connection breaks after that, this asks for the rest of the
+    same version, as often and with pauses that double. `etag` is the version that is wanted, "" the present one. Raises
+    what boto3 raises; PreconditionFailed is the code for an object that has changed.
+    """
+
+    def ask(place: int, version: str) -> dict[str, Any]:
+        wanted = ({"Range": f"bytes={place}-"} if place else {}) | ({"IfMatch": version} if version else {})
+        return client.get_object(Bucket=bucket, Key=key, **wanted)
+
+    def chunks(answer: dict[str, Any]) -> Iterator[bytes]:
+        from botocore import exceptions
+
+        place, end, pauses = start, start + answer["ContentLength"], _pauses(client)
+        while place < end:
+            try:
+                for chunk in answer["Body"].iter_chunks(size):
+                    place, pauses = place + len(chunk), _pauses(client)
+                    yield chunk
+                return
+            except (exceptions.HTTPClientError, exceptions.IncompleteReadError):
+                if not (pause := next(pauses)):
+                    raise
+            time.sleep(pause)
+            answer = ask(place, version)
+
+    answer = ask(start, etag)
+    version = answer["ETag"]
+    return answer, chunks(answer)
+
+
+def save(client: Any, bucket: str, key: str, file: Path) -> None:
+    """Write the content of an object to a file, as `opened` reads it. Unlike boto3's downloads it asks for no header
+    first, whose refusal has no code: of credentials that have expired S3 says there no more than 400."""
+    with file.open("wb") as written:
+        for chunk in opened(client, bucket, key)[1]:
+            written.write(chunk)
+
+
+def content(client: Any, bucket: str, key: str, start: int = 0) -> bytes:
+    """The content of an object from byte `start` on, as `opened` reads it."""
+    return b"".join(opened(client, bucket, key, start)[1])
 
 
 def _sentence(said: object) -> str:

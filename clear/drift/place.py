@@ -60,7 +60,7 @@ class Place:
             return (self.folder / name).read_bytes()
         key = f"{self.prefix}/{name}" if self.prefix else name
         with self._asked(f"{self.name}/{name}"):
-            return self.client.get_object(Bucket=self.bucket, Key=key)["Body"].read()
+            return aws.content(self.client, self.bucket, key)
 
     def _asked(self, where: str = "") -> Any:
         return aws.explained(where or self.name, remedy="check the AWS keys and their rights")

@@ -142,6 +142,8 @@ def _here(path: Path, remote: Remote, known: dict | None) -> bool:
 
 def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> None:
     """Fetch one object under a name that says which version it is of, verify it, and give it its own name."""
+    from botocore.exceptions import FlexibleChecksumError
+
     part = path.with_name(f"{path.name}.{remote.etag}{PART}")
     for other in path.parent.glob(f"{path.name}.*{PART}"):
         if other != part:
@@ -153,12 +155,15 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
     with naming(part), part.open("r+b" if have else "wb") as file:
         file.seek(have)
         if have < remote.size or not remote.size:
-            span = {"Range": f"bytes={have}-"} if have else {}
-            answer = client.get_object(Bucket=bucket, Key=remote.key, IfMatch=remote.etag, **span)
+            answer, chunks = aws.opened(client, bucket, remote.key, have, remote.etag, _CHUNK)
             plain = answer.get("ServerSideEncryption") in (None, "AES256") and "SSECustomerAlgorithm" not in answer
-            for chunk in answer["Body"].iter_chunks(_CHUNK):
-                file.write(chunk)
-                bar.update(len(chunk))
+            try:
+                for chunk in chunks:
+                    file.write(chunk)
+                    bar.update(len(chunk))
+            except FlexibleChecksumError:  # all has arrived, and is something else
+                part.unlink()
+                raise
     size = part.stat().st_size
     if size != remote.size:
         raise ClearError(f"{path}: {size} of {remote.size} bytes arrived; repeat the command, the download resumes.")

@@ -66,7 +66,7 @@ class Store:
         """Download to `target`. Raises Damaged if the content has another hash; nothing is left behind then."""
         with replacing(target) as partial:
             with aws.explained(self.url(name)):
-                self.client.download_file(self.bucket, self._key(name), str(partial))
+                aws.save(self.client, self.bucket, self._key(name), partial)
             actual = file_sha256(partial)
             if actual != digest:
                 raise Damaged(f"{self.url(name)} has hash {actual[:12]}…, expected {digest[:12]}…; it is not used.")
@@ -91,8 +91,7 @@ class Store:
 
         try:
             with aws.explained(self.url(name)):
-                wanted = {"Range": f"bytes={start}-"} if start else {}
-                return self.client.get_object(Bucket=self.bucket, Key=self._key(name), **wanted)["Body"].read()
+                return aws.content(self.client, self.bucket, self._key(name), start)
         except ClearError as error:
             code = error.__cause__.response["Error"]["Code"] if isinstance(error.__cause__, ClientError) else ""
             if code in ("NoSuchKey", "404"):

@@ -110,7 +110,7 @@ class Source:
             say(f"{len(wanted)} of {len(there)} files to fetch from s3://{self.bucket}/{self.prefix}")
         for name in wanted:
             with replacing(self.mirror / name) as part, asked(f"s3://{self.bucket}/{self.prefix}/{name}"):
-                client.download_file(self.bucket, f"{self.prefix}/{name}", str(part))
+                aws.save(client, self.bucket, f"{self.prefix}/{name}", part)
         write_json(file, there)
 
     def _move(self, name: str, report: Path) -> str:

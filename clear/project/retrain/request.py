@@ -191,7 +191,13 @@ def _call(method: str, url: str, token: str, **content):
     except httpx.HTTPError as error:
         raise ClearError(f"{method} {url}: {error}; the branch is pushed, run again to open the request.") from error
     if answer.is_success:
-        return answer.json()
+        try:
+            return answer.json()
+        except ValueError as error:  # a proxy's page, or an answer that was cut short
+            raise ClearError(
+                f"{method} {url}: the forge's answer is no JSON ({error}); the branch is pushed, run again to open the "
+                "request."
+            ) from error
     remedy = {401: "check GITHUB_TOKEN", 403: "the token needs the right to write pull requests"}
     said = " ".join(answer.text.split())[:300]
     raise ClearError(
