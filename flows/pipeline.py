@@ -33,6 +33,7 @@ from clear.data.workspace import profile
 from clear.errors import ClearError, fail, say
 from clear.project.retrain.reproduce import reproduce as reproduce_aside
 from clear.project.retrain.run import Outcome, Tools
+from flows import in_words
 from flows.batch import execute
 from flows.dvc_commands import (
     Temporary,
@@ -248,8 +249,10 @@ def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, 
     except CancelledRun as left:
         say(left, sys.stderr)
         return 3, None
-    except ClearError as error:
-        return fail(error), None
+    except Exception as error:
+        if (said := in_words(error)) is None:
+            raise
+        return fail(said), None
     except (KeyboardInterrupt, SystemExit) as end:
         print(f"interrupted; run the same command again{after_interruption}", file=sys.stderr)
         return (end.code if isinstance(end, SystemExit) else 130), None

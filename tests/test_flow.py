@@ -1,6 +1,7 @@
 """What the flows stand on, without a Prefect server: one writer per workspace, no process outlives a flow, tables."""
 
 import base64
+import errno
 import importlib.machinery
 import inspect
 import io
@@ -14,10 +15,12 @@ import threading
 import time
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 import yaml
 from prefect.exceptions import CancelledRun
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from clear.data import lock
 from clear.data.lock import Busy, holder, lock_file, writer
@@ -322,11 +325,26 @@ def test_the_picture_is_the_plot_of_the_current_profile(project, tmp_path):
 # On the command line
 
 
+API = "http://127.0.0.1:4200/api"
+AGAIN = "start it, or set PREFECT_API_URL, then run the same command again: what was made is kept."
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [
         (None, 0, ""),
         (ClearError("the disk is full."), 1, "error: the disk is full.\n"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "data/a"),
+            1,
+            "error: data/a: No space left on device; free some space there, then run the command again.\n",
+        ),
+        (httpx.ConnectError("refused"), 1, f"error: the Prefect API at {API} does not answer (refused); {AGAIN}\n"),
+        (
+            RuntimeError("Failed to reach API at http://a/api"),
+            1,
+            f"error: the Prefect API at {API} does not answer (Failed to reach API at http://a/api); {AGAIN}\n",
+        ),
         (CancelledRun("another run writes."), 3, "another run writes.\n"),
         (KeyboardInterrupt(), 130, "interrupted; run the same command again, please\n"),
     ],
@@ -339,7 +357,8 @@ def test_a_flow_on_the_command_line_ends_with_a_status_and_one_line(capsys, rais
 
     before = signal.getsignal(signal.SIGTERM)
     try:
-        assert pipeline.here_and_now(run, ", please") == (status, None if raised else {"done": True})
+        with temporary_settings({PREFECT_API_URL: API}):
+            assert pipeline.here_and_now(run, ", please") == (status, None if raised else {"done": True})
     finally:
         signal.signal(signal.SIGTERM, before)
     assert capsys.readouterr().err == said
