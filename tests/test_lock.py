@@ -5,15 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from clear.data import lock
 from clear.data.lock import Busy, lock_file, stage, stage_lock, writer
+from clear.errors import UNDECIDED
 from clear.project import scratch
+from clear.project.watch import folder_of
 from tests.conftest import ROOT
 from tests.helpers.processes import alive, python, wait_until
+from tests.helpers.tables import b64, picture, write_tsv
 
 STAGE = """
 import os, pathlib, time
@@ -149,6 +153,52 @@ def test_every_stage_command_takes_the_lock(project, clear):
             assert (status, stderr.count("\n")) == (1, 1)
             assert f"{project} is being written to by process {process.pid} since" in stderr
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("command", "makes"),
+    [
+        (
+            ["answer", "MMVet.tsv", "--endpoint", "http://127.0.0.1:9/v1", "--name", "m", "--out", "made"],
+            "made/m/MMVet",
+        ),
+        (["merge", "model", "made"], "made"),
+        (["quantise", "model", "made"], "made"),
+        (["export", "model", "made"], "made"),
+        (["incoming", "check", "fog"], "data/report/tiny/incoming/fog"),
+        (["decision", "grpo"], ".clear/development/tiny/decision_grpo.json"),
+        (["watch", "new"], "data/watch/new"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value[0],
+)
+def test_a_command_that_is_begun_beside_itself_is_refused_before_it_writes(project, clear, monkeypatch, command, makes):
+    """Two wrote one journal, or one partial folder, which the first to end put in place half made."""
+    monkeypatch.setenv("CLEAR_HOME", str(project / ".clear"))
+    (project / "model").mkdir()
+    write_tsv(project / "MMVet.tsv", [{"index": 0, "image": b64(picture(0)), "question": "which ?", "answer": "red"}])
+    place = folder_of("new") if command[0] == "watch" else project / makes
+    before = sorted(project.rglob("*"))
+    with lock.making(place, "the first"):
+        status, _, stderr = clear(*command)
+    assert status == (UNDECIDED if command[0] == "watch" else 1)
+    said = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and f"error: {place} is being written to by process {os.getpid()} since" in said[0]
+    made = {file for file in set(project.rglob("*")) - set(before) if file.is_file()}
+    assert not {file for file in made if ".clear" not in file.parts} - {project / "made/replies.sqlite"}
+
+
+def test_one_who_waits_makes_it_after_the_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "home"))
+    file, said = tmp_path / "made", []
+    hold = "import pathlib, sys; from clear.data.lock import making\nwith making(sys.argv[1], 'the first'):\n"
+    hold += "    print('held', flush=True); sys.stdin.readline(); pathlib.Path(sys.argv[1]).write_text('first')"
+    with python(hold, str(file), stdin=subprocess.PIPE) as one:
+        assert one.stdout.readline() == "held\n"
+        threading.Timer(0.5, lambda: (one.stdin.write("\n"), one.stdin.flush())).start()
+        (tmp_path / "link").symlink_to(file)
+        with lock.making(tmp_path / "link", "the second", "wait", said.append):
+            assert file.read_text() == "first", "the same file by another name"
+    assert len(said) == 1 and "waiting until it ends" in said[0]
 
 
 def test_a_second_scratch_run_of_a_profile_does_not_take_the_code_from_the_first(project):

@@ -69,7 +69,7 @@ def score(
     if out is not None:
         write_json(out, found)
     if rows is not None:
-        with replacing(rows) as partial:
+        with replacing(rows, several=True) as partial:
             frame.to_parquet(partial, index=False)
 
 

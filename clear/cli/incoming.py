@@ -39,9 +39,12 @@ def check_one(
     import json
 
     from clear.config import load
+    from clear.data.lock import making
+    from clear.data.workspace import report_dir
     from clear.validation.incoming import check as check_set
     from clear.validation.incoming import lines
 
-    verdict = check_set(name, load())
+    with making(report_dir(create=False) / "incoming" / name, "clear incoming check"):
+        verdict = check_set(name, load())
     say(json.dumps(verdict.as_json(), indent=1) if as_json else "\n".join(lines(verdict)))
     raise typer.Exit(0 if verdict.success else 1)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clear.data.lock import making
 from clear.data.ports import HOST
 from clear.errors import ClearError, say, shown
 from clear.schema import QUANTISED
@@ -60,7 +61,7 @@ def ask(
     if save is not None:
         if answer.picture is None:
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
-        with replacing(save) as partial:
+        with replacing(save, several=True) as partial:
             partial.write_bytes(encode_image(answer.picture))
         say(f"restored image: {save}")
 
@@ -125,7 +126,8 @@ def answer(
     with respondent as who:
         for file in data:
             asked = Served(who) if endpoint else who
-            with tqdm(total=count(file), desc=shown(file.stem), unit="row") as bar:
+            alone = making(out / label / file.stem, "clear answer")
+            with alone, tqdm(total=count(file), desc=shown(file.stem), unit="row") as bar:
                 done = answer_table(file, out, label, asked, prompt, form, bar.update)
             say(str(done.table))
             rejects += done.rejects
@@ -216,7 +218,8 @@ def decision(
     from clear.model.weights import with_local_weights
     from clear.report import budget
 
-    file = budget.run(with_local_weights(load(), "evaluate"), model)
+    with making(budget.place(load(), model), "clear decision"):
+        file = budget.run(with_local_weights(load(), "evaluate"), model)
     say(budget.table(json.loads(file.read_text())))
     say(f"figures: {file}\ncurves: {file.with_suffix('.png')}")
 
@@ -244,7 +247,8 @@ def merge(
     if not folder.is_dir():
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote with lora.rank > 0.")
     kind = _type(weights) if weights else importlib.import_module("clear.model.runtime").stored(load())[0]
-    quantised = importlib.import_module("clear.model.lora").merge(folder, out, kind, base)
+    with making(out, "clear merge"):
+        quantised = importlib.import_module("clear.model.lora").merge(folder, out, kind, base)
     say(f"{out} written.")
     if quantised:
         say(
@@ -269,7 +273,8 @@ def quantise(
     if importlib.import_module("clear.model.lora").is_adapter(folder):
         raise ClearError(f"{folder} holds an adapter; quantise the weights it adapts, or `clear merge` it first.")
     dtype = _type(weights) if weights else None
-    importlib.import_module("clear.model.checkpoint").quantise_folder(folder, out, kind, dtype, base)
+    with making(out, "clear quantise"):
+        importlib.import_module("clear.model.checkpoint").quantise_folder(folder, out, kind, dtype, base)
     say(f"{out} written.")
 
 
@@ -305,5 +310,7 @@ def export(
     kind = _type(weights) if weights else None
     release = importlib.import_module("clear.project.release.export")
     wishes = release.Wishes(name, license, base_model, dataset or [], language or ["en"], evaluation, scores)
-    for file in release.export(folder, out, load(), wishes, kind, base):
+    with making(out, "clear export"):
+        files = release.export(folder, out, load(), wishes, kind, base)
+    for file in files:
         say(str(file))

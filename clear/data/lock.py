@@ -10,11 +10,14 @@ that the holder started, which the environment variable CLEAR_WRITER tells it, w
 stage also holds `.clear/stage.lock`: a stage may outlive the `dvc repro`, or the holder, that started it, and nobody
 may begin beside it.
 
+Whatever else a command makes, a new folder or a table beside its journal, it makes alone (`making`).
+
 `python -m clear.data.lock FOLDER … -- COMMAND …` runs a command as the only writer of the folders, or not at all;
 with CLEAR_WHEN_BUSY=wait in the environment it waits for them, as a stage does.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -27,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from clear.errors import ClearError, fail, say
+from clear.errors import ClearError, fail, say, shown
 
 CHOICES = ("wait", "leave")
 POLL_SECONDS = 1.0
@@ -99,6 +102,21 @@ def stage(workspace: Path, name: str, say: Callable[[str], None] = remark) -> It
         yield
 
 
+@contextmanager
+def making(path: Path | str, label: str, when_busy: str = "", say: Callable[[str], None] = remark) -> Iterator[None]:
+    """Be the only process of this project that makes `path`, a file or folder, in the block; it need not exist.
+
+    Where another one is, `when_busy` decides as in `writer`, by default what `when_busy_here` says. The lock's file is
+    in the private folder of the project, named by a hash of the path. Raises OSError where it cannot be written.
+    """
+    from clear.data.workspace import home
+
+    path = Path(path).absolute()
+    file = home() / "locks" / hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    with _held(file, path, when_busy or when_busy_here(), label, say):
+        yield
+
+
 def _started_by_holder(workspace: Path) -> bool:
     """Whether the process that holds the workspace's lock is the one that CLEAR_WRITER names."""
     named, file = os.environ.get(HOLDER), lock_file(workspace)
@@ -118,7 +136,7 @@ def _held(file: Path, workspace: Path, when_busy: str, label: str, say: Callable
     file.parent.mkdir(parents=True, exist_ok=True)
     told = ""
     while (descriptor := _acquire(file)) is None:
-        busy = f"{workspace} is being written to by {holder(workspace, file)}"
+        busy = f"{shown(workspace)} is being written to by {holder(workspace, file)}"
         if when_busy == "leave":
             raise Busy(f"{busy}; run again when it has ended.")
         if busy != told:

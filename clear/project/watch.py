@@ -27,6 +27,7 @@ import yaml
 from clear.config import load
 from clear.data.images import decode_image
 from clear.data.io import replacing, require_new, write_json, write_text
+from clear.data.lock import making
 from clear.data.records import read_samples
 from clear.data.workspace import home
 from clear.drift import night as nights
@@ -76,8 +77,13 @@ class Wishes:
 def watch(root: Path, place: str, wishes: Wishes, say: Callable[[str], Any] = print) -> tuple[Night, Path]:
     """Judge the pictures at `place`, a folder or s3://bucket/prefix, and write the report; returns the page.
 
-    Raises ClearError for a place or reference that is not there.
+    Raises ClearError for a place or reference that is not there, and where another process watches the same place.
     """
+    with making(folder_of(place), "clear watch"):  # two would each add a night to the history that both have read
+        return _watch(root, place, wishes, say)
+
+
+def _watch(root: Path, place: str, wishes: Wishes, say: Callable[[str], Any]) -> tuple[Night, Path]:
     config = load(root / "params.yaml")
     if wishes.collect is not None:
         require_new(wishes.collect)

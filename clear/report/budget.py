@@ -35,7 +35,7 @@ def run(config: Config, model: str) -> Path:
     with tqdm(total=total, desc=f"decision {model}", unit="answer", mininterval=2) as bar:
         frame = decision.outcomes(tested, samples, bar.update)
     e = config.evaluate
-    out = home() / "development" / config.profile / f"decision_{model}.json"
+    out = place(config, model)
     out.parent.mkdir(parents=True, exist_ok=True)
     with replacing(out.with_suffix(".parquet")) as partial:
         frame.to_parquet(partial)
@@ -43,6 +43,11 @@ def run(config: Config, model: str) -> Path:
     draw(out.with_suffix(".png"), frame, f"{NAMES[model]}, development split")
     write_json(out, found)
     return out
+
+
+def place(config: Config, model: str) -> Path:
+    """The file of a model's figures."""
+    return home() / "development" / config.profile / f"decision_{model}.json"
 
 
 def table(found: dict) -> str:

@@ -18,6 +18,7 @@ import yaml
 
 from clear.config import load
 from clear.data.io import sync
+from clear.data.lock import making
 from clear.data.workspace import home
 from clear.errors import ClearError, one_line
 from clear.project.check import LOCK
@@ -40,8 +41,9 @@ def released(given: Path, root: Path = Path()) -> Path:
         return given
     entry, version, commit = named
     folder = home() / "releases" / f"{entry.name}-{version}".replace("/", "_")
-    if not folder.is_dir():
-        _fetch(root, entry.name, version, commit, folder)
+    with making(folder, f"download of {entry.name} {version}", "wait"):
+        if not folder.is_dir():
+            _fetch(root, entry.name, version, commit, folder)
     return folder
 
 
