@@ -11,11 +11,13 @@ import torch
 from clear.data.io import asked_again, write_json
 from clear.data.records import ShardWriter
 from clear.data.rejects import Reject, write_rejects
+from clear.errors import ClearError
+from clear.llm.ledger import ReplyStore
 from clear.model.checkpoint import save_tensors, write_folder
 from clear.traces.table import TraceRow, write_traces
 from tests.conftest import ROOT
 from tests.helpers.tables import write_tsv
-from tests.kill.disk import mounted
+from tests.kill.disk import PLENTY, mounted
 
 MOVES = {"clear/project/retrain/intake.py"}
 """What renames folders that are not new."""
@@ -63,6 +65,29 @@ def test_tables_are_whole_or_not_there(small, clear, tmp_path):
     said = f"error: {small / 'rows.parquet'}: No space left on device; free some space there, then run the command "
     assert status == 1 and stderr.endswith(f"{said}again.\n")
     assert not list(small.iterdir())
+
+
+def test_paid_replies_outlive_a_full_disk_which_is_not_called_a_damaged_file():
+    with mounted() as disk:
+        if disk is None:
+            pytest.skip("only root mounts a small disk")
+        store = ReplyStore(disk.folder / "replies.sqlite")
+        paid = ("first", 1, 1, False)
+        store.settle(store.reserve("a", 0.1, 1.0)[0], 0.1, "a", paid)
+        disk.leave(16384)
+        full = pytest.raises(ClearError, match=r"replies\.sqlite: No space left on device; free some space there")
+        ticket, _ = store.reserve("b", 0.1, 1.0)
+        with full:
+            store.settle(ticket, 0.1, "b", ("long" * 20_000, 1, 1, False))
+        assert store.get("a") == paid and store.get("b") is None
+        disk.leave(PLENTY)
+        store.settle(ticket, 0.1, "b", ("long" * 20_000, 1, 1, False))
+        assert store.totals()["replies"] == 2 and abs(store.totals()["spent_usd"] - 0.2) < 1e-9
+        store.close()
+        disk.forbid()
+        for name, why in (("replies", "Read-only file system"), ("other", "Permission denied")):
+            with pytest.raises(ClearError, match=rf"{name}\.sqlite: {why}; check the permissions"):
+                ReplyStore(disk.folder / f"{name}.sqlite")
 
 
 @pytest.fixture

@@ -5,17 +5,25 @@ corrected afterwards; if the process dies in between, the reservation stays, bec
 Several processes may share a file.
 """
 
+import errno
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from clear.errors import ClearError
+from clear.errors import ClearError, refusal
 
 IMAGE_TOKENS = 4096
 """More than current models bill for one image; used only to forecast a cost, the report has the real count."""
 
+_REFUSED = {
+    sqlite3.SQLITE_FULL: errno.ENOSPC,
+    sqlite3.SQLITE_READONLY: errno.EROFS,
+    sqlite3.SQLITE_CANTOPEN: errno.EACCES,
+    sqlite3.SQLITE_PERM: errno.EACCES,
+}
 _TABLES = """
 CREATE TABLE IF NOT EXISTS replies (
     hash TEXT PRIMARY KEY, text TEXT NOT NULL,
@@ -36,8 +44,8 @@ class ReplyStore:
         self.path = Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
-        self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
         with self._errors():
+            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_TABLES)
 
@@ -46,6 +54,8 @@ class ReplyStore:
         try:
             yield
         except sqlite3.DatabaseError as error:
+            if number := _REFUSED.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):  # nothing is wrong with the file
+                raise refusal(OSError(number, os.strerror(number), os.fspath(self.path))) from error
             raise ClearError(
                 f"{self.path}: not a usable reply file ({error}); move it away, and all requests are sent again."
             ) from error
@@ -56,10 +66,11 @@ class ReplyStore:
             self._db.execute("BEGIN IMMEDIATE")
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite has undone it already where the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def get(self, key: str) -> tuple[str, int, int, bool] | None:
         """The kept reply: text, prompt tokens, completion tokens, whether it was cut."""

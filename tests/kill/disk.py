@@ -70,4 +70,4 @@ def mounted() -> Iterator[Disk | None]:
         try:
             yield Disk(Path(folder))
         finally:
-            subprocess.run(["umount", folder], check=True, capture_output=True)
+            subprocess.run(["umount", "--lazy", folder], check=True, capture_output=True)

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from clear.data.io import write_text
 from clear.errors import ClearError
 from clear.project.git import git, output
 from clear.report.tables import Table
@@ -155,8 +156,7 @@ def publish(workspace: Path, branch: str, target: str, title: str, text: str, sa
     if "origin" in output(workspace, "remote").split() and ref.startswith("refs/heads/"):
         output(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
     file = workspace / "data" / "report" / branch / "pull_request.md"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(f"# {title}\n\n{text}")
+    write_text(file, f"# {title}\n\n{text}")
     say(f"the pull request's text: {file}")
     into = target or output(workspace, "branch", "--show-current").strip() or "main"
     url = propose(workspace, branch, into, title, text)
