@@ -148,7 +148,7 @@ def _page(client: Any, wanted: dict[str, str]) -> dict[str, Any]:
 
 def _pauses(client: Any) -> Iterator[float]:
     """Seconds to wait after each attempt of as many as the client makes of a request; 0 after the last."""
-    attempts = client.meta.config.retries["total_max_attempts"]
+    attempts = (client.meta.config.retries or {}).get("total_max_attempts", 1 + _MOST_RETRIES)
     return (min(_PAUSE * 2**n, _LONGEST_PAUSE) if n + 1 < attempts else 0.0 for n in range(attempts))
 
 

@@ -72,7 +72,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         fault = self.proxy.fault(f"{self.command} {self.path} {self.headers.get('Range', '')}".strip())
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the client gave up
+        with contextlib.suppress(ConnectionError):  # the client gave up, or the server is gone
             self._answer(fault or Fault(), body)
 
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = _handle
