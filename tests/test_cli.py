@@ -196,6 +196,15 @@ def test_an_interruption_after_the_end_changes_nothing(tmp_path):
     assert (run.returncode, run.stdout, run.stderr) == (0, "params.yaml written.\n", "")
 
 
+def test_files_are_utf_8_whatever_the_locale_says(tmp_path):
+    code = (
+        "import sys; from clear import cli; cli.app.command('x')(lambda: open('it', 'w').write('\\u2713')); cli.main()"
+    )
+    places = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, "-c", code, "x"], cwd=tmp_path, env=os.environ | places, check=True)
+    assert (tmp_path / "it").read_bytes().decode() == "✓"
+
+
 def test_what_a_terminal_would_obey_is_printed_as_text(clear, tmp_path):
     """A name with control sequences could clear the screen, colour a refusal as a success, or rewrite its title."""
     name = tmp_path / "a\x1b[2J\x1b]0;title\x07b.png"

@@ -6,6 +6,8 @@ is one line on stderr; Ctrl-C and SIGTERM end with a remedy, because every long 
 """
 
 import atexit
+import locale
+import os
 import signal
 import sys
 import threading
@@ -66,6 +68,7 @@ def main() -> None:
     """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or undecided, 130 interrupted."""
     try:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
+        _in_utf8()
         sys.unraisablehook = _again
         spare_loopback()
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file name may not be valid text
@@ -84,6 +87,12 @@ def main() -> None:
         raise
     finally:
         atexit.register(_ignore_interruptions)
+
+
+def _in_utf8() -> None:
+    """Begin again in UTF-8 mode if the locale has another encoding, in which Python would read and write files."""
+    if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
+        os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
 
 
 def _ignore_interruptions() -> None:
