@@ -131,6 +131,29 @@ def test_six_thousand_rows_take_less_than_a_second():
     assert time.process_time() - start < 1
 
 
+def test_intervals_over_equally_many_clusters_share_their_draws_and_nothing_changes(monkeypatch):
+    generator = np.random.default_rng(2)
+    groups, scores = np.arange(3000) // 3, generator.random((2, 3000))  # sums that are not whole: their order counts
+    exposed, outcome = generator.random((2, 3000)) < 0.4
+
+    def intervals(seed: int) -> list:
+        return [
+            *(statistics.mean_interval(values, groups, resamples=300, seed=seed) for values in scores),
+            *(
+                statistics.odds_ratio(exposed, outcome, kind, groups, 0.95, 300, seed)
+                for kind in (groups % 3, groups % 4)
+            ),
+        ]
+
+    made = []
+    new = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: made.append(seed) or new(seed))
+    shared = intervals(11)
+    assert made == [11, 11]  # one kind of draw for means, one for odds
+    monkeypatch.setattr(statistics, "_KEPT", 0)
+    assert intervals(11) == shared and len(made) == 6
+
+
 @pytest.mark.parametrize(
     ("values", "groups", "message"),
     [

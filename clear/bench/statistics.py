@@ -7,8 +7,9 @@ percentile intervals; the seed is fixed, so equal predictions give equal interva
 uncertainty (METHOD §7); everything here is an addition.
 """
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
 POWER = 0.8
 """Probability with which an effect of size `Interval.detectable` would be detected."""
 
-_BLOCK = 2**22  # cluster draws held in memory at once
+_BLOCK = 2**22  # cluster draws made at once
+_KEPT = 2**25  # most cluster draws, a byte each, that are kept for the next interval
 
 
 @dataclass(frozen=True)
@@ -176,12 +178,11 @@ def odds_ratio(
 
 def _resampled_tables(tables: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Counts (K, C) per cluster → counts of `resamples` draws of C clusters with replacement (K, resamples)."""
-    generator, count = np.random.default_rng(seed), tables.shape[1]
-    result, block = np.empty((len(tables), resamples)), max(1, _BLOCK // count)
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        result[:, start : start + size] = tables @ generator.multinomial(count, np.full(count, 1 / count), size).T
-    return result
+    return _summed(tables, _multinomial, resamples, seed)
+
+
+def _multinomial(generator: np.random.Generator, count: int, size: int) -> np.ndarray:
+    return generator.multinomial(count, np.full(count, 1 / count), size)
 
 
 def _mantel_haenszel(tables: np.ndarray) -> np.ndarray:
@@ -272,15 +273,40 @@ def interval_of(
 
 def _resample(sums: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Cluster sums (K, C) → sums of `resamples` draws of C clusters with replacement (K, resamples)."""
-    generator, count = np.random.default_rng(seed), sums.shape[1]
-    result = np.empty((len(sums), resamples))
-    block = max(1, _BLOCK // count)
-    for start in range(0, resamples, block):
-        size = min(block, resamples - start)
-        picks = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
-        times = np.bincount(picks.ravel(), minlength=size * count).reshape(size, count)
-        result[:, start : start + size] = sums @ times.T.astype(float)  # exact for whole numbers, in any order
+    return _summed(sums, _picked, resamples, seed)
+
+
+def _picked(generator: np.random.Generator, count: int, size: int) -> np.ndarray:
+    picks = generator.integers(count, size=(size, count)) + count * np.arange(size)[:, None]
+    return np.bincount(picks.ravel(), minlength=size * count).reshape(size, count)
+
+
+_Draw = Callable[[np.random.Generator, int, int], np.ndarray]
+"""(generator, C, R) → how often each of C clusters is in each of R draws of C clusters, whole numbers (R, C)."""
+
+
+def _summed(sums: np.ndarray, draw: _Draw, resamples: int, seed: int) -> np.ndarray:
+    """Cluster sums (K, C) → their sums in every draw (K, resamples); of whole numbers exact, in any order."""
+    count, result, start = sums.shape[1], np.empty((len(sums), resamples)), 0
+    kept = count * resamples <= _KEPT
+    for times in (_kept_draws if kept else _draws)(draw, count, resamples, seed):
+        result[:, start : start + len(times)] = sums @ times.T.astype(float)
+        start += len(times)
     return result
+
+
+def _draws(draw: _Draw, count: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """The draws, in blocks (R, C) of the smallest type that holds them."""
+    generator, block = np.random.default_rng(seed), max(1, _BLOCK // count)
+    for start in range(0, resamples, block):
+        times = draw(generator, count, min(block, resamples - start))
+        yield times.astype(np.min_scalar_type(times.max()))
+
+
+@functools.lru_cache(maxsize=16)
+def _kept_draws(draw: _Draw, count: int, resamples: int, seed: int) -> list[np.ndarray]:
+    """`_draws` that are there for the next interval: a comparison makes hundreds over equally many clusters."""
+    return list(_draws(draw, count, resamples, seed))
 
 
 def _means(totals: np.ndarray) -> np.ndarray:

@@ -288,6 +288,7 @@ def holm(differences: list[Difference]) -> list[Difference]:
 
 def per_level(rows: "pd.DataFrame", model: str, what: str, settings: Bootstrap) -> list[Difference]:
     """The difference of one model at every severity that its joined rows have, not yet corrected."""
+    rows = rows[["severity", "cluster", f"{what}_base", f"{what}_head"]]  # a selection copies all that it has
     return [
         difference(rows[rows.severity == severity], what, settings, model, severity)
         for severity in scoring.present(rows.severity)
@@ -298,6 +299,7 @@ def _per_cell(rows: "pd.DataFrame", model: str, column: str, settings: Bootstrap
     """Accuracy per value of `column` and severity, corrected together; a clean image has no corruption to show."""
     if column == "corruption":
         rows = rows[rows.severity != CLEAN]
+    rows = rows[[column, "severity", "cluster", "correct_base", "correct_head"]]  # a cell copies all that it has
     cells = rows.groupby([column, "severity"], sort=True)
     order = sorted(cells.groups, key=lambda cell: (cell[0], SEVERITIES.index(cell[1])))
     made = [difference(cells.get_group(c), "correct", settings, model, c[1], **{column: c[0]}) for c in order]
