@@ -17,7 +17,7 @@ export GX_ANALYTICS_ENABLED := false
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: help venv repro results ablations test test-all lint hashes format fuzz kill bench gpu plots experiments params check remote deploy prefect-local stack image clean
+.PHONY: help venv repro results ablations test test-all lint hashes format fuzz kill scale bench gpu plots experiments params check remote deploy prefect-local stack image clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -72,6 +72,10 @@ fuzz: $(READY)  ## give every reader INPUTS=100000 mutated inputs (READERS="…"
 TURNS ?= 2
 kill: $(READY)  ## TURNS=2 times: end every stage and long command (NAMES="…"), fill its disk, begin it twice (WAYS=full,twice,…), run it again: are the bytes the same? resumable
 	@python -m tests.kill.run $(if $(WAYS),--ways $(WAYS)) $(TURNS) $(NAMES)
+
+SIZES ?= 10000 100000
+scale: $(READY)  ## drive metadata of SIZES="10000 100000" samples through the stages, pictures and engine stubbed; resumable; prints a table
+	@python -m tests.scale.run $(SIZES)
 
 bench: $(READY)  ## measure the hot paths and write data/results/bench.json
 	@python tests/bench/run.py

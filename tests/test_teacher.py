@@ -240,7 +240,7 @@ def test_the_stage_resumes_after_sigkill_and_asks_nothing_twice(prepared):
     assert times.pop(bodies[7]) == 2
     assert sorted(times.values()) == [1] * (len(times) - 2) + [ATTEMPTS] * 2
     assert len(bodies) == 6 * 2 + 3 + 1 + 2 * (ATTEMPTS - 1)
-    rows = read_traces(prepared / "data/traces")
+    rows = list(read_traces(prepared / "data/traces"))
     rejects = pd.read_parquet(prepared / "data/rejects/traces.parquet")
     assert len(rows) == 8 and rejects.reason.tolist() == ["answer"] and asked[-1].id in rejects.id[0]
     assert all(row.trace.restores == (row.severity == "high") for row in rows)

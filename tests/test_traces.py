@@ -1,19 +1,24 @@
 """Demonstrations: the rule that chooses them, their table, and tables that are not whole."""
 
 import json
+import weakref
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from clear.config import compose, from_dict
 from clear.data.records import CLEAN, Question, Sample, drawn, write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.reasoning.grammar import asks_restoration, direct_trace, extract_answer, well_formed
 from clear.sources.scenes.render import scenes
 from clear.stages import traces
+from clear.traces import table
 from clear.traces.checks import TRACE_CHECKS, trace_frame
 from clear.traces.oracle import restores, trace_row
 from clear.traces.table import FILE, TraceRow, read_traces, write_traces
@@ -73,7 +78,7 @@ def rows() -> list[TraceRow]:
 
 def test_written_traces_are_read_back_in_order(tmp_path, rows):
     write_traces(tmp_path / "new" / "folder", rows)
-    assert read_traces(tmp_path / "new" / "folder") == rows
+    assert list(read_traces(tmp_path / "new" / "folder")) == rows
 
 
 def test_equal_traces_give_equal_bytes(tmp_path, rows):
@@ -82,18 +87,49 @@ def test_equal_traces_give_equal_bytes(tmp_path, rows):
     assert (tmp_path / "a" / FILE).read_bytes() == (tmp_path / "b" / FILE).read_bytes()
 
 
+def test_a_long_table_has_several_row_groups_and_the_same_rows(tmp_path, rows, monkeypatch):
+    write_traces(tmp_path / "one", rows * 5)
+    monkeypatch.setattr(table, "GROUP", 4)
+    assert write_traces(tmp_path / "four", iter(rows * 5)) == 15
+    with pq.ParquetFile(tmp_path / "four" / FILE) as file:
+        assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [4, 4, 4, 3]
+    assert list(read_traces(tmp_path / "four")) == rows * 5
+    assert pq.ParquetFile(tmp_path / "one" / FILE).num_row_groups == 1
+
+
+def test_traces_pass_through_the_stage_and_do_not_gather(tmp_path, rows, monkeypatch):
+    """How many are alive at once while sixty are written, counted and read again."""
+    alive, most = weakref.WeakSet(), 0
+
+    def passing(*_) -> Iterator[TraceRow]:
+        nonlocal most
+        for n in range(60):
+            row = replace(rows[0], sample=f"s{n}")
+            alive.add(row)
+            most = max(most, len(alive))
+            yield row
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(traces, "_demonstrated", passing)
+    monkeypatch.setattr(traces, "_failures", lambda *_: [])
+    monkeypatch.setattr(table, "_BATCH", 4)
+    traces.run(from_dict(compose(["profile=smoke"])))
+    assert json.loads(traces.METRICS.read_text())["traces"] == len(list(read_traces(traces.OUT))) == 60
+    assert most <= 12  # three batches
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ClearError, match=FILE):
-        read_traces(tmp_path)
+        list(read_traces(tmp_path))
 
 
 @pytest.mark.parametrize("column", list(TraceRow.__dataclass_fields__))
 def test_a_missing_column_is_named(tmp_path, rows, column):
     write_traces(tmp_path, rows)
-    table: pa.Table = pq.read_table(tmp_path / FILE)
-    pq.write_table(table.drop_columns([column]), tmp_path / FILE)
+    whole: pa.Table = pq.read_table(tmp_path / FILE)
+    pq.write_table(whole.drop_columns([column]), tmp_path / FILE)
     with pytest.raises(ClearError, match=rf"{FILE}.*'{column}'"):
-        read_traces(tmp_path)
+        list(read_traces(tmp_path))
 
 
 # --- the expectations ------------------------------------------------------------------------------------------------
@@ -115,6 +151,24 @@ def violated(tmp_path, rows: list[TraceRow], judged: bool = False) -> dict[str, 
     frame = trace_frame(read_traces(tmp_path / "traces"), iter([ASKED, ALONE]), judged)
     broken = {check.name: frame["key"][check.failing(frame)].tolist() for check in TRACE_CHECKS}
     return {name: keys for name, keys in broken.items() if keys}
+
+
+def test_no_question_outlives_its_sample_when_traces_are_checked():
+    alive = weakref.WeakSet()
+
+    def samples() -> Iterator[Sample]:
+        for n in range(40):
+            question = Question(f"q{n}", "colour", f"what colour is cup {n} ?", "red", evidence=f"cup {n} is red")
+            alive.add(question)
+            yield replace(SAMPLE, id=f"s{n}", questions=(question,))
+
+    def rows() -> Iterator[TraceRow]:
+        assert len(alive) <= 1  # asked once all samples were read
+        for sample in list(samples()):
+            yield trace_row(sample, sample.questions[0], restore=True, base_correct=False)
+
+    frame = trace_frame(rows(), samples())
+    assert len(frame) == 40 and frame["known"].all() and frame["answer"].all()
 
 
 def swapped(row: TraceRow, old: str, new: str) -> TraceRow:
@@ -222,7 +276,7 @@ def test_where_a_question_brings_no_evidence_its_answer_is_all_that_is_noted(tmp
     config = trace_workspace(tmp_path, ["traces.restore_when=always"], [bare, *others])
     traces.run(config)
     assert "1 of 4 questions bring no evidence" in capsys.readouterr().out
-    row, other = read_traces(traces.OUT)[:2]
+    row, other = islice(read_traces(traces.OUT), 2)
     answer = bare.questions[0].answer
     assert row.direct == direct_trace(answer, answer).replies[0] and f": {answer} </think>" in row.reply_2
     assert others[0].questions[0].evidence in other.reply_2
@@ -243,7 +297,7 @@ def test_the_blocks_that_bound_the_memory_change_no_byte(tmp_path, monkeypatch):
         traces.run(trace_workspace(tmp_path, settings, samples))
         made.append([file.read_bytes() for file in (traces.OUT / FILE, traces.METRICS)])
     assert made[0] == made[1]
-    rows = read_traces(traces.OUT)
+    rows = list(read_traces(traces.OUT))
     asked = [q.id for sample in samples for q in sample.questions[:3]]
     clean = sorted(drawn([f"{sample.id}/{q.id}" for sample in samples for q in sample.questions[:3]], 6))
     assert [row.question for row in rows] == [*asked, *(asked[n] for n in clean)]
@@ -271,7 +325,7 @@ def test_the_share_of_clean_traces_is_the_one_asked_for(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     samples = list(degraded_samples([(sample, "dark", "low") for sample in scenes("sft", 10, 1, 64, 1)], 0.1, 1))
     traces.run(trace_workspace(tmp_path, ["traces.clean_share=0.7"], samples))
-    rows = read_traces(traces.OUT)
+    rows = list(read_traces(traces.OUT))
     assert [row.severity for row in rows] == ["low"] * 10 + [CLEAN] * 7
 
 

@@ -45,6 +45,18 @@ def workspace(tmp_path_factory):
     return folder, config
 
 
+def test_a_frame_keeps_equal_answers_once_and_numbers_as_numbers():
+    base = metrics.Measured("", "", "dark", "low", 0.4, 1, 2, (), decodable=True)
+    rows = (
+        replace(base, key=f"s{n}/dark/low", id=f"s{n}", answers=(("colour", "red"),), psnr=None if n % 2 else 20.0)
+        for n in range(40)
+    )
+    frame = build_frame(rows)
+    assert len(frame) == 40 and len(set(map(id, frame["answers"]))) == 1
+    assert frame["psnr"].isna().sum() == 20 and frame["psnr"].dtype == frame["contrast"].dtype == float
+    assert build_frame([]).empty
+
+
 @pytest.fixture
 def inside(workspace, monkeypatch):
     monkeypatch.chdir(workspace[0])

@@ -8,7 +8,8 @@ so equal samples give equal bytes.
 
 import functools
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import heapq
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,12 +114,14 @@ def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def drawn(names: Sequence[str], count: int) -> set[int]:
+def drawn(names: Iterable[str], count: int) -> set[int]:
     """Numbers of `count` of the names (of all, if there are fewer): those with the smallest hashes.
 
-    Which they are depends on the names alone, so that a choice neither follows their order nor prefers a subset.
+    Which they are depends on the names alone, so that a choice neither follows their order nor prefers a subset. The
+    names may be a stream; hashes of `count` of them are in memory.
     """
-    return set(sorted(range(len(names)), key=lambda n: hashlib.sha256(names[n].encode()).digest())[:count])
+    hashes = ((hashlib.sha256(name.encode()).digest(), n) for n, name in enumerate(names))
+    return {n for _, n in heapq.nsmallest(count, hashes)}
 
 
 def file_sha256(path: Path | str) -> str:

@@ -12,6 +12,7 @@ degraded ones, once about the clean ones, and again for a teacher, who is shown 
 alone. A question keeps only two verdicts and its trace, some hundred bytes.
 """
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
@@ -52,31 +53,34 @@ def run(config: Config) -> None:
     if kind == "teacher":
         _check_endpoints(config)  # before anything that takes long
     found = _given(config) if kind == "given" else _demonstrated(config)
-    rejected: Counter = Counter()
-    with RejectWriter(REJECTS) as rejects:
-        rows = []
+    rejected, shown, restored, answered = Counter(), Counter(), Counter(), Counter()
+
+    def kept() -> Iterator[TraceRow]:
+        """The traces, counted as they pass; what is rejected goes its own way."""
         for one in found:
             if isinstance(one, Reject):
                 rejects.add(one)
                 rejected[one.reason] += 1
-            else:
-                rows.append(one)
-        if not rows:
+                continue
+            shown[one.severity] += 1
+            restored[one.severity] += bool(one.reply_2)
+            answered[one.severity] += one.base_correct
+            yield one
+
+    with RejectWriter(REJECTS) as rejects:
+        count = write_traces(OUT, kept())
+        if not count:
             who = "the data brought" if kind == "given" else "the teacher wrote"
             raise ClearError(f"traces: {who} no usable trace; {REJECTS} says why ({dict(rejected)}).")
-        write_traces(OUT, rows)
         failures = _failures(config, rejects)
-    shown = Counter(row.severity for row in rows)
-    restored = Counter(row.severity for row in rows if row.reply_2)
     figures = {
-        "traces": len(rows),
+        "traces": count,
         "validation": {"success": not failures, "expectations": len(TRACE_CHECKS), "failed": as_json(failures)},
         "restoring_share": {s: restored[s] / shown[s] for s in sorted(shown)},
     }
     if kind == "given":
         figures["rejects"] = rejected
     else:
-        answered = Counter(row.severity for row in rows if row.base_correct)
         figures["base_accuracy"] = {s: answered[s] / shown[s] for s in sorted(shown)}
     write_json(METRICS, figures | (_teaching(config, rejected) if kind == "teacher" else {}))
     if failures:
@@ -95,7 +99,7 @@ def _given(config: Config) -> Iterator[TraceRow | Reject]:
             rows.append(found)
     if not rows:
         return
-    frame = trace_frame(rows, read_samples("data/degraded/sft"))
+    frame = trace_frame(rows, read_samples("data/degraded/sft", TEXT))
     broken: dict[int, Check] = {}
     for check in TRACE_CHECKS:
         broken |= {n: check for n in frame.index[check.failing(frame)] if n not in broken}
@@ -115,9 +119,16 @@ def _demonstrated(config: Config) -> Iterable[TraceRow | Reject]:
     total = _checked(config)
     answerer = Answerer.load(model_folder("base", config), config, latents_dir())
     # Without a clean partner there is neither a clean image to show nor one to restore.
-    paired = {n: f"{sample.id}/{question.id}" for n, sample, question in _asked(config, TEXT) if sample.paired}
-    chosen = drawn(list(paired.values()), round(config.traces.clean_share * total))
-    shown_clean = {n for place, n in enumerate(paired) if place in chosen}
+    paired = array("q")  # numbers of the questions of those with one
+
+    def names() -> Iterator[str]:
+        for n, sample, question in _asked(config, TEXT):
+            if sample.paired:
+                paired.append(n)
+                yield f"{sample.id}/{question.id}"
+
+    chosen = drawn(names(), round(config.traces.clean_share * total))
+    shown_clean = {paired[place] for place in chosen}
     seen = _right(config, answerer, ((n, s.key, s.seen, q) for n, s, q in _asked(config)), total)
     # The clean image is asked only where its answer matters: in a clean trace, or after a failure.
     asked = shown_clean | {n for n, right in seen.items() if not right}

@@ -6,6 +6,7 @@ that does not match was accepted by the judge when it was written, and is not ju
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 import pandas as pd
 
@@ -29,17 +30,29 @@ TRACE_CHECKS = [
 def trace_frame(rows: Iterable[TraceRow], samples: Iterable[Sample], judged: bool = False) -> pd.DataFrame:
     """One row per trace with the columns that TRACE_CHECKS read; `key` is <sample>/<corruption>/<severity>/<question>.
 
-    `samples` are those the traces were made from, and may be a stream. With `judged`, an answer that does not match
-    exactly gets no value. Raises ClearError for a question whose own answer names none of its options.
+    `samples` are those the traces were made from; they and the rows may be streams. Of a question only its answer and
+    options stay in memory, equal ones once. With `judged`, an answer that does not match exactly gets no value. Raises
+    ClearError for a question whose own answer names none of its options.
     """
-    questions: dict[tuple[str, str], Question] = {}
+    known: dict[tuple[str, str], Question] = {}
     paired: dict[str, bool] = {}
+    same: dict[Any, Any] = {}
     for sample in samples:
         paired[sample.id] = sample.paired
-        questions |= {(sample.id, question.id): question for question in sample.questions}
-    return pd.DataFrame(
-        [_judged(row, questions.get((row.sample, row.question)), paired.get(row.sample, False), judged) for row in rows]
-    ).astype({"answer": object, "restorable": object})
+        for question in sample.questions:
+            name = same.setdefault(question.id, question.id)
+            # `is_correct` asks for no more, and names the question in its error.
+            bare = Question(name if question.options else "", "", "", question.answer, question.options)
+            known[sample.id, name] = same.setdefault(bare, bare)
+    columns: dict[str, list] = {name: [] for name in _COLUMNS}
+    for row in rows:
+        judgement = _judged(row, known.get((row.sample, row.question)), paired.get(row.sample, False), judged)
+        for name, value in judgement.items():
+            columns[name].append(same.setdefault(value, value) if name == "severity" else value)
+    return pd.DataFrame(columns).astype({"answer": object, "restorable": object})
+
+
+_COLUMNS = ("key", "severity", "known", "grammar", "both_replies", "answer", "restorable")
 
 
 def _judged(row: TraceRow, question: Question | None, paired: bool, judged: bool) -> dict:

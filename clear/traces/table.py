@@ -4,7 +4,9 @@ One row per trace; the pictures stay in the degraded data set and are found by s
 bytes.
 """
 
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from itertools import chain, islice
 from pathlib import Path
 
 import pyarrow as pa
@@ -45,25 +47,52 @@ class TraceRow:
 _SCHEMA = pa.schema([(f.name, pa.bool_() if f.type in (bool, "bool") else pa.string()) for f in fields(TraceRow)])
 
 
-def write_traces(folder: Path | str, rows: list[TraceRow]) -> None:
-    """Write `<folder>/traces.parquet`."""
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=_SCHEMA)
-    with replacing(Path(folder) / FILE) as partial:
-        pq.write_table(table, partial, compression="zstd")
+GROUP = 2**16
+"""Rows of a row group: what a writer or a reader of the table holds at once."""
+
+_BATCH = 2**10
+"""Rows that are Python objects at once."""
 
 
-def read_traces(folder: Path | str) -> list[TraceRow]:
-    """Read the traces of a folder. Raises ClearError if the file or a column is missing or unreadable."""
+def write_traces(folder: Path | str, rows: Iterable[TraceRow]) -> int:
+    """Write `<folder>/traces.parquet` and return how many there are; `rows` may be a stream.
+
+    The file appears when it is complete. After an error of `rows`, and where there is none, there is no new one.
+    """
+    count, rows = 0, iter(rows)
+    first = next(rows, None)
+    if first is None:
+        return 0
+    rows = chain([first], rows)
+    with replacing(Path(folder) / FILE) as partial, pq.ParquetWriter(partial, _SCHEMA, compression="zstd") as writer:
+        while group := list(_tables(islice(rows, GROUP))):
+            # In one piece, so that the bytes do not depend on how the rows came.
+            writer.write_table(pa.concat_tables(group).combine_chunks(), row_group_size=GROUP)
+            count += sum(len(table) for table in group)
+    return count
+
+
+def _tables(rows: Iterator[TraceRow]) -> Iterator[pa.Table]:
+    while batch := list(islice(rows, _BATCH)):
+        yield pa.Table.from_pylist([vars(row) for row in batch], schema=_SCHEMA)
+
+
+def read_traces(folder: Path | str) -> Iterator[TraceRow]:
+    """Stream the traces of a folder, in order; no more than a row group is in memory.
+
+    Raises ClearError if the file or a column is missing or unreadable.
+    """
     path = Path(folder) / FILE
     if not path.exists():
         raise ClearError(f"{path} is missing; run `dvc repro traces`.")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
+        with pq.ParquetFile(path) as table:
+            for name in _SCHEMA.names:
+                if name not in table.schema_arrow.names:
+                    raise ClearError(f"{path}: column '{name}' is missing; remake it with `dvc repro traces`.")
+            for batch in table.iter_batches(batch_size=_BATCH, columns=_SCHEMA.names):
+                yield from (TraceRow(**row) for row in batch.to_pylist())
+    except (pa.ArrowException, OSError) as error:
         raise ClearError(
             f"{path}: not a readable Parquet file ({error}); remake it with `dvc repro traces`."
         ) from error
-    for name in _SCHEMA.names:
-        if name not in table.column_names:
-            raise ClearError(f"{path}: column '{name}' is missing; remake it with `dvc repro traces`.")
-    return [TraceRow(**row) for row in table.select(_SCHEMA.names).to_pylist()]

@@ -178,4 +178,4 @@ def trace_data(start: Incoming, config: Config) -> TraceData:
     shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae, store=store)
     clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae, store=store)
     system = SYSTEM if config.sampling.system_prompt else ""
-    return TraceData(start.tokenizer, read_traces("data/traces"), samples, shown, clean, system)
+    return TraceData(start.tokenizer, list(read_traces("data/traces")), samples, shown, clean, system)

@@ -5,13 +5,14 @@ value repeated in all rows concerned: checking a column is fast, and the offendi
 """
 
 import json
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict
 from itertools import pairwise
-from math import sqrt
+from math import nan, sqrt
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -32,15 +33,31 @@ def load_bands(path: Path = BANDS) -> dict[str, dict[str, dict[str, float]]]:
     return json.loads(path.read_text())["cells"]
 
 
+_NUMBERS = (
+    *("width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim", "likeness"),
+    "contrast",
+)
+_REPEATED = ("corruption", "severity", "answers", "split", "problem")
+
+
 def build_frame(measured: Iterable[Measured]) -> pd.DataFrame:
     """One row per sample, one column per metric, plus `copies`: how many rows share the sample id.
 
-    `contrast` is there for all and has a value for naturally degraded images (clear/validation/accept.py).
+    `contrast` is there for all and has a value for naturally degraded images (clear/validation/accept.py). The rows may
+    be a stream: metrics are kept as numbers, and equal answers or labels once.
     """
-    frame = pd.DataFrame([asdict(row) for row in measured], columns=[*Measured.__dataclass_fields__, "contrast"])
-    numbers = "width", "height", "luminance", "sharpness", "entropy", "difference", "psnr", "ssim", "likeness"
-    for name in (*numbers, "contrast"):
-        frame[name] = frame[name].astype(float)
+    columns: dict[str, Any] = {name: [] for name in Measured.__dataclass_fields__}
+    columns |= {name: array("d") for name in _NUMBERS}
+    same: dict[Any, Any] = {}
+    for row in measured:
+        for name, column in columns.items():
+            value = getattr(row, name, None)
+            if name in _REPEATED:
+                value = same.setdefault(value, value)
+            column.append(nan if value is None and name in _NUMBERS else value)
+    columns |= {name: np.array(columns[name]) for name in _NUMBERS}
+    kind = None if columns["key"] else object  # whatever there is nothing of is text
+    frame = pd.DataFrame(columns, dtype=kind).astype(dict.fromkeys(_NUMBERS, float))
     frame["copies"] = frame.groupby("id")["id"].transform("size").astype(int)
     return frame
 
