@@ -1,11 +1,12 @@
 """Whether a sample has a clean partner is stored with it, and known without opening a picture."""
 
+import os
 from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
 
-from clear.data.records import INCOMING, Sample, read_samples, write_samples
+from clear.data.records import GROUP, INCOMING, Sample, ShardWriter, read_samples, write_samples
 from clear.errors import ClearError
 
 CLEAN_ONE = Sample("a", "scenes", "sft", b"clean", "")
@@ -18,6 +19,19 @@ SAMPLES = CLEAN_ONE, COPY, UNCHANGED, ALONE
 def test_samples_are_read_back_as_they_were(tmp_path):
     write_samples(tmp_path, SAMPLES)
     assert tuple(read_samples(tmp_path)) == SAMPLES
+
+
+def test_a_writer_holds_no_more_than_a_row_group(tmp_path):
+    """What was added is on the disk but for the last group, in the shard as a whole."""
+    picture, writer = os.urandom(2000), ShardWriter(tmp_path / "set")
+    for n in range(3 * GROUP + 1):
+        writer.add(replace(COPY, id=f"s{n}", image=picture, degraded=os.urandom(2000)))
+    written = (tmp_path / "set.partial" / "00000.parquet").stat().st_size
+    assert written >= 3 * GROUP * 2000
+    writer.close()
+    with pq.ParquetFile(tmp_path / "set" / "00000.parquet") as file:
+        assert [file.metadata.row_group(n).num_rows for n in range(file.num_row_groups)] == [GROUP] * 3 + [1]
+    assert sum(1 for _ in read_samples(tmp_path / "set")) == writer.count == 3 * GROUP + 1
 
 
 def test_a_missing_partner_is_known_without_opening_pictures(tmp_path, monkeypatch):

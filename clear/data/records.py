@@ -146,6 +146,10 @@ def from_row(row: dict) -> Sample:
     return Sample(**row | {"questions": questions, "image": row["image"]["bytes"], "degraded": degraded})
 
 
+GROUP = 256
+"""Samples of a row group, which is all that a writer or a reader of samples holds at once."""
+
+
 @dataclass
 class ShardWriter:
     """Writes samples to `<folder>/00000.parquet`, …; at most `rows` samples or `size` image bytes per shard.
@@ -159,8 +163,10 @@ class ShardWriter:
     size: int = 192 * 2**20
     count: int = 0
     _buffer: list[dict] = field(default_factory=list)
+    _rows: int = 0
     _bytes: int = 0
     _shards: int = 0
+    _shard: "pq.ParquetWriter | None" = None
 
     def __post_init__(self) -> None:
         self.folder = Path(self.folder)
@@ -171,26 +177,37 @@ class ShardWriter:
     def add(self, sample: Sample) -> None:
         """Append one sample."""
         self._buffer.append(to_row(sample))
+        self._rows += 1
         self._bytes += len(sample.image) + len(sample.degraded or b"")
         self.count += 1
-        if len(self._buffer) >= self.rows or self._bytes >= self.size:
-            self._flush()
+        if self._rows >= self.rows or self._bytes >= self.size:
+            self._end_shard()
+        elif len(self._buffer) >= GROUP:
+            self._write_group()
 
-    def _flush(self) -> None:
+    def _write_group(self) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        table = pa.Table.from_pylist(self._buffer, schema=schema())
         shard = self._partial / f"{self._shards:05d}.parquet"
         with naming(shard):
-            pq.write_table(table, shard, compression="zstd", row_group_size=256)
-        self._shards += 1
-        self._buffer, self._bytes = [], 0
+            if self._shard is None:
+                self._shard = pq.ParquetWriter(shard, schema(), compression="zstd")
+            if self._buffer or not self._rows:  # an empty shard has an empty group
+                self._shard.write_table(pa.Table.from_pylist(self._buffer, schema=schema()), row_group_size=GROUP)
+        self._buffer = []
+
+    def _end_shard(self) -> None:
+        self._write_group()
+        with naming(self._partial / f"{self._shards:05d}.parquet"):
+            self._shard.close()
+        self._shards, self._shard = self._shards + 1, None
+        self._rows, self._bytes = 0, 0
 
     def close(self) -> None:
         """Write what is left and put the folder in place."""
-        if self._buffer or not self._shards:
-            self._flush()
+        if self._rows or not self._shards:
+            self._end_shard()
         sync(self._partial)
         _remove_tree(self.folder)
         self._partial.rename(self.folder)
@@ -229,7 +246,7 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
     for file in shards(folder):
         parquet = open_shard(file)
         check_schema(file, parquet.schema_arrow)
-        for batch in parquet.iter_batches(batch_size=256, columns=wanted):
+        for batch in parquet.iter_batches(batch_size=GROUP, columns=wanted):
             for row in batch.to_pylist():
                 if "image" in row and row["image"] is None:
                     raise ClearError(f"{file}: sample {row.get('id', '?')} has no image; remake the shard without it.")
