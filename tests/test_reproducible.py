@@ -41,6 +41,18 @@ def test_two_runs_give_the_same_bytes(clone, reference, tmp_path):
     assert _outs(tmp_path) == reference
 
 
+def test_workers_hash_seed_time_zone_locale_and_folder_change_no_byte(clone, reference, tmp_path):
+    folder, link = tmp_path / "a clone with spaces", tmp_path / "a link"
+    shutil.copytree(clone, folder, symlinks=True)
+    _forget_cache(folder)
+    link.symlink_to(folder)
+    command, environment = scratch_command(tmp_path / "a home")
+    environment |= {"PYTHONHASHSEED": "7", "TZ": "Asia/Kathmandu"}
+    environment |= {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}  # a locale that is not UTF-8
+    subprocess.run([*command, "--set", "degrade.workers=2"], cwd=link, env=environment, check=True)
+    assert _outs(tmp_path / "a home") == reference
+
+
 def test_a_killed_run_continues_to_the_same_bytes(clone, reference, tmp_path):
     _forget_cache(clone)
     command, environment = scratch_command(tmp_path)

