@@ -28,7 +28,7 @@ def count() -> Any:
 
 @dataclass
 class Runtime:
-    """How every stage uses the machine. Only `precision` and `weights` may change a result on one machine."""
+    """How every stage uses the machine. `precision` and `weights` change results; `threads` last digits of training."""
 
     threads: int = between(0, 1024)  # 0 = all cores
     precision: str = one_of("auto", "float32", "bfloat16")  # autocast of supervised training; auto: what computes fast

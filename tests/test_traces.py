@@ -112,7 +112,7 @@ def test_traces_pass_through_the_stage_and_do_not_gather(tmp_path, rows, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(traces, "_demonstrated", passing)
     monkeypatch.setattr(traces, "_failures", lambda *_: [])
-    monkeypatch.setattr(table, "_BATCH", 4)
+    monkeypatch.setattr(table, "_BATCH", 4, raising=False)
     traces.run(from_dict(compose(["profile=smoke"])))
     assert json.loads(traces.METRICS.read_text())["traces"] == len(list(read_traces(traces.OUT))) == 60
     assert most <= 12  # three batches

@@ -33,6 +33,7 @@ from clear.bench.models import MODELS
 from clear.config import compose, from_dict
 from clear.data.io import aligned, write_json, write_text
 from clear.data.records import CLEAN, Question, Sample, read_samples, sha256, write_samples
+from clear.errors import ClearError
 from clear.project.scratch import write_params
 from clear.schema import Config
 from clear.validation.frames import load_bands
@@ -258,7 +259,10 @@ def measure(state: Path, size: int) -> dict[str, dict]:
     for name in STEPS:
         if name not in found:
             command = [sys.executable, "-m", "tests.scale.run", str(size), "--step", name]
-            subprocess.run(command, cwd=folder, env=environment, check=True, stdout=subprocess.DEVNULL)
+            said = folder / f"{name}.log"
+            with said.open("wb") as log:
+                if subprocess.run(command, cwd=folder, env=environment, stdout=log, stderr=log).returncode:
+                    raise ClearError(f"step {name} of {size:,} samples failed; {said} says why.")
             found[name] = json.loads((folder / "step.json").read_text())
             write_json(file, found)
         print(f"{size:>9,} {name:<9} {found[name]['seconds']:8.1f} s {found[name]['peak']:7.0f} MiB", flush=True)
@@ -289,4 +293,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except ClearError as error:
+        sys.exit(f"error: {error}")
