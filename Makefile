@@ -74,7 +74,7 @@ kill: $(READY)  ## TURNS=2 times: end every stage and long command (NAMES="…")
 	@python -m tests.kill.run $(if $(WAYS),--ways $(WAYS)) $(TURNS) $(NAMES)
 
 SIZES ?= 10000 100000
-scale: $(READY)  ## drive metadata of SIZES="10000 100000" samples through the stages, pictures and engine stubbed; resumable; prints a table
+scale: $(READY)  ## drive metadata of SIZES="10000 100000" samples through the stages: seconds and memory, resumable; prints a table
 	@python -m tests.scale.run $(SIZES)
 
 bench: $(READY)  ## measure the hot paths and write data/results/bench.json

@@ -29,6 +29,7 @@ TARGETS = [
     "bench",
     "fuzz",
     "kill",
+    "scale",
     "gpu",
     "plots",
     "experiments",
