@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from clear.data import tables
 from clear.errors import ClearError
+from tests.conftest import ROOT
 
 ENDINGS = ("tsv", "csv", "parquet", "xlsx", "json", "jsonl")
 PLAIN = ("None", "NA", "null", "nan", "N/A", "007", "1e5", "True", "1.0", "-5", "12345678901234567890", "", " x ", '"')
@@ -266,6 +267,14 @@ def test_a_spreadsheet_that_unpacks_to_too_much_is_refused_before_it_is_unpacked
     assert file.stat().st_size < 2**16
     monkeypatch.setattr(tables, "UNPACKED", 2**21)
     with pytest.raises(ClearError, match=r"x\.xlsx: has \d+ bytes unpacked, at most 2097152 are read"):
+        cells(file)
+
+
+def test_a_spreadsheet_whose_directory_lies_takes_no_memory(tmp_path):
+    """Python's zipfile would take the gigabytes that a part of this file of some kilobytes says it has."""
+    file = tmp_path / "x.xlsx"
+    file.write_bytes((ROOT / "tests/fuzz/corpus/xlsx/8ba81fbc91ca0632").read_bytes())
+    with pytest.raises(ClearError, match=r"x.xlsx: not a readable xlsx table \(a part is larger than the file\)"):
         cells(file)
 
 

@@ -263,7 +263,10 @@ def _xlsx(path: Path, skip: Collection[str]) -> Iterator[Any]:
     from openpyxl import load_workbook
 
     with zipfile.ZipFile(path) as archive:
-        size = sum(member.file_size for member in archive.infolist())
+        members = archive.infolist()
+        size, packed = sum(member.file_size for member in members), [member.compress_size for member in members]
+    if max(packed, default=0) > path.stat().st_size:  # memory would be taken for what it says
+        raise ClearError(f"{path}: not a readable xlsx table (a part is larger than the file); write it again.")
     if size > UNPACKED:
         raise ClearError(f"{path}: has {size} bytes unpacked, at most {UNPACKED} are read; save the table as TSV.")
     with warnings.catch_warnings(action="ignore"):  # of parts that no cell is in
