@@ -35,6 +35,8 @@ def _in_one_line(record: logging.LogRecord) -> bool:
     return True
 
 
-# Prefect's engine logs whatever a flow or a task raises with its trace, to the console and to its server.
-for _name in ("prefect.flow_runs", "prefect.task_runs"):
+RUN_LOGS = ("prefect.flow_runs", "prefect.task_runs")
+"""Where Prefect's engine logs whatever a flow or a task raises, with its trace, to the console and to its server."""
+
+for _name in RUN_LOGS:
     logging.getLogger(_name).addFilter(_in_one_line)

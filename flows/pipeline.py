@@ -33,7 +33,7 @@ from clear.data.workspace import profile
 from clear.errors import ClearError, fail, say
 from clear.project.retrain.reproduce import reproduce as reproduce_aside
 from clear.project.retrain.run import Outcome, Tools
-from flows import in_words
+from flows import RUN_LOGS, in_words
 from flows.batch import execute
 from flows.dvc_commands import (
     Temporary,
@@ -51,6 +51,8 @@ from flows.service.announce import announce_gate, announce_refused
 from flows.service.artifacts import metrics_table, picture
 from flows.service.naming import profile_and_commit
 
+ABORTED = "Execution was aborted by a termination signal"
+"""What Prefect says of a run that SIGTERM has ended."""
 STARTUP_SECONDS = 180
 
 
@@ -221,8 +223,8 @@ def on_the_command_line() -> Iterator[None]:
 
     SIGTERM ends this program in order: Prefect hands the signal on to the handler set here; without one its server
     would be left behind. From an interruption on Prefect is silent: it would report a crash, and at last the state
-    Running, where this program says in a line what happened. On a busy machine the temporary server needs more than
-    the 20 s that Prefect gives it.
+    Running, where this program says in a line what happened. Inside a run Prefect has the signal first, and this hears
+    of it by what it logs. On a busy machine the temporary server needs more than the 20 s that Prefect gives it.
     """
 
     def leave(number: int, frame: object) -> None:
@@ -231,11 +233,24 @@ def on_the_command_line() -> Iterator[None]:
             raise KeyboardInterrupt
         raise SystemExit(128 + number)
 
+    def heard(record: logging.LogRecord) -> bool:
+        if ABORTED not in record.getMessage():
+            return True
+        logging.disable(logging.CRITICAL)
+        return False
+
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, leave)
     spare_loopback()  # Prefect's server is on this machine
-    with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS}):
-        yield
+    runs = [logging.getLogger(name) for name in RUN_LOGS]
+    for log in runs:
+        log.addFilter(heard)
+    try:
+        with temporary_settings({PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS: STARTUP_SECONDS}):
+            yield
+    finally:
+        for log in runs:
+            log.removeFilter(heard)
 
 
 def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, Any]:
