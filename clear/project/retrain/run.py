@@ -76,10 +76,11 @@ def retrain(
     a command fails.
     """
     home = workspace / ".clear" / "scratch" / "retrain"
-    if revision:
-        commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}")
+    branch = "" if revision else target or git(workspace, "branch", "--show-current")  # "" too where HEAD is detached
+    if branch:
+        commit = newest(workspace, branch)
     else:
-        commit = newest(workspace, target or git(workspace, "branch", "--show-current"))
+        commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision or 'HEAD'}^{{commit}}")
     source = intake.Source.of(workspace, incoming, home / "incoming")
     folder = source.fetch(tools.dvc, tools.say)
     trained = known(workspace, commit)
