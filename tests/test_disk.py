@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clear.data.io import asked_again, write_json
+from clear.data.io import asked_again, replacing, write_json, write_text
 from clear.data.records import ShardWriter
 from clear.data.rejects import Reject, write_rejects
 from clear.errors import ClearError
@@ -120,6 +120,24 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(crash, tmp_path):
     names = sorted(file.relative_to(tmp_path).as_posix() for file in tmp_path.rglob("*") if file.is_file())
     assert names == ["metrics.json", "model/a.json", "rejects.parquet", "samples/00000.parquet"]
     assert not crash
+
+
+def test_a_pipe_or_a_device_is_written_and_not_replaced(tmp_path):
+    """By a command of root, `--rows /dev/full` had made a file of the device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        write_text(pipe, "said")
+        assert os.read(reader, 100) == b"said" and pipe.is_fifo()
+    finally:
+        os.close(reader)
+    assert [file.name for file in tmp_path.iterdir()] == ["pipe"]
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        write_text(Path("/dev/full"), "x")
+    assert Path("/dev/full").is_char_device()
+    with replacing(Path("/dev/stdout")) as place:
+        assert place == Path("/dev/stdout")
 
 
 def test_whatever_gives_a_file_its_name_brings_it_to_the_disk_first():

@@ -21,8 +21,14 @@ def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> 
 
     `several` processes may write `path` at once: each has a file of its own, and the last one counts. `crashes` says
     that it must be whole after a crash of the machine, too (`sync`); not needed where its readers verify its content.
+    What is no file (/dev/stdout, a pipe) is written itself: renamed to its name, a file would take its place.
     """
     path = Path(path)
+    no_file = path.exists() and not (path.is_file() or path.is_dir())
+    if no_file or (path.is_symlink() and path.parent == Path("/dev")):
+        with naming(path):
+            yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
     own = f".{uuid.uuid4().hex[:8]}" if several else ""
     partial = path.with_name(f"{path.name}{own}.partial")
