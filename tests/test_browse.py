@@ -262,6 +262,7 @@ def test_a_phone_shows_everything_below_each_other(address, page, tmp_path):
     page.screenshot(tmp_path / "phone.png")
 
 
+@pytest.mark.slow
 def test_an_own_picture_is_degraded_and_asked_about_by_keyboard(address, page, tmp_path):
     picture = tmp_path / "own.png"
     picture.write_bytes(encode_image(np.random.default_rng(1).integers(0, 256, (60, 80, 3), dtype=np.uint8)))

@@ -174,6 +174,7 @@ for kind in ("none", "stored", "float32"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 def test_loading_holds_the_weights_once(tmp_path):
     save_large(tmp_path)

@@ -47,6 +47,7 @@ def released(clear, *arguments: str) -> str:
     return stdout
 
 
+@pytest.mark.slow
 def test_releases_are_assigned_put_back_and_fetched_by_a_fresh_clone(project, clear, monkeypatch):
     model = {file.name: file.read_bytes() for file in (project / "data/models/grpo").iterdir()}
     said = released(clear, "grpo", "v1.0.0", "--push")

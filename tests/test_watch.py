@@ -71,6 +71,7 @@ def watched(place: Path | str, **wishes) -> tuple[dict, str]:
     return content, page.read_text()
 
 
+@pytest.mark.slow
 def test_the_same_world_has_not_changed_and_the_status_says_so(here, undrawn, tmp_path, clear):
     status, out, _ = clear("watch", night(tmp_path / "same"))
     assert status == 0 and out.startswith("NoDrift: 120 pictures show no change (p = ")

@@ -1,5 +1,6 @@
 """Which card each stage of BAGEL-7B fits, for every profile and type of weights: `clear memory --cards`."""
 
+import functools
 import itertools
 from dataclasses import dataclass
 
@@ -34,6 +35,7 @@ def smallest(peak: int) -> int | None:
     return next((card for card in CARDS if peak + CONTEXT <= card * 10**9), None)
 
 
+@functools.cache
 def rows(gpus: int = 1) -> list[Row]:
     """Every profile of BAGEL-7B with every type of weights, on the device and waiting in host memory."""
     profiles = [name for name in PROFILES if name.startswith("bagel")]
