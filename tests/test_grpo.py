@@ -24,6 +24,7 @@ from clear.training.rl import scoring
 from clear.training.rl.objective import advantages
 from clear.training.rl.policy import Task
 from clear.training.rl.rewards import format_reward
+from tests.helpers.adapters import stirred
 from tests.tiny import save_random_model, tiny_model, tiny_prompts
 
 OPTIONS = Options(flow_steps=4, shift=3.0, sigma=0.3, temperature=1.0, max_tokens=8, batch=64)
@@ -123,11 +124,7 @@ def _train(folder: Path, rank: int, stop_at: int | None = None, changed: tuple[s
         save_bagel(folder / "weights", model, AutoEncoder(model.config.vae), tokenizer)
         model = load_bagel(folder / "weights", kind=kind)[0]
     if rank:
-        lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both"))
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if "lora_" in name:
-                    value.normal_(std=0.2)
+        stirred(lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both")), std=0.2)
     trainable(model)
     prompts = tiny_prompts(tokenizer, 6)
     questions = [Question(str(i), "test", "a b", "abcdef"[i]) for i in range(6)]

@@ -17,6 +17,7 @@ from clear.training.loop.run import StageRun
 from clear.training.rl import grpo as module
 from clear.training.rl import scoring
 from clear.training.rl.policy import Task
+from tests.helpers.adapters import stirred
 from tests.helpers.policy import BASE, OPTIONS, restored, trainer_of
 from tests.tiny import tiny_model, tiny_prompts
 
@@ -102,11 +103,7 @@ def rolled(tmp_path, *overrides, rank: int = 0, restore: str = "always", checkpo
     """A trainer holding a rollout of 4 prompts × 4 with uneven rewards, and its 16 rows."""
     model, tokenizer = tiny_model("mlp")
     if rank:
-        lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both"))
-        with torch.no_grad():
-            for name, value in model.named_parameters():
-                if "lora_" in name:
-                    value.normal_(std=0.2)
+        stirred(lora.attach(model, Lora(rank, 4.0, 0.0, ["q_proj", "down_proj"], "both")), std=0.2)
     trainable(model)
     model.language_model.gradient_checkpointing = checkpointing
     size = "grpo.prompts=4", "grpo.group_size=4", "grpo.steps=1"

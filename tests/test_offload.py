@@ -20,7 +20,7 @@ from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import generate
 from clear.training import load
 from clear.training.load import incoming, trainable
-from tests.helpers.adapters import SETTINGS, adapted, adapter_folders, batch, loss_of
+from tests.helpers.adapters import SETTINGS, adapted, adapter_folders, batch, loss_of, stirred
 from tests.helpers.generation import OPTIONS, ids_of
 from tests.tiny import SIZES, tiny_model, tiny_prompts
 
@@ -47,11 +47,7 @@ def _deep(kind: str = "", folder=None):
         save_bagel(folder / "weights", model, AutoEncoder(model.config.vae), tokenizer)
         model = load_bagel(folder / "weights", kind=kind)[0]
     torch.manual_seed(5)
-    lora.attach(model, replace(SETTINGS, dropout=0.3))
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_" in name:
-                value.normal_(std=0.3)
+    stirred(lora.attach(model, replace(SETTINGS, dropout=0.3)))
     trainable(model)
     model.language_model.gradient_checkpointing = True
     return model.train(), tokenizer

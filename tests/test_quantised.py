@@ -24,6 +24,7 @@ from clear.reasoning.answering import Answerer
 from clear.training.load import incoming, save, trainable
 from clear.training.loop.saved import adopt_trained, trained_state
 from tests.conftest import ROOT
+from tests.helpers import adapters
 from tests.helpers.adapters import SETTINGS, batch, loss_of, outputs
 from tests.helpers.model_folders import save_large
 from tests.tiny import SIZES, tiny_model
@@ -58,11 +59,7 @@ def layer_of(kind: str, outputs: int, inputs: int, bias: bool = True) -> tuple[q
 def stirred(model: Bagel) -> Bagel:
     """The model with random adapter weights, the same at every call."""
     torch.manual_seed(7)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if "lora_" in name:
-                value.normal_(std=0.3)
-    return model
+    return adapters.stirred(model)
 
 
 # --- layers

@@ -6,6 +6,7 @@ validation lists all bad samples.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import cv2
 import numpy as np
@@ -53,9 +54,9 @@ class Measured:
     likeness: float | None = None  # of a naturally degraded image to its clean version, see `likeness`
 
 
-def measure(sample: Sample) -> Measured:
-    """Decode one sample and measure it; broken images are reported in the result, never raised."""
-    base = {
+def told(sample: Sample) -> dict[str, Any]:
+    """What of a Measured a sample says without being decoded."""
+    return {
         "key": sample.key,
         "id": sample.id,
         "corruption": sample.corruption,
@@ -68,6 +69,11 @@ def measure(sample: Sample) -> Measured:
         "paired": sample.paired,
         "hash_true": sha256(sample.image or b"") == sample.image_sha256,
     }
+
+
+def measure(sample: Sample) -> Measured:
+    """Decode one sample and measure it; broken images are reported in the result, never raised."""
+    base = told(sample)
     try:
         clean = decode_image(sample.image, "clean image")
         seen = clean if sample.degraded is None else decode_image(sample.degraded, "degraded image")

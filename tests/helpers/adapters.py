@@ -27,11 +27,16 @@ def adapted(bridge: str = "direct", settings: Lora = SETTINGS) -> tuple[Bagel, o
     """The tiny model with an adapter whose weights are all random: no factor is zero."""
     model, tokenizer = tiny_model(bridge)
     lora.attach(model, settings)
+    return stirred(model).eval(), tokenizer
+
+
+def stirred(model: Bagel, std: float = 0.3) -> Bagel:
+    """The model with random weights in its adapters: a fresh one changes nothing."""
     with torch.no_grad():
         for name, value in model.named_parameters():
             if "lora_" in name:
-                value.normal_(std=0.3)
-    return model.eval(), tokenizer
+                value.normal_(std=std)
+    return model
 
 
 def qwen_folder(folder: Path) -> None:

@@ -37,7 +37,7 @@ from clear.errors import ClearError
 from clear.project.scratch import write_params
 from clear.schema import Config
 from clear.validation.frames import load_bands
-from clear.validation.metrics import Measured
+from clear.validation.metrics import Measured, told
 from tests.conftest import ROOT
 
 SIZES = (10_000, 100_000)
@@ -98,18 +98,8 @@ def degrade(size: int, config: Config) -> None:
 def measured(sample: Sample) -> Measured:
     """In place of the metrics of a sample's pictures: the means of its cell."""
     digest = sha256(sample.image)
-    found = {
-        "key": sample.key,
-        "id": sample.id,
-        "corruption": sample.corruption,
-        "severity": sample.severity,
-        "intensity": sample.intensity,
-        "seed": sample.seed,
-        "questions": len(sample.questions),
-        "answers": tuple((q.task, q.answer) for q in sample.questions),
+    found = told(sample) | {
         "decodable": True,
-        "split": sample.split,
-        "hash_true": digest == sample.image_sha256,
         "width": 128,
         "height": 128,
         "luminance": 100.0 + drawn(sample.key, 100) / 7,
