@@ -1,6 +1,7 @@
 """Where stages run: what is asked of AWS Batch (on moto), what it may cost, and that nothing changes without it."""
 
 import copy
+import json
 import re
 import time
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from moto import mock_aws
 
 from clear.errors import ClearError
 from clear.project.scratch import write_params
-from flows.batch import execute
+from flows.batch import execute, worker
 from flows.batch import settings as compute_settings
 from flows.batch.cost import Estimate, OverBudget, enter, estimate, refuse_beyond_budget, spent
 from flows.batch.job import (
@@ -263,3 +264,31 @@ def test_a_job_that_lies_writes_nothing_outside_its_outputs(project, name):
     with pytest.raises(ClearError, match=r"the job sent a run record called '\.\./\.\./evil', which no stage has"):
         execute._record("train", project, {"runs": {"../../evil": "{}"}}, {})
     assert not list(project.parent.rglob("evil*"))
+
+
+TRICKY = {"eps": 1e-8, "lr": 6e-5, "word": "no", "time": "12:30", "octal": "010", "off": False, "big": 10**6}
+"""Values of which YAML 1.1, which PyYAML reads, makes others than YAML 1.2, which DVC writes."""
+
+
+def test_an_entry_of_the_lock_says_after_the_way_back_what_it_said_before(tmp_path):
+    """A job of a training was refused for its eps: 1e-08 is a number in dvc.lock, and was taken for a word."""
+    from dvc.utils.serialize import dump_yaml
+
+    from clear.project.compare.load import read_lock
+
+    inputs = Inputs("sft", "python -m clear sft", {"data/x": "0" * 32}, {}, {"optimiser": TRICKY}, {"out": False})
+    deps = [{"path": path, "hash": "md5", "md5": digest} for path, digest in inputs.deps.items()]
+    entry = {"cmd": inputs.cmd, "deps": deps, "params": {"params.yaml": inputs.params}, "outs": [{"path": "out"}]}
+    dump_yaml(tmp_path / "dvc.lock", {"schema": "2.0", "stages": {"sft": entry}})
+    (tmp_path / "out").write_text("made")
+    kept = {}
+    store = SimpleNamespace(
+        keep=lambda file: "digest", write=lambda name, content: kept.update(json.loads(json.dumps(content)))
+    )
+    worker._hand_over(store, inputs, "key", "job", tmp_path, tmp_path / "home", 1.0)
+    execute.refuse_other_inputs(kept["lock"], inputs)
+    execute.merge_lock(tmp_path / "dvc.lock", "sft", kept["lock"])
+    assert read_lock(tmp_path / "dvc.lock")["sft"] == entry
+    kept["lock"]["params"]["params.yaml"]["optimiser"]["lr"] = 7e-5
+    with pytest.raises(ClearError, match="has other params"):
+        execute.refuse_other_inputs(kept["lock"], inputs)

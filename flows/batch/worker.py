@@ -218,9 +218,9 @@ def _signal(process: subprocess.Popen, number: int) -> bool:
 
 
 def _hand_over(store: Store, inputs: Inputs, key: str, job: str, folder: Path, home: Path, seconds: float) -> None:
-    import yaml
+    from dvc.utils.serialize import load_yaml
 
-    entry = yaml.safe_load((folder / LOCK).read_text())["stages"][inputs.stage]
+    entry = load_yaml(folder / LOCK)["stages"][inputs.stage]  # as DVC reads it: 1e-08 is a number, for PyYAML a word
     small = expand(folder, [name for name, cached in inputs.outs.items() if not cached])
     runs = {file.stem: file.read_text() for file in sorted(home.glob("runs/*/*.json"))}
     result: dict[str, Any] = {

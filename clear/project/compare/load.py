@@ -12,8 +12,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data import workspace as paths
@@ -253,10 +251,13 @@ def _yaml(file: Path, where: str) -> dict:
 
 
 def _mapping(text: str, name: str) -> dict:
+    # By DVC's own reader: what it writes is YAML 1.2, of which PyYAML takes 1e-08 for a word.
+    from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
+
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ClearError(f"{name}: not valid YAML ({one_line(error)}).") from error
+        content = parse_yaml(text, name)
+    except YAMLFileCorruptedError as error:
+        raise ClearError(f"{name}: not valid YAML ({one_line(error.__cause__ or error)}).") from error
     if not isinstance(content, dict):
         raise ClearError(f"{name}: not a mapping of names to values; restore it from git.")
     return content

@@ -18,6 +18,7 @@ from clear.data.records import file_sha256
 from clear.errors import ClearError, quoted
 from clear.model import release
 from clear.model.checkpoint import fingerprint, read_config
+from clear.project.compare.load import read_lock
 from clear.project.git import NoGit, git
 from clear.project.results import parse
 from clear.report import card
@@ -131,15 +132,12 @@ def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(
 
 def _verify(folder: Path, model: str, workspace: Path, weights: str) -> bool:
     """Whether dvc.lock says what the evaluation read; raises ClearError if that is not this folder."""
-    import yaml
-
     lock = workspace / LOCK
     if not lock.is_file():
         return False
     try:
-        stage = yaml.safe_load(lock.read_text())["stages"][f"evaluate@{model}"]
-        read = {dep["path"]: dep.get("md5") for dep in stage["deps"]}
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+        read = {dep["path"]: dep.get("md5") for dep in read_lock(lock)[f"evaluate@{model}"]["deps"]}
+    except (ClearError, KeyError, TypeError) as error:
         raise ClearError(f"{lock}: no readable stage evaluate@{model} ({quoted(error)}); run `dvc repro`.") from error
     wanted = read.get(f"data/models/{MODELS[model][0]}")
     if wanted is None:
