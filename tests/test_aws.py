@@ -41,6 +41,10 @@ def answering(status: int, code: str, body: str = ""):
             self.end_headers()
             self.wfile.write(said.encode())
 
+        def do_HEAD(self):  # has no body
+            self.send_response(status)
+            self.end_headers()
+
         def do_PUT(self):
             self.rfile.read(int(self.headers["Content-Length"]))
             self.do_GET()
@@ -86,6 +90,13 @@ def test_a_refusal_is_one_line_with_code_message_and_remedy(status, code, remedy
         error = said(url, _read, remedy="look")
     assert str(error) == f"s3://b/k: {code}: Not now; {remedy}"
     assert not isinstance(error, aws.Unreachable) and error.__cause__.response["Error"]["Code"] == code
+
+
+@pytest.mark.parametrize("status", [400, 403])
+def test_a_download_is_refused_before_it_begins_without_a_reason(status, tmp_path):
+    with answering(status, "ExpiredToken") as url:
+        error = said(url, lambda client: client.download_file("b", "k", str(tmp_path / "file")))
+    assert f"s3://b/k: {status}: " in str(error) and "S3 does not say why; log in again, or check" in str(error)
 
 
 def test_a_failed_upload_says_what_the_store_said(tmp_path):

@@ -26,6 +26,8 @@ _REMEDIES = {
         "InvalidSignatureException",
     ),
     "log in again": ("ExpiredToken", "ExpiredTokenException", "InvalidToken"),
+    # The answer to a HEAD, with which every download begins, has no body that could say more.
+    "S3 does not say why; log in again, or check rights and AWS_DEFAULT_REGION of these credentials": ("400", "403"),
     "the bucket is in another region; set AWS_DEFAULT_REGION": ("PermanentRedirect", "AuthorizationHeaderMalformed"),
     "the object changed while it was read; {again}": ("PreconditionFailed",),
     "this machine's clock is wrong; set it (`timedatectl set-ntp true`)": ("RequestTimeTooSkewed",),

@@ -231,6 +231,8 @@ NOT_MEASURED = ("make", "answers")
 
 def step(name: str, size: int) -> None:
     """One step, in this process and folder; prints what it took as JSON."""
+    if Path("dvc.yaml").exists():
+        raise ClearError(f"{Path.cwd()} is a workspace, whose results a step would overwrite; run `make scale`.")
     config = from_dict(compose(SETTINGS))
     begun = time.process_time()
     STEPS[name](size, config)
