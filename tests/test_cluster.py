@@ -17,6 +17,8 @@ from clear.data.pool import code_digest, parallel
 from clear.degradation.build import degraded_samples
 from clear.degradation.protocol import CELLS
 from clear.errors import ClearError
+from clear.reasoning import engine
+from clear.reasoning.answering import Answer, _elected
 from clear.sources.scenes.render import scenes
 from clear.validation import metrics
 from tests.conftest import ROOT
@@ -153,6 +155,38 @@ def test_a_question_has_the_same_noise_in_any_shard(tested, benchmark):
     other, _ = answer(replace(tested, config=config), degraded)
     for a, b in zip(one[3:], other[3:], strict=True):
         assert a["psnr_restored"] == pytest.approx(b["psnr_restored"], abs=1e-3)
+
+
+def test_votes_are_cast_by_other_restorations_and_in_any_shard_the_same(tested, benchmark, monkeypatch):
+    """Each vote is an answer as one alone would be; what did not restore is not asked again."""
+    drawn = engine._row_noise
+    seeds = []
+    monkeypatch.setattr(engine, "_row_noise", lambda seed, *rest: (seeds.append(seed), drawn(seed, *rest))[1])
+    few = benchmark[8:12]  # twelve questions
+    asked = sum(len(sample.questions) for sample in few)
+    single, _ = answer(tested, few)
+    assert seeds == [tested.config.seed + n for n in range(asked)]
+    seeds.clear()
+    three = replace(tested.config, evaluate=replace(tested.config.evaluate, votes=3))
+    rows, _ = answer(replace(tested, config=three), few)
+    assert len(seeds) == len(set(seeds)) == 3 * asked
+    assert all(row["tokens"] > alone["tokens"] for row, alone in zip(rows, single, strict=True)), "of all votes"
+    cast, seeds[:] = set(seeds), []
+    small = replace(three, sampling=replace(three.sampling, batch=5))
+    parts, _ = answer(replace(tested, config=small), few)
+    assert set(seeds) == cast and [row["prediction"] for row in parts] == [row["prediction"] for row in rows]
+    never, _ = answer(replace(tested, restore="never"), few)
+    seeds.clear()
+    assert answer(replace(tested, restore="never", config=three), few)[0] == never and not seeds
+
+
+def test_most_votes_win_and_of_as_many_the_surer():
+    def cast(prediction: str, probability: float) -> Answer:
+        return Answer((f"{prediction} {probability}",), prediction, 4, probability, None, None)
+
+    a, b, c = cast("a", 0.9), cast("b", 0.2), cast("b", 0.3)
+    assert _elected([a, b, c]) == replace(b, tokens=12), "the first of the two that say so"
+    assert _elected([b, a]) == replace(a, tokens=8) and _elected([c]) == c
 
 
 def test_a_worker_with_another_model_or_other_code_is_refused(tested, benchmark):

@@ -14,7 +14,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -29,10 +28,10 @@ from clear.model.checkpoint import MODEL
 from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, serving, user_text
 from tests.conftest import ROOT, git
+from tests.helpers.documents import DOCUMENTS, blocks, commands, said_by_the_code
 from tests.helpers.tables import b64, write_tsv
 from tests.tiny import save_random_model
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "data/README.md", "docs/*.md")
 NOT_PARSED = {
     "aws": "its program is not among the requirements",
     "prefect": "its parser is private; tests/test_deployment.py runs these commands",
@@ -52,7 +51,7 @@ RUN = {
     "make repro": "test_smoke::test_smoke_runs_from_end_to_end_in_a_fresh_clone",
     "make remote": "test_s3::test_what_one_clone_pushes_another_pulls_and_need_not_reproduce",
     "make stack": "test_stack::test_the_stack_is_created_updated_and_read",
-    "make image": "test_stack::test_an_image_is_built_from_the_lock_pushed_once_and_runs_without_root",
+    "make image": "test_docker_image::test_an_image_is_built_from_the_lock_pushed_once_and_runs_without_root",
     "make deploy": DEPLOYED,
     "make prefect-local": "test_deployment::test_prefect_local_is_one_command_and_ctrl_c_stops_server_and_worker",
     "prefect server start": DEPLOYED,
@@ -101,35 +100,6 @@ NOT_RUN = {
     "aws": "needs an account, and its program is not among the requirements",
 }
 """First words of a command → why no test runs it."""
-
-
-def blocks(language: str) -> list[tuple[str, str]]:
-    """(place, text) of all fenced blocks of a language."""
-    found = []
-    for file in sorted(file for pattern in DOCUMENTS for file in ROOT.glob(pattern)):
-        text = file.read_text()
-        for match in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-            line = text.count("\n", 0, match.start(1)) + 1
-            found.append((f"{file.relative_to(ROOT)}:{line}", match[1]))
-    return found
-
-
-def commands(block: str) -> Iterator[list[str]]:
-    """The commands of a shell block as lists of words; a loop's commands for each of its values."""
-    loop: tuple[str, list[str]] | None = None
-    for line in block.replace("\\\n", " ").splitlines():
-        words = [word for word in shlex.split(line, comments=True) if word != "…"]
-        if not words or words == ["done"]:
-            loop = None if words else loop
-        elif words[0] == "for":
-            loop = words[1], [value.rstrip(";") for value in words[3:-1]]
-        else:
-            for value in loop[1] if loop else [""]:
-                named = [word.replace(f"${loop[0]}", value) if loop else word for word in words]
-                ends = [n for n, word in enumerate(named) if word == "&&"]
-                yield from (named[a + 1 : b] for a, b in zip([-1, *ends], [*ends, len(named)], strict=True))
-
-
 ALL = [pytest.param(words, id=f"{place} {' '.join(words)[:60]}") for place, b in blocks("sh") for words in commands(b)]
 STAGES = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
 
@@ -257,23 +227,9 @@ def _rows() -> list[list[str]]:
     return [row for row in cells if len(row) == 3 and row[0] != "it says"]
 
 
-def _said() -> str:
-    """Every text of the code, one a line, with … for the values that are filled in."""
-    found = []
-    for folder in ("clear", "flows", "infra"):
-        for file in (ROOT / folder).rglob("*.py"):
-            for node in ast.walk(ast.parse(file.read_text())):
-                if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.append(node.value)
-                elif isinstance(node, ast.JoinedStr):
-                    found.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
-    found.append(re.sub(r"\$\(\(.*?\)\)|\$\w+", "…", (ROOT / "infra/install.sh").read_text()))
-    return "\n".join(found)
-
-
 def test_every_message_of_the_runbook_is_one_of_the_code():
     """A cell that is nothing but code quotes messages; words beside it describe what another program says."""
-    said = _said()
+    said = said_by_the_code()
     quoted = [text for row in _rows() if not SPAN.sub("", row[0]).strip(" ,") for text in SPAN.findall(row[0])]
     assert len(quoted) > 60
     assert [text for text in quoted if text not in said] == []

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from clear.model import lora
+from clear.model.runtime import autocast
 from tests.bench import gpu
 from tests.conftest import ROOT
 
@@ -56,7 +56,7 @@ def test_the_formula_counts_what_a_step_without_recomputation_does():
     model.language_model.gradient_checkpointing = False
     built, contents, _ = gpu.sft_batch(model, rows=2, pixels=64)
     dense = torch.ones_like(built.allowed())
-    with FlopCounterMode(display=False) as counter, lora.autocast(model):
+    with FlopCounterMode(display=False) as counter, autocast(model):
         hidden = model(built, contents)
         logits, _ = model.scored_logits(hidden, built)
         (logits.sum() + model.velocities(hidden, built).sum()).backward()

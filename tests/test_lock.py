@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from clear.data import lock
-from clear.data.lock import Busy, lock_file, stage, stage_lock, writer
-from clear.errors import UNDECIDED
+from clear.data.lock import Busy, holder, lock_file, stage, stage_lock, writer
+from clear.errors import UNDECIDED, ClearError
 from clear.project import scratch
 from clear.project.watch import folder_of
 from tests.conftest import ROOT
@@ -210,3 +211,100 @@ def test_a_second_scratch_run_of_a_profile_does_not_take_the_code_from_the_first
         assert not (folder / "code/lib/later.txt").exists()
     scratch.run(Path(), "smoke")
     assert (folder / "code/lib/later.txt").exists()
+
+
+# The workspace's writer lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from clear.data.lock import writer
+with writer(Path(sys.argv[1]), label="the holder"):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def held(tmp_path):
+    """A process that holds the writer lock of `tmp_path` until its stdin is closed."""
+    with python(HOLD, str(tmp_path), stdin=subprocess.PIPE) as process:
+        assert process.stdout.readline() == "held\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_writer_leaves_and_says_who_holds_the_workspace(held, tmp_path):
+    started = time.strftime("%Y-%m-%dT", time.gmtime())
+    with pytest.raises(Busy) as refused, writer(tmp_path, "leave"):
+        pass
+    for word in (str(tmp_path), f"process {held.pid} ", f"since {started}", "(the holder)", "-c"):
+        assert word in str(refused.value)
+
+
+def test_a_second_writer_waits_for_the_first_and_says_so_once(held, tmp_path, monkeypatch):
+    monkeypatch.setattr(lock, "POLL_SECONDS", 0.05)
+    said, freed = [], threading.Event()
+
+    def say(line: str) -> None:
+        said.append(line)
+        threading.Timer(0.3, free).start()  # it looks several times before that, and says nothing more
+
+    def free() -> None:
+        freed.set()
+        held.stdin.close()
+
+    with writer(tmp_path, "wait", say=say):
+        assert freed.is_set(), "it waited"
+        assert f"process {os.getpid()} " in holder(tmp_path)
+    named = [line for line in said if f"process {held.pid} " in line]
+    assert len(named) == 1 and "waiting" in named[0]
+    assert lock_file(tmp_path).read_text() == ""
+
+
+def test_the_lock_of_a_killed_writer_is_free(held, tmp_path):
+    held.kill()
+    held.wait()
+    assert f"process {held.pid} " in holder(tmp_path), "its text is still there"
+    with writer(tmp_path, "leave"):
+        pass
+
+
+FORK = """
+import os, subprocess, sys, time
+from pathlib import Path
+from clear.data.lock import writer
+with writer(Path(sys.argv[1])):
+    child = subprocess.Popen(["sleep", "60"], close_fds=False, stdout=subprocess.DEVNULL)
+    up, told = os.pipe()
+    fork = os.fork()
+    if not fork:
+        os.write(told, b"up")
+        os.close(1)
+        time.sleep(60)
+        os._exit(0)
+    os.read(up, 2)
+    print(child.pid, fork, flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_no_child_inherits_the_lock(tmp_path):
+    with python(FORK, str(tmp_path), stdin=subprocess.PIPE) as process:
+        children_ = [int(word) for word in process.stdout.readline().split()]
+        try:
+            process.kill()
+            process.wait()
+            assert all(alive(pid) for pid in children_)
+            with writer(tmp_path, "leave"):
+                pass
+        finally:
+            for pid in children_:
+                os.kill(pid, signal.SIGKILL)
+
+
+def test_the_same_process_cannot_write_twice_and_an_unknown_choice_is_refused(tmp_path):
+    with writer(tmp_path), pytest.raises(Busy, match=f"process {os.getpid()} "), writer(tmp_path, "leave"):
+        pass
+    with pytest.raises(ClearError, match="when_busy = 'stay': choose one of wait, leave"), writer(tmp_path, "stay"):
+        pass

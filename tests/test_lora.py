@@ -12,6 +12,7 @@ from clear.model import flow, lora
 from clear.model.bagel import GENERATION, Bagel, BagelConfig
 from clear.model.checkpoint import MODEL, VAE, fingerprint, load, load_bagel
 from clear.model.mot import LlmConfig
+from clear.model.runtime import autocast
 from clear.model.sequence import SpecialTokens
 from clear.model.vae import VaeConfig
 from clear.model.vit import VitConfig
@@ -197,13 +198,13 @@ def test_bfloat16_weights_train_and_answer_under_autocast(folders, tmp_path):
     assert {p.dtype for p in vae.parameters()} == {torch.float32}
     trainable(low.train())
     given = batch(tokenizer)
-    with lora.autocast(low):
+    with autocast(low):
         loss = loss_of(low, given)
     loss.backward()
     expected = loss_of(model, given)
     assert abs(loss.item() - expected.item()) < 0.05 * expected.item()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in low.parameters() if p.requires_grad)
-    with lora.autocast(low.eval()):
+    with autocast(low.eval()):
         done = generate(
             low, tokenizer, tiny_prompts(tokenizer, 2), Options(flow_steps=2, max_tokens=4, restore="always")
         )

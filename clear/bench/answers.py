@@ -134,6 +134,8 @@ def answer_shard(shard: Shard) -> Answered:
         asked = [(place[sample.key], question) for sample, question in shard.asked]
         start = perf_counter()
         answers = answerer.answer(bank, asked, model.restore, model.feedback, first=shard.first)
+        if (votes := model.config.evaluate.votes) > 1:
+            answers = answerer.vote(bank, asked, answers, votes, model.feedback, shard.first)
         seconds = perf_counter() - start
         pictures = _pictures(answerer, answers)
     kept = _kept([sample for sample, _ in shard.asked], pictures)

@@ -57,7 +57,7 @@ def probabilities(answerer: "Answerer", samples: Sequence[Sample]) -> np.ndarray
     """
     import torch
 
-    from clear.model import lora
+    from clear.model.runtime import autocast
     from clear.reasoning import engine
     from clear.reasoning.prompts import make_prompt, question_text
 
@@ -74,7 +74,7 @@ def probabilities(answerer: "Answerer", samples: Sequence[Sample]) -> np.ndarray
             {key: n for n, key in enumerate(pictures)},
         )
         prompts = [make_prompt(tokenizer, bank, number[s.key], question_text(q), answerer.system) for s, q in part]
-        with torch.inference_mode(), lora.autocast(model):
+        with torch.inference_mode(), autocast(model):
             rows = engine.prefill(model, prompts)
             fed = torch.tensor([[model.config.special.bos, *begun]] * len(part), device=rows.rope.device)
             logits = engine.feed(model, rows, fed)

@@ -318,22 +318,6 @@ def _adopt(model: nn.Module, file: Path) -> None:
         value.data.copy_(state[key])
 
 
-def check_same(model: Bagel, lora: Lora, folder: Path | str) -> None:
-    """Raise ClearError if the adapter that came from `folder` is not the one `lora` describes."""
-    held = model.peft_config[TRAINED]
-    pairs = {
-        "rank": (held.r, lora.rank),
-        "alpha": (held.lora_alpha, lora.alpha),
-        "targets / lora.experts": (held.target_modules, target_pattern(lora.targets, lora.experts)),
-    }
-    for name, (found, wanted) in pairs.items():
-        if found != wanted:
-            raise ClearError(
-                f"{folder}: the adapter was trained with {found}, params say lora.{name} = {wanted}; "
-                "run sft again with these params, or set them back."
-            )
-
-
 def add_reference(model: Bagel) -> None:
     """Remember the adapter and the bridge as they are now, frozen, for `reference`. Costs one adapter of memory."""
     wanted = {name: value.requires_grad for name, value in model.named_parameters()}
@@ -373,12 +357,6 @@ def reference(model: Bagel) -> Iterator[Bagel]:
         if bridge is not None:
             model.bridge = bridge
         model.train(was_training)
-
-
-def autocast(model: Bagel) -> torch.autocast:
-    """Autocast to bfloat16 where the weights are bfloat16: inputs and adapters are float32. Else nothing changes."""
-    weight = model.vae2llm.weight
-    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
 
 
 @torch.no_grad()

@@ -81,6 +81,14 @@ def stored(config: Config) -> tuple[Any, str]:
     return getattr(torch, precision(config) if kind else config.runtime.weights), kind
 
 
+def autocast(model: Any) -> Any:
+    """Autocast to bfloat16 where the weights are bfloat16: inputs and adapters are float32. Else nothing changes."""
+    import torch
+
+    weight = model.vae2llm.weight
+    return torch.autocast(weight.device.type, torch.bfloat16, enabled=weight.dtype == torch.bfloat16)
+
+
 def has_bfloat16(where: str) -> bool:
     """Whether matrix products in bfloat16 are native on `cpu` or `cuda`."""
     import torch

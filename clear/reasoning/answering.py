@@ -21,7 +21,7 @@ from clear.model.flow import Guidance
 from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
 from clear.model.latents import LatentStore
 from clear.model.offload import wait_in_host_memory
-from clear.model.runtime import device, stored
+from clear.model.runtime import autocast, device, stored
 from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
@@ -58,6 +58,21 @@ class Answer:
 def joined(replies: Sequence[str]) -> str:
     """The replies of a row as one output, with a mark where a restored picture entered."""
     return "\n[restored image]\n".join(replies)
+
+
+_APART = 1_000_003
+"""Places between the noise of one vote and of the next: more than a benchmark has questions."""
+
+
+def _elected(cast: Sequence[Answer]) -> Answer:
+    """The answer that `Answerer.vote` chooses of these."""
+    weights: dict[str, tuple[int, float]] = {}
+    for answer in cast:
+        number, probability = weights.get(answer.prediction, (0, 0.0))
+        weights[answer.prediction] = number + 1, probability + answer.probability
+    best = max(weights, key=weights.__getitem__)
+    chosen = next(answer for answer in cast if answer.prediction == best)
+    return replace(chosen, tokens=sum(answer.tokens for answer in cast))
 
 
 def guidance(sampling: Sampling) -> Guidance:
@@ -141,18 +156,20 @@ class Answerer:
         restore: str = "auto",
         feedback: str = "bridge",
         progress: Callable[[int], None] | None = None,
-        first: int = 0,
+        first: int | Sequence[int] = 0,
     ) -> list[Answer]:
         """Answer (image number, question) pairs in order. Noise depends on the seed and the place in the list only.
 
-        For a part of a longer list, `first` is the place of its first question there. Raises ClearError as `encode` and
-        `check_length`.
+        For a part of a longer list, `first` is the place of its first question there, or the place of each. Raises
+        ClearError as `encode` and `check_length`.
         """
         prompts = [make_prompt(self.tokenizer, bank, i, question_text(q), self.system) for i, q in asked]
         for prompt in prompts:
             self.check_length(prompt)
-        options = replace(self.options, restore=restore, feedback=feedback, noise_seed=self.config.seed + first)
-        with lora.autocast(self.model):
+        seed = self.config.seed
+        noise = seed + first if isinstance(first, int) else tuple(seed + place for place in first)
+        options = replace(self.options, restore=restore, feedback=feedback, noise_seed=noise)
+        with autocast(self.model):
             done = generate(
                 self.model,
                 self.tokenizer,
@@ -162,6 +179,29 @@ class Answerer:
                 progress=progress,
             )
         return [self._answer(trajectory) for trajectory in done]
+
+    def vote(
+        self,
+        bank: ImageBank,
+        asked: Sequence[tuple[int, Question]],
+        answers: Sequence[Answer],
+        votes: int,
+        feedback: str = "bridge",
+        first: int = 0,
+    ) -> list[Answer]:
+        """`answers` to `asked`, of which each that restored is elected from `votes` restorations of other noise.
+
+        The most frequent prediction wins, of several the one of the highest probability together; the answer is the
+        first that gives it, and its tokens are those of all. `feedback` and `first` as in `answer`.
+        """
+        again = [n for n, answer in enumerate(answers) if answer.restored]
+        cast = {n: [answers[n]] for n in again}
+        for vote in range(1, votes if again else 1):
+            places = [first + n + vote * _APART for n in again]
+            more = self.answer(bank, [asked[n] for n in again], "always", feedback, first=places)
+            for n, answer in zip(again, more, strict=True):
+                cast[n].append(answer)
+        return [_elected(cast[n]) if n in cast else answer for n, answer in enumerate(answers)]
 
     def _answer(self, trajectory: Trajectory) -> Answer:
         texts = tuple(trajectory.texts(self.tokenizer))

@@ -216,7 +216,7 @@ def restore(
     """Denoise a latent on `grid` for every row and feed it back; the rows advance by one rope position.
 
     `prompts` are the rows' own, one each, all with a picture. With `options.noise_seed`, the starting noise of a row is
-    that of the seed + its trajectory's `prompt`, whatever rows are beside it.
+    that of the seed + its trajectory's `prompt` (of several seeds, of this prompt's), whatever rows are beside it.
     """
     shape = (len(rows.trajectories), grid[0] * grid[1], model.config.latent_channels)
     if options.noise_seed is None and options.shared_noise:
@@ -226,8 +226,10 @@ def restore(
     elif options.noise_seed is None:
         noise = torch.randn(shape, generator=generator)
     else:
-        drawn = [_row_noise(options.noise_seed + t.prompt, len(t.restorations), shape[1:]) for t in rows.trajectories]
-        noise = torch.stack(drawn)
+        seed = options.noise_seed
+        seeds = [seed + t.prompt if isinstance(seed, int) else seed[t.prompt] for t in rows.trajectories]
+        drawn = zip(seeds, rows.trajectories, strict=True)
+        noise = torch.stack([_row_noise(own, len(t.restorations), shape[1:]) for own, t in drawn])
     noise = noise.to(rows.rope.device)
     dropped = dropped_contexts(model, rows, prompts, options.guidance)
     same = options.shared_noise and options.restore == "always" and not rows.trajectories[0].restorations

@@ -13,12 +13,13 @@ from clear.model.tokenizer import decode
 class Options:
     """How to generate.
 
-    restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain"
-    is a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to
-    pixels, read by the ViT). noise_seed gives every restoration of every prompt its own starting noise, whatever the
-    batch. sigma > 0 records an SDE trajectory instead of the ODE, and excludes guidance (ClearError): noise enters in
-    the steps window[0] ≤ k < window[1] only (None: in all), and with `shared_noise` the rows of a group start from the
-    same noise, so that only the window tells them apart. temperature 0 is greedy.
+    restore: "auto" lets the model decide, "always" forces the trigger reply, "never" forces a direct one, "plain" is
+    a base model that knows no restoration. feedback: "bridge" (the model's own kind) or "reencode" (decode to pixels,
+    read by the ViT). noise_seed gives every restoration of every prompt its own starting noise, whatever the batch:
+    of one seed + the prompt's number, or of one per prompt. sigma > 0 records an SDE trajectory instead of the ODE,
+    and excludes guidance (ClearError): noise enters in the steps window[0] ≤ k < window[1] only (None: in all), and
+    with `shared_noise` the rows of a group start from the same noise, so that only the window tells them apart.
+    temperature 0 is greedy.
     """
 
     restore: str = "auto"
@@ -30,7 +31,7 @@ class Options:
     max_tokens: int = 1024
     max_restorations: int = 1
     batch: int = 64
-    noise_seed: int | None = None
+    noise_seed: int | tuple[int, ...] | None = None
     window: tuple[int, int] | None = None
     shared_noise: bool = False
     guidance: flow.Guidance = field(default_factory=flow.Guidance)

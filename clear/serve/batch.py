@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from clear.model import lora
 from clear.model.images import ImageBank
+from clear.model.runtime import autocast
 from clear.model.sequence import length
 from clear.model.tokenizer import decode, encode
 from clear.reasoning import grammar
@@ -144,13 +144,13 @@ class Batch:
             with torch.inference_mode(), self._timed("encode"):
                 for row in chunk:
                     row.conversation.prepare(self.answerer)
-            with torch.inference_mode(), lora.autocast(self.model), self._timed("prefill"):
+            with torch.inference_mode(), autocast(self.model), self._timed("prefill"):
                 self._join(chunk)
 
     def step(self) -> None:
         """One token for every row that decodes; then the rows that wait for a restoration, if it is time for them."""
         ended: list[tuple[Row, str]] = []
-        with torch.inference_mode(), lora.autocast(self.model):
+        with torch.inference_mode(), autocast(self.model):
             self._drop_gone()
             self.steps += 1
             if self.running is not None:

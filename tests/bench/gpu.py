@@ -35,7 +35,7 @@ from clear.model import flex, flow, lora, quantised
 from clear.model.bagel import Bagel, BagelConfig, Contents
 from clear.model.mot import LlmConfig
 from clear.model.offload import AHEAD, frozen, wait_in_host_memory
-from clear.model.runtime import without_weights
+from clear.model.runtime import autocast, without_weights
 from clear.model.sequence import LATENT, VIT, Image, Layout, SpecialTokens, Text, layout
 from clear.model.tokenizer import word_tokenizer
 from clear.model.vae import VaeConfig
@@ -193,7 +193,7 @@ def measure_sft(model: Bagel, given: argparse.Namespace, weights: str) -> dict:
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
     def step() -> None:
-        with lora.autocast(model):
+        with autocast(model):
             hidden = model(built, contents)
             logits, target = model.scored_logits(hidden, built)
             loss = F.cross_entropy(logits, target) + F.mse_loss(model.velocities(hidden, built), targets)
@@ -215,7 +215,7 @@ def measure_grpo(model: Bagel, pixels: int, sde_steps: int, repeats: int, device
     steps = [list(range(sde_steps))]
 
     def step() -> None:
-        with lora.autocast(model):
+        with autocast(model):
             found = scoring.score(model, [one], [trajectory], steps, times, 0.3, 1.0)
         (found.text.sum() + found.image.sum()).backward()
         model.zero_grad()
@@ -243,7 +243,7 @@ def measure_restoration(model: Bagel, batch: int, pixels: int, flow_steps: int, 
     prompts = [prompt(model, pixels) for _ in range(batch)]
     options = Options(flow_steps=flow_steps, shift=3.0)
     model.eval()
-    with torch.inference_mode(), lora.autocast(model):
+    with torch.inference_mode(), autocast(model):
         rows = prefill(model, prompts)
         noise = torch.randn(batch, *prompts[0].latent.shape, device=device)
         grid = prompts[0].latent_grid
@@ -266,14 +266,14 @@ def measure_grpo_step(model: Bagel, group: int, pixels: int, flow_steps: int, re
 
     def rollout() -> None:
         model.eval()
-        with lora.autocast(model):
+        with autocast(model):
             found[:] = generate(model, tokenizer, [one], options, group, torch.Generator().manual_seed(0))
         model.train()
 
     def update() -> None:
         for trajectory in found:
             request = model, [one], [trajectory], chosen, times, options.sigma, options.temperature
-            with lora.autocast(model):
+            with autocast(model):
                 new = scoring.score(*request)
                 with torch.no_grad(), lora.reference(model):
                     old = scoring.score(*request)

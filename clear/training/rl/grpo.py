@@ -35,6 +35,7 @@ from trl import GRPOConfig, GRPOTrainer
 from clear.errors import ClearError
 from clear.model import flow, lora
 from clear.model.bagel import Bagel
+from clear.model.runtime import autocast
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
 from clear.reasoning.prompts import Prompt
@@ -122,7 +123,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         prompts = [self.task.prompts[i] for i in numbers]
         begun = time.perf_counter()
         options = self._placed(generator)
-        with lora.autocast(bagel):
+        with autocast(bagel):
             trajectories = self._roll_out(bagel, prompts, options, generator, seed)
         owners, count = [prompts[t.prompt] for t in trajectories], len(trajectories)
         rolled = time.perf_counter()
@@ -168,7 +169,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         if self.task.judge is not None:
             accuracy = judged(self.task.judge, questions, [extract_answer(t[-1]) for t in texts])
         more: dict[str, Sequence[float | None]] = {}
-        with lora.autocast(bagel):
+        with autocast(bagel):
             if self.grpo.reward_answer:
                 rows = bagel, self.task.tokenizer, prompts, trajectories, questions
                 more["reward_answer"] = answer_rewards(*rows, self.grpo.answer_scored, self.options.batch)
@@ -268,7 +269,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         request = (prompts, chosen, steps, self.times, self.options.sigma, grpo.temperature, self.token_budget)
         new, reference = scoring.Scores(*model(lambda policy: self._scores(policy, request))), None
         if (text and grpo.beta) or grpo.velocity_weight:
-            with torch.no_grad(), lora.autocast(bagel), self._incoming(bagel) as incoming:
+            with torch.no_grad(), autocast(bagel), self._incoming(bagel) as incoming:
                 reference = incoming(lambda policy: scoring.score(policy, *request))
         if idle:
             return new.text.sum() * 0.0

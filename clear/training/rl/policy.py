@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel, Pr
 
 from clear.data.records import Question
 from clear.llm.endpoint import Client
-from clear.model import lora
 from clear.model.bagel import Bagel
+from clear.model.runtime import autocast
 from clear.reasoning.engine import Options
 from clear.reasoning.prompts import Prompt
 from clear.schema import Grpo
@@ -68,7 +68,7 @@ class Policy(PreTrainedModel):
 
     def forward(self, call: Callable[[Bagel], Any]) -> Any:
         """`call(bagel)`: gradients of several processes meet only in what runs inside the policy's forward."""
-        with lora.autocast(self.bagel):
+        with autocast(self.bagel):
             return call(self.bagel)
 
 
