@@ -51,6 +51,11 @@ def check(value: Any, name: str = "", origin: str = "params") -> None:
         raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
     if isinstance(value, Lora) and value.rank and not value.targets:
         raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
+    if isinstance(value, Config) and value.lora.rank and (value.sft.train_vit or value.sft.robust_vit.steps):
+        raise ClearError(
+            "params: sft.train_vit and sft.robust_vit train the vision tower, which no adapter holds; set "
+            "lora.rank = 0."
+        )
     if isinstance(value, Runtime) and value.weights == "bfloat16" and value.precision != "bfloat16":
         raise ClearError(f"params: {name}.weights = bfloat16 runs under autocast; set {name}.precision = bfloat16.")
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:

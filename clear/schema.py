@@ -239,8 +239,13 @@ class Lora:
 
 @dataclass
 class Sft:
-    """Supervised fine-tuning (METHOD §3). `restoration` warms up on unlabelled pairs (0 steps = as published)."""
+    """Supervised fine-tuning (METHOD §3). `restoration` warms up on unlabelled pairs (0 steps = as published).
 
+    Before it `robust_vit` teaches the vision tower to see a clean picture in a damaged one (0 steps = as published).
+    """
+
+    robust_vit: Phase
+    train_vit: bool  # the vision tower learns with the rest, here and later; false = as published
     restoration: Phase
     traces: Phase
     ce_weight: float = between(0, 100)
@@ -250,6 +255,7 @@ class Sft:
     drop_vit: float = between(0, 1)
     drop_text: float = between(0, 1)  # system prompt, question; the first reply, where the velocity is learned
     other_path: float = between(0, 1)  # share of degraded traces that show the path their rule did not choose
+    labelled: float = between(0, 1)  # share of the pictures whose answers are learned, here and later; all are restored
     both_paths: bool  # beside their own, so that both replies are learned; else a direct trace shows it instead
     ema: float = between(0, 0.999999)  # decay of the averaged weights the stage ends with; 0 = the last weights
 
@@ -342,6 +348,7 @@ class Evaluate:
     bootstrap: int = between(10, 10**6)
     confidence: float = between(0.5, 0.999)
     cluster: str = field()  # address of a Dask scheduler whose workers answer; "" = this process
+    votes: int = between(1, 1000)  # restorations, each with its reply, behind an answer that restores
 
 
 @dataclass

@@ -47,6 +47,13 @@ def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, na
     assert named in _refused(tiny, section, key, value)
 
 
+@pytest.mark.parametrize("change", ["sft.train_vit=true", "sft.robust_vit.steps=10"])
+def test_a_vision_tower_is_not_trained_beside_adapters_which_do_not_hold_it(change):
+    from_dict(compose([change]))
+    with pytest.raises(ClearError, match=r"train the vision tower, which no adapter holds; set lora\.rank = 0"):
+        from_dict(compose([change, "lora.rank=4"]))
+
+
 def test_a_missing_key_is_refused(tiny):
     raw = yaml.safe_load(tiny)
     del raw["grpo"]["lr"]

@@ -18,7 +18,7 @@ from clear.reasoning.engine import Options, generate
 from clear.schema import Lora
 from clear.sources.scenes.render import scenes
 from clear.stages.grpo import prepare
-from clear.training.load import trainable
+from clear.training.load import labelled, trainable
 from clear.training.loop.run import StageRun
 from clear.training.rl import scoring
 from clear.training.rl.objective import advantages
@@ -221,6 +221,10 @@ def test_clean_prompts_are_a_share_of_the_paired_images_whatever_their_order(tmp
         shown = dict(zip((s.id for s in samples), seen[-2], strict=True))
         found.append({s.id for s in samples if s.paired and shown[s.id] == s.image})
     assert len(found[0]) == 4 and found[0] == found[1] != {s.id for s in made[:4]}
+    config.sft.labelled = 0.5  # a reward needs an answer
+    _, task = prepare(config)
+    asked = [q.id for s in (made[::-1][i] for i in sorted(labelled(made[::-1], config))) for q in s.questions]
+    assert [q.id for q in task.questions] == asked and len(seen[-2]) == 5
 
 
 def test_sharded_adapters_and_uneven_prompts_are_refused(tmp_path, monkeypatch):

@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 
 from clear.config import compose, from_dict
+from clear.data.images import decode_image, encode_image
 from clear.data.records import Question
 from clear.model import flow
 from clear.model.bagel import Contents
+from clear.model.images import ImageBank
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Text, layout
 from clear.model.tokenizer import encode
 from clear.reasoning import grammar
@@ -21,6 +23,7 @@ from clear.training.bridge import imitation_loss, own_latents
 from clear.training.loop.run import StageRun
 from clear.training.loop.trainer import optimise
 from clear.training.rl import scoring
+from clear.training.robust import robust_loss
 from clear.training.sft import (
     TraceWeights,
     direct_loss,
@@ -131,6 +134,32 @@ def test_the_path_a_trace_did_not_choose_is_learned_behind_its_deciding_token(co
     )
 
 
+def test_a_picture_without_an_answer_is_restored_and_no_reply_is_learned_of_it(config, images):
+    model, tokenizer, _, data = parts("direct", config, images)
+    data.direct = [encode(tokenizer, "<think> a b c </think> <answer> c </answer>") for _ in data.rows]
+    data.learned = [2]
+
+    def measured(loss, numbers):
+        torch.manual_seed(3)
+        return {name: value for name, value in loss(numbers)[1].items() if name != "token_accuracy"}
+
+    known = measured(restoration_loss(model, data, replies=True), [0, 1, 2])
+    alone = measured(restoration_loss(model, data), [0, 1, 2])
+    assert known["mse"] == pytest.approx(alone["mse"], rel=1e-5), "all of them are restored"
+    only = measured(restoration_loss(model, data, replies=True), [2])
+    assert known["ce"] == pytest.approx(only["ce"], rel=1e-5), "the replies are those of picture 2"
+    unknown = restoration_loss(model, data, replies=True)([0, 1])
+    assert set(unknown[1]) == {"mse"} and torch.isfinite(unknown[0]), "a batch without a reply has no text loss"
+    unknown[0].backward()
+    # The other losses count the traces that may be learned: their number 0 is trace 2.
+    learned = measured(direct_loss(model, data), [0]), measured(trace_loss(model, data, TraceWeights(LATENT)), [0])
+    data.learned = [0, 1, 2]
+    assert learned == (
+        measured(direct_loss(model, data), [2]),
+        measured(trace_loss(model, data, TraceWeights(LATENT)), [2]),
+    )
+
+
 def measured_ce(loss, n: int) -> float:
     """The text loss of trace n, with the same random numbers each time."""
     torch.manual_seed(3)
@@ -209,6 +238,36 @@ def test_imitation_loss_pairs_tokens_of_one_grid(config, images):
     cosine = F.cosine_similarity(made, target, dim=-1).mean()
     torch.testing.assert_close(found, F.mse_loss(made, target) / target.var() + 1 - cosine, atol=1e-5, rtol=1e-5)
     assert figures["cosine"] == pytest.approx(cosine.item(), abs=1e-5)
+
+
+def test_the_vision_tower_learns_what_it_had_seen_in_the_clean_picture(config, images):
+    """The pictures as shown have the clean ones' features for a target, the clean ones their own from before."""
+    model, _, _, data = parts("direct", config, images)
+    damaged = [encode_image(255 - decode_image(image)) for image in images]
+    data.shown = ImageBank(damaged, config.model)
+    data.shown.latents = data.clean.latents
+    loss = robust_loss(model, data)
+    index = [0, 1, 3, 4 + 1]
+    seen = [(data.shown, 0), (data.shown, 1), (data.shown, 3), (data.clean, 1)]
+    made, target = [], []
+    for bank, i in seen:
+        rows, columns = bank.vit_grid(i)
+        place = torch.cartesian_prod(torch.arange(rows), torch.arange(columns))
+        positions = (place[:, 0] * model.config.vit.side + place[:, 1])[None]
+        for to, patches in ((made, bank.patches(i)), (target, data.clean.patches(i))):
+            to.append(model.vit_model(patches[None], positions)[0].detach())
+    made, target = torch.cat(made), torch.cat(target)
+    found, figures = loss(index)
+    cosine = F.cosine_similarity(made, target, dim=-1).mean().item()
+    assert figures["cosine"] == pytest.approx(cosine, abs=1e-5) and cosine < 0.999
+    assert found.item() == pytest.approx((F.mse_loss(made, target) / target.var()).item() + 1 - cosine, rel=1e-4)
+    assert loss([4, 5])[0].item() == pytest.approx(0, abs=1e-5), "clean ones are as they were"
+    set_trainable(model, ("vit_model",), ())
+    optimiser = torch.optim.SGD(model.vit_model.parameters(), 1e-3)
+    found.backward()
+    assert model.connector.fc1.weight.grad is None
+    optimiser.step()
+    assert loss(index)[0] < found and loss([4, 5])[0].item() > 0, "the target stays what it was"
 
 
 @pytest.mark.parametrize("guidance", [flow.Guidance(), flow.Guidance(3.0, 2.0, low=0.0)])

@@ -198,6 +198,24 @@ def test_an_ablation_runs_once_and_is_compared_with_its_model_question_by_questi
     assert len(runs) == 2
 
 
+def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, monkeypatch):
+    folder, runs, _ = home
+    seeds.run(folder, [1])
+    assert "under the same change" not in ablations.run(folder, ["labels_20"]).read_text()
+    monkeypatch.setitem(RIGHT, "sft_direct", 0.2)
+    text = ablations.run(folder, ["labels_20_direct"]).read_text()
+    assert [run[-1] for run in runs] == ["evaluate@grpo", "evaluate@sft_direct"]
+    table = text.split("### Both models under the same change")[1]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
+        2:
+    ]
+    frames = [pd.read_parquet(folder / seeds.ABLATIONS / f"labels_20{end}.parquet") for end in ("", "_direct")]
+    right = [100 * frame[frame["severity"] == "high"]["correct"].mean() for frame in frames]
+    assert [row[:2] for row in rows] == [["CLEAR", "direct fine-tuning"], ["`labels_20`", "`labels_20_direct`"]]
+    assert rows[1][2:4] == [f"{value:.1f}" for value in right]
+    assert rows[1][-1].startswith(f"{right[0] - right[1]:+.1f} ["), "paired, without the run that is not there"
+
+
 def test_ablations_are_of_the_form_and_of_parameters_that_there_are(home, tmp_path):
     from clear.config import compose
 
@@ -211,7 +229,11 @@ def test_ablations_are_of_the_form_and_of_parameters_that_there_are(home, tmp_pa
         ablations.run(folder, ["grpo_text"])
     assert not runs
     file = tmp_path / "ablations.yaml"
-    for entry, said in (("{model: grpo}", "needs `model`, `set`"), ("{model: x, set: [], what: w}", "'x' is not one")):
+    for entry, said in (
+        ("{model: grpo}", "needs `model`, `set`"),
+        ("{model: x, set: [], what: w}", "'x' is not one"),
+        ("{model: grpo, set: [], what: w, against: [old]}", "'old', which it is compared with, is no ablation"),
+    ):
         file.write_text(f"odd: {entry}")
         with pytest.raises(ClearError, match=said):
             ablations.listed(file)

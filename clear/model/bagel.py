@@ -24,6 +24,13 @@ GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
 """Name parts of what no stage trains on a given checkpoint: the published recipe freezes the vision tower and the
 position tables (the autoencoder is apart)."""
+VISION = "vit_model"
+"""Name part of the vision tower's parameters."""
+
+
+def frozen(train_vit: bool = False) -> tuple[str, ...]:
+    """FROZEN, or what is left of it where the vision tower is trained."""
+    return tuple(part for part in FROZEN if not (train_vit and part == VISION))
 
 
 @dataclass(frozen=True)

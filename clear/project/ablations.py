@@ -21,12 +21,16 @@ LISTED = CONF_DIR / "ablations.yaml"
 
 @dataclass(frozen=True)
 class Ablation:
-    """A change of parameters (`changes`, as in Hydra), the model of MODELS that shows it, and what it is in words."""
+    """A change of parameters (`changes`, as in Hydra), the model of MODELS that shows it, and what it is in words.
+
+    `against` names others that it is compared with besides the committed run.
+    """
 
     name: str
     model: str
     changes: tuple[str, ...]
     what: str
+    against: tuple[str, ...] = ()
 
 
 def listed(file: Path = LISTED) -> dict[str, Ablation]:
@@ -36,11 +40,15 @@ def listed(file: Path = LISTED) -> dict[str, Ablation]:
     found = {}
     for name, entry in (yaml.safe_load(file.read_text()) or {}).items():
         try:
-            found[name] = Ablation(name, entry["model"], tuple(entry["set"]), entry["what"])
+            against = tuple(entry.get("against", ()))
+            found[name] = Ablation(name, entry["model"], tuple(entry["set"]), entry["what"], against)
         except (TypeError, KeyError) as error:
             raise ClearError(f"{file}: {name} needs `model`, `set` (a list of KEY=VALUE) and `what`.") from error
         if entry["model"] not in MODELS:
             raise ClearError(f"{file}: {name}: model {entry['model']!r} is not one of {', '.join(MODELS)}.")
+    for name, one in found.items():
+        if unknown := [other for other in one.against if other not in found]:
+            raise ClearError(f"{file}: {name}: {unknown[0]!r}, which it is compared with, is no ablation of this file.")
     return found
 
 
@@ -58,7 +66,7 @@ def run(workspace: Path, wanted: Sequence[str]) -> Path:
     for name in wanted:
         ablation, file = known[name], workspace / seeds.ABLATIONS / f"{name}.parquet"
         about = {"setting": setting, "changes": " ".join(ablation.changes), "what": ablation.what}
-        about |= {"seed": str(params["seed"])}
+        about |= {"seed": str(params["seed"])} | ({"against": " ".join(ablation.against)} if ablation.against else {})
         if seeds.about(file) == about:
             continue
         overrides, copy = [f"seed={params['seed']}", *ablation.changes], f"{params['profile']}-{name}"

@@ -12,10 +12,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from clear.bench.models import MODELS
-from clear.config import PARAMS
+from clear.config import PARAMS, read_yaml
 from clear.data.io import replacing, write_text
 from clear.errors import ClearError
 from clear.project import check, scratch
+from clear.project.compare.load import LOCK, read_lock
 from clear.report import seeds
 
 FOLDER, ABLATIONS, PAGE = Path("data/results/seeds"), Path("data/results/ablations"), Path("docs/RESULTS.md")
@@ -25,7 +26,13 @@ _ABOUT = "clear."
 """Prefix of the metadata that says what a file was made under: its setting, and what an ablation changes."""
 _NEUTRAL = ("seed",), ("runtime",), ("incoming", "limits")
 """Parameters that change no result of a seed, or only refuse data."""
-_LATER = {("model", "base"): ""}
+_LATER = {
+    ("model", "base"): "",
+    ("sft", "labelled"): 1.0,
+    ("sft", "robust_vit"): {"steps": 0, "batch": 64, "lr": 0.001, "warmup": 20},
+    ("sft", "train_vit"): False,
+    ("evaluate", "votes"): 1,
+}
 """Parameters that seeds of before do not have, with the value that changes nothing."""
 
 
@@ -78,7 +85,11 @@ def about(file: Path) -> dict[str, str]:
 
 def parameters(workspace: Path) -> dict:
     """The parameters of a workspace. Raises ClearError where it has none."""
-    return _yaml(workspace / PARAMS)
+    from omegaconf import OmegaConf
+
+    if not (workspace / PARAMS).exists():
+        raise ClearError(f"{workspace / PARAMS} is not here; run `make repro`.")
+    return OmegaConf.to_container(read_yaml(workspace / PARAMS))
 
 
 def setting(workspace: Path) -> str:
@@ -91,7 +102,9 @@ def setting(workspace: Path) -> str:
     later = [path for path, neutral in _LATER.items() if _section(params, path).get(path[-1]) == neutral]
     for path in (*_NEUTRAL, *later):
         _section(params, path).pop(path[-1], None)
-    stages = _yaml(workspace / "dvc.lock").get("stages", {}).values()
+    if not (workspace / LOCK).exists():
+        raise ClearError(f"{workspace / LOCK} is not here; run `make repro`.")
+    stages = read_lock(workspace / LOCK).values()
     made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
     missing = [path for path in map(PREDICTIONS.format, MODELS) if path not in made]
     if missing:
@@ -105,14 +118,6 @@ def _section(params: dict, path: Sequence[str]) -> dict:
     for name in path[:-1]:
         params = params.get(name, {})
     return params
-
-
-def _yaml(file: Path) -> dict:
-    import yaml
-
-    if not file.exists():
-        raise ClearError(f"{file} is not here; run `make repro`.")
-    return yaml.safe_load(file.read_text()) or {}
 
 
 def render(workspace: Path) -> Path:
@@ -135,7 +140,8 @@ def render(workspace: Path) -> Path:
     for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
         said = about(file)
         if said.get("setting") in settings.values() and int(said["seed"]) in frames:
-            ablations[file.stem] = seeds.Ablation(said["what"], int(said["seed"]), pd.read_parquet(file))
+            against = tuple(said.get("against", "").split())
+            ablations[file.stem] = seeds.Ablation(said["what"], int(said["seed"]), pd.read_parquet(file), against)
         else:
             others.append(file.stem)
     page = workspace / PAGE

@@ -42,11 +42,13 @@ def pooled(frames: Frames) -> "dict[str, pd.DataFrame]":
 
 @dataclass(frozen=True)
 class Ablation:
-    """A run with something changed: `what` in words, its seed, and the predictions of one model."""
+    """A run with something changed: `what` in words, its seed, the predictions of one model, and the names of the
+    ablations that it is compared with, besides the run without the change."""
 
     what: str
     seed: int
     frame: "pd.DataFrame"
+    against: tuple[str, ...] = ()
 
 
 def page(frames: Frames, ablations: dict[str, Ablation] | None = None, others: Sequence[str] = ()) -> str:
@@ -86,6 +88,8 @@ def page(frames: Frames, ablations: dict[str, Ablation] | None = None, others: S
     ]
     if ablations:
         parts += ["## Ablations", one_change(frames, ablations).markdown()]
+        if any(set(run.against) & set(ablations) for run in ablations.values()):
+            parts += ["### Both models under the same change", side_by_side(frames, ablations).markdown()]
     if others:
         parts.append(f"Run under other parameters, or code with other results, and left out: {', '.join(others)}.")
     return "\n\n".join(parts) + "\n"
@@ -212,12 +216,7 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
         own = run.frame
         model = str(own["model"].iloc[0])
         default = frames[run.seed][frames[run.seed]["model"] == model]
-        row = [f"`{name}`: {run.what}", NAMES[model]]
-        for level in (CLEAN, "mid", HARD):
-            pair = {"changed": own, "default": default.reset_index(drop=True)}
-            a, b, clusters = claims.paired(pair, "changed", "default", level)
-            found = statistics.paired_difference(a, b, clusters, **vars(SETTINGS))
-            row.append(tables.signed_interval(asdict(found)))
+        row = [f"`{name}`: {run.what}", NAMES[model], *_differences(own, default.reset_index(drop=True))]
         hard = own[own["severity"] == HARD]
         was = default[default["severity"] == HARD]
         gained = (hard["psnr_restored"] - hard["psnr_degraded"]).mean()
@@ -229,3 +228,34 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
         "share is that of the hard questions, in percent, and the last column what a restoration gains there in PSNR."
     )
     return Table(["changed", "model", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)
+
+
+def side_by_side(frames: Frames, ablations: dict[str, Ablation]) -> Table:
+    """Each ablation against those it names, after the committed run's CLEAR against its direct fine-tuning."""
+    pairs = [
+        (run.seed, f"`{name}`", run.frame, f"`{other}`", ablations[other].frame)
+        for name, run in ablations.items()
+        for other in run.against
+        if other in ablations
+    ]
+    for seed in dict.fromkeys(pair[0] for pair in pairs):
+        one = {m: frames[seed][frames[seed]["model"] == m].reset_index(drop=True) for m in ("grpo", "sft_direct")}
+        pairs.insert(0, (seed, NAMES["grpo"], one["grpo"], NAMES["sft_direct"], one["sft_direct"]))
+    rows = []
+    for _, name, own, other, beside in pairs:
+        right = [f"{100 * frame[frame['severity'] == HARD]['correct'].mean():.1f}" for frame in (own, beside)]
+        rows.append([name, other, *right, *_differences(own, beside)])
+    caption = (
+        "Right at hard in percent, and the first minus the second in points, paired by question. The first row is the "
+        "committed run of the same seed."
+    )
+    return Table(["model", "against", "right", "against's", "clean", "mid", "hard"], rows, caption)
+
+
+def _differences(own: "pd.DataFrame", other: "pd.DataFrame") -> list[str]:
+    """`own` minus `other` at three levels, with intervals, paired by question."""
+    row = []
+    for level in (CLEAN, "mid", HARD):
+        a, b, clusters = claims.paired({"own": own, "other": other}, "own", "other", level)
+        row.append(tables.signed_interval(asdict(statistics.paired_difference(a, b, clusters, **vars(SETTINGS)))))
+    return row

@@ -8,7 +8,7 @@ from clear.bench.scoring import is_correct
 from clear.data.io import write_json
 from clear.data.records import CLEAN, drawn, read_samples
 from clear.errors import ClearError
-from clear.model.runtime import apply_runtime
+from clear.model.runtime import apply_runtime, autocast
 from clear.schema import Config
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ def run(config: Config) -> None:
 
     from clear.data.workspace import checkpoint_dir, model_folder
     from clear.model import lora
-    from clear.model.bagel import FROZEN, GENERATION
+    from clear.model.bagel import GENERATION, frozen
     from clear.model.bridge import LatentBridge
     from clear.reasoning.answering import guidance
     from clear.reasoning.engine import Options
@@ -57,7 +57,7 @@ def run(config: Config) -> None:
     options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch, guidance=guidance(s))
 
     def make() -> dict[str, torch.Tensor]:
-        with at_work(model, config), lora.autocast(model):
+        with at_work(model, config), autocast(model):
             return {str(n): z for n, z in bridge.own_latents(model, data, chosen, options, config.seed).items()}
 
     found = made_once(work.folder / "own_latents.safetensors", make)
@@ -68,9 +68,9 @@ def run(config: Config) -> None:
         loss = bridge.imitation_loss(model, data, pairs)
         optimise(work, "distill", model, loss, len(pairs), config.bridge.distill)
     # With the direct bridge the generation expert reads the latent and is what the distillation trains.
-    trainable(model, never=(*FROZEN, *GENERATION) if mlp else FROZEN)
+    trainable(model, never=(*frozen(config.sft.train_vit), *(GENERATION if mlp else ())))
     weights = sft.trace_weights(config, bridge=True)
-    optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data), config.bridge.answer)
+    optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data.learned), config.bridge.answer)
     measured = {}
     if config.bridge.decide.steps:
         chosen, measured = _decisions(start, config, work)
@@ -78,7 +78,7 @@ def run(config: Config) -> None:
         loss = bridge.decision_loss(model, start.tokenizer, chosen, traces, config.bridge.decision_share)
         if not lora.has_adapter(model):
             trainable(model, only=bridge.DECIDING)
-        optimise(work, "decide", model, loss, len(data), config.bridge.decide)
+        optimise(work, "decide", model, loss, len(data.learned), config.bridge.decide)
     save(Path("data/models/bridge"), start, config)
     last = {row["phase"]: row for row in work.curve}
     figures = {f"{p}_{k}": v for p, row in last.items() for k, v in row.items() if k not in ("phase", "step")}
@@ -100,13 +100,15 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     from clear.reasoning.answering import Answerer
     from clear.reasoning.prompts import make_prompt, question_text
     from clear.training import bridge
-    from clear.training.load import at_work
+    from clear.training.load import at_work, labelled
     from clear.training.loop import sharded
     from clear.training.loop.parallel import made_once
 
     sharded.require_fresh(start.model, "phase decide")  # in all processes: the others would wait for the first
     answerer = Answerer(start.model, start.vae, start.tokenizer, config, start.store)
-    samples = [s for s in read_samples("data/degraded/rl") if s.paired]
+    samples = list(read_samples("data/degraded/rl"))
+    known = labelled(samples, config)
+    samples = [s for i, s in enumerate(samples) if s.paired and i in known]
     clean = drawn([s.id for s in samples], round(config.grpo.clean_share * len(samples)))
     shown = [(s.key, s.seen, s) for s in samples] + [(s.id, s.image, s) for i, s in enumerate(samples) if i in clean]
     asked = [(i, q) for i, (_, _, s) in enumerate(shown) for q in s.questions]

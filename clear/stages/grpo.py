@@ -44,10 +44,10 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     """Load the bridge model, choose what is trained, and gather the rl split's prompts and what judges the policy."""
     from clear.data.workspace import model_folder
     from clear.model import lora
-    from clear.model.bagel import FROZEN, GENERATION
+    from clear.model.bagel import GENERATION, frozen
     from clear.reasoning.answering import Answerer
     from clear.reasoning.prompts import make_prompt, question_text
-    from clear.training.load import incoming, trainable
+    from clear.training.load import incoming, labelled, trainable
     from clear.training.rl.latent_quality import LatentQuality
     from clear.training.rl.policy import Task
 
@@ -57,6 +57,8 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     lora.set_dropout(model, 0.0)
     answerer = Answerer(model, start.vae, tokenizer, config, start.store)
     samples = list(read_samples("data/degraded/rl"))
+    known = labelled(samples, config)  # a reward needs the answer
+    samples = [s for i, s in enumerate(samples) if i in known]
     paired = [i for i, s in enumerate(samples) if s.paired]
     clean = {paired[k] for k in drawn([samples[i].id for i in paired], round(g.clean_share * len(samples)))}
     shown = [s.image if i in clean else s.seen for i, s in enumerate(samples)]
@@ -79,7 +81,7 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
         answers = answerer.answer(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
-    never = (*FROZEN, *(GENERATION if g.experts == "und" else ()))
+    never = (*frozen(config.sft.train_vit), *(GENERATION if g.experts == "und" else ()))
     trainable(model, GENERATION if g.experts == "gen" else (), never)
     return start, Task(tokenizer, prompts, [q for _, q in asked], rollout_options(config), holdout, quality=quality)
 

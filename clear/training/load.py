@@ -5,7 +5,7 @@ is `model.checkpoint` where params name one (clear/data/workspace.py); as weight
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from clear.data.records import read_samples
+from clear.data.records import Sample, drawn, read_samples
 from clear.data.workspace import completing, latents_dir
 from clear.errors import ClearError
 from clear.model import lora
@@ -90,7 +90,7 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     check_geometry(config.model, model.config, folder)
     weights, files = Path(folder), {}
     if adapted:
-        lora.check_same(model, config.lora, folder)
+        _check_same(model, config, folder)
         lora.set_dropout(model, config.lora.dropout)
         weights = lora.base_of(folder, base, rest)
         rest = lora.rest_of(folder, weights, rest)
@@ -142,6 +142,22 @@ def _check_quantised(folder: Path, config: Config, adapted: bool) -> None:
         )
 
 
+def _check_same(model: Bagel, config: Config, folder: Path | str) -> None:
+    """Raise ClearError if the adapter that came from `folder` is not the one `config.lora` describes."""
+    held, wanted = model.peft_config[lora.TRAINED], config.lora
+    pairs = {
+        "rank": (held.r, wanted.rank),
+        "alpha": (held.lora_alpha, wanted.alpha),
+        "targets / lora.experts": (held.target_modules, lora.target_pattern(wanted.targets, wanted.experts)),
+    }
+    for name, (found, said) in pairs.items():
+        if found != said:
+            raise ClearError(
+                f"{folder}: the adapter was trained with {found}, params say lora.{name} = {said}; "
+                "run sft again with these params, or set them back."
+            )
+
+
 @contextmanager
 def at_work(model: nn.Module, config: Config) -> Iterator[None]:
     """Inside, the model is where this process computes: sharded training keeps its weights in host memory before."""
@@ -178,4 +194,11 @@ def trace_data(start: Incoming, config: Config) -> TraceData:
     shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae, store=store)
     clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae, store=store)
     system = SYSTEM if config.sampling.system_prompt else ""
-    return TraceData(start.tokenizer, list(read_traces("data/traces")), samples, shown, clean, system)
+    traces = list(read_traces("data/traces"))
+    return TraceData(start.tokenizer, traces, samples, shown, clean, system, labelled(samples, config))
+
+
+def labelled(samples: Sequence[Sample], config: Config) -> set[int]:
+    """Numbers of the samples whose answers training may know: all, or the share `sft.labelled` that their ids draw."""
+    count = round(config.sft.labelled * len(samples))
+    return drawn([sample.id for sample in samples], max(1, count))

@@ -13,7 +13,7 @@ import torch
 
 from clear.data.io import aligned
 from clear.model import flex
-from clear.model.bagel import FROZEN, GENERATION, BagelConfig
+from clear.model.bagel import GENERATION, BagelConfig, frozen
 from clear.model.flow import Guidance
 from clear.model.images import encode_batch
 from clear.model.mot import LlmConfig
@@ -190,7 +190,7 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     """
     model, lora, runtime = shapes(config, vocab), config.lora, config.runtime
     mlp = config.bridge.kind == "mlp"
-    never = (*FROZEN, *GENERATION) if stage == "bridge" and mlp else FROZEN
+    never = (*frozen(config.sft.train_vit), *(GENERATION if stage == "bridge" and mlp else ()))
     counts = count(model, lora, never, bridge=stage != "sft")
     trains, fused = stage != "evaluate", runtime.device == "cuda"
     narrow = "bfloat16" if fused and runtime.precision == "auto" else precision(config)

@@ -10,7 +10,7 @@ Departures: reply segments are never dropped; the text loss is the mean over the
 restoration warm-up on unlabelled pairs is an option whose neutral value (0 steps) is the published recipe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -51,14 +51,20 @@ class TraceData:
         shown: ImageBank,
         clean: ImageBank,
         system: str = "",
+        labelled: Collection[int] | None = None,
     ) -> None:
-        """`shown` and `clean` hold the degraded and the clean image of `samples`, in their order."""
+        """`shown` and `clean` hold the degraded and the clean image of `samples`, in their order.
+
+        `labelled` are the numbers of the samples whose answers may be learned (None: all); the others are pictures to
+        restore, with a question.
+        """
         self.shown, self.clean = shown, clean
         self.system = tuple(encode(tokenizer, system)) if system else ()
         number = {sample.id: i for i, sample in enumerate(samples)}
         self.rows = list(rows)
         self.image = [number[row.sample] for row in rows]
         self.paired = [n for n, i in enumerate(self.image) if samples[i].paired]
+        self.learned = [n for n, i in enumerate(self.image) if labelled is None or i in labelled]
         self.question = [encode(tokenizer, row.text) for row in rows]
         self.reply_1 = [encode(tokenizer, row.reply_1) for row in rows]
         self.reply_2 = [encode(tokenizer, row.reply_2) if row.reply_2 else None for row in rows]
@@ -86,10 +92,12 @@ class TraceData:
 
 
 def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
-    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` those of both paths (`_both`).
+    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` those of both paths (`_both`),
+    where the answer may be.
 
     The sample numbers count `data.paired`: a picture without a clean partner is not among them.
     """
+    known = frozenset(data.learned) if replies else frozenset()
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         index = [data.paired[k] for k in index]
@@ -101,14 +109,14 @@ def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Lo
         rows, contents = [], Contents(vit=[], latent=[], time=[])
         for k, n in enumerate(index):
             prompt = data.open_row(n, contents)
-            asks = replies and data.reply_2[n] is not None
+            asks = n in known and data.reply_2[n] is not None
             path = [
                 Text(data.trigger, scored=asks or None),
                 Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True),
             ]
             contents.latent.append(noised[k])
             contents.time.append(times[k].item())
-            rows.append(_both(prompt, path, _direct(data, n, not asks)) if replies else [*prompt, *path])
+            rows.append(_both(prompt, path, _direct(data, n, not asks)) if n in known else [*prompt, *path])
         built, contents, share = share_batch(rows, contents, model.config.special)
         hidden = model(built, contents)
         mse = _velocity_loss(model, hidden, built, share.targets((noise - clean).split(sizes)))
@@ -146,9 +154,10 @@ def _velocity_apart(path: Sequence[Segment]) -> list[Segment]:
 
 
 def direct_loss(model: Bagel, data: TraceData) -> Loss:
-    """The baseline: answer loss of the direct reply to every trace, no restoration."""
+    """The baseline: answer loss of the direct reply to every trace, no restoration. Numbers count `data.learned`."""
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        index = [data.learned[k] for k in index]
         contents = Contents(vit=[], latent=[], time=[])
         rows = [[*data.open_row(n, contents), Text(data.direct[n], scored=True)] for n in index]
         built, contents, share = share_batch(rows, contents, model.config.special)
@@ -160,6 +169,8 @@ def direct_loss(model: Bagel, data: TraceData) -> Loss:
 
 def _reply_loss(model: Bagel, hidden: Hidden, built: Layout) -> tuple[Tensor, dict[str, float]]:
     logits, target = model.scored_logits(hidden, built)
+    if not len(target):  # pictures without an answer alone
+        return logits.sum(), {}
     ce = F.cross_entropy(logits, target)
     return ce, {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
 
@@ -208,7 +219,7 @@ def trace_weights(config: Config, bridge: bool = False) -> TraceWeights:
 
 
 def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[int, Tensor] | None = None) -> Loss:
-    """CE of the replies + MSE of the velocity + distillation (direct bridge only).
+    """CE of the replies + MSE of the velocity + distillation (direct bridge only). Sample numbers count `data.learned`.
 
     `own` maps trace numbers to the model's own denoised latents; with probability `weights.own` a restoring row
     reads it instead of the clean latent. With probability `weights.other_path` a direct trace of a degraded image
@@ -227,6 +238,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
     collect = distilled_layers(layers, weights.stride) if teach and weights.stride else [layers - 1] * teach
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
+        index = [data.learned[k] for k in index]
         rows, contents = [], Contents(vit=[], latent=[], time=[], bridge=[])
         targets = []
         draws = torch.rand(len(index), 3).tolist()
