@@ -20,13 +20,15 @@ from clear.config import compose, from_dict
 from clear.data.images import encode_image
 from clear.data.records import write_samples
 from clear.degradation.build import degraded_samples
+from clear.errors import ClearError
 from clear.model import images, latents
 from clear.model.images import ENCODE_IMAGES, ImageBank
 from clear.model.latents import LatentStore
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.sources.scenes.render import scenes
 from clear.stages import bridge, grpo, traces
-from clear.training.load import incoming, trace_data
+from clear.traces.table import read_traces, write_traces
+from clear.training.load import incoming, labelled, trace_data
 from clear.training.loop.run import StageRun
 from tests.tiny import save_random_model, trace_workspace
 
@@ -302,3 +304,11 @@ def test_every_stage_reads_what_another_has_encoded(tmp_path, monkeypatch, encod
     assert same(data.shown, alone([s.seen for s in samples], start.vae, config.model))
     assert same(data.clean, alone([s.image for s in samples], start.vae, config.model))
     assert json.loads(Path("data/metrics/traces.json").read_text())["traces"] == 8
+    # Of one picture's answers nothing is left when another one is drawn.
+    few = replace(config, sft=replace(config.sft, labelled=0.0))
+    (known,) = labelled(samples, few)
+    kept = [row for row in read_traces("data/traces") if row.sample == samples[known].id]
+    assert [data.rows[n] for n in trace_data(start, few).learned] == kept != []
+    write_traces(Path("data/traces"), [row for row in data.rows if row not in kept])
+    with pytest.raises(ClearError, match=r"sft.labelled = 0.0 leaves no trace with an answer; raise it"):
+        trace_data(start, few)

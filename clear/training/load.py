@@ -189,13 +189,19 @@ def save(folder: Path | str, start: Incoming, config: Config) -> None:
 
 
 def trace_data(start: Incoming, config: Config) -> TraceData:
-    """The traces of data/traces with the degraded and clean images of data/degraded/sft, each encoded by one stage."""
+    """The traces of data/traces with the degraded and clean images of data/degraded/sft, each encoded by one stage.
+
+    Raises ClearError where no trace is left whose answer may be learned.
+    """
     samples, vae, store = list(read_samples("data/degraded/sft")), start.vae, start.store
     shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae, store=store)
     clean = ImageBank([s.image for s in samples], config.model, [s.id for s in samples]).encode(vae, store=store)
     system = SYSTEM if config.sampling.system_prompt else ""
     traces = list(read_traces("data/traces"))
-    return TraceData(start.tokenizer, traces, samples, shown, clean, system, labelled(samples, config))
+    data = TraceData(start.tokenizer, traces, samples, shown, clean, system, labelled(samples, config))
+    if not data.learned:
+        raise ClearError(f"params: sft.labelled = {config.sft.labelled} leaves no trace with an answer; raise it.")
+    return data
 
 
 def labelled(samples: Sequence[Sample], config: Config) -> set[int]:
