@@ -211,9 +211,34 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
     ]
     frames = [pd.read_parquet(folder / seeds.ABLATIONS / f"labels_20{end}.parquet") for end in ("", "_direct")]
     right = [100 * frame[frame["severity"] == "high"]["correct"].mean() for frame in frames]
-    assert [row[:2] for row in rows] == [["CLEAR", "direct fine-tuning"], ["`labels_20`", "`labels_20_direct`"]]
+    assert [row[0].split(",")[0] for row in rows] == ["CLEAR"] * 2 and "as it is" in rows[0][1]
+    assert rows[1][:2] == [
+        "CLEAR, `labels_20`: answers of a fifth of the pictures, all restored",
+        "direct fine-tuning, `labels_20_direct`: answers of a fifth of the pictures alone",
+    ]
     assert rows[1][2:4] == [f"{value:.1f}" for value in right]
     assert rows[1][-1].startswith(f"{right[0] - right[1]:+.1f} ["), "paired, without the run that is not there"
+    # Of another setting, they are compared with each other alone, as long as both are of the same one.
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
+    shutil.rmtree(folder / seeds.FOLDER)
+    text = seeds.run(folder, [1]).read_text()
+    apart = text.split("### The same, trained elsewhere")[1]
+    assert "### Both models" not in text and "## Ablations" not in text and "left out" not in text
+    assert [line for line in table.splitlines() if "`labels_20`" in line] == [
+        line for line in apart.splitlines() if "`labels_20`" in line
+    ]
+    assert "as it is" not in apart
+    text = ablations.run(folder, ["labels_20"]).read_text()
+    assert "trained elsewhere" not in text and "left out: labels_20_direct." in text
+    assert [run[-1] for run in runs] == ["evaluate@grpo", "evaluate@sft_direct", "evaluate@grpo"]
+
+
+def test_where_nothing_is_changed_all_is_trained_again(home):
+    folder, runs, _ = home
+    seeds.run(folder, [1])
+    assert "`again`: nothing changed" in ablations.run(folder, ["again"]).read_text()
+    assert runs == [("tiny", "tiny-again")]
 
 
 def test_ablations_are_of_the_form_and_of_parameters_that_there_are(home, tmp_path):
@@ -221,8 +246,9 @@ def test_ablations_are_of_the_form_and_of_parameters_that_there_are(home, tmp_pa
 
     folder, runs, stale = home
     for ablation in ablations.listed().values():
-        assert compose(list(ablation.changes)) != compose([]), ablation.name
-    with pytest.raises(ClearError, match="ablation 'grpo_txt' is not one of bridge_direct"):
+        changed = compose(list(ablation.changes)) != compose([])
+        assert changed is bool(ablation.changes) is not ablation.name.startswith("again"), ablation.name
+    with pytest.raises(ClearError, match="ablation 'grpo_txt' is not one of again, again_direct"):
         ablations.run(folder, ["grpo_txt"])
     stale.append("params.yaml: seed is 7, dvc.lock has 1.")
     with pytest.raises(ClearError, match=r"out of date: params.yaml: seed is 7"):

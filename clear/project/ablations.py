@@ -70,7 +70,9 @@ def run(workspace: Path, wanted: Sequence[str]) -> Path:
         if seeds.about(file) == about:
             continue
         overrides, copy = [f"seed={params['seed']}", *ablation.changes], f"{params['profile']}-{name}"
-        folder = scratch.run(workspace, params["profile"], overrides, copy, [f"evaluate@{ablation.model}"])
+        # With nothing changed, nothing is taken over either: it is trained again, as this machine trains.
+        targets = [f"evaluate@{ablation.model}"] if ablation.changes else []
+        folder = scratch.run(workspace, params["profile"], overrides, copy, targets)
         seeds.collect(folder, file, [ablation.model], about)
         shutil.rmtree(folder)
     return seeds.render(workspace)

@@ -136,14 +136,12 @@ def render(workspace: Path) -> Path:
             f"seed {files[-1].stem}, so they cannot be pooled; delete them and run `make results` for them."
         )
     frames = {int(file.stem): pd.read_parquet(file) for file in files}
-    ablations, others = {}, []
+    ablations, others = {}, {}
     for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
         said = about(file)
-        if said.get("setting") in settings.values() and int(said["seed"]) in frames:
-            against = tuple(said.get("against", "").split())
-            ablations[file.stem] = seeds.Ablation(said["what"], int(said["seed"]), pd.read_parquet(file), against)
-        else:
-            others.append(file.stem)
+        against, setting = tuple(said.get("against", "").split()), said.get("setting", "")
+        run = seeds.Ablation(said.get("what", ""), int(said.get("seed", -1)), pd.read_parquet(file), against, setting)
+        (ablations if setting in settings.values() and run.seed in frames else others)[file.stem] = run
     page = workspace / PAGE
     write_text(page, seeds.page(frames, ablations, others))
     return page

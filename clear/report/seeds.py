@@ -5,7 +5,6 @@ figure moves from seed to seed is shown beside it. With few seeds the interval s
 for *these* trainings; the spread says how much the next one may differ.
 """
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -42,20 +41,28 @@ def pooled(frames: Frames) -> "dict[str, pd.DataFrame]":
 
 @dataclass(frozen=True)
 class Ablation:
-    """A run with something changed: `what` in words, its seed, the predictions of one model, and the names of the
-    ablations that it is compared with, besides the run without the change."""
+    """A run with something changed: `what` in words, its seed, the predictions of one model, the names of the
+    ablations that it is compared with besides the run without the change, and what it was made under."""
 
     what: str
     seed: int
     frame: "pd.DataFrame"
     against: tuple[str, ...] = ()
+    setting: str = ""
 
 
-def page(frames: Frames, ablations: dict[str, Ablation] | None = None, others: Sequence[str] = ()) -> str:
+def page(
+    frames: Frames, ablations: dict[str, Ablation] | None = None, others: dict[str, Ablation] | None = None
+) -> str:
     """The whole page as Markdown; `frames` are the files of clear/project/seeds.py by seed, `ablations` by name.
 
-    `others` are names of ablations that cannot be compared, because they ran under another setting.
+    `others` are ablations that cannot be compared with those, because they ran under another setting: other parameters,
+    other code, or another machine's training. What ran under the same setting is compared all the same.
     """
+    ablations, others = ablations or {}, others or {}
+    pairs = side_by_side(frames, ablations), side_by_side({}, others)
+    shown = {name for name, run in others.items() for other in run.against if _beside(others, run, other)}
+    shown |= {other for name in shown for other in others[name].against}
     models = pooled(frames)
     found = calling.figures(models, SETTINGS)
     decided = claims.evaluate(models, SETTINGS)
@@ -88,10 +95,12 @@ def page(frames: Frames, ablations: dict[str, Ablation] | None = None, others: S
     ]
     if ablations:
         parts += ["## Ablations", one_change(frames, ablations).markdown()]
-        if any(set(run.against) & set(ablations) for run in ablations.values()):
-            parts += ["### Both models under the same change", side_by_side(frames, ablations).markdown()]
-    if others:
-        parts.append(f"Run under other parameters, or code with other results, and left out: {', '.join(others)}.")
+    if pairs[0].rows:
+        parts += ["### Both models under the same change", pairs[0].markdown()]
+    if pairs[1].rows:
+        parts += ["### The same, trained elsewhere", pairs[1].markdown(), ELSEWHERE]
+    if left := [name for name in others if name not in shown]:
+        parts.append(f"Run under other parameters, or code with other results, and left out: {', '.join(left)}.")
     return "\n\n".join(parts) + "\n"
 
 
@@ -230,26 +239,36 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
     return Table(["changed", "model", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)
 
 
+ELSEWHERE = (
+    "These ran on another machine, whose processor rounds otherwise, from the base that it trained itself, so they are "
+    "compared with each other and not with the committed run."
+)
+
+
+def _beside(ablations: dict[str, Ablation], run: Ablation, other: str) -> bool:
+    """Whether the ablation `other` is there and was made under the same setting and seed as `run`."""
+    found = ablations.get(other)
+    return found is not None and (found.setting, found.seed) == (run.setting, run.seed)
+
+
 def side_by_side(frames: Frames, ablations: dict[str, Ablation]) -> Table:
-    """Each ablation against those it names, after the committed run's CLEAR against its direct fine-tuning."""
+    """Each ablation against those it names; before them, of the seeds in `frames`, CLEAR against direct fine-tuning."""
     pairs = [
-        (run.seed, f"`{name}`", run.frame, f"`{other}`", ablations[other].frame)
+        (run.seed, f"`{name}`: {run.what}", run.frame, f"`{other}`: {ablations[other].what}", ablations[other].frame)
         for name, run in ablations.items()
         for other in run.against
-        if other in ablations
+        if _beside(ablations, run, other)
     ]
-    for seed in dict.fromkeys(pair[0] for pair in pairs):
+    for seed in dict.fromkeys(pair[0] for pair in pairs if pair[0] in frames):
         one = {m: frames[seed][frames[seed]["model"] == m].reset_index(drop=True) for m in ("grpo", "sft_direct")}
-        pairs.insert(0, (seed, NAMES["grpo"], one["grpo"], NAMES["sft_direct"], one["sft_direct"]))
+        pairs.insert(0, (seed, "everything as it is", one["grpo"], "everything as it is", one["sft_direct"]))
     rows = []
     for _, name, own, other, beside in pairs:
+        models = [NAMES[str(frame["model"].iloc[0])] for frame in (own, beside)]
         right = [f"{100 * frame[frame['severity'] == HARD]['correct'].mean():.1f}" for frame in (own, beside)]
-        rows.append([name, other, *right, *_differences(own, beside)])
-    caption = (
-        "Right at hard in percent, and the first minus the second in points, paired by question. The first row is the "
-        "committed run of the same seed."
-    )
-    return Table(["model", "against", "right", "against's", "clean", "mid", "hard"], rows, caption)
+        rows.append([f"{models[0]}, {name}", f"{models[1]}, {other}", *right, *_differences(own, beside)])
+    caption = "Right at hard in percent, and the first minus the second in points, paired by question."
+    return Table(["model", "against", "right", "against’s", "clean", "mid", "hard"], rows, caption)
 
 
 def _differences(own: "pd.DataFrame", other: "pd.DataFrame") -> list[str]:
