@@ -24,6 +24,7 @@ from clear.sources.scenes.render import scenes
 from clear.stages import degrade, mmd_bench, validate
 from clear.validation.bands import PRESET_CELLS, SCALE, photographs, quality_by_cell
 from clear.validation.frames import PRESET_BANDS, load_bands
+from tests.bench import unseen
 
 HEAD = "import numpy as np\nfrom clear.degradation.plugin import degradation\nL = dict(low=0.2, mid=0.5, high=0.9)\n"
 GOOD = """
@@ -216,3 +217,22 @@ def test_they_flow_through_the_stages_and_a_wrong_order_is_caught_by_name(inside
 
 def test_chosen_names_are_small_enough_to_send():
     assert hash(Chosen(("a",), ("b",))) == hash(Chosen(("a",), ("b",)))
+
+
+@pytest.mark.parametrize("way", unseen.WAYS)
+def test_damage_that_no_training_has_seen_is_made_again_alone_and_is_no_cell_of_the_benchmark(way):
+    samples = list(scenes("bench", 6, 1, 128, 3))
+    copies = unseen.damaged(samples, way, 0.4, 2)
+    assert copies[3:] == unseen.damaged(samples[3:], way, 0.4, 2)
+    assert all(copy.corruption.startswith(EXTRA) and len(copy.questions) == 2 for copy in copies)
+    assert len({copy.corruption for copy in copies}) > 2 and all(copy.degraded != copy.image for copy in copies)
+    if way == "twice":
+        names = [copy.corruption.removeprefix(EXTRA) for copy in copies]
+        once = list(degraded_samples([(s, n, "high") for s, n in zip(samples, names, strict=True)], 0.4, workers=1))
+        far = [[_distance(copy) for copy in made] for made in (copies, once)]
+        assert np.mean(far[0]) > 1.05 * np.mean(far[1]), "worse than any level there is"
+
+
+def _distance(copy) -> float:
+    clean, seen = (decode_image(data).astype(float) for data in (copy.image, copy.degraded))
+    return float(np.abs(clean - seen).mean())
