@@ -13,7 +13,8 @@ def run(config: Config, direct: bool = False) -> None:
 
     `direct` answers every trace directly, for as many optimiser steps as the restoring model takes in all of its
     stages: those of bridge and GRPO follow as one more phase, at the learning rate of the answers through the bridge.
-    With `sft.both_paths` both models learn replies from the first step, and so under the same learning rates.
+    With `sft.both_paths` both models learn replies from the first step, and so under the same learning rates; where
+    `sft.labelled` leaves pictures without answers, the warm-up of the restoring one trains its generation alone.
     """
     apply_runtime(config)
     from clear.data.workspace import checkpoint_dir, model_folder
@@ -53,6 +54,8 @@ def run(config: Config, direct: bool = False) -> None:
                 ema,
             )
     else:
+        # Where most pictures have no answer, the velocity alone would train what answers, and it forgets.
+        both = both and config.sft.labelled == 1
         trainable(model, () if both else GENERATION, never)
         optimise(work, "restoration", model, sft.restoration_loss(model, data, both), len(data.paired), warm, ema)
         trainable(model, never=never)
