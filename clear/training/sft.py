@@ -92,12 +92,10 @@ class TraceData:
 
 
 def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Loss:
-    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` those of both paths (`_both`),
-    where the answer may be.
+    """Velocity loss on degraded → clean pairs. No reply is learned, or with `replies` those of both paths (`_both`).
 
     The sample numbers count `data.paired`: a picture without a clean partner is not among them.
     """
-    known = frozenset(data.learned) if replies else frozenset()
 
     def loss(index: list[int]) -> tuple[Tensor, dict[str, float]]:
         index = [data.paired[k] for k in index]
@@ -109,14 +107,14 @@ def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Lo
         rows, contents = [], Contents(vit=[], latent=[], time=[])
         for k, n in enumerate(index):
             prompt = data.open_row(n, contents)
-            asks = n in known and data.reply_2[n] is not None
+            asks = replies and data.reply_2[n] is not None
             path = [
                 Text(data.trigger, scored=asks or None),
                 Image(LATENT, data.clean.latent_grid(data.image[n]), noise=True),
             ]
             contents.latent.append(noised[k])
             contents.time.append(times[k].item())
-            rows.append(_both(prompt, path, _direct(data, n, not asks)) if n in known else [*prompt, *path])
+            rows.append(_both(prompt, path, _direct(data, n, not asks)) if replies else [*prompt, *path])
         built, contents, share = share_batch(rows, contents, model.config.special)
         hidden = model(built, contents)
         mse = _velocity_loss(model, hidden, built, share.targets((noise - clean).split(sizes)))
@@ -169,8 +167,6 @@ def direct_loss(model: Bagel, data: TraceData) -> Loss:
 
 def _reply_loss(model: Bagel, hidden: Hidden, built: Layout) -> tuple[Tensor, dict[str, float]]:
     logits, target = model.scored_logits(hidden, built)
-    if not len(target):  # pictures without an answer alone
-        return logits.sum(), {}
     ce = F.cross_entropy(logits, target)
     return ce, {"ce": ce.item(), "token_accuracy": (logits.argmax(-1) == target).float().mean().item()}
 
