@@ -204,16 +204,16 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
     assert "under the same change" not in ablations.run(folder, ["labels_20"]).read_text()
     monkeypatch.setitem(RIGHT, "sft_direct", 0.2)
     text = ablations.run(folder, ["labels_20_direct"]).read_text()
-    assert [run[-1] for run in runs] == ["evaluate@grpo", "evaluate@sft_direct"]
+    assert [run[-1] for run in runs] == ["evaluate@bridge", "evaluate@sft_direct"]
     table = text.split("### Both models under the same change")[1]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines() if line.startswith("| ")][
         2:
     ]
     frames = [pd.read_parquet(folder / seeds.ABLATIONS / f"labels_20{end}.parquet") for end in ("", "_direct")]
     right = [100 * frame[frame["severity"] == "high"]["correct"].mean() for frame in frames]
-    assert [row[0].split(",")[0] for row in rows] == ["CLEAR"] * 2 and "as it is" in rows[0][1]
+    assert [row[0].split(",")[0] for row in rows] == ["CLEAR", "SFT + bridge"] and "as it is" in rows[0][1]
     assert rows[1][:2] == [
-        "CLEAR, `labels_20`: answers of a fifth of the pictures, all restored",
+        "SFT + bridge, `labels_20`: answers of a fifth of the pictures, all restored, a fifth of the steps for replies",
         "direct fine-tuning, `labels_20_direct`: answers of a fifth of the pictures alone",
     ]
     assert rows[1][2:4] == [f"{value:.1f}" for value in right]
@@ -231,7 +231,7 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
     assert "as it is" not in apart
     text = ablations.run(folder, ["labels_20"]).read_text()
     assert "trained elsewhere" not in text and "left out: labels_20_direct." in text
-    assert [run[-1] for run in runs] == ["evaluate@grpo", "evaluate@sft_direct", "evaluate@grpo"]
+    assert [run[-1] for run in runs] == ["evaluate@bridge", "evaluate@sft_direct", "evaluate@bridge"]
 
 
 def test_where_nothing_is_changed_all_is_trained_again(home):
