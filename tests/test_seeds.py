@@ -223,14 +223,14 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
     (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
     shutil.rmtree(folder / seeds.FOLDER)
     text = seeds.run(folder, [1]).read_text()
-    apart = text.split("### The same, trained elsewhere")[1]
+    apart = text.split("### Under another setting")[1]
     assert "### Both models" not in text and "## Ablations" not in text and "left out" not in text
     assert [line for line in table.splitlines() if "`labels_20`" in line] == [
         line for line in apart.splitlines() if "`labels_20`" in line
     ]
     assert "as it is" not in apart
     text = ablations.run(folder, ["labels_20"]).read_text()
-    assert "trained elsewhere" not in text and "left out: labels_20_direct." in text
+    assert "Under another setting" not in text and "left out: labels_20_direct." in text
     assert [run[-1] for run in runs] == ["evaluate@bridge", "evaluate@sft_direct", "evaluate@bridge"]
 
 

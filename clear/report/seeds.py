@@ -98,7 +98,7 @@ def page(
     if pairs[0].rows:
         parts += ["### Both models under the same change", pairs[0].markdown()]
     if pairs[1].rows:
-        parts += ["### The same, trained elsewhere", pairs[1].markdown(), ELSEWHERE]
+        parts += ["### Under another setting", pairs[1].markdown(), ELSEWHERE]
     if left := [name for name in others if name not in shown]:
         parts.append(f"Run under other parameters, or code with other results, and left out: {', '.join(left)}.")
     return "\n\n".join(parts) + "\n"
@@ -240,8 +240,8 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
 
 
 ELSEWHERE = (
-    "These ran on another machine, whose processor rounds otherwise, from the base that it trained itself, so they are "
-    "compared with each other and not with the committed run."
+    "Not made under the setting of the committed run (other parameters or code, or a machine whose processor rounds "
+    "otherwise and so trains another base), these are compared with each other alone."
 )
 
 
