@@ -1,7 +1,7 @@
 """Damage that no training has seen: `python tests/bench/unseen.py` prints a Markdown table.
 
-The clean pictures of the benchmark are damaged in three ways, one copy each, and every model answers the questions
-about them:
+The clean pictures of data/samples/development are damaged in three ways, one copy each, and every model answers the
+questions about them:
 
     presets   one of the presets (rain, fog, scratches, …) at one of its levels
     two       two different corruptions of the sixteen at mid, one over the other
@@ -90,7 +90,7 @@ def main() -> None:
     arguments = parser.parse_args()
     config = load()
     apply_runtime(config)
-    clean = list(read_samples("data/samples/bench"))[: arguments.limit or None]
+    clean = list(read_samples("data/samples/development"))[: arguments.limit or None]
     print(f"| damage | model | right | restored | minus {NAMES[BESIDE]} |\n|---|---|---|---|---|")
     for way in arguments.ways:
         copies = damaged(clean, way, config.degrade.size_scale, config.mmd_bench.degraded_questions)
