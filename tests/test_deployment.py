@@ -189,8 +189,11 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
     assert server.ended(run).is_completed(), server.state(run)
     expected = {"pull": "Skipped", "source": "Ran", "evaluate": "Ran"}
     wait_until(lambda: server.tasks(run) == expected, 20, f"{expected}")
+    # Lines come in batches, the last of them after the state.
+    wait_until(
+        lambda: "Running stage 'source':" in [one["message"] for one in server.logs(run)], 20, "the stage's line"
+    )
     said = [one["message"] for one in server.logs(run)]
-    assert "Running stage 'source':" in said
     assert not [line for line in said if line.startswith(dvc_commands.ADVICE)], said
     assert server.client.read_flow_run(run).name.endswith("+"), "the workspace has an edit"
     shown = server.artifacts(run)
