@@ -21,11 +21,11 @@ from clear.model.vit import VisionTower, VitConfig
 
 GENERATION = ("_moe_gen", "vae2llm", "llm2vae", "time_embedder")
 """Name parts of the parameters that only serve image generation."""
-FROZEN = ("vit_model", "vit_pos_embed", "latent_pos_embed")
-"""Name parts of what no stage trains on a given checkpoint: the published recipe freezes the vision tower and the
-position tables (the autoencoder is apart)."""
 VISION = "vit_model"
 """Name part of the vision tower's parameters."""
+FROZEN = (VISION, "vit_pos_embed", "latent_pos_embed")
+"""Name parts of what no stage trains on a given checkpoint: the published recipe freezes the vision tower and the
+position tables (the autoencoder is apart)."""
 
 
 def frozen(train_vit: bool = False) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from clear.reasoning.engine import Options, deciding, denoise, dropped_contexts,
 from clear.reasoning.prompts import Prompt
 from clear.training.loop.parallel import share_batch
 from clear.training.loop.trainer import Loss
-from clear.training.sft import TraceData
+from clear.training.sft import TraceData, likeness
 
 DECIDING = ("lm_head",)
 """What learns the decision, in a model without adapters."""
@@ -104,7 +104,7 @@ def decision_loss(model: Bagel, tokenizer, chosen: Sequence[Decision], traces: L
 
 
 def imitation_loss(model: Bagel, data: TraceData, pairs: Sequence[tuple[int, Tensor | None]]) -> Loss:
-    """Squared distance (relative to the targets' variance) and cosine to the clean image's ViT tokens.
+    """Distance (`likeness`) to the clean image's ViT tokens.
 
     `pairs` lists image numbers of `data.clean` with the latent to read, or None for the clean latent itself. The
     targets are those of the image on its latent grid, so that each token of the bridge has its own.
@@ -120,10 +120,7 @@ def imitation_loss(model: Bagel, data: TraceData, pairs: Sequence[tuple[int, Ten
             with torch.no_grad():
                 target.append(model.vit_tokens(patches, place).float())
             found.append(model.bridge_tokens(latents, place).float())
-        found, target = torch.cat(found), torch.cat(target)
-        mse = F.mse_loss(found, target) / target.var()
-        cosine = F.cosine_similarity(found, target, dim=-1).mean()
-        return mse + 1 - cosine, {"cosine": cosine.item(), "relative_mse": mse.item()}
+        return likeness(torch.cat(found), torch.cat(target))
 
     return loss
 

@@ -8,17 +8,15 @@ adds can be measured (docs/RESULTS.md).
 import copy
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from clear.model.bagel import Bagel
 from clear.training.loop.trainer import Loss
-from clear.training.sft import TraceData
+from clear.training.sft import TraceData, likeness
 
 
 def robust_loss(model: Bagel, data: TraceData) -> Loss:
-    """Squared distance (relative to the targets' variance) and cosine to the features that the vision tower now has for
-    the clean picture.
+    """Distance (`likeness`) to the features that the vision tower now has for the clean picture.
 
     The sample numbers count the pictures as they are shown, then the clean ones, whose features should stay. A picture
     without a clean partner, and one whose grids differ, is its own target.
@@ -45,9 +43,6 @@ def robust_loss(model: Bagel, data: TraceData) -> Loss:
             found.append(features(model.vit_model, [seen for seen, _ in pairs], grid))
             with torch.no_grad():
                 target.append(features(tower, [own for _, own in pairs], grid))
-        found, target = torch.cat(found), torch.cat(target)
-        mse = F.mse_loss(found, target) / target.var()
-        cosine = F.cosine_similarity(found, target, dim=-1).mean()
-        return mse + 1 - cosine, {"cosine": cosine.item(), "relative_mse": mse.item()}
+        return likeness(torch.cat(found), torch.cat(target))
 
     return loss

@@ -165,6 +165,13 @@ def direct_loss(model: Bagel, data: TraceData) -> Loss:
     return loss
 
 
+def likeness(found: Tensor, target: Tensor) -> tuple[Tensor, dict[str, float]]:
+    """Squared distance of features (N, D), relative to the targets' variance, and 1 − their cosine, with figures."""
+    mse = F.mse_loss(found, target) / target.var()
+    cosine = F.cosine_similarity(found, target, dim=-1).mean()
+    return mse + 1 - cosine, {"cosine": cosine.item(), "relative_mse": mse.item()}
+
+
 def _reply_loss(model: Bagel, hidden: Hidden, built: Layout) -> tuple[Tensor, dict[str, float]]:
     logits, target = model.scored_logits(hidden, built)
     ce = F.cross_entropy(logits, target)
