@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import fields
@@ -27,6 +28,7 @@ from clear.training.loop.trainer import optimise
 from clear.training.panel import panel
 from tests.conftest import ROOT, git
 from tests.helpers.bridging import CELL, bridge_workspace
+from tests.helpers.processes import wait_until
 from tests.tiny import save_random_model
 
 SETTINGS = ["profile=smoke", "runtime.checkpoint_every=4", "runtime.device=cpu", "runtime.log_every=2"]
@@ -88,18 +90,32 @@ def _scalars(metrics: dict) -> None:
     )
 
 
-def test_dvclive_is_read_by_dvc_and_changes_nothing(tmp_path, plain):
-    git(tmp_path, "init", "-q", "-b", "main")
-    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=tmp_path, check=True)
-    (tmp_path / ".gitignore").write_text((ROOT / ".gitignore").read_text())
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data/dvc.yaml").write_text("metrics: [../dvclive/metrics.json]\n")
-    git(tmp_path, "add", ".gitignore", ".dvc", "params.yaml", "data/dvc.yaml")
-    git(tmp_path, "commit", "-q", "-m", "start")
-    assert _train(tmp_path / "shown", ["dvclive"]) == plain
+def _project(folder: Path) -> None:
+    """A project of DVC with what this one says of the training in progress."""
+    git(folder, "init", "-q", "-b", "main")
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
+    for name in (".gitignore", ".dvcignore", "dvclive/.gitkeep", "data/dvc.yaml"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    told = yaml.safe_load((folder / "data/dvc.yaml").read_text())
+    (folder / "data/dvc.yaml").write_text(yaml.safe_dump({"metrics": told["metrics"]}))  # its plots are of other files
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "start")
+
+
+def _show(folder: Path) -> list[dict]:
+    """What `dvc exp show` says, the workspace first; it must warn of nothing."""
     asked = [sys.executable, "-m", "dvc", "exp", "show", "--json"]
-    shown = json.loads(subprocess.run(asked, cwd=tmp_path, capture_output=True, text=True, check=True).stdout)
-    found = shown[0]["data"]["metrics"]["dvclive/metrics.json"]["data"]
+    shown = subprocess.run(asked, cwd=folder, capture_output=True, text=True, check=True)
+    assert "WARNING" not in shown.stderr + shown.stdout
+    return json.loads(shown.stdout)
+
+
+def test_dvclive_is_read_by_dvc_and_changes_nothing(tmp_path, plain):
+    _project(tmp_path)
+    assert _show(tmp_path)[0]["data"]["metrics"] == {}, "no training, and no word about it"
+    assert _train(tmp_path / "shown", ["dvclive"]) == plain
+    found = _show(tmp_path)[0]["data"]["metrics"]["dvclive/metrics.json"]["data"]
     _scalars(found["sft"]["traces"] | {f"seconds/{k}": v for k, v in found["sft"]["traces"]["seconds"].items()})
     assert found["step"] == STEPS
     assert len(found["sft"]["traces"]) <= 8, "few columns: no argument of the Trainer is among them"
@@ -108,6 +124,43 @@ def test_dvclive_is_read_by_dvc_and_changes_nothing(tmp_path, plain):
         "no commit and no lock can hold it"
     )
     assert git(tmp_path, "for-each-ref", "refs/exps") == "", "DVCLive has made no experiment of its own"
+
+
+_STAGE = """
+import time
+from pathlib import Path
+from tests.test_trackers import _picture, _train
+def wait():
+    Path({0!r}).touch()
+    while not Path({1!r}).exists():
+        time.sleep(0.05)
+    return _picture()
+_train(Path("run"), ["dvclive"], wait)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("aside", [[], ["--temp"]])
+def test_a_running_experiment_shows_its_figures_in_dvc(tmp_path, monkeypatch, aside):
+    """In the workspace, and in a copy aside, which DVC looks into while it runs."""
+    reached, go = tmp_path / ".dvc/tmp/reached", tmp_path / ".dvc/tmp/go"
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    (tmp_path / "train.py").write_text(_STAGE.format(str(reached), str(go)))
+    (tmp_path / "dvc.yaml").write_text("stages: {sft: {cmd: python train.py, deps: [train.py], outs: [run]}}")
+    _project(tmp_path)
+    running = subprocess.Popen([sys.executable, "-m", "dvc", "exp", "run", *aside], cwd=tmp_path)
+    try:
+        wait_until(reached.exists, 120, "the panel of step 3")
+        rows = _show(tmp_path)
+        own = rows[0] if not aside else rows[1]["experiments"][0]["revs"][0]
+        state = rows[0]["experiments"] if not aside else rows[1]["experiments"][0]["executor"]["state"]
+        found = own["data"]["metrics"]["dvclive/metrics.json"]["data"]
+    finally:
+        go.touch()
+        assert running.wait(120) == 0
+    assert state == (None if not aside else "running") and found["step"] == 2 and found["sft"]["traces"]["loss"] > 0
+    ended = _show(tmp_path)[1]["experiments"][0]["revs"][0]["data"]["metrics"]
+    assert ended == {}, "its commit holds no clock"
 
 
 def test_tensorboards_event_files_hold_figures_and_panels(tmp_path, plain):

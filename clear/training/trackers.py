@@ -29,7 +29,7 @@ from clear.errors import ClearError, one_line, say
 from clear.training.loop.parallel import rank
 
 LIVE = Path("dvclive")
-"""Folder of the training in progress or else the last one, which a dvc.yaml that git tracks may name for DVC."""
+"""Folder of the training in progress or else the last one; data/dvc.yaml names it, so that DVC shows its figures."""
 
 _HIDDEN = ("epoch", "total_flos")
 
