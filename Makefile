@@ -39,8 +39,8 @@ SEEDS ?= 20260421 1 2
 results: $(READY)  ## run the pipeline under SEEDS="20260421 1 2", in any number of sittings, and write docs/RESULTS.md
 	@python -m clear seeds $(SEEDS)
 
-ablations: $(READY)  ## change one setting at a time (NAMES="…" of clear/conf/ablations.yaml; default all), for docs/RESULTS.md
-	@python -m clear ablations $(NAMES)
+ablations: $(READY)  ## change one setting at a time (NAMES="…" of clear/conf/ablations.yaml; default all; SEED=… of results), for docs/RESULTS.md
+	@python -m clear ablations $(if $(SEED),--seed $(SEED)) $(NAMES)
 
 # A file's tests share what is expensive, so a file stays together.
 WORKERS ?= 2

@@ -105,6 +105,16 @@ def test_intervals_and_paired_differences_are_those_of_the_clustered_bootstrap(t
     assert "minus_reference" not in cell(board, "base", "clean", "MMVP")
 
 
+def test_a_single_question_has_a_figure_without_ends(tmp_path):
+    files = [*put(tmp_path, "a", MMStar=rows(1, bool)), *put(tmp_path, "b", MMStar=rows(1, lambda _: True))]
+    board = made(files, "a")
+    for model, right in (("a", 0.0), ("b", 1.0)):
+        found = cell(board, model, "clean")
+        assert (found["estimate"], found["low"], found["high"], found["clusters"]) == (right, None, None, 1)
+    assert found["minus_reference"]["estimate"] == 1.0 and found["minus_reference"]["low"] is None
+    assert "MMStar" in shown.markdown(board)
+
+
 def test_a_resample_is_a_sum_over_the_clusters_that_were_drawn():
     sums = np.random.default_rng(3).integers(0, 5, (3, 40)).astype(float)
     generator = np.random.default_rng(7)

@@ -236,6 +236,10 @@ def test_a_scratch_run_of_targets_begins_with_what_the_workspace_has_made(projec
     assert (folder / "data/samples").read_text() == "code/source.txt" and (folder / "data/raw").is_symlink()
     run(Path(), profile, name="changed", targets=["evaluate"])
     assert "Running" not in capfd.readouterr().out, "a second run begins with what the first has made"
+    (folder / "data/samples").unlink()  # it comes from the cache; what git keeps comes from the copy
+    further = run(Path(), profile, name="further", targets=["evaluate"], begin=folder)
+    assert "Running" not in capfd.readouterr().out, "nor has a copy of the copy anything to do"
+    assert (further / "data/metrics/evaluate_base.json").exists() and (further / "data/samples").exists()
     shutil.rmtree(folder)
     shutil.rmtree(project / ".dvc/cache")
     with pytest.raises(ClearError, match=r"not all that dvc\.lock names is in the cache"):

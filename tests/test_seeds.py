@@ -61,12 +61,13 @@ def workspace(folder, seed: int, **params):
 def home(tmp_path, monkeypatch):
     """A workspace whose own seed is 1; other seeds run in invented copies."""
 
-    def run(folder, profile, overrides, name, targets=()):
+    def run(folder, profile, overrides, name, targets=(), begin=None):
         seed = int(overrides[0].removeprefix("seed="))
-        runs.append((profile, name, *overrides[1:], *targets))
-        return workspace(tmp_path / name, seed)
+        runs.append((profile, name, *overrides[1:], *targets, *([begin.name] if begin else [])))
+        return workspace(tmp_path / "scratch" / name, seed)
 
     runs, stale = [], []
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path))
     monkeypatch.setattr(scratch, "run", run)
     monkeypatch.setattr(check, "drifts", lambda folder: stale)
     found = workspace(tmp_path / "home", 1)
@@ -179,7 +180,7 @@ def test_an_ablation_runs_once_and_is_compared_with_its_model_question_by_questi
     monkeypatch.setitem(RIGHT, "grpo", 0.35)
     text = ablations.run(folder, ["grpo_text"]).read_text()
     assert runs == [("tiny", "tiny-grpo_text", "grpo.image_weight=0", "grpo.velocity_weight=0", "evaluate@grpo")]
-    assert not (tmp_path / "tiny-grpo_text").exists(), "the copy goes once its predictions are kept"
+    assert not (tmp_path / "scratch/tiny-grpo_text").exists(), "the copy goes once its predictions are kept"
     own, default = (
         pd.read_parquet(folder / name) for name in (seeds.ABLATIONS / "grpo_text.parquet", seeds.FOLDER / "1.parquet")
     )
@@ -216,7 +217,7 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
         "SFT + bridge, `labels_20`: answers of a fifth of the pictures, all restored, a fifth of the steps for replies",
         "direct fine-tuning, `labels_20_direct`: answers of a fifth of the pictures alone",
     ]
-    assert rows[1][2:4] == [f"{value:.1f}" for value in right]
+    assert rows[1][3:5] == [f"{value:.1f}" for value in right]
     assert rows[1][-1].startswith(f"{right[0] - right[1]:+.1f} ["), "paired, without the run that is not there"
     # Of another setting, they are compared with each other alone, as long as both are of the same one.
     params = yaml.safe_load((folder / "params.yaml").read_text())
@@ -232,6 +233,30 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
     text = ablations.run(folder, ["labels_20"]).read_text()
     assert "Under another setting" not in text and "left out: labels_20_direct." in text
     assert [run[-1] for run in runs] == ["evaluate@bridge", "evaluate@sft_direct", "evaluate@bridge"]
+
+
+def test_an_ablation_of_another_seed_begins_where_that_seed_ended_and_is_pooled(home, monkeypatch):
+    folder, runs, _ = home
+    with pytest.raises(ClearError, match="seed 2 was not run on this machine; `make results SEEDS=2` does it"):
+        ablations.run(folder, ["grpo_text"], seed=2)
+    seeds.run(folder, [1, 2])
+    ablations.run(folder, ["grpo_text"], seed=1)
+    monkeypatch.setitem(RIGHT, "grpo", 0.35)
+    text = ablations.run(folder, ["grpo_text"], seed=2).read_text()
+    assert runs[-1] == (
+        *("tiny", "tiny-grpo_text.2", "grpo.image_weight=0", "grpo.velocity_weight=0", "evaluate@grpo"),
+        "tiny-seed-2",
+    )
+    both = [pd.read_parquet(folder / seeds.ABLATIONS / f"grpo_text{end}.parquet") for end in ("", ".2")]
+    default = [pd.read_parquet(folder / seeds.FOLDER / f"{seed}.parquet") for seed in (1, 2)]
+    hard = [
+        np.mean([f[(f.model == "grpo") & (f.severity == "high")].correct.mean() for f in frames])
+        for frames in (both, default)
+    ]
+    (row,) = (line for line in text.splitlines() if line.startswith("| `grpo_text`"))
+    assert "| CLEAR | 1, 2 |" in row and f"{100 * (hard[0] - hard[1]):+.1f} [" in row
+    ablations.run(folder, ["grpo_text"], seed=2)
+    assert len(runs) == 3, "what is there does not run again"
 
 
 def test_where_nothing_is_changed_all_is_trained_again(home):

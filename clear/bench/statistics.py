@@ -222,7 +222,7 @@ def resampled(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 2
     """The means of `parts`, each (values (n,), their clusters (n,)), over draws of whole clusters.
 
     A cluster number means the same cluster in every part: it is drawn with all its rows, or with none. Raises
-    ClearError for an empty part, unequal lengths, a value that is not finite, or fewer than two clusters.
+    ClearError for an empty part, unequal lengths, or a value that is not finite.
     """
     parts = [(np.asarray(values, float), np.asarray(groups)) for values, groups in parts]
     for values, groups in parts:
@@ -234,8 +234,6 @@ def resampled(parts: Sequence[tuple[np.ndarray, np.ndarray]], resamples: int = 2
             )
     names, codes = np.unique(np.concatenate([groups for _, groups in parts]), return_inverse=True)
     count = len(names)
-    if count < 2:
-        raise ClearError("All scores belong to one image: the bootstrap needs at least two; evaluate more images.")
     sums, own, start = [], [], 0
     for values, groups in parts:
         cluster, start = codes[start : start + len(groups)], start + len(groups)
@@ -255,9 +253,12 @@ def interval_of(
 ) -> Interval:
     """Interval of `statistic`, which maps the means (K, …) to figures (…) and reads those numbered `used`.
 
-    Raises ClearError where a resample has no row of a part that is used, or the figure is not finite.
+    Raises ClearError for a single cluster, and where a resample has no row of a part that is used or the figure is not
+    finite.
     """
     count = len(np.unique(np.concatenate([means.clusters[number] for number in used])))
+    if count < 2:
+        raise ClearError("All scores belong to one image: the bootstrap needs at least two; evaluate more images.")
     with np.errstate(invalid="ignore", divide="ignore"):
         estimate, drawn = statistic(means.means), statistic(means.drawn)
     if not np.isfinite(drawn).all():

@@ -104,8 +104,11 @@ def seeds(
 
 def ablations(
     wanted: Annotated[list[str] | None, typer.Argument(help="Names in clear/conf/ablations.yaml; none: all.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="A seed that `make results` ran here; default: the committed one.")
+    ] = None,
 ) -> None:
     """Change one setting at a time, run what it reaches, and add the comparison to docs/RESULTS.md."""
     from clear.project import ablations as changed
 
-    say(f"results: {changed.run(Path.cwd(), wanted or list(changed.listed()))}")
+    say(f"results: {changed.run(Path.cwd(), wanted or list(changed.listed()), seed)}")

@@ -3,7 +3,8 @@
 An ablation is a name in clear/conf/ablations.yaml: which parameters it changes, and the model that it is about. It runs
 in a scratch copy that begins with everything the committed run has made, so that only the stages run again that its
 parameters reach. What it leaves is small and tracked, `data/results/ablations/<name>.parquet`: the predictions of its
-model. docs/RESULTS.md compares them with those of the committed run, question by question.
+model. docs/RESULTS.md compares them with those of the committed run, question by question. With another seed it begins
+with what `make results` made for that one, and leaves `<name>.<seed>.parquet`.
 """
 
 import shutil
@@ -52,10 +53,11 @@ def listed(file: Path = LISTED) -> dict[str, Ablation]:
     return found
 
 
-def run(workspace: Path, wanted: Sequence[str]) -> Path:
-    """Run every ablation that is wanted and not there yet, then render the page; returns it.
+def run(workspace: Path, wanted: Sequence[str], seed: int | None = None) -> Path:
+    """Run every ablation that is wanted and not there yet, under the workspace's seed or another; returns the page.
 
-    Raises ClearError for an unknown name, where a run stops, and where the workspace's own results are out of date.
+    Raises ClearError for an unknown name, where a run stops, where the workspace's own results are out of date, and for
+    a seed that was not run here.
     """
     known = listed()
     if unknown := [name for name in wanted if name not in known]:
@@ -63,16 +65,21 @@ def run(workspace: Path, wanted: Sequence[str]) -> Path:
     if wanted and (stale := check.drifts(workspace)):
         raise ClearError(f"ablations are compared with the committed results, and these are out of date: {stale[0]}")
     params, setting = seeds.parameters(workspace), seeds.setting(workspace) if wanted else ""
+    own, end = params["seed"], ""
+    if seed in (None, own):
+        seed, begin = own, None
+    else:
+        begin, end = seeds.copy_of(workspace, seed), f".{seed}"
     for name in wanted:
-        ablation, file = known[name], workspace / seeds.ABLATIONS / f"{name}.parquet"
+        ablation, file = known[name], workspace / seeds.ABLATIONS / f"{name}{end}.parquet"
         about = {"setting": setting, "changes": " ".join(ablation.changes), "what": ablation.what}
-        about |= {"seed": str(params["seed"])} | ({"against": " ".join(ablation.against)} if ablation.against else {})
+        about |= {"seed": str(seed)} | ({"against": " ".join(ablation.against)} if ablation.against else {})
         if seeds.about(file) == about:
             continue
-        overrides, copy = [f"seed={params['seed']}", *ablation.changes], f"{params['profile']}-{name}"
+        overrides, copy = [f"seed={seed}", *ablation.changes], f"{params['profile']}-{name}{end}"
         # With nothing changed, nothing is taken over either: it is trained again, as this machine trains.
         targets = [f"evaluate@{ablation.model}"] if ablation.changes else []
-        folder = scratch.run(workspace, params["profile"], overrides, copy, targets)
+        folder = scratch.run(workspace, params["profile"], overrides, copy, targets, begin)
         seeds.collect(folder, file, [ablation.model], about)
         shutil.rmtree(folder)
     return seeds.render(workspace)

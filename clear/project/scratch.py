@@ -51,12 +51,18 @@ def _yaml(tree: dict[str, Any], indent: str = "") -> list[str]:
 
 
 def run(
-    workspace: Path, profile: str, overrides: Sequence[str] = (), name: str = "", targets: Sequence[str] = ()
+    workspace: Path,
+    profile: str,
+    overrides: Sequence[str] = (),
+    name: str = "",
+    targets: Sequence[str] = (),
+    begin: Path | None = None,
 ) -> Path:
     """Reproduce the pipeline of `workspace` under `profile` in its scratch copy and return the copy's folder.
 
     `name` is the copy's, where it is not the profile's: a variant that `overrides` describe. With `targets` only these
-    stages are made, from all that the workspace itself has made: what the overrides do not reach does not run again.
+    stages are made, from all that the workspace itself, or its scratch copy `begin`, has made: what the overrides do
+    not reach does not run again.
     Raises ClearError if the profile is unknown, the workspace is not a git and DVC project, another run is in that
     copy, or a stage fails.
     """
@@ -66,11 +72,11 @@ def run(
     with writer(folder, when_busy_here(), "scratch run", remark):
         refresh(workspace.resolve(), folder)
         write_params(folder / PARAMS, [f"profile={profile}", *overrides])
-        _reproduce(workspace.resolve(), folder, targets)
+        _reproduce(workspace.resolve(), folder, targets, begin or workspace.resolve())
     return folder
 
 
-def _reproduce(workspace: Path, folder: Path, targets: Sequence[str]) -> None:
+def _reproduce(workspace: Path, folder: Path, targets: Sequence[str], begin: Path) -> None:
     environment = os.environ | {
         "CLEAR_HOME": str(home()),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -80,7 +86,7 @@ def _reproduce(workspace: Path, folder: Path, targets: Sequence[str]) -> None:
     if sets and _call([sys.executable, "-m", "dvc", "checkout", "-q", *sets], folder, environment):
         raise ClearError(f"{', '.join(sets)}: not all of this is in the cache; `dvc pull` or `dvc add` it first.")
     if targets:
-        _take_over(workspace, folder, environment)
+        _take_over(workspace, begin, folder, environment)
     if _call([sys.executable, "-m", "dvc", "repro", *targets], folder, environment):
         raise ClearError(f"the run in {folder} stopped (see above); the same command continues where it stopped.")
 
@@ -131,33 +137,38 @@ def _copy(names: Sequence[str], workspace: Path, folder: Path) -> None:
         shutil.copy2(workspace / name, target, follow_symlinks=False)
 
 
-def _take_over(workspace: Path, folder: Path, environment: dict[str, str]) -> None:
-    """Let the copy begin where the workspace is: its dvc.lock, its small results, its data from the cache."""
-    lock, begun = workspace / "dvc.lock", folder / ".dvc" / "begun-from"
+def _take_over(workspace: Path, begin: Path, folder: Path, environment: dict[str, str]) -> None:
+    """Let the copy begin where `begin` is, the workspace or a copy of it: its dvc.lock, small results, cached data."""
+    lock, begun = begin / "dvc.lock", folder / ".dvc" / "begun-from"
     if not lock.exists():
         raise ClearError(f"{lock} is not here; run `make repro`.")
     if begun.exists() and begun.read_bytes() == lock.read_bytes():
         return  # an interrupted run goes on with what it has made itself
     there = ("data/incoming/", "data/raw/")  # copied before, and linked to
-    own = [name for name in _listed(workspace) if name.startswith("data/") and not name.startswith(there)]
-    _copy([*own, "dvc.lock"], workspace, folder)
+    own = [name for name in _listed(workspace, begin) if name.startswith("data/") and not name.startswith(there)]
+    _copy([*own, "dvc.lock"], begin, folder)
     if _call([sys.executable, "-m", "dvc", "checkout", "-q", "--force"], folder, environment):
-        raise ClearError(f"{workspace}: not all that dvc.lock names is in the cache; `dvc pull` or `make repro` first.")
+        raise ClearError(f"{begin}: not all that dvc.lock names is in the cache; `dvc pull` or `make repro` first.")
     shutil.copy2(lock, begun)
 
 
-def _listed(workspace: Path) -> list[str]:
-    """The files git tracks or would track, as they are in the folder now; those of `$CLEAR_HOME` are no part of it."""
+def _listed(workspace: Path, folder: Path | None = None) -> list[str]:
+    """The files git tracks or would track, as they are in the folder now; those of `$CLEAR_HOME` are no part of it.
+
+    With `folder`, a copy of the workspace, the files there, by what git knows of the workspace.
+    """
+    folder = folder or workspace
     if not (workspace / ".dvc" / "config").exists():
         raise ClearError(f"{workspace}: no DVC project here; run this from the project's folder.")
-    listed = git(workspace, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    its = [] if folder == workspace else [f"--git-dir={workspace / '.git'}", "--work-tree=."]
+    listed = git(folder, *its, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     if listed.status:
         raise ClearError(f"{workspace}: {listed.said}; run this in a git clone of the project.")
     names = dict.fromkeys(filter(None, listed.text.split("\0")))  # a file in a merge conflict is listed thrice
     # A home inside the workspace that git does not ignore holds the copies themselves.
     inside = workspace.resolve() in home().resolve().parents
     own = f"{home().resolve().relative_to(workspace.resolve()).as_posix()}/" if inside else "/"
-    return [name for name in names if (workspace / name).is_file() and not name.startswith(own)]
+    return [name for name in names if (folder / name).is_file() and not name.startswith(own)]
 
 
 def _cache(workspace: Path) -> str:

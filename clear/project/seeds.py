@@ -14,6 +14,7 @@ from pathlib import Path
 from clear.bench.models import MODELS
 from clear.config import PARAMS, read_yaml
 from clear.data.io import replacing, write_text
+from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.project import check, scratch
 from clear.project.compare.load import LOCK, read_lock
@@ -22,6 +23,7 @@ from clear.report import seeds
 FOLDER, ABLATIONS, PAGE = Path("data/results/seeds"), Path("data/results/ablations"), Path("docs/RESULTS.md")
 PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
+_COPY = "seed-"
 _ABOUT = "clear."
 """Prefix of the metadata that says what a file was made under: its setting, and what an ablation changes."""
 _NEUTRAL = ("seed",), ("runtime",), ("incoming", "limits")
@@ -48,11 +50,20 @@ def run(workspace: Path, wanted: Sequence[int]) -> Path:
             f"seeds are run under the setting of the committed results, and these are out of date: {stale[0]}"
         )
     for seed in wanted:
-        name = f"{params['profile']}-seed-{seed}"
+        name = f"{params['profile']}-{_COPY}{seed}"
         own = seed == params["seed"]
         folder = workspace if own else scratch.run(workspace, params["profile"], [f"seed={seed}"], name)
         collect(folder, workspace / FOLDER / f"{seed}.parquet", list(MODELS), {"setting": setting(workspace)})
     return render(workspace)
+
+
+def copy_of(workspace: Path, seed: int) -> Path:
+    """The scratch copy in which a seed was run. Raises ClearError unless it was, here and under the same setting."""
+    file = workspace / FOLDER / f"{seed}.parquet"
+    found = home() / "scratch" / f"{parameters(workspace)['profile']}-{_COPY}{seed}"
+    if about(file).get("setting") != setting(workspace) or not (found / LOCK).exists():
+        raise ClearError(f"seed {seed} was not run on this machine; `make results SEEDS={seed}` does it.")
+    return found
 
 
 def collect(folder: Path, target: Path, models: Sequence[str], made: dict[str, str]) -> None:
@@ -139,9 +150,18 @@ def render(workspace: Path) -> Path:
     ablations, others = {}, {}
     for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
         said = about(file)
-        against, setting = tuple(said.get("against", "").split()), said.get("setting", "")
-        run = seeds.Ablation(said.get("what", ""), int(said.get("seed", -1)), pd.read_parquet(file), against, setting)
-        (ablations if setting in settings.values() and run.seed in frames else others)[file.stem] = run
+        against, setting, seed = (
+            tuple(said.get("against", "").split()),
+            said.get("setting", ""),
+            int(said.get("seed", -1)),
+        )
+        of = ablations if setting in settings.values() and seed in frames else others
+        name = file.stem.split(".")[0]
+        former = of.get(name)
+        if former and former.setting != setting:
+            name, former = file.stem, None
+        runs = (former.frames if former else {}) | {seed: pd.read_parquet(file)}
+        of[name] = seeds.Ablation(said.get("what", ""), runs, against, setting)
     page = workspace / PAGE
     write_text(page, seeds.page(frames, ablations, others))
     return page

@@ -41,12 +41,11 @@ def pooled(frames: Frames) -> "dict[str, pd.DataFrame]":
 
 @dataclass(frozen=True)
 class Ablation:
-    """A run with something changed: `what` in words, its seed, the predictions of one model, the names of the
-    ablations that it is compared with besides the run without the change, and what it was made under."""
+    """A run with something changed: `what` in words, the predictions of one model by seed, the names of the ablations
+    that it is compared with besides the run without the change, and what it was made under."""
 
     what: str
-    seed: int
-    frame: "pd.DataFrame"
+    frames: Frames
     against: tuple[str, ...] = ()
     setting: str = ""
 
@@ -219,13 +218,12 @@ def gains(models: "dict[str, pd.DataFrame]") -> Table:
 
 
 def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
-    """Each ablation against the same model of the same seed without the change, on the same questions."""
+    """Each ablation against the same model of the same seeds without the change, on the same questions."""
     rows = []
     for name, run in ablations.items():
-        own = run.frame
-        model = str(own["model"].iloc[0])
-        default = frames[run.seed][frames[run.seed]["model"] == model]
-        row = [f"`{name}`: {run.what}", NAMES[model], *_differences(own, default.reset_index(drop=True))]
+        ((model, own),) = pooled(run.frames).items()
+        default = pooled({seed: frames[seed] for seed in run.frames})[model]
+        row = [f"`{name}`: {run.what}", NAMES[model], _seeds(run.frames), *_differences(own, default)]
         hard = own[own["severity"] == HARD]
         was = default[default["severity"] == HARD]
         gained = (hard["psnr_restored"] - hard["psnr_degraded"]).mean()
@@ -233,10 +231,14 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
         row.append("–" if np.isnan(gained) else f"{gained:+.1f}")
         rows.append(row)
     caption = (
-        "Points against the committed run of the same seed with everything as it is, paired by question; the restored "
+        "Points against the run of the same seed with everything as it is, paired by question; the restored "
         "share is that of the hard questions, in percent, and the last column what a restoration gains there in PSNR."
     )
-    return Table(["changed", "model", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)
+    return Table(["changed", "model", "seeds", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)
+
+
+def _seeds(frames: Frames) -> str:
+    return ", ".join(map(str, sorted(frames)))
 
 
 ELSEWHERE = (
@@ -245,30 +247,33 @@ ELSEWHERE = (
 )
 
 
-def _beside(ablations: dict[str, Ablation], run: Ablation, other: str) -> bool:
-    """Whether the ablation `other` is there and was made under the same setting and seed as `run`."""
+def _beside(ablations: dict[str, Ablation], run: Ablation, other: str) -> list[int]:
+    """The seeds for which the ablation `other` is there too, made under the same setting as `run`."""
     found = ablations.get(other)
-    return found is not None and (found.setting, found.seed) == (run.setting, run.seed)
+    return [seed for seed in run.frames if seed in found.frames] if found and found.setting == run.setting else []
 
 
 def side_by_side(frames: Frames, ablations: dict[str, Ablation]) -> Table:
     """Each ablation against those it names; before them, of the seeds in `frames`, CLEAR against direct fine-tuning."""
-    pairs = [
-        (run.seed, f"`{name}`: {run.what}", run.frame, f"`{other}`: {ablations[other].what}", ablations[other].frame)
-        for name, run in ablations.items()
-        for other in run.against
-        if _beside(ablations, run, other)
-    ]
-    for seed in dict.fromkeys(pair[0] for pair in pairs if pair[0] in frames):
-        one = {m: frames[seed][frames[seed]["model"] == m].reset_index(drop=True) for m in ("grpo", "sft_direct")}
-        pairs.insert(0, (seed, "everything as it is", one["grpo"], "everything as it is", one["sft_direct"]))
+    pairs = []
+    for name, run in ablations.items():
+        for other in run.against:
+            if common := _beside(ablations, run, other):
+                beside = ablations[other]
+                of = f"`{name}`: {run.what}", f"`{other}`: {beside.what}"
+                pairs.append((common, *of, run.frames, beside.frames))
+    for common in dict.fromkeys(tuple(pair[0]) for pair in pairs if set(pair[0]) <= set(frames)):
+        one = [{s: frames[s][frames[s]["model"] == model] for s in common} for model in ("grpo", "sft_direct")]
+        pairs.insert(0, (list(common), "everything as it is", "everything as it is", *one))
     rows = []
-    for _, name, own, other, beside in pairs:
-        models = [NAMES[str(frame["model"].iloc[0])] for frame in (own, beside)]
+    for common, name, other, *runs in pairs:
+        found = [pooled({seed: run[seed] for seed in common}) for run in runs]
+        ((first, own),), ((second, beside),) = (one.items() for one in found)
         right = [f"{100 * frame[frame['severity'] == HARD]['correct'].mean():.1f}" for frame in (own, beside)]
-        rows.append([f"{models[0]}, {name}", f"{models[1]}, {other}", *right, *_differences(own, beside)])
+        what = [f"{NAMES[first]}, {name}", f"{NAMES[second]}, {other}", _seeds(dict.fromkeys(common))]
+        rows.append([*what, *right, *_differences(own, beside)])
     caption = "Right at hard in percent, and the first minus the second in points, paired by question."
-    return Table(["model", "against", "right", "against’s", "clean", "mid", "hard"], rows, caption)
+    return Table(["model", "against", "seeds", "right", "against’s", "clean", "mid", "hard"], rows, caption)
 
 
 def _differences(own: "pd.DataFrame", other: "pd.DataFrame") -> list[str]:
