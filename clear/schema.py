@@ -79,6 +79,7 @@ class Degrade:
 
     size_scale: float = between(0.05, 8)
     severity_weights: list[float] = field(metadata={"low": 0, "high": 1})  # low, mid, high
+    held_out: list[str] = field()  # corruptions that training never meets; they are evaluated all the same
     validation_copies: int = between(1, 48)
     plugins: list[str] = field()  # files below plugins/ with your own degradations
     presets: list[str] = field()  # fields or presets of clear/degradation/presets.py

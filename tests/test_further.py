@@ -17,7 +17,7 @@ from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.plugin import degradation
 from clear.degradation.presets import FIELDS, PRESETS, select
-from clear.degradation.protocol import SEVERITIES, draw, seed_of
+from clear.degradation.protocol import SEVERITIES, draw, seed_of, training_weights
 from clear.degradation.registry import Chosen, apply, chosen, extras
 from clear.errors import ClearError
 from clear.sources.scenes.render import scenes
@@ -176,7 +176,7 @@ def test_presets_get_strictly_worse_and_keep_their_bands(kind):
 
 
 def test_weights_add_to_the_sixteen_and_leave_draws_without_them_alone():
-    weights = degrade.TRAINING_WEIGHTS | {"+drizzle": 100.0}
+    weights = training_weights() | {"+drizzle": 100.0}
     drawn = Counter(draw(f"s{n}", weights, [0.2, 0.3, 0.5])[0] for n in range(4000))
     assert abs(drawn["+drizzle"] / 4000 - 0.2) < 0.02
 

@@ -28,6 +28,7 @@ from clear.degradation.protocol import (
     degrade,
     draw,
     seed_of,
+    training_weights,
 )
 from clear.errors import ClearError
 from clear.stages.degrade import SAMPLES, SPLITS
@@ -73,6 +74,22 @@ def test_draws_follow_the_weights_and_the_id_only():
     assert all(abs(severities[s] / 4000 - p) < 0.04 for s, p in zip(SEVERITIES, HALVES, strict=True))
     assert draw("id7", TRAINING_WEIGHTS, HALVES) == drawn["id7"]
     assert draw("x", {"jpeg": 1, "dark": 0}, (0, 0, 1)) == ("jpeg", "high")
+
+
+def test_what_is_held_out_is_never_drawn_and_the_rest_as_often_beside_each_other():
+    held = ("dark", "graffiti")
+    weights = training_weights(held)
+    drawn = Counter(draw(f"id{i}", weights, HALVES)[0] for i in range(4000))
+    rest = {name: weight for name, weight in TRAINING_WEIGHTS.items() if name not in held}
+    assert drawn.keys() == rest.keys()
+    for name, weight in rest.items():
+        expected = 4000 * weight / sum(rest.values())
+        assert abs(drawn[name] - expected) < 5 * expected**0.5
+    assert all(
+        draw(f"id{i}", training_weights(), HALVES) == draw(f"id{i}", TRAINING_WEIGHTS, HALVES) for i in range(99)
+    )
+    with pytest.raises(ClearError, match=r"degrade\.held_out: 'fog' is not one of lens_blur"):
+        training_weights(["fog"])
 
 
 @pytest.mark.parametrize(

@@ -217,7 +217,7 @@ def test_an_ablation_is_compared_with_those_it_names_where_they_were_run(home, m
         "SFT + bridge, `labels_20`: answers of a fifth of the pictures, all restored, a fifth of the steps for replies",
         "direct fine-tuning, `labels_20_direct`: answers of a fifth of the pictures alone",
     ]
-    assert rows[1][3:5] == [f"{value:.1f}" for value in right]
+    assert rows[1][4:6] == [f"{value:.1f}" for value in right]
     assert rows[1][-1].startswith(f"{right[0] - right[1]:+.1f} ["), "paired, without the run that is not there"
     # Of another setting, they are compared with each other alone, as long as both are of the same one.
     params = yaml.safe_load((folder / "params.yaml").read_text())
@@ -259,6 +259,24 @@ def test_an_ablation_of_another_seed_begins_where_that_seed_ended_and_is_pooled(
     assert len(runs) == 3, "what is there does not run again"
 
 
+def test_kinds_of_damage_that_no_training_met_are_asked_about_alone(home, monkeypatch):
+    folder, _, _ = home
+    seeds.run(folder, [1])
+    for name, model, right in (("held_out_direct", "sft_direct", 0.3), ("held_out", "grpo", 0.8)):
+        monkeypatch.setitem(RIGHT, model, right)
+        text = ablations.run(folder, [name]).read_text()
+    frames = [pd.read_parquet(folder / seeds.ABLATIONS / f"held_out{end}.parquet") for end in ("", "_direct")]
+    hard = [f[(f.severity == "high") & f.corruption.isin(["dark", "graffiti"])].correct.mean() for f in frames]
+    rows = [line for line in text.split("### Both models")[1].splitlines() if line.startswith("| CLEAR")]
+    assert "everything as it is" in rows[0] and all(
+        "| lens flare, scan lines, dark, graffiti | 1 |" in row for row in rows
+    )
+    assert f"| {100 * hard[0]:.1f} | {100 * hard[1]:.1f} |" in rows[1]
+    default = pd.read_parquet(folder / seeds.FOLDER / "1.parquet")
+    as_it_was = default[(default.model == "grpo") & (default.severity == "high") & (default.corruption != "jpeg")]
+    assert f"| {100 * as_it_was.correct.mean():.1f} |" in rows[0]
+
+
 def test_where_nothing_is_changed_all_is_trained_again(home):
     folder, runs, _ = home
     seeds.run(folder, [1])
@@ -284,6 +302,7 @@ def test_ablations_are_of_the_form_and_of_parameters_that_there_are(home, tmp_pa
         ("{model: grpo}", "needs `model`, `set`"),
         ("{model: x, set: [], what: w}", "'x' is not one"),
         ("{model: grpo, set: [], what: w, against: [old]}", "'old', which it is compared with, is no ablation"),
+        ("{model: grpo, set: [], what: w, kinds: [fog]}", "odd: kind 'fog', which is not one of"),
     ):
         file.write_text(f"odd: {entry}")
         with pytest.raises(ClearError, match=said):

@@ -270,6 +270,15 @@ def test_image_metrics_against_known_values():
     assert metrics.dhash(one) == metrics.dhash(np.clip(one.astype(int) + 1, 0, 255).astype(np.uint8))
 
 
+def test_damage_that_is_held_out_and_trained_all_the_same_is_found(healthy, inside, tmp_path):
+    """As it came: the other kinds and the benchmark, which has them all, are as they should be."""
+    frames = {name: frame.copy() for name, frame in healthy.items()}
+    config = replace(inside, degrade=replace(inside.degrade, held_out=["dark"]))
+    failures = run_checks(frames, validate.prepare(frames, config), tmp_path / "docs")
+    found = [(name, failure.check.name) for name, failed in failures.items() for failure in failed]
+    assert found == [("degraded_sft", "corruption_histogram"), ("degraded_rl", "corruption_histogram")]
+
+
 def test_chi_square():
     assert chi_square_p({"a": 50, "b": 50}, {"a": 1, "b": 1}) == pytest.approx(1)
     assert chi_square_p({"a": 90, "b": 10}, {"a": 1, "b": 1}) < 1e-6

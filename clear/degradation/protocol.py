@@ -5,7 +5,7 @@ and the protocol version, never from order, worker count or a shared generator, 
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -46,6 +46,14 @@ TRAINING_WEIGHTS = {
     "watermark_damage": 45,
 }
 """Relative frequency in training; the sum is 400."""
+
+
+def training_weights(held_out: Collection[str] = ()) -> dict[str, float]:
+    """Relative frequencies in training without those of `held_out`. Raises ClearError for a name that there is not."""
+    if unknown := [name for name in held_out if name not in TRAINING_WEIGHTS]:
+        raise ClearError(f"degrade.held_out: '{unknown[0]}' is not one of {', '.join(TRAINING_WEIGHTS)}.")
+    return {name: 0.0 if name in held_out else float(weight) for name, weight in TRAINING_WEIGHTS.items()}
+
 
 BENCHMARK_WEIGHTS = {
     **dict.fromkeys(GROUPS["capture"], 20),

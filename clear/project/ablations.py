@@ -14,6 +14,7 @@ from pathlib import Path
 
 from clear.bench.models import MODELS
 from clear.config import CONF_DIR
+from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
 from clear.project import check, scratch, seeds
 
@@ -24,7 +25,7 @@ LISTED = CONF_DIR / "ablations.yaml"
 class Ablation:
     """A change of parameters (`changes`, as in Hydra), the model of MODELS that shows it, and what it is in words.
 
-    `against` names others that it is compared with besides the committed run.
+    `against` names others that it is compared with besides the committed run, `kinds` those of damage that alone count.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Ablation:
     changes: tuple[str, ...]
     what: str
     against: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 def listed(file: Path = LISTED) -> dict[str, Ablation]:
@@ -41,8 +43,8 @@ def listed(file: Path = LISTED) -> dict[str, Ablation]:
     found = {}
     for name, entry in (yaml.safe_load(file.read_text()) or {}).items():
         try:
-            against = tuple(entry.get("against", ()))
-            found[name] = Ablation(name, entry["model"], tuple(entry["set"]), entry["what"], against)
+            more = {key: tuple(entry.get(key, ())) for key in ("against", "kinds")}
+            found[name] = Ablation(name, entry["model"], tuple(entry["set"]), entry["what"], **more)
         except (TypeError, KeyError) as error:
             raise ClearError(f"{file}: {name} needs `model`, `set` (a list of KEY=VALUE) and `what`.") from error
         if entry["model"] not in MODELS:
@@ -50,6 +52,8 @@ def listed(file: Path = LISTED) -> dict[str, Ablation]:
     for name, one in found.items():
         if unknown := [other for other in one.against if other not in found]:
             raise ClearError(f"{file}: {name}: {unknown[0]!r}, which it is compared with, is no ablation of this file.")
+        if unknown := [kind for kind in one.kinds if kind not in CORRUPTIONS]:
+            raise ClearError(f"{file}: {name}: kind {unknown[0]!r}, which is not one of {', '.join(CORRUPTIONS)}.")
     return found
 
 
@@ -73,7 +77,8 @@ def run(workspace: Path, wanted: Sequence[str], seed: int | None = None) -> Path
     for name in wanted:
         ablation, file = known[name], workspace / seeds.ABLATIONS / f"{name}{end}.parquet"
         about = {"setting": setting, "changes": " ".join(ablation.changes), "what": ablation.what}
-        about |= {"seed": str(seed)} | ({"against": " ".join(ablation.against)} if ablation.against else {})
+        more = {"against": " ".join(ablation.against), "kinds": " ".join(ablation.kinds)}
+        about |= {"seed": str(seed)} | {key: text for key, text in more.items() if text}
         if seeds.about(file) == about:
             continue
         overrides, copy = [f"seed={seed}", *ablation.changes], f"{params['profile']}-{name}{end}"

@@ -30,6 +30,7 @@ _NEUTRAL = ("seed",), ("runtime",), ("incoming", "limits")
 """Parameters that change no result of a seed, or only refuse data."""
 _LATER = {
     ("model", "base"): "",
+    ("degrade", "held_out"): [],
     ("sft", "labelled"): 1.0,
     ("sft", "robust_vit"): {"steps": 0, "batch": 64, "lr": 0.001, "warmup": 20},
     ("sft", "train_vit"): False,
@@ -150,18 +151,15 @@ def render(workspace: Path) -> Path:
     ablations, others = {}, {}
     for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
         said = about(file)
-        against, setting, seed = (
-            tuple(said.get("against", "").split()),
-            said.get("setting", ""),
-            int(said.get("seed", -1)),
-        )
+        against, kinds = (tuple(said.get(key, "").split()) for key in ("against", "kinds"))
+        setting, seed = said.get("setting", ""), int(said.get("seed", -1))
         of = ablations if setting in settings.values() and seed in frames else others
         name = file.stem.split(".")[0]
         former = of.get(name)
         if former and former.setting != setting:
             name, former = file.stem, None
         runs = (former.frames if former else {}) | {seed: pd.read_parquet(file)}
-        of[name] = seeds.Ablation(said.get("what", ""), runs, against, setting)
+        of[name] = seeds.Ablation(said.get("what", ""), runs, against, setting, kinds)
     page = workspace / PAGE
     write_text(page, seeds.page(frames, ablations, others))
     return page

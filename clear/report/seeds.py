@@ -5,6 +5,7 @@ figure moves from seed to seed is shown beside it. With few seeds the interval s
 for *these* trainings; the spread says how much the next one may differ.
 """
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,19 @@ def pooled(frames: Frames) -> "dict[str, pd.DataFrame]":
 @dataclass(frozen=True)
 class Ablation:
     """A run with something changed: `what` in words, the predictions of one model by seed, the names of the ablations
-    that it is compared with besides the run without the change, and what it was made under."""
+    that it is compared with besides the run without the change, what it was made under, and the kinds of damage that
+    alone count beside clean pictures (none: all)."""
 
     what: str
     frames: Frames
     against: tuple[str, ...] = ()
     setting: str = ""
+    kinds: tuple[str, ...] = ()
+
+    def counted(self, frames: Frames) -> "tuple[str, pd.DataFrame]":
+        """The model of `frames` by seed and its pooled rows that count."""
+        ((model, rows),) = pooled(frames).items()
+        return model, rows[rows["corruption"].isin([CLEAN, *self.kinds])].reset_index(drop=True) if self.kinds else rows
 
 
 def page(
@@ -221,8 +229,8 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
     """Each ablation against the same model of the same seeds without the change, on the same questions."""
     rows = []
     for name, run in ablations.items():
-        ((model, own),) = pooled(run.frames).items()
-        default = pooled({seed: frames[seed] for seed in run.frames})[model]
+        model, own = run.counted(run.frames)
+        _, default = run.counted(_of(frames, model, run.frames))
         row = [f"`{name}`: {run.what}", NAMES[model], _seeds(run.frames), *_differences(own, default)]
         hard = own[own["severity"] == HARD]
         was = default[default["severity"] == HARD]
@@ -237,8 +245,12 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
     return Table(["changed", "model", "seeds", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)
 
 
-def _seeds(frames: Frames) -> str:
-    return ", ".join(map(str, sorted(frames)))
+def _of(frames: Frames, model: str, seeds: Iterable[int]) -> Frames:
+    return {seed: frames[seed][frames[seed]["model"] == model] for seed in seeds}
+
+
+def _seeds(seeds: Iterable[int]) -> str:
+    return ", ".join(map(str, sorted(seeds)))
 
 
 ELSEWHERE = (
@@ -261,19 +273,20 @@ def side_by_side(frames: Frames, ablations: dict[str, Ablation]) -> Table:
             if common := _beside(ablations, run, other):
                 beside = ablations[other]
                 of = f"`{name}`: {run.what}", f"`{other}`: {beside.what}"
-                pairs.append((common, *of, run.frames, beside.frames))
-    for common in dict.fromkeys(tuple(pair[0]) for pair in pairs if set(pair[0]) <= set(frames)):
-        one = [{s: frames[s][frames[s]["model"] == model] for s in common} for model in ("grpo", "sft_direct")]
-        pairs.insert(0, (list(common), "everything as it is", "everything as it is", *one))
+                pairs.append((common, run, *of, run.frames, beside.frames))
+    as_it_is = {(tuple(common), run.kinds): run for common, run, *_ in pairs if set(common) <= set(frames)}
+    for (common, _), run in as_it_is.items():
+        models = (_of(frames, model, common) for model in ("grpo", "sft_direct"))
+        pairs.insert(0, (list(common), run, "everything as it is", "everything as it is", *models))
     rows = []
-    for common, name, other, *runs in pairs:
-        found = [pooled({seed: run[seed] for seed in common}) for run in runs]
-        ((first, own),), ((second, beside),) = (one.items() for one in found)
+    for common, run, name, other, *both in pairs:
+        (first, own), (second, beside) = (run.counted({seed: one[seed] for seed in common}) for one in both)
         right = [f"{100 * frame[frame['severity'] == HARD]['correct'].mean():.1f}" for frame in (own, beside)]
-        what = [f"{NAMES[first]}, {name}", f"{NAMES[second]}, {other}", _seeds(dict.fromkeys(common))]
+        kinds = ", ".join(run.kinds).replace("_", " ") or "all"
+        what = [f"{NAMES[first]}, {name}", f"{NAMES[second]}, {other}", kinds, _seeds(common)]
         rows.append([*what, *right, *_differences(own, beside)])
     caption = "Right at hard in percent, and the first minus the second in points, paired by question."
-    return Table(["model", "against", "seeds", "right", "against’s", "clean", "mid", "hard"], rows, caption)
+    return Table(["model", "against", "damage", "seeds", "right", "against’s", "clean", "mid", "hard"], rows, caption)
 
 
 def _differences(own: "pd.DataFrame", other: "pd.DataFrame") -> list[str]:

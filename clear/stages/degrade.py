@@ -1,9 +1,10 @@
 """Stage `degrade`: one degraded copy per training image, several per validation image (METHOD §6).
 
 Reads data/samples/{sft,rl,validation}, writes data/degraded/<split>/ and data/metrics/degrade.json. Training images
-draw their corruption and severity from the published weights; validation images go through all 48 cells in turn.
-A sample that brings its degraded copy (source.kind = clear_train) keeps it. Naturally degraded images (data/incoming)
-are appended to their slice, sft or rl; rows of theirs that cannot be used are listed in data/rejects/incoming.parquet.
+draw their corruption and severity from the published weights, but for what is held out; validation images go through
+all 48 cells in turn. A sample that brings its degraded copy (source.kind = clear_train) keeps it. Naturally degraded
+images (data/incoming) are appended to their slice, sft or rl; rows of theirs that cannot be used are listed in
+data/rejects/incoming.parquet.
 """
 
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from clear.data.records import CLEAN, Sample, ShardWriter, read_samples
 from clear.data.rejects import write_rejects
 from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned
-from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, TRAINING_WEIGHTS, draw
+from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, draw, training_weights
 from clear.degradation.registry import chosen, extras
 from clear.schema import Config
 
@@ -39,7 +40,7 @@ def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[s
     folder, settings = SAMPLES / split, config.degrade
     copies = settings.validation_copies if split == "validation" else 1
     names = chosen(settings.plugins, settings.presets)
-    weights = TRAINING_WEIGHTS | {entry.label: entry.weight for entry in extras(names).values()}
+    weights = training_weights(settings.held_out) | {entry.label: entry.weight for entry in extras(names).values()}
     drawn = _drawn(folder, weights, settings.severity_weights)
     variants = _cycled(folder, copies) if split == "validation" else drawn
     counts: dict[str, dict[str, int]] = {}

@@ -19,7 +19,7 @@ from clear.data.pool import parallel
 from clear.data.records import INCOMING, read_samples
 from clear.data.rejects import Reject, write_rejects
 from clear.degradation.build import count_rows
-from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
+from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS, training_weights
 from clear.degradation.registry import chosen, extras
 from clear.errors import ClearError
 from clear.schema import Config
@@ -140,7 +140,9 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
         columns.add_protocol(frame, further)
         columns.add_psnr_bands(frame, bands)
         if name in TRAINING:
-            weights = TRAINING_WEIGHTS | {label: entry.weight for label, entry in further.items()}
+            weights = training_weights(config.degrade.held_out) | {
+                label: entry.weight for label, entry in further.items()
+            }
             columns.add_histograms(frame, weights, drawn_severities)
         elif name == "bench_extra":
             columns.add_histograms(frame, dict.fromkeys(further, 1), even_severities)
