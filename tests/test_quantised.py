@@ -360,6 +360,8 @@ def test_answers_of_quantised_weights_are_not_taken_for_those_of_exact_ones(fold
     exact = Folder(folder, config).identity()
     config.runtime.weights = "nf4"
     assert Folder(folder, config).identity() == exact | {"weights": "nf4"}
+    config = replace(config, runtime=replace(config.runtime, weights="bfloat16"))
+    assert Folder(folder, config).identity() == exact | {"weights": "bfloat16"}, "these answer otherwise, too"
 
 
 @pytest.mark.parametrize(("precision", "expected"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])

@@ -18,7 +18,6 @@ from clear.data.records import Question
 from clear.errors import ClearError
 from clear.llm.endpoint import Client, EndpointError, Outage, Reply, Request, messages
 from clear.reasoning.output import answer
-from clear.schema import QUANTISED
 
 if TYPE_CHECKING:
     from clear.reasoning.answering import Answerer
@@ -101,8 +100,8 @@ class Folder:
         settings = {"sampling": asdict(self.config.sampling), "seed": self.config.seed}
         shapes = {k: v for k, v in asdict(self.config.model).items() if k not in ("checkpoint", "base")}
         how = {"restore": self.restore, "feedback": self.feedback}
-        if self.config.runtime.weights in QUANTISED:
-            how["weights"] = self.config.runtime.weights
+        if (kind := self.config.runtime.weights) != "float32":  # unnamed, as in journals of before
+            how["weights"] = kind
         return {"files": digest_of(self.folder, self.config)} | settings | {"model": shapes} | how
 
     def respond(self, shards: Iterable[Shard]) -> Iterator[list[Given]]:
