@@ -47,14 +47,6 @@ TRAINING_WEIGHTS = {
 }
 """Relative frequency in training; the sum is 400."""
 
-
-def training_weights(held_out: Collection[str] = ()) -> dict[str, float]:
-    """Relative frequencies in training without those of `held_out`. Raises ClearError for a name that there is not."""
-    if unknown := [name for name in held_out if name not in TRAINING_WEIGHTS]:
-        raise ClearError(f"degrade.held_out: '{unknown[0]}' is not one of {', '.join(TRAINING_WEIGHTS)}.")
-    return {name: 0.0 if name in held_out else float(weight) for name, weight in TRAINING_WEIGHTS.items()}
-
-
 BENCHMARK_WEIGHTS = {
     **dict.fromkeys(GROUPS["capture"], 20),
     **dict.fromkeys(GROUPS["transmission"], 25),
@@ -68,6 +60,13 @@ CELLS = tuple(
     (list(CORRUPTIONS)[k % 16], list(SEVERITIES)[(k + k // 16) % 3]) for k in range(len(CORRUPTIONS) * len(SEVERITIES))
 )
 """All (corruption, severity) pairs, ordered so that any few neighbours differ in both."""
+
+
+def training_weights(held_out: Collection[str] = ()) -> dict[str, float]:
+    """Relative frequencies in training without those of `held_out`. Raises ClearError for a name that there is not."""
+    if unknown := [name for name in held_out if name not in TRAINING_WEIGHTS]:
+        raise ClearError(f"degrade.held_out: '{unknown[0]}' is not one of {', '.join(TRAINING_WEIGHTS)}.")
+    return {name: 0.0 if name in held_out else float(weight) for name, weight in TRAINING_WEIGHTS.items()}
 
 
 def _hash(*parts: str) -> int:

@@ -23,7 +23,6 @@ from clear.report import seeds
 FOLDER, ABLATIONS, PAGE = Path("data/results/seeds"), Path("data/results/ablations"), Path("docs/RESULTS.md")
 PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
-_COPY = "seed-"
 _ABOUT = "clear."
 """Prefix of the metadata that says what a file was made under: its setting, and what an ablation changes."""
 _NEUTRAL = ("seed",), ("runtime",), ("incoming", "limits")
@@ -51,17 +50,21 @@ def run(workspace: Path, wanted: Sequence[int]) -> Path:
             f"seeds are run under the setting of the committed results, and these are out of date: {stale[0]}"
         )
     for seed in wanted:
-        name = f"{params['profile']}-{_COPY}{seed}"
-        own = seed == params["seed"]
-        folder = workspace if own else scratch.run(workspace, params["profile"], [f"seed={seed}"], name)
+        folder = workspace
+        if seed != params["seed"]:
+            folder = scratch.run(workspace, params["profile"], [f"seed={seed}"], _copy_name(params, seed))
         collect(folder, workspace / FOLDER / f"{seed}.parquet", list(MODELS), {"setting": setting(workspace)})
     return render(workspace)
+
+
+def _copy_name(params: dict, seed: int) -> str:
+    return f"{params['profile']}-seed-{seed}"
 
 
 def copy_of(workspace: Path, seed: int) -> Path:
     """The scratch copy in which a seed was run. Raises ClearError unless it was, here and under the same setting."""
     file = workspace / FOLDER / f"{seed}.parquet"
-    found = home() / "scratch" / f"{parameters(workspace)['profile']}-{_COPY}{seed}"
+    found = home() / "scratch" / _copy_name(parameters(workspace), seed)
     if about(file).get("setting") != setting(workspace) or not (found / LOCK).exists():
         raise ClearError(f"seed {seed} was not run on this machine; `make results SEEDS={seed}` does it.")
     return found
