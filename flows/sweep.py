@@ -19,7 +19,7 @@ from clear.errors import ClearError, fail
 from flows.batch import job as batch
 from flows.batch import settings
 from flows.batch.settings import Compute
-from flows.batch.store import Store
+from flows.batch.store import Damaged, Store
 from flows.service.announce import announce
 
 MINUTES = 10.0
@@ -61,7 +61,10 @@ def _orphaned(job: dict, leases: dict[str, datetime], store: Store, minutes: flo
     age = (datetime.now(UTC) - leases.get(name, made)).total_seconds() / 60
     if age <= minutes:
         return ""
-    run = (store.read(name) or {}).get("flow_run") if name in leases else None
+    try:
+        run = (store.read(name) or {}).get("flow_run") if name in leases else None
+    except Damaged:  # who it was is not what decides
+        run = None
     last = f"; the last was flow run {run}" if run else ""
     return f"nobody has asked for it for {age:.0f} min{last}"
 

@@ -24,6 +24,7 @@ from clear.sources.scenes.render import scenes
 from clear.stages import base, degrade, evaluate, mmd_bench, sft, source, traces, validate
 from clear.traces.given import REPLY
 from clear.traces.table import read_traces
+from clear.validation.suites import incoming_checks
 from tests.tiny import save_random_model
 
 RESTORES = "<think> insufficient : restore </think> <image_restore>\n<think> a shape </think> <answer> {} </answer>"
@@ -126,6 +127,9 @@ def test_only_what_is_trained_on_keeps_the_copy_that_came_with_it(published):
     counts = json.loads(Path("data/metrics/degrade.json").read_text())["images"]
     assert counts["sft"] == {"clear_train": {INCOMING: len(list(read_samples("data/samples/sft")))}}
     assert "clear_train" not in counts["validation"] and counts["validation"]
+    mmd_bench.run(config)
+    checks = validate.prepare(validate.measured_frames(1), config)["incoming_clear_train"]
+    assert {check.name for check in checks} == {check.name for check in incoming_checks(0)}, "a source, not a set"
 
 
 GOOD = DIRECT.format("red")

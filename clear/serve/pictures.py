@@ -6,7 +6,6 @@ goes to the address that was checked. A redirect is a new URL and is checked lik
 """
 
 import base64
-import binascii
 import ipaddress
 import re
 import socket
@@ -34,7 +33,7 @@ def from_data_url(url: str, param: str) -> bytes:
         raise ApiError(400, f"{param}: expected data:image/png;base64,… (or jpeg, webp, …), got {url[:40]!r}.", param)
     try:
         return base64.b64decode(url[head.end() :], validate=True)
-    except binascii.Error as error:
+    except ValueError as error:  # binascii's own, or a character beyond ASCII
         raise ApiError(400, f"{param}: the base64 after the comma is damaged ({error}).", param) from error
 
 

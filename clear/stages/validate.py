@@ -126,9 +126,11 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
         limit = None
         if name in came:
             columns.add_shared_pictures(frame, taught, asked)
-            counts = sets[name.removeprefix("incoming_")]
-            whole = accept.set_checks(frame, counts["rows"], counts["rejected"], config.incoming.limits)
-            checks[name] = incoming_checks(rules.duplicate_limit) + whole
+            checks[name] = incoming_checks(rules.duplicate_limit)
+            if counts := sets.get(name.removeprefix("incoming_")):
+                checks[name] += accept.set_checks(frame, counts["rows"], counts["rejected"], config.incoming.limits)
+            elif name != f"incoming_{config.source.kind}":  # a source's own copies were judged with it, row by row
+                raise ClearError(f"validate: {COUNTED} does not count {name}; run stage degrade again.")
             continue
         columns.add_answer_share(frame)
         if name in BENCH or name in DEVELOPMENT:

@@ -97,16 +97,15 @@ def reproduce(
     key = inputs.key(nonce)
     account = batch.account(compute)
     store = Store(account.s3, account.outputs["Bucket"])
-    result = store.read(f"results/{key}.json")
-    if result is not None:
-        try:
+    try:
+        if (result := store.read(f"results/{key}.json")) is not None:
             adopt(result, inputs, store, workspace, compute, say)
             return f"taken from job {result['job']}, which had run it"
-        except (Unreachable, Temporary):
-            raise
-        except ClearError as error:
-            say(f"the result of an earlier job is not used: {error}")
-            store.delete(f"results/{key}.json")
+    except (Unreachable, Temporary):
+        raise
+    except ClearError as error:
+        say(f"the result of an earlier job is not used: {error}")
+        store.delete(f"results/{key}.json")
     job = compute.jobs.get(stage.partition("@")[0]) or compute.jobs["default"]
     work = _Work(account, store, compute, job, inputs, key, workspace, say, bool(nonce))
     spent = work.run()

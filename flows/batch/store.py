@@ -23,12 +23,9 @@ from clear.data import aws
 from clear.data.io import replacing
 from clear.data.records import file_sha256
 from clear.errors import ClearError
+from flows.batch.notes import Damaged, parse
 
 PREFIX = "compute"
-
-
-class Damaged(ClearError):
-    """What came from S3 is not what was put there."""
 
 
 def client(service: str, region: str = "") -> Any:
@@ -78,12 +75,12 @@ class Store:
             self.client.put_object(Bucket=self.bucket, Key=self._key(name), Body=body)
 
     def read(self, name: str) -> Any:
-        """A JSON note, or None if there is none. Raises Damaged if it is not JSON."""
+        """A JSON note, or None if there is none. Raises Damaged if it has not the form of flows/batch/notes.py."""
         content = self.read_bytes(name)
         try:
-            return None if content is None else json.loads(content)
-        except ValueError as error:
-            raise Damaged(f"{self.url(name)}: not valid JSON ({error}); delete it.") from error
+            return None if content is None else parse(name, content)
+        except Damaged as error:
+            raise Damaged(f"{self.url(name)}: {error}") from error
 
     def read_bytes(self, name: str, start: int = 0) -> bytes | None:
         """Content from byte `start` on, empty if there is no more; None if there is no such object."""

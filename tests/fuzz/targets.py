@@ -239,6 +239,62 @@ def _output_evil() -> list[bytes]:
     ]
 
 
+_HASH = "0123456789abcdef" * 4
+NOTES = {
+    "requests": {
+        "inputs": {
+            "stage": "sft",
+            "cmd": "python -m clear sft",
+            "deps": {"code": "1"},
+            "kinds": {"code": "code"},
+            "params": {"seed": 1},
+            "outs": {"data/metrics/sft.json": False},
+        },
+        "key": "k",
+        "commit": _HASH[:40],
+        "bundle": {"name": "bundles/b", "sha256": _HASH},
+        "files": {"params.yaml": _HASH},
+        "remote": {"url": "s3://b/dvc"},
+        "weights": "",
+    },
+    "results": {
+        "stage": "sft",
+        "job": "j",
+        "lock": {
+            "cmd": "python -m clear sft",
+            "deps": [{"path": "code", "hash": "md5", "md5": "1", "size": 3}],
+            "params": {"params.yaml": {"seed": 1}},
+            "outs": [{"path": "data/metrics/sft.json", "hash": "md5", "md5": "2", "size": 3}],
+        },
+        "files": {"data/metrics/sft.json": _HASH},
+        "runs": {"sft": '{"seconds": 1.5}'},
+        "seconds": {"sft": 1.5},
+    },
+    "leases": {"flow_run": None},
+    "ledger": {"stage": "sft", "allowed": 36.0, "cost": None, "hourly": 3},
+    "checkpoints": {"model.safetensors": {"sha256": _HASH, "bytes": 3}},
+}
+"""Of each kind of note between flow and job (flows/batch/notes.py), one as it is written."""
+
+
+def _note(data: bytes, _: Path) -> object:
+    """As every kind of note, and a result as far as the entry of dvc.lock that it brings."""
+    from flows.batch.execute import refuse_other_inputs
+    from flows.batch.notes import FORMS, parse
+    from flows.batch.request import Inputs
+
+    for kind in FORMS:
+        try:
+            found = parse(f"{kind}/k.json", data)
+        except ClearError as error:
+            refused = error
+            continue
+        if kind == "results":
+            refuse_other_inputs(found["lock"], Inputs(**NOTES["requests"]["inputs"]))
+        return found
+    raise refused
+
+
 def _request(data: bytes, _: Path) -> object:
     from clear.serve import pictures, protocol
 
@@ -274,5 +330,6 @@ TARGETS = {
     "predictions": Target(_file("sft.parquet", _predictions), _prediction_seeds),
     "score": Target(_file("m_MMBench.tsv", _score), *_FORMATS["tsv"]),
     "score_xlsx": Target(_file("m_MMBench.xlsx", _score), *_FORMATS["xlsx"]),
+    "note": Target(_note, lambda: [json.dumps(note).encode() for note in NOTES.values()], inputs.deep_json),
     "request": Target(_request, _requests, inputs.deep_json),
 }
