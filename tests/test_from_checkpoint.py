@@ -35,8 +35,8 @@ ADAPTER = [
     "runtime={weights: bfloat16, precision: bfloat16, token_budget: 256}",
     "lora={rank: 2, alpha: 4.0}",
     "bridge={kind: mlp, distill: {steps: 4}, answer: {steps: 2}}",
-    # The probability of the right answer differs within a group of wrong ones: there is always something to learn.
-    "grpo={steps: 1, reward_latent_quality: 0.1, reward_answer: 0.2, answer_scored: reply}",
+    # Made to restore, the members of a group differ in their pictures: there is always something to learn.
+    "grpo={steps: 1, restore: always, reward_latent_quality: 0.1, reward_answer: 0.2, answer_scored: reply}",
 ]
 QUANTISED = [
     *ADAPTER,
