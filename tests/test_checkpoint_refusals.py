@@ -243,3 +243,32 @@ def test_a_tokenizer_of_another_model_is_refused(folder):
     (folder / TOKENIZER).write_text(json.dumps(raw))
     with pytest.raises(ClearError, match="belongs to another model"):
         load_bagel(folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("llm_config.json", {"num_attention_heads": 0}, r"num_attention_heads = 0, expected a whole number from 1 to"),
+        ("llm_config.json", {"hidden_size": "48"}, "hidden_size = '48', expected a whole number"),
+        ("llm_config.json", {"num_hidden_layers": 10**9}, "num_hidden_layers = 1000000000, expected .* to 1000;"),
+        ("llm_config.json", {"vocab_size": None}, "vocab_size = None"),
+        ("llm_config.json", {"num_attention_heads": 5}, "must divide by twice num_attention_heads 5"),
+        ("llm_config.json", {"rope_theta": float("nan")}, "rope_theta = nan, expected a number above 0"),
+        ("vit_config.json", {"patch_size": 0}, "patch_size = 0"),
+        ("vit_config.json", {"num_hidden_layers": 1}, "num_hidden_layers = 1, expected a whole number from 2"),
+        ("vit_config.json", {"num_attention_heads": 7}, "must divide by num_attention_heads 7"),
+        ("config.json", {"latent_patch_size": True}, "latent_patch_size = True"),
+        ("config.json", {"bridge": "linear"}, "bridge = 'linear', expected direct or mlp"),
+        ("config.json", {"vae_config": []}, r"vae_config = \[\], expected an object"),
+        ("vae_config.json", {"ch_mult": [1, 0]}, r"ch_mult\[1\] = 0"),
+        ("vae_config.json", {"ch_mult": 4}, "ch_mult = 4, expected a list"),
+        ("vae_config.json", {"groups": 7}, "must divide by groups 7"),
+        ("vae_config.json", {"scale_factor": 0.0}, r"scale_factor = 0\.0, expected a number above 0"),
+    ],
+)
+def test_shapes_that_no_model_has_are_refused_by_name(folder, file, change, said):
+    stated = json.loads((folder / file).read_text())
+    (folder / file).write_text(json.dumps(stated | change))
+    with pytest.raises(ClearError, match=said) as error:
+        load_bagel(folder)
+    assert file in str(error.value) and "\n" not in str(error.value)

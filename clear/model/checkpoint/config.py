@@ -1,10 +1,11 @@
 """What a model folder says of its model: the JSON files and the tokenizer, read, compared with each other, written."""
 
 import json
+import math
 from dataclasses import asdict
 from pathlib import Path
 
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from clear.model.bagel import BagelConfig
 from clear.model.checkpoint.format import WORDS, places
 from clear.model.mot import LlmConfig
@@ -75,47 +76,105 @@ def read_config(folder: Path | str, tokenizer=None, base: Path | str | None = No
     return config
 
 
+class _Stated:
+    """The values of a JSON file of a model folder, each checked as it is read; ClearError names what it is not."""
+
+    def __init__(self, path: Path, content: dict) -> None:
+        self.path, self.content = path, content
+
+    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**6) -> int:
+        """A whole number. Raises KeyError for one that is missing and has no default."""
+        value = self.content[key] if default is None else self.content.get(key, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self._refused(key, value, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None, positive: bool = True) -> float:
+        """A finite number. Raises KeyError as `whole`."""
+        value = self.content[key] if default is None else self.content.get(key, default)
+        if type(value) not in (int, float) or not math.isfinite(value) or (positive and value <= 0):
+            raise self._refused(key, value, "a number above 0" if positive else "a number")
+        return float(value)
+
+    def _refused(self, key: str, value: object, expected: str) -> ClearError:
+        return ClearError(f"{self.path}: {key} = {quoted(value)}, expected {expected}; fetch it again.")
+
+
 def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
-    llm, vit = read_json(folder, "llm_config.json"), read_json(folder, "vit_config.json")
-    own, vae = read_json(folder, "config.json", False), read_json(folder, "vae_config.json", False)
-    vae = own.get("vae_config", {}) | vae
-    known = {k: vae[k] for k in VaeConfig.__dataclass_fields__ if k in vae}
-    if "ch_mult" in known:
-        known["ch_mult"] = tuple(known["ch_mult"])
+    llm, vit, own = (
+        _Stated(folder / name, read_json(folder, name, name != "config.json"))
+        for name in ("llm_config.json", "vit_config.json", "config.json")
+    )
     special = special or _stated_markers(folder)
     if special is None:
         raise ClearError(f"{folder}: neither a tokenizer nor special_tokens in config.json say which ids mark images.")
+    bridge = own.content.get("bridge", "direct")
+    if bridge not in ("direct", "mlp"):
+        raise ClearError(f"{own.path}: bridge = {quoted(bridge)}, expected direct or mlp; fetch it again.")
+    patch = vit.whole("patch_size")
     config = BagelConfig(
         llm=LlmConfig(
-            vocab=llm["vocab_size"],
-            hidden=llm["hidden_size"],
-            layers=llm["num_hidden_layers"],
-            heads=llm["num_attention_heads"],
-            kv_heads=llm["num_key_value_heads"],
-            mlp=llm["intermediate_size"],
-            rms_eps=llm["rms_norm_eps"],
-            rope_theta=llm["rope_theta"],
-            positions=llm.get("max_position_embeddings", 0),
+            vocab=llm.whole("vocab_size", most=10**7),
+            hidden=llm.whole("hidden_size"),
+            layers=llm.whole("num_hidden_layers", most=1000),
+            heads=llm.whole("num_attention_heads"),
+            kv_heads=llm.whole("num_key_value_heads"),
+            mlp=llm.whole("intermediate_size"),
+            rms_eps=llm.number("rms_norm_eps"),
+            rope_theta=llm.number("rope_theta"),
+            positions=llm.whole("max_position_embeddings", 0, least=0, most=10**9),
         ),
         vit=VitConfig(
-            hidden=vit["hidden_size"],
-            layers=vit["num_hidden_layers"] - 1,
-            heads=vit["num_attention_heads"],
-            mlp=vit["intermediate_size"],
-            patch=vit["patch_size"],
-            side=own.get("vit_max_num_patch_per_side", vit["image_size"] // vit["patch_size"]),
+            hidden=vit.whole("hidden_size"),
+            layers=vit.whole("num_hidden_layers", least=2, most=1000) - 1,
+            heads=vit.whole("num_attention_heads"),
+            mlp=vit.whole("intermediate_size"),
+            patch=patch,
+            side=own.whole("vit_max_num_patch_per_side", vit.whole("image_size", least=patch) // patch),
         ),
-        vae=VaeConfig(**known),
+        vae=_vae_of(folder, own),
         special=special,
-        latent_patch=own.get("latent_patch_size", 2),
-        max_latent_size=own.get("max_latent_size", 64),
-        bridge=own.get("bridge", "direct"),
-        quantised=_quantisation(folder, own),
+        latent_patch=own.whole("latent_patch_size", 2, most=64),
+        max_latent_size=own.whole("max_latent_size", 64),
+        bridge=bridge,
+        quantised=_quantisation(folder, own.content),
     )
-    if config.llm.hidden % config.llm.heads or config.llm.heads % config.llm.kv_heads:
+    if config.llm.hidden % (2 * config.llm.heads) or config.llm.heads % config.llm.kv_heads:
+        raise ClearError(  # twice: a head's width is rotated in pairs
+            f"{llm.path}: hidden_size {config.llm.hidden} must divide by twice num_attention_heads {config.llm.heads}, "
+            f"and that by num_key_value_heads {config.llm.kv_heads}; fetch the file again."
+        )
+    if config.vit.hidden % config.vit.heads:
         raise ClearError(
-            f"{folder / 'llm_config.json'}: hidden_size {config.llm.hidden} must divide by num_attention_heads "
-            f"{config.llm.heads}, and that by num_key_value_heads {config.llm.kv_heads}; fetch the file again."
+            f"{vit.path}: hidden_size {config.vit.hidden} must divide by num_attention_heads {config.vit.heads}; fetch "
+            "the file again."
+        )
+    return config
+
+
+def _vae_of(folder: Path, own: _Stated) -> VaeConfig:
+    """The autoencoder's shapes: of config.json, over them vae_config.json, and else the published ones."""
+    within = own.content.get("vae_config", {})
+    if not isinstance(within, dict):
+        raise ClearError(f"{own.path}: vae_config = {quoted(within)}, expected an object; fetch it again.")
+    usual = VaeConfig()
+    stated = _Stated(folder / "vae_config.json", within | read_json(folder, "vae_config.json", False))
+    widths = stated.content.get("ch_mult", usual.ch_mult)
+    if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= 10:
+        raise ClearError(f"{stated.path}: ch_mult = {quoted(widths)}, expected a list of up to 10; fetch it again.")
+    numbered = _Stated(stated.path, {f"ch_mult[{n}]": width for n, width in enumerate(widths)})
+    config = VaeConfig(
+        ch=stated.whole("ch", usual.ch),
+        ch_mult=tuple(numbered.whole(key, most=1000) for key in numbered.content),
+        num_res_blocks=stated.whole("num_res_blocks", usual.num_res_blocks, most=1000),
+        z_channels=stated.whole("z_channels", usual.z_channels),
+        groups=stated.whole("groups", usual.groups),
+        scale_factor=stated.number("scale_factor", usual.scale_factor),
+        shift_factor=stated.number("shift_factor", usual.shift_factor, positive=False),
+    )
+    if any(config.ch * width % config.groups for width in config.ch_mult):
+        raise ClearError(
+            f"{stated.path}: ch times each of ch_mult must divide by groups {config.groups}; fetch it again."
         )
     return config
 
@@ -141,7 +200,8 @@ def _stated_markers(folder: Path) -> SpecialTokens | None:
         return None
     if not isinstance(stated, dict) or stated.keys() < _SPECIAL.keys():
         raise ClearError(f"{folder / 'config.json'}: special_tokens must name {', '.join(_SPECIAL)}; fetch it again.")
-    return SpecialTokens(*(stated[name] for name in _SPECIAL))
+    within = _Stated(folder / "config.json", stated)
+    return SpecialTokens(*(within.whole(name, least=0, most=10**7) for name in _SPECIAL))
 
 
 def _check_tokenizer(folder: Path, tokenizer, config: BagelConfig) -> None:
