@@ -16,7 +16,7 @@ from tests.conftest import ROOT, git
 
 SHOWN = (
     *("dvc.yaml", "params.yaml", ".dvc/config", ".dvc/.gitignore", ".dvc/plots", ".dvcignore"),
-    *("clear/conf", "data/dvc.yaml", "data/metrics", "data/plots", "data/results"),
+    *("clear/conf", "data/dvc.yaml", "data/metrics", "data/plots", "data/results", "dvclive/.gitkeep"),
 )
 
 
