@@ -229,7 +229,7 @@ def test_the_stage_resumes_after_sigkill_and_asks_nothing_twice(prepared):
         with run_stage(prepared, server.url) as process:
             assert reached.wait(120), process.poll()
             process.send_signal(signal.SIGKILL)
-        assert not (prepared / "data/traces").exists()
+        assert not (prepared / "data/traces/traces.parquet").exists()
         go.set()
         with run_stage(prepared, server.url) as process:
             stdout, stderr = process.communicate(timeout=240)
