@@ -27,7 +27,8 @@ from flows.batch.job import (
     submit,
     waiting,
 )
-from flows.batch.request import Inputs, differences
+from flows.batch.notes import Inputs
+from flows.batch.request import differences
 from flows.batch.settings import Price
 from flows.batch.store import Store, split
 from tests.cloud import compute_with, write_compute

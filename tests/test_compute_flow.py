@@ -22,7 +22,7 @@ from flows import sweep
 from flows.batch import execute
 from flows.batch import job as compute_batch
 from flows.batch.cost import enter, settle, spent
-from flows.batch.request import Inputs
+from flows.batch.notes import Inputs
 from flows.batch.settings import Price
 from flows.batch.store import Damaged, Store
 from tests.cloud import compute_of, entry_of, write_compute

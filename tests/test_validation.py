@@ -279,6 +279,20 @@ def test_damage_that_is_held_out_and_trained_all_the_same_is_found(healthy, insi
     assert found == [("degraded_sft", "corruption_histogram"), ("degraded_rl", "corruption_histogram")]
 
 
+def test_what_is_held_out_is_in_no_training_split_and_in_every_other(inside, tmp_path, monkeypatch):
+    left = ("dark", "jpeg")
+    config = replace(
+        inside, degrade=replace(inside.degrade, held_out=[kind for kind in CORRUPTIONS if kind not in left])
+    )
+    monkeypatch.chdir(tmp_path)
+    for split in ("sft", "rl", "validation"):
+        write_samples(f"data/samples/{split}", scenes(split, 16, 5, 256, 4))
+    degrade.run(config)
+    counts = json.loads(degrade.METRICS.read_text())["images"]
+    assert counts["sft"].keys() == counts["rl"].keys() == set(left)
+    assert counts["validation"].keys() == set(CORRUPTIONS)
+
+
 def test_chi_square():
     assert chi_square_p({"a": 50, "b": 50}, {"a": 1, "b": 1}) == pytest.approx(1)
     assert chi_square_p({"a": 90, "b": 10}, {"a": 1, "b": 1}) < 1e-6

@@ -10,7 +10,7 @@ What a plugin returns is checked on every sample: type, shape, and the same byte
 import functools
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ import numpy as np
 
 from clear.degradation.plugin import Degradation, degradation, marked
 from clear.degradation.presets import select
+from clear.degradation.protocol import training_weights
 from clear.errors import ClearError
 
-__all__ = ["Chosen", "apply", "chosen", "degradation", "extras"]
+__all__ = ["Chosen", "apply", "chosen", "degradation", "extras", "training_mix"]
 
 FOLDER = Path("plugins")
 
@@ -55,6 +56,11 @@ def extras(names: Chosen) -> Mapping[str, Degradation]:
                 f"degradation '{entry.name}' is defined twice, in {other.origin} and {entry.origin}; rename one."
             )
     return found
+
+
+def training_mix(names: Chosen, held_out: Collection[str] = ()) -> dict[str, float]:
+    """Relative frequencies in training: of the sixteen without those held out, and of the further ones by label."""
+    return training_weights(held_out) | {label: entry.weight for label, entry in extras(names).items()}
 
 
 def _load(name: str) -> list[Degradation]:

@@ -16,8 +16,8 @@ from clear.data.records import CLEAN, Sample, ShardWriter, read_samples
 from clear.data.rejects import write_rejects
 from clear.degradation.build import count_rows, degraded_samples
 from clear.degradation.incoming import planned
-from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, draw, training_weights
-from clear.degradation.registry import chosen, extras
+from clear.degradation.protocol import CELLS, PROTOCOL_VERSION, draw
+from clear.degradation.registry import chosen, training_mix
 from clear.schema import Config
 
 SAMPLES, DEGRADED, METRICS = Path("data/samples"), Path("data/degraded"), Path("data/metrics/degrade.json")
@@ -40,8 +40,7 @@ def _degrade_split(split: str, config: Config, also: Iterator[Sample]) -> dict[s
     folder, settings = SAMPLES / split, config.degrade
     copies = settings.validation_copies if split == "validation" else 1
     names = chosen(settings.plugins, settings.presets)
-    weights = training_weights(settings.held_out) | {entry.label: entry.weight for entry in extras(names).values()}
-    drawn = _drawn(folder, weights, settings.severity_weights)
+    drawn = _drawn(folder, training_mix(names, settings.held_out), settings.severity_weights)
     variants = _cycled(folder, copies) if split == "validation" else drawn
     counts: dict[str, dict[str, int]] = {}
     writer = ShardWriter(DEGRADED / split)

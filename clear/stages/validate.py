@@ -19,8 +19,8 @@ from clear.data.pool import parallel
 from clear.data.records import INCOMING, read_samples
 from clear.data.rejects import Reject, write_rejects
 from clear.degradation.build import count_rows
-from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS, training_weights
-from clear.degradation.registry import chosen, extras
+from clear.degradation.protocol import CELLS, SEVERITIES, TRAINING_WEIGHTS
+from clear.degradation.registry import chosen, extras, training_mix
 from clear.errors import ClearError
 from clear.schema import Config
 from clear.validation import accept
@@ -96,7 +96,8 @@ def incoming_counts() -> dict[str, dict]:
 
 def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[Check]]:
     """Add the columns that judge each dataset and return its checks."""
-    further = extras(chosen(config.degrade.plugins, config.degrade.presets))
+    names = chosen(config.degrade.plugins, config.degrade.presets)
+    further, mix = extras(names), training_mix(names, config.degrade.held_out)
     bands, rules = columns.load_bands() | columns.further_bands(further), config.validate
     falling = set(TRAINING_WEIGHTS) - set(columns.NOT_MONOTONE) | {name for name, e in further.items() if e.monotone}
     even_corruptions = dict.fromkeys(TRAINING_WEIGHTS, 1)
@@ -142,10 +143,7 @@ def prepare(frames: dict[str, pd.DataFrame], config: Config) -> dict[str, list[C
         columns.add_protocol(frame, further)
         columns.add_psnr_bands(frame, bands)
         if name in TRAINING:
-            weights = training_weights(config.degrade.held_out) | {
-                label: entry.weight for label, entry in further.items()
-            }
-            columns.add_histograms(frame, weights, drawn_severities)
+            columns.add_histograms(frame, mix, drawn_severities)
         elif name == "bench_extra":
             columns.add_histograms(frame, dict.fromkeys(further, 1), even_severities)
         else:

@@ -29,7 +29,8 @@ from clear.data.workspace import profile
 from clear.errors import ClearError, quoted
 from flows.batch import cost, settings
 from flows.batch import job as batch
-from flows.batch.request import CACHED, LOCK, Inputs, describe, environment_tag, send
+from flows.batch.notes import Inputs
+from flows.batch.request import CACHED, LOCK, describe, environment_tag, send
 from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
 from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of

@@ -4,6 +4,7 @@ A bucket is no database: a note may be cut short, edited by hand, of an older ve
 the key. So each is read through its form here, and one that lacks it is Damaged, which its reader knows how to take.
 """
 
+import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -49,9 +50,12 @@ class _Result:
     runs: dict[str, Json[dict[str, Any]]]
 
 
-@dataclass
-class _Inputs:
-    """Those of flows/batch/request.py, and no others."""
+@dataclass(frozen=True)
+class Inputs:
+    """Everything that decides what a stage makes.
+
+    `deps`: path → hash. `kinds`: path → where it comes from, also of what DVC keeps inside a folder of `deps`.
+    """
 
     __pydantic_config__ = ConfigDict(extra="forbid")
     stage: str
@@ -60,6 +64,12 @@ class _Inputs:
     kinds: dict[str, str]
     params: dict[str, Any]
     outs: dict[str, bool]
+    """Path → whether DVC's cache keeps it (else git does)."""
+
+    def key(self, nonce: str = "") -> str:
+        """32 hex digits that stand for these inputs; a `nonce` asks for a run of its own."""
+        content = [self.stage, self.cmd, self.deps, self.params, self.outs, nonce]
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 @dataclass
@@ -70,7 +80,7 @@ class _Bundle:
 
 @dataclass
 class _Request:
-    inputs: _Inputs
+    inputs: Inputs
     key: str
     commit: Commit
     bundle: _Bundle

@@ -11,7 +11,7 @@ import json
 import os
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from clear.config import PARAMS
 from clear.data.records import file_sha256
 from clear.errors import ClearError
 from clear.project.git import output
+from flows.batch.notes import Inputs
 from flows.batch.settings import COMPUTE
 from flows.batch.store import Store
 from flows.dvc_commands import address
@@ -31,27 +32,6 @@ LOCK = "dvc.lock"
 CACHED, CARRIED, CODE = "cached", "carried", "code"
 REMOTE_KEYS = ("url", "endpointurl", "region", "version_aware")
 """Of a DVC remote's settings, what a job is told; never a credential."""
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Everything that decides what a stage makes.
-
-    `deps`: path → hash. `kinds`: path → where it comes from, also of what DVC keeps inside a folder of `deps`.
-    """
-
-    stage: str
-    cmd: str
-    deps: dict[str, str]
-    kinds: dict[str, str]
-    params: dict[str, Any]
-    outs: dict[str, bool]
-    """Path → whether DVC's cache keeps it (else git does)."""
-
-    def key(self, nonce: str = "") -> str:
-        """32 hex digits that stand for these inputs; a `nonce` asks for a run of its own."""
-        content = [self.stage, self.cmd, self.deps, self.params, self.outs, nonce]
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def find_stage(repo: "Repo", name: str) -> "PipelineStage":

@@ -32,7 +32,8 @@ from clear.data.records import file_sha256
 from clear.errors import ClearError, fail, say, without_secrets
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
-from flows.batch.request import LOCK, Inputs, expand, receive
+from flows.batch.notes import Inputs
+from flows.batch.request import LOCK, expand, receive
 from flows.batch.store import Store, client, split
 from flows.service import children
 

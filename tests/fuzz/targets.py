@@ -280,8 +280,7 @@ NOTES = {
 def _note(data: bytes, _: Path) -> object:
     """As every kind of note, and a result as far as the entry of dvc.lock that it brings."""
     from flows.batch.execute import refuse_other_inputs
-    from flows.batch.notes import FORMS, parse
-    from flows.batch.request import Inputs
+    from flows.batch.notes import FORMS, Inputs, parse
 
     for kind in FORMS:
         try:

@@ -84,17 +84,20 @@ class _Stated:
 
     def whole(self, key: str, default: int | None = None, least: int = 1, most: int = 10**6) -> int:
         """A whole number. Raises KeyError for one that is missing and has no default."""
-        value = self.content[key] if default is None else self.content.get(key, default)
+        value = self._value(key, default)
         if type(value) is not int or not least <= value <= most:
             raise self._refused(key, value, f"a whole number from {least} to {most}")
         return value
 
     def number(self, key: str, default: float | None = None, positive: bool = True) -> float:
         """A finite number. Raises KeyError as `whole`."""
-        value = self.content[key] if default is None else self.content.get(key, default)
+        value = self._value(key, default)
         if type(value) not in (int, float) or not math.isfinite(value) or (positive and value <= 0):
             raise self._refused(key, value, "a number above 0" if positive else "a number")
         return float(value)
+
+    def _value(self, key: str, default: float | None) -> object:
+        return self.content[key] if default is None else self.content.get(key, default)
 
     def _refused(self, key: str, value: object, expected: str) -> ClearError:
         return ClearError(f"{self.path}: {key} = {quoted(value)}, expected {expected}; fetch it again.")
