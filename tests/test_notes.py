@@ -43,6 +43,7 @@ def test_what_is_written_is_read_as_it_is(kind):
         ("results", {"files": {"a": "../x"}}, r"\(files\.a: String should match"),
         ("results", {"runs": {"sft": "[]"}}, r"\(runs\.sft: Input should be an object\)"),
         ("requests", {"commit": "--upload-pack=x"}, r"\(commit: String should match"),
+        ("requests", {"inputs": NOTES["requests"]["inputs"] | {"x": 1}}, r"\(inputs\.x: Unexpected"),
         ("ledger", {"allowed": float("nan")}, r"\(allowed: Input should be a finite number\)"),
         ("ledger", {"cost": -1.0}, r"\(cost: Input should be greater than or equal to 0\)"),
         ("leases", {"flow_run": 3}, r"\(flow_run: Input should be a valid string\)"),
