@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clear.errors import ClearError
-from clear.model import flex
+from clear.model import flex, mot
 from clear.model.mot import as_bias, attend
 from clear.model.sequence import BRIDGE, LATENT, VIT, Gap, Image, SpecialTokens, Text, layout
 from tests.tiny import random_contents, tiny_model
@@ -74,6 +74,26 @@ def test_attention_over_blocks_equals_the_dense_one(name, kv_heads):
     k, v = torch.randn(2, rows, kv_heads, size, 16, generator=generator)
     found = flex.attend_blocks(q, k, v, flex.block_mask(built))
     torch.testing.assert_close(found, attend(q, k, v, as_bias(built.allowed())), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("one_line", [False, True], ids=["a line per query", "one line for all"])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_one_kernel_gives_the_values_and_gradients_of_plain_attention(kv_heads, one_line, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    given = torch.randn(2, 4, 37, 16, generator=generator), *torch.randn(2, 2, kv_heads, 50, 16, generator=generator)
+    allowed = torch.rand(2, 1 if one_line else 37, 50, generator=generator) < 0.4
+    allowed[..., 0] = True
+    upstream, found = torch.randn(2, 4, 37, 16, generator=generator), []
+    if not one_line:  # padding sees nothing, and nothing that is scored sees it
+        allowed[1, -1], upstream[1, :, -1] = False, 0
+    for most in (mot.SCORES, 0):
+        monkeypatch.setattr(mot, "SCORES", most)
+        inputs = [x.clone().requires_grad_() for x in given]
+        mixed = attend(*inputs, as_bias(allowed))
+        mixed.backward(upstream)
+        found.append([mixed.detach(), *(x.grad for x in inputs)])
+    for one, plain in zip(*reversed(found), strict=True):
+        torch.testing.assert_close(one, plain, atol=1e-5, rtol=1e-5)
 
 
 segments = st.lists(

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from clear.config import compose, from_dict
 from clear.data.images import encode_image
 from clear.data.records import Sample
-from clear.model import lora
+from clear.model import lora, mot
 from clear.model.bagel import FROZEN, GENERATION, Bagel
 from clear.model.images import ImageBank
 from clear.model.mot import Mlp
@@ -338,6 +338,20 @@ def test_swiglu_in_pieces_keeps_what_they_are_cut_from(tokenizer, pieces, monkey
     batch, held = _measured_batch(model, _step(config, tokenizer, model))
     train = footprint.Training(4, 4, config.lora, piece=64 if pieces else 0)
     assert 0.75 <= footprint.activations(model.config, batch, train, config.sft.distill_stride) / held <= 1.25
+
+
+def test_one_kernel_keeps_no_scores(tokenizer, monkeypatch):
+    config = _config(*ADAPTER, "runtime.precision=float32", "model.heads=16", "model.kv_heads=4")
+    model, train = _model(config, tokenizer), footprint.Training(4, 4, config.lora)
+    found = []
+    for most in (mot.SCORES, 0):
+        monkeypatch.setattr(mot, "SCORES", most)
+        batch, held = _measured_batch(model, _step(config, tokenizer, model))
+        estimated = footprint.activations(model.config, batch, train, config.sft.distill_stride)
+        assert 0.75 <= estimated / held <= 1.25
+        found.append(held)
+    scores = config.model.layers * ROWS * config.model.heads * batch.length**2 * 4
+    assert found[0] - found[1] >= 0.5 * scores
 
 
 @pytest.mark.parametrize("kind", QUANTISED)

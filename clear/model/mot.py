@@ -153,16 +153,26 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
+SCORES = 2**24
+"""Scores of a row, over its heads, above which the CPU takes torch's fused kernel as well (`one_kernel`)."""
+
+
+def one_kernel(cuda: bool, heads: int, queries: int, keys: int) -> bool:
+    """Whether attention is one kernel, which keeps no scores: always on CUDA, and on a CPU where they are many."""
+    return cuda or heads * queries * keys > SCORES
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     """q (B, H, L, E), k/v (B, K, S, E), bias (B, 1, L or 1, S) additive → (B, H, L, E).
 
-    Plain matmul and softmax on CPU: forward and backward take 20 ms where the fused kernel takes 30 (bfloat16) and
-    filling a mask takes 43 (tests/bench/bench_attention.py).
+    Plain matmul and softmax for few scores on a CPU: forward and backward take 20 ms where the fused kernel takes 30
+    (bfloat16) and filling a mask takes 43 (tests/bench/bench_attention.py). With the 28 heads and 5,046 tokens of a
+    published training row they would hold 8 GiB, and the kernel is faster.
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
         k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    if q.is_cuda:
+    if one_kernel(q.is_cuda, *q.shape[1:3], k.shape[2]):
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype))
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     # In place where types allow: a batch's scores are larger than its keys, and memory is what limits this.

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from clear.model.bagel import FROZEN, Bagel, BagelConfig
 from clear.model.bridge import distilled_layers
 from clear.model.cache import grown
-from clear.model.mot import LlmConfig
+from clear.model.mot import LlmConfig, one_kernel
 from clear.model.quantised import size
 from clear.model.runtime import without_weights
 from clear.model.vae import AutoEncoder
@@ -63,15 +63,16 @@ class Batch:
 class Training:
     """What decides which tensors are kept.
 
-    compute, weights: bytes per number; fused: one attention kernel (GPU); blocks: its mask is one of blocks, which is
-    negligible, and its key-value heads are not repeated (flex_attention). piece: tokens that SwiGLU computes at a time.
+    compute, weights: bytes per number; cuda: on a GPU, whose attention is always one kernel; blocks: its mask is one of
+    blocks, which is negligible, and its key-value heads are not repeated (flex_attention). piece: tokens that SwiGLU
+    computes at a time.
     """
 
     compute: int
     weights: int
     lora: Lora
     checkpointing: bool = False
-    fused: bool = False
+    cuda: bool = False
     blocks: bool = False
     piece: int = 0
 
@@ -166,9 +167,9 @@ def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
       share it (D for q/k/v, D for o, D for gate/up, I for down; a bytes each). Frozen ones save nothing, an adapter
       saves its input (shared in float32; under autocast peft's casts give each target a copy) and r · a per token;
     - where both experts have tokens, bringing them together keeps what each projected: Q + 2K channels, a bytes each;
-    - attention: q, k and v, the latter two repeated to all heads, 3TQa. Plain (CPU): the float32 softmax 4HL² per row
-      and under autocast its copy for the product with v. Fused (GPU): the output, 4 bytes of log-sum per head, and
-      the additive mask in the compute type aL² per row;
+    - attention: q, k and v, the latter two repeated to all heads, 3TQa. Plain (few scores on a CPU): the float32
+      softmax 4HL² per row and under autocast its copy for the product with v. One kernel (`mot.one_kernel`): the
+      output, 4 bytes of log-sum per head, and the additive mask in the compute type aL² per row;
     - SwiGLU: the gate before and after its activation, and the other factor, 3TIa. In pieces it keeps what they are cut
       from instead, TDa, and of the linear layers within it nothing (`piece_activations`).
     """
@@ -187,7 +188,7 @@ def layer_activations(llm: LlmConfig, batch: Batch, train: Training) -> int:
         total += _linear_inputs(llm, train, _GROUPS[2:], t, adapted) + 3 * t * llm.mlp * a
     if train.blocks:
         return total + t * (q * a + 4 * llm.heads)
-    if train.fused:
+    if one_kernel(train.cuda, llm.heads, batch.length, batch.length):
         return total + t * (q * a + 4 * llm.heads) + a * batch.rows * batch.length**2
     return total + batch.rows * llm.heads * batch.length**2 * (4 + (a if a < 4 else 0))
 
@@ -269,7 +270,7 @@ def training_workspace(model: BagelConfig, batch: Batch, train: Training, cast: 
     mask = 0 if train.blocks else 7 * batch.rows * batch.length**2
     loss = batch.scored * llm.vocab * (train.compute + 8)
     widest = 3 * max(train.at_once(batch.tokens) * llm.mlp, batch.tokens * llm.hidden) * train.compute
-    if not train.fused:
+    if not one_kernel(train.cuda, llm.heads, batch.length, batch.length):
         widest = max(widest, 8 * batch.rows * llm.heads * batch.length**2)
     layer = widest + piece_activations(llm, batch, train)
     layer += layer_activations(llm, batch, train) if train.checkpointing else 0

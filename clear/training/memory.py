@@ -16,7 +16,7 @@ from clear.model import flex
 from clear.model.bagel import GENERATION, BagelConfig, frozen
 from clear.model.flow import Guidance
 from clear.model.images import encode_batch
-from clear.model.mot import LlmConfig
+from clear.model.mot import LlmConfig, one_kernel
 from clear.model.offload import AHEAD
 from clear.model.quantised import PIECE
 from clear.model.runtime import precision
@@ -192,8 +192,8 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     mlp = config.bridge.kind == "mlp"
     never = (*frozen(config.sft.train_vit), *(GENERATION if stage == "bridge" and mlp else ()))
     counts = count(model, lora, never, bridge=stage != "sft")
-    trains, fused = stage != "evaluate", runtime.device == "cuda"
-    narrow = "bfloat16" if fused and runtime.precision == "auto" else precision(config)
+    trains, cuda = stage != "evaluate", runtime.device == "cuda"
+    narrow = "bfloat16" if cuda and runtime.precision == "auto" else precision(config)
     kind = runtime.weights if runtime.weights in QUANTISED else ""
     number = 2 if (narrow if kind else runtime.weights) == "bfloat16" else 4
     quantised, piece = coded(model, kind), PIECE if kind else 0
@@ -213,14 +213,14 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     compute = 2 if narrow == "bfloat16" and (stage != "grpo" or number == 2) else 4
     kept = stepping = cache = prefill = 0
     if trains:
-        blocks = flex.wanted(runtime.attention, torch.device("cuda" if fused else "cpu"))
-        train = Training(compute, number, lora, runtime.gradient_checkpointing, fused, blocks, piece)
+        blocks = flex.wanted(runtime.attention, torch.device("cuda" if cuda else "cpu"))
+        train = Training(compute, number, lora, runtime.gradient_checkpointing, cuda, blocks, piece)
         batch = stage_batch(config, stage, gpus)
         stride = config.sft.distill_stride
         kept = activations(model, batch, train, stride)
         stepping = training_workspace(model, batch, train, counts.cast) + quantised.largest * compute
     if stage != "sft":
-        cache, prefill = _generation(config, stage, model, number, fused, piece)
+        cache, prefill = _generation(config, stage, model, number, cuda, piece)
         prefill += quantised.largest * number
     encoding = encode_workspace(config)
     whole = policy if stage == "grpo" and gpus > 1 and not lora.rank else 0  # gathered for the rollouts
@@ -243,9 +243,7 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
     )
 
 
-def _generation(
-    config: Config, stage: str, model: BagelConfig, number: int, fused: bool, piece: int
-) -> tuple[int, int]:
+def _generation(config: Config, stage: str, model: BagelConfig, number: int, cuda: bool, piece: int) -> tuple[int, int]:
     """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
 
     The stage `bridge` only denoises, behind the prompt and the reply that asks for it. Prefill works through one layer
@@ -263,7 +261,7 @@ def _generation(
     batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
     frozen = Lora(1, 1.0, 0.0, [], "both")  # no layer keeps what only a gradient needs
     compute = 2 if number == 2 else 4
-    train = Training(compute, number, frozen, fused=fused, piece=piece)
+    train = Training(compute, number, frozen, cuda=cuda, piece=piece)
     work = layer_activations(model.llm, batch, train) + piece_activations(model.llm, batch, train)
     cache = kv_bytes(model.llm, rows, capacity, number)
     contexts = 1 if stage == "grpo" else Guidance(s.text_guidance, s.image_guidance).contexts
@@ -272,7 +270,8 @@ def _generation(
         cache += kv_bytes(model.llm, rows, texts, number)
     llm, seen = model.llm, capacity + latent + 2
     read = 2 * contexts * rows * seen * llm.head_dim * number * ((contexts > 1) * llm.kv_heads + llm.heads)
-    scores = 0 if fused else 4 * contexts * rows * llm.heads * (latent + 2) * seen
+    plain = not one_kernel(cuda, llm.heads, latent + 2, seen)
+    scores = 4 * contexts * rows * llm.heads * (latent + 2) * seen * plain
     return cache, max(work + 7 * prefilled * prompt**2, read + scores)
 
 

@@ -168,11 +168,11 @@ def timed(work: Callable[[], None], repeats: int, device: str) -> tuple[float, f
 def sft_estimate(model: Bagel, built: Layout, noisy: int, given: argparse.Namespace, weights: str) -> float:
     """GiB of an SFT step over a layout with `noisy` latents by the formulas of `clear memory`, without autoencoder."""
     device = model.vae2llm.weight.device
-    fused = device.type == "cuda"
+    cuda = device.type == "cuda"
     kind = weights if weights in QUANTISED else ""
     adapter = Lora(given.rank, 2.0 * given.rank, 0.0, TARGETS, "both")
     blocks = flex.wanted(given.attention, device)
-    train = Training(2, 2, adapter, True, fused, blocks, quantised.PIECE if kind else 0)
+    train = Training(2, 2, adapter, True, cuda, blocks, quantised.PIECE if kind else 0)
     gen, vit, scored = (int(part.sum()) for part in (built.is_gen, built.kind == VIT, built.target >= 0))
     batch = Batch(*built.valid.shape, gen, scored, noisy, vit=vit)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
