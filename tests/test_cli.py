@@ -130,18 +130,35 @@ def test_wrong_parameters_stop_a_stage_before_it_starts(project, clear, fake_sta
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_an_interruption_says_how_to_go_on(project, signum):
-    script = """if True:
+@pytest.mark.parametrize(
+    ("place", "work"),
+    [
+        ("sft.run", "wait()"),
+        ("cli.spare_loopback", "exec('wait()')"),  # as in the making of a dataclass: Python left as if killed
+        ("sft.run", "caught(AttributeError)"),  # by a library, which fails at something else then
+        ("sft.run", "caught(ClearError)"),
+    ],
+)
+def test_an_interruption_says_how_to_go_on(project, signum, place, work):
+    (project / "typed.py").write_text(f"""if True:
         import sys, time, types
-        stage = types.ModuleType("clear.stages.sft")
-        stage.run = lambda config: (print("started", flush=True), time.sleep(60))
-        sys.modules[stage.__name__] = stage
+        from clear import cli
+        from clear.errors import ClearError
+        def wait():
+            print("started", flush=True)
+            time.sleep(60)
+        def caught(kind):
+            try:
+                wait()
+            except BaseException:
+                raise kind("no such key")
+        sft = sys.modules["clear.stages.sft"] = types.ModuleType("clear.stages.sft")
+        {place} = lambda *_: {work}
         sys.argv = ["clear", "sft"]
-        from clear.cli import main
-        main()"""
+        cli.main()""")
+    pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    pipe = subprocess.PIPE
-    with subprocess.Popen([sys.executable, "-c", script], stdout=pipe, stderr=pipe, text=True, env=environment) as run:
+    with subprocess.Popen([sys.executable, "-m", "typed"], text=True, env=environment, **pipes) as run:
         assert run.stdout.readline() == "started\n"
         run.send_signal(signum)
         _, stderr = run.communicate(timeout=20)

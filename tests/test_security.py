@@ -49,6 +49,7 @@ ALLOWED = {
     "clear/cli/pipeline.py importlib.import_module": "the names are those of STAGES, and of no file or parameter",
     "clear/data/pool.py multiprocessing.reduction.ForkingPickler.loads": "to a child of its own, through a pipe",
     "clear/degradation/registry.py exec_module": "plugins: files below plugins/ that params name, code like any other",
+    "clear/interruption.py exec": "of nothing, for what Python does after it",
     "clear/training/loop/saved.py torch.serialization.safe_globals": "arrays of numpy, in states this code wrote",
     "flows/batch/worker.py sh": "a stage's command, of the commit whose code is run; DVC hands it to a shell as well",
 }

@@ -8,19 +8,17 @@ is one line on stderr; Ctrl-C and SIGTERM end with a remedy, because every long 
 import atexit
 import locale
 import os
-import signal
 import sys
-import threading
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import typer
 
+from clear import interruption
 from clear.cli import benchmark, incoming, pipeline, project, registry, review, use
 from clear.cli import watch as watching
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError, fail, refusal, say
 
-INTERRUPTED = 130
 TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
 
 app = typer.Typer(
@@ -67,51 +65,26 @@ app.command("report", help=pipeline.REPORT, rich_help_panel=PIPELINE)(pipeline.s
 def main() -> None:
     """Run the command line and exit: 0 done, 1 refused with a reason, 2 misused or undecided, 130 interrupted."""
     try:
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        interruption.watch()
         _in_utf8()
-        sys.unraisablehook = _again
         spare_loopback()
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file name may not be valid text
         app()
-    except ClearError as error:
-        _refuse(error)
-    except OSError as error:
-        if (refused := refusal(error)) is None:
+    except BaseException as error:
+        if interruption.came(error):
+            _interrupted()
+        refused = refusal(error) if isinstance(error, OSError) else error
+        if not isinstance(refused, ClearError):
             raise
         _refuse(refused)
-    except KeyboardInterrupt:
-        _interrupted()
-    except SystemExit as end:
-        if end.code == INTERRUPTED:  # typer's code for KeyboardInterrupt
-            _interrupted()
-        raise
     finally:
-        atexit.register(_ignore_interruptions)
+        atexit.register(interruption.ignore)
 
 
 def _in_utf8() -> None:
     """Begin again in UTF-8 mode if the locale has another encoding, in which Python would read and write files."""
     if not sys.flags.utf8_mode and locale.getencoding().lower() not in ("utf-8", "utf8"):
         os.execve(sys.executable, sys.orig_argv, os.environ | {"PYTHONUTF8": "1"})
-
-
-def _ignore_interruptions() -> None:
-    """All is done or said. As Python ends it gives signals back their default, which would change the exit status, and
-    a second Ctrl-C would print its traceback."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-def _again(lost: Any) -> None:
-    """An interruption in the middle of a callback (of the garbage collector, of imports), where Python drops it, comes
-    again a moment later; anything else that was dropped is reported as ever."""
-    if not issubclass(lost.exc_type, KeyboardInterrupt):
-        sys.__unraisablehook__(lost)
-        return
-    # A signal to the main thread and not `interrupt_main`, which would not wake it from a blocking call.
-    again = threading.Timer(0.05, signal.pthread_kill, [threading.main_thread().ident, signal.SIGTERM])
-    again.daemon = True
-    again.start()
 
 
 def _close_bars() -> None:
@@ -122,10 +95,10 @@ def _close_bars() -> None:
 
 
 def _interrupted() -> NoReturn:
-    _ignore_interruptions()
+    interruption.ignore()
     _close_bars()
     say("interrupted; run the same command again to resume from the last checkpoint", sys.stderr)
-    sys.exit(INTERRUPTED)
+    sys.exit(interruption.STATUS)
 
 
 def _refuse(error: ClearError) -> NoReturn:

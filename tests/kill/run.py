@@ -7,6 +7,7 @@ Each trial begins with what the command reads, goes wrong once, and types the sa
 - `group`, `alone`: SIGKILL for its whole process group, or for it alone, at a random moment;
 - `change`: SIGKILL just before a change of a file (over all of them, evenly);
 - `asked`: SIGTERM or Ctrl-C, after which it must leave within PATIENCE seconds, without a traceback or a process left;
+- `often`: the same up to OFTEN times, each time on what the time before has left, until it is done;
 - `full`: a disk that is full after a share of the bytes that the command needs (over all of them, evenly);
 - `read-only`: a disk that is read-only at first, and in later turns from one change of a file on: in both it must end
   with one line that names the reason and the remedy, and leave no file under its final name that is not whole;
@@ -38,6 +39,7 @@ from tests.kill.disk import PLENTY, mounted
 from tests.kill.process import PATIENCE, Ended, Hook, differing, fresh, made, run
 
 MOUNTED = ("full", "read-only")
+OFTEN = 10
 
 
 def main() -> int:
@@ -168,16 +170,31 @@ def _before_change(trial: Trial) -> tuple[str, str, float]:
         return f"before {at}", _outlived(ended) or trial.again(folder, ended), 0.0
 
 
-def _asked(trial: Trial) -> tuple[str, str, float]:
-    number, after = trial.draw.choice((signal.SIGTERM, signal.SIGINT)), trial.draw.uniform(0.0, trial.told["seconds"])
+def _asked(trial: Trial, times: int) -> tuple[str, str, float]:
+    """SIGTERM or Ctrl-C at random moments, up to so many times: each time the same command goes on."""
+    given, slowest, why = [], 0.0, ""
     with fresh(trial.command, trial.base) as folder:
-        ended = run(trial.command.arguments, folder, signal_after=(number, after, True))
-        if not (why := _outlived(ended)):
-            if ended.status not in (0, 130, 143):
-                why = f"status {ended.status}: {ended.errors[-300:]}"
-            elif "Traceback" in ended.errors or ended.seconds > PATIENCE:
-                why = f"left after {ended.seconds:.1f} s with {ended.errors[-300:]!r}"
-        return f"{number.name} after {after:.1f} s", why or trial.again(folder, ended), ended.seconds
+        while len(given) < times and not why:
+            number = trial.draw.choice((signal.SIGTERM, signal.SIGINT))
+            after = trial.draw.uniform(0.0, trial.told["seconds"])
+            ended = run(trial.command.arguments, folder, signal_after=(number, after, True))
+            given, slowest = [*given, f"{number.name} after {after:.1f} s"], max(slowest, ended.seconds)
+            why = _not_left(ended)
+            if ended.status == 0:
+                break
+        how = given[0] if times == 1 else f"{len(given)} signals, at last {given[-1]}"
+        return how, why or trial.again(folder, ended), slowest
+
+
+def _not_left(ended: Ended) -> str:
+    """What is wrong with how a command has left after a signal, or ""."""
+    if why := _outlived(ended):
+        return why
+    if ended.status not in (0, 130, 143):
+        return f"status {ended.status}: {ended.errors[-300:]}"
+    if "Traceback" in ended.errors or ended.seconds > PATIENCE:
+        return f"left after {ended.seconds:.1f} s with {ended.errors[-300:]!r}"
+    return ""
 
 
 def _full(trial: Trial, disk) -> tuple[str, str, float]:
@@ -258,7 +275,8 @@ WAYS: dict[str, Callable[..., tuple[str, str, float]]] = {
     "group": lambda trial: _killed(trial, True),
     "alone": lambda trial: _killed(trial, False),
     "change": _before_change,
-    "asked": _asked,
+    "asked": lambda trial: _asked(trial, 1),
+    "often": lambda trial: _asked(trial, OFTEN),
     "full": _full,
     "read-only": _read_only,
     "twice": _twice,
