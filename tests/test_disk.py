@@ -90,6 +90,11 @@ def test_paid_replies_outlive_a_full_disk_which_is_not_called_a_damaged_file():
                 ReplyStore(disk.folder / f"{name}.sqlite")
 
 
+def test_sqlite_waits_until_a_reservation_is_on_the_disk(tmp_path):
+    """NORMAL, a third faster, lets a crash of the machine undo what was committed, or damage the file."""
+    assert ReplyStore(tmp_path / "replies.sqlite")._db.execute("PRAGMA synchronous").fetchone()[0] >= 2
+
+
 @pytest.fixture
 def crash(monkeypatch):
     """The names of the files that a crash of the machine could leave empty: renamed before they were on the disk."""

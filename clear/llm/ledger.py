@@ -46,7 +46,6 @@ class ReplyStore:
         self._lock = threading.Lock()
         with self._errors():
             self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
-            self._db.execute("PRAGMA synchronous = NORMAL")
             self._db.executescript(_TABLES)
 
     @contextmanager
