@@ -16,7 +16,7 @@ import openpyxl
 import pandas as pd
 import pytest
 
-from clear.bench.vlmeval import respond
+from clear.bench.vlmeval import collect, respond
 from clear.bench.vlmeval.answering import answer_table
 from clear.bench.vlmeval.prompts import prompt_of
 from clear.bench.vlmeval.respond import Asked, Folder, Given, Served, shards_of
@@ -61,6 +61,19 @@ def sheet(folder: Path, name: str = "MMStar.tsv", count: int = 10) -> Path:
         for n in range(count)
     ]
     return write_tsv(folder / name, rows)
+
+
+class Echo:
+    """A respondent that says a question's index."""
+
+    size = 8
+
+    def identity(self) -> dict:
+        return {}
+
+    def respond(self, shards):
+        for shard in shards:
+            yield [Given(row.index, row.index, "t") for row in shard.rows]
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -219,6 +232,26 @@ def test_xlsx_holds_text_as_text_and_what_it_cannot_hold_is_rejected(tmp_path):
     assert [(r.id, r.reason) for r in found.rejects] == [("MMStar-2", "xlsx"), ("MMStar-3", "xlsx")]
 
 
+@pytest.mark.parametrize("form", ["tsv", "xlsx"])
+def test_an_index_comes_back_as_it_was(tmp_path, form):
+    """A sheet would make 7 of 007, another row's index, and keeps fifteen digits."""
+    indices = ["0", "7", "007", "1" * 15, "1" * 16]
+    rows = [{"index": index, "image": b64(png(0)), "question": "?", "answer": "x"} for index in indices]
+    file = write_tsv(tmp_path / "MMStar.tsv", rows)
+    found = answer_table(file, tmp_path / "out", "M", Echo(), form=form)
+    assert collect.read([found.table])["index"].tolist() == indices
+
+
+def test_a_picture_beside_the_table_that_changed_is_another_table(tmp_path):
+    (tmp_path / "a.png").write_bytes(png(0))
+    file = write_tsv(tmp_path / "MMStar.tsv", [{"index": 1, "image_path": "a.png", "question": "?", "answer": "x"}])
+    answer_table(file, tmp_path / "out", "M", Echo())
+    answer_table(file, tmp_path / "out", "M", Echo())
+    (tmp_path / "a.png").write_bytes(png(1))
+    with pytest.raises(ClearError, match="answers to another table"):
+        answer_table(file, tmp_path / "out", "M", Echo())
+
+
 def test_shards_follow_the_table_whatever_its_length():
     rows = [Asked(str(n), "", b"") for n in range(7)]
     found = list(shards_of(rows, 3))
@@ -246,6 +279,7 @@ def test_an_endpoint_answers_and_is_asked_once(tmp_path):
         (tmp_path / "M/M_MMStar.jsonl").unlink()
         answer_table(file, tmp_path, "M", Served(client, 4))
         assert len(server.bodies) == asked, "the replies are kept, too"
+        assert collect.read([found.table])["restored"].isna().all(), "the server does not say"
         sent = {body["messages"][0]["content"][0]["image_url"]["url"].partition(",")[2] for body in server.bodies}
         assert sent == {b64(png(n)) for n in range(10) if n % 3 != 2}, "in whichever order they arrived"
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from clear.bench import decision
 from clear.bench.models import UnderTest
 from clear.config import compose, from_dict
+from clear.data.io import write_json
 from clear.data.records import write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
@@ -82,3 +83,16 @@ def test_the_probability_is_that_of_the_model_s_own_choice(tmp_path, monkeypatch
     assert "never" in text and "motion_blur" in text
     with pytest.raises(ClearError, match="never restores"):
         decision.outcomes(UnderTest(tmp_path / "data/models/grpo", "plain", "bridge", config), clean)
+
+
+def test_odds_without_a_bound_are_json_and_a_dash(tmp_path):
+    """Of few questions, all of which it decides rightly, nothing bounds the odds from above."""
+    found = decision.figures(frame([(False, True, 0.9), (True, False, 0.1)] * 6), resamples=50)
+    write_json(tmp_path / "found.json", found)
+
+    def fail(constant: str) -> None:
+        raise AssertionError(constant)
+
+    text = (tmp_path / "found.json").read_text()
+    for figures in (found, json.loads(text, parse_constant=fail)):
+        assert "odds of a call where it helps, within kind and level: – times" in budget.table(figures)

@@ -164,6 +164,11 @@ def test_data_changes_are_counted(tmp_path):
     assert rows["jpeg"] == ["2", "3", "6 (+1)", "11 (+1)"]
     assert rows["dark"] == ["2", "3", "5", "10"]
     assert rows["all"] == ["8", "12", "21 (+1)", "41 (+1)"]
+    write_json(head / "data/metrics/degrade.json", {"images": more | {"rl": {"fog": {"incoming": 7}}}})
+    table = changes.samples(*read_sides(tmp_path, base.name, head.name))
+    assert table.header == ["corruption", "low", "mid", "hard", "as it came", "all"]
+    assert ["fog", "0", "0", "0", "7 (+7)", "7 (+7)"] in table.rows
+    assert table.rows[-1] == ["all", "8", "12", "21 (+1)", "7 (+7)", "48 (+8)"]
     write_json(head / "data/metrics/traces.json", {"traces": 90})
     assert changes.data_figures(*read_sides(tmp_path, base.name, head.name)).rows == [
         ["traces: traces", "absent", "90"]

@@ -40,6 +40,16 @@ def test_plain_files_are_decoded_exactly(kind):
     assert (decode_image(saved(Image.fromarray(picture()), kind)) == picture()).all()
 
 
+@pytest.mark.parametrize("most", [1, 15, 100, 255, 4095, 65535])
+@pytest.mark.parametrize("kind", ["P5", "P6"])
+def test_white_of_a_pixmap_is_what_its_header_says(kind, most):
+    bytes_of, channels = (1 if most < 256 else 2), (1 if kind == "P5" else 3)
+    values = b"".join(value.to_bytes(bytes_of, "big") * channels for value in (most, 0, most // 3 * 2, most))
+    found = decode_image(f"{kind}\n2 2\n{most}\n".encode() + values)
+    expected = [255, 0, round(255 * (most // 3 * 2) / most), 255]
+    assert (found == np.array(expected, np.uint8).reshape(2, 2, 1)).all()
+
+
 def test_what_the_project_writes_comes_back():
     assert (decode_image(encode_image(picture())) == picture()).all()
     assert np.abs(decode_image(encode_image(picture(), "jpeg")).astype(int)[2:10, 2:18] - (250, 20, 30)).max() <= 3

@@ -21,7 +21,8 @@ from clear.model.sequence import SpecialTokens
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.model.vit import VitConfig
 from clear.project.release import export as exporting
-from clear.report import card
+from clear.report import card, data_card
+from clear.schema import Source
 from tests.conftest import ROOT, git
 from tests.helpers.adapters import TEXTS, adapted, qwen_folder
 from tests.tiny import save_random_model, tiny_model
@@ -276,3 +277,18 @@ def test_nothing_half_written_is_left(workspace, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         exporting.export(Path("data/models/grpo"), Path("out"), load(), exporting.Wishes())
     assert not [path for path in workspace.iterdir() if path.name.startswith("out")]
+
+
+@pytest.mark.parametrize("kind", Source.__dataclass_fields__["kind"].metadata["values"])
+def test_both_cards_know_every_source_and_count_what_it_writes(kind):
+    """Only scenes are counted by task, and pictures that came with their damage have no level."""
+    config = from_dict(compose([f"source.kind={kind}", *(["source.path=data/raw/x"] if kind != "scenes" else [])]))
+    questions = {"colour": 3, "count": 2} if kind == "scenes" else 5
+    metrics = {
+        "source": {"images": {"sft": 4}, "questions": {"sft": questions}},
+        "degrade": {"images": {"sft": {"dark": {"low": 1, "high": 2}, "fog": {"incoming": 6}}, "rl": {"dark": {}}}},
+    }
+    text = data_card.render(data_card.DataFacts("grpo@v1.0.0", config, metrics))
+    assert f"Source `{kind}`: " in text and "| sft | 4 | 5 |" in text
+    assert "| dark | 1 / 0 / 2 | 0 |" in text and "| fog | 6 | 0 |" in text
+    assert "training data" in card.render(card.Facts(name="m", config=config, license="other"))

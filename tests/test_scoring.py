@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from clear.bench import scoring
 from clear.data.records import Question
 from clear.errors import ClearError
+from clear.sources import rows
 from tests.helpers.predictions import frame_of
 
 COLOURS = ("red", "blue", "dark green", "blue sky")
@@ -104,6 +105,25 @@ def test_an_option_text_that_occurs_twice_decides_nothing():
     assert scoring.is_correct("a", question) and not scoring.is_correct("red", question)
     with pytest.raises(ClearError, match="Question q: the answer 'pink' names none of the options"):
         scoring.is_correct("red", Question("q", "attribute", "?", "pink", ("red", "blue")))
+
+
+texts = st.sampled_from(
+    ["5", "5%", "$5", "50", "90°", "red", "Red", "a cup", "B", "b", "C. red", "(B) red", "D.", "x_1"]
+)
+
+
+@given(st.lists(texts, min_size=2, max_size=5), texts)
+def test_an_answer_that_a_source_takes_is_right(options, answer):
+    """Scoring would refuse it, after every question has been answered."""
+    made = rows.question("q", "t", "which ?", answer, options)
+    assert isinstance(made, str) or scoring.is_correct(made.answer, made)
+    assert options.count(answer) != 1 or not isinstance(made, str), "the text of one option names it"
+
+
+def test_an_answer_may_be_the_letter_and_the_text_of_its_option():
+    for answer in ("B. blue", "(B) blue", "b", "blue"):
+        made = rows.question("q", "t", "Which?\nA. red\nB. blue", answer, rows.options_in("Which?\nA. red\nB. blue"))
+        assert made.options == ("red", "blue") and scoring.is_correct("B", made) and not scoring.is_correct("A", made)
 
 
 def test_both_halves_of_a_pair_must_be_right():

@@ -98,6 +98,22 @@ def test_a_repeated_id_and_images_of_the_benchmark_are_rejected(here):
     assert metrics()["images"]["bench"] == 1
 
 
+def test_a_third_half_of_a_pair_is_rejected(here):
+    """Scoring refuses it, after every question has been answered."""
+    place = here / "data/raw/mine"
+    place.mkdir()
+    lines = []
+    for i in range(30):
+        (place / f"{i}.png").write_bytes(encoded(i))
+        lines.append({"image": f"{i}.png", "question": "Is it?", "answer": "yes", "pair": "p", "id": f"r{i}"})
+    write_jsonl(place, lines)
+    source.run(config_of("source.kind=folder", "source.path=data/raw/mine", "source.shares=[0,1,0,0,0,0]"))
+    assert [s.id for s in read_samples("data/samples/sft")] == ["r0", "r1"]
+    lost = rejects()
+    assert len(lost) == 28 and set(lost.reason) == {"pair"}
+    assert set(lost.detail) == {"it would be the third half of pair p; a pair has two"}
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

@@ -109,6 +109,14 @@ def test_a_saved_hugging_face_data_set_is_read(tmp_path):
     assert llava_onevision.count(tmp_path / "p") == 70
 
 
+def test_files_whose_names_differ_outside_ascii_alone_have_ids_of_their_own(tmp_path):
+    for name in ("训练", "测试", "plain"):
+        (tmp_path / name).mkdir()
+        pd.DataFrame(llava_rows()[:1]).to_parquet(tmp_path / name / "data-0.parquet")
+    found = {row.id for row in llava_onevision.rows(tmp_path)}
+    assert len(found) == 3 and "llava-plain_data-0-000000" in found, "and others keep theirs, which seeds depend on"
+
+
 def test_images_that_lie_beside_the_file_and_lists_of_one_are_read(tmp_path):
     (tmp_path / "cup.png").write_bytes(encoded(0))
     rows = [
@@ -320,19 +328,20 @@ def test_a_folder_with_json_lines_is_read_and_odd_lines_are_rejected(tmp_path):
         {"image": "in/a.png", "question": ["What?"], "answer": "x"},
         {"image": "in/a.png", "questions": []},
         {"image": "in/a.png", "question": "Which?", "answer": "z", "options": ["a", "b"]},
+        {"image": "in/a.png", "questions": [{"question": f"{n}?", "answer": n, "id": "same"} for n in range(2)]},
         [1],
     ]  # fmt: skip
     write_jsonl(tmp_path, lines)
     with (tmp_path / "data.jsonl").open("a") as file:
         file.write("\n{broken\n")
     found = list(folder.rows(tmp_path))
-    assert folder.count(tmp_path) == len(found) == 11
+    assert folder.count(tmp_path) == len(found) == 12
     cup, two, *bad = found
     assert cup.id == "cup" and cup.questions[0].id == "cup-0" and cup.questions[0].task == "data"
     assert two.id == "data-000002" and two.questions[0].answer == "1"
     assert two.questions[1].id == "own" and two.questions[1].task == "pick" and two.questions[1].options == ("a", "b")
     assert (two.questions[1].evidence, two.questions[1].pair) == ("seen", "p")
     assert [row.reason for row in bad] == [
-        "no image", "no image", "question", "line", "question", "question", "question", "line", "line",
+        "no image", "no image", "question", "line", "question", "question", "question", "question", "line", "line",
     ]  # fmt: skip
-    assert bad[-1].id == "data-000012" and "not a JSON object" in bad[-1].detail
+    assert bad[-1].id == "data-000013" and "not a JSON object" in bad[-1].detail

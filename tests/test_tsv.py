@@ -178,6 +178,32 @@ def test_files_that_cannot_be_read_are_named_and_the_others_are_made(tmp_path):
     assert whole == (tmp_path / "sound/manifest.parquet").read_bytes()
 
 
+def test_two_runs_into_one_folder_are_one_over_both(tmp_path):
+    for name in "BA":
+        row = {"index": 1, "image": b64(picture(ord(name))), "question": "?", "answer": "x"}
+        write_tsv(tmp_path / f"in/{name}.tsv", [row, row | {"index": 2, "image": b64(b"no picture" * 9)}])
+        write_benchmarks(tmp_path / f"in/{name}.tsv", tmp_path / "one by one", "row", workers=1)
+    write_benchmarks(tmp_path / "in", tmp_path / "at once", "row", workers=1)
+    for name in ("manifest.parquet", "rejects.parquet"):
+        assert (tmp_path / "one by one" / name).read_bytes() == (tmp_path / "at once" / name).read_bytes()
+    (tmp_path / "in/B.tsv").unlink()
+    for file in (tmp_path / "at once").glob("B*.tsv"):
+        file.unlink()
+    write_benchmarks(tmp_path / "in", tmp_path / "at once", "row", workers=1)
+    assert set(pd.read_parquet(tmp_path / "at once/manifest.parquet").bench) == {"A"}, "what is gone is in no manifest"
+
+
+def test_a_picture_beside_the_table_that_changed_is_another_source(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/a.png").write_bytes(encode_image(decode_image(picture(1))))
+    write_tsv(tmp_path / "in/X.tsv", [{"index": 1, "image_path": "a.png", "question": "?", "answer": "x"}])
+    write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
+    write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
+    (tmp_path / "in/a.png").write_bytes(encode_image(decode_image(picture(2))))
+    with pytest.raises(ClearError, match="made from other data"):
+        write_benchmarks(tmp_path / "in", tmp_path / "out", "row", workers=1)
+
+
 def test_a_quotation_mark_at_the_start_of_a_cell_swallows_no_row(tmp_path):
     lines = ["index\timage\tquestion\tanswer"]
     lines += [f"{n}\t{b64(picture(n))}\t{text}\tx" for n, text in enumerate(('"Stop" or go?', "b", '"c', 'd "', "e"))]

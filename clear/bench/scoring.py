@@ -27,40 +27,25 @@ def is_correct(prediction: str, question: Question) -> bool:
     same text, or by the letter followed by that text; the gold answer may be given in either form. An empty
     prediction is wrong. Raises ClearError if the gold answer names no option.
     """
-    from clear.sources.scenes.questions import normalise
+    from clear.sources.scenes.words import normalise, option_named
 
-    found = normalise(prediction)
     if not question.options:
-        return found != "" and found == normalise(question.answer)
-    options = [normalise(option) for option in question.options]
-    gold = _chosen(normalise(question.answer), options)
+        return normalise(prediction) == normalise(question.answer) != ""
+    gold = option_named(question.answer, question.options)
     if gold is None:
         raise ClearError(
             f"Question {question.id}: the answer {question.answer!r} names none of the options "
             f"{list(question.options)}; correct the data."
         )
-    return _chosen(found, options) == gold
+    return option_named(prediction, question.options) == gold
 
 
 def spelled_out(answer: str, question: Question) -> str:
     """An answer as a judge can compare it: "B. blue" where it names one of the question's options, else as it is."""
-    from clear.sources.scenes.questions import normalise
+    from clear.sources.scenes.words import LABELS, option_named
 
-    found = _chosen(normalise(answer), [normalise(option) for option in question.options])
-    return answer if found is None else f"{chr(ord('A') + found)}. {question.options[found]}"
-
-
-def _chosen(answer: str, options: list[str]) -> int | None:
-    """Index of the one option that a normalised answer names, or None: by capital letter, by text, by small letter."""
-    letters = [chr(ord("A") + index) for index in range(len(options))]
-    if answer in letters:
-        return letters.index(answer)
-    if answer and options.count(answer) == 1:
-        return options.index(answer)
-    letter, _, text = answer.partition(" ")
-    if letter.upper() in letters and text in ("", options[letters.index(letter.upper())]):
-        return letters.index(letter.upper())
-    return None
+    found = option_named(answer, question.options)
+    return answer if found is None else f"{LABELS[found]}. {question.options[found]}"
 
 
 def present(values: Iterable[str]) -> list[str]:

@@ -15,10 +15,14 @@ import hashlib
 import re
 import zlib
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from clear.errors import ClearError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 READ = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
 """Formats that are read, by Pillow's names. An MPO file (a JPEG with further ones behind it) is opened as a JPEG."""
@@ -84,6 +88,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 raise ClearError(f"{name}: a camera's raw file, which cannot be read; convert it to PNG or JPEG.")
             if picture.format in ("JPEG", "MPO"):
                 _check_jpeg(data)
+            if picture.format == "PPM" and picture.mode in ("1", "L", "RGB", "I"):
+                return _of_ppm(picture)
             deep = picture.mode in ("I", "F") or picture.mode.startswith("I;") or _has_two_bytes(picture)
             by_pillow = picture.has_transparency_data and not deep
             if picture.format not in ("JPEG", "MPO", "PNG") or by_pillow:
@@ -112,6 +118,14 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
             raise ClearError(f"{name}: pixels are {array.dtype}, expected 8 or 16 bits; convert it, or remove it.")
         array = _over_white(array[:, :, None] if array.ndim == 2 else array[:, :, [2, 1, 0, 3][: array.shape[2]]])
     return np.ascontiguousarray(_turned(array, orientation))
+
+
+def _of_ppm(picture: "Image.Image") -> np.ndarray:
+    """Of a PBM, PGM or PPM, whose white is what its header says (4,095 of a camera's twelve bits): OpenCV takes every
+    value for one of 255, Pillow scales it to 255 or, in mode I, to 65,535."""
+    if picture.mode != "I":
+        return np.array(picture.convert("RGB"))
+    return _over_white(np.asarray(picture).astype(np.uint16)[:, :, None])
 
 
 def encode_image(array: np.ndarray, kind: str = "png") -> bytes:

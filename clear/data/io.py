@@ -6,6 +6,7 @@ give equal bytes. Also the form of tables in plain text.
 """
 
 import json
+import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -84,7 +85,10 @@ def write_text(path: Path | str, text: str) -> None:
 
 
 def write_json(path: Path | str, value: dict) -> None:
-    """Write JSON with sorted keys, rounded floats and a final newline, so that equal values give equal bytes."""
+    """Write JSON with sorted keys, rounded floats and a final newline, so that equal values give equal bytes.
+
+    What is not a finite number is null: JSON has no other word for it, and strict readers refuse Python's.
+    """
     write_text(path, json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
 
 
@@ -97,7 +101,7 @@ def aligned(rows: Sequence[Sequence[str]], gap: str = " ", left: int = 1) -> lis
 
 def _rounded(value):
     if isinstance(value, float):
-        return round(value, 6)
+        return round(value, 6) if math.isfinite(value) else None
     if isinstance(value, dict):
         return {str(k): _rounded(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -59,11 +59,17 @@ def table(found: dict) -> str:
             lines.append(f"{name:18}" + "".join(f"{100 * row[column]:9.1f}" for column in columns))
     odds = found.get("odds_of_a_call_where_it_helps")
     if odds:
+        estimate, *ends = (_bounded(odds[key]) for key in ("estimate", "low", "high"))
         lines.append(
-            f"odds of a call where it helps, within kind and level: {odds['estimate']:.1f} times those where it harms "
-            f"[{odds['low']:.1f}, {odds['high']:.1f}]"
+            f"odds of a call where it helps, within kind and level: {estimate} times those where it harms "
+            f"[{', '.join(ends)}]"
         )
     return "\n".join(lines)
+
+
+def _bounded(value: float | None) -> str:
+    """A ratio; "–" where few questions, or a perfect decision, bound it by nothing."""
+    return "–" if value is None or not np.isfinite(value) else f"{value:.1f}"
 
 
 def draw(path: Path, frame: "pd.DataFrame", title: str) -> None:

@@ -24,6 +24,7 @@ SOURCES = {
     "for research only",
     "lmudata": "benchmark tables in VLMEvalKit's form; their licences are those of the benchmarks",
     "folder": "images with questions of whoever trained this model",
+    "clear_train": "the training set of CLEAR's authors with its own degraded copies; its licence is theirs to state",
 }
 DATASETS = {"llava_onevision": ["lmms-lab/LLaVA-OneVision-Data"]}
 """Names on the Hugging Face hub by kind of source."""

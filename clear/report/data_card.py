@@ -6,7 +6,7 @@ Everything is taken from tracked metrics and dvc.lock, so equal commits have equ
 from dataclasses import dataclass, field
 
 from clear.bench.scoring import SEVERITIES
-from clear.data.records import CLEAN
+from clear.data.records import CLEAN, INCOMING
 from clear.report.card import LICENSE, SOURCES
 from clear.report.markdown import as_prose, as_text
 from clear.report.tables import Table
@@ -60,7 +60,7 @@ def _samples(facts: DataFacts) -> str:
     metrics = facts.metrics.get("source", {})
     questions = metrics.get("questions", {})
     rows = [
-        [split, f"{images:,}", f"{sum(questions[split].values()):,}" if split in questions else "–"]
+        [split, f"{images:,}", f"{_all(questions[split]):,}" if split in questions else "–"]
         for split, images in sorted(metrics.get("images", {}).items())
     ]
     if not rows:
@@ -68,8 +68,13 @@ def _samples(facts: DataFacts) -> str:
     return Table(["split", "images", "questions"], rows, "No image is in two splits.").markdown()
 
 
+def _all(questions: int | dict[str, int]) -> int:
+    """Of scenes they are counted by task."""
+    return questions if isinstance(questions, int) else sum(questions.values())
+
+
 def _damage(facts: DataFacts) -> str:
-    """Pictures of each kind of damage at low / mid / hard, by what they are for."""
+    """Pictures of each kind of damage at low / mid / hard, or of no level, by what they are for."""
     counts = {title: facts.metrics.get("degrade", {}).get("images", {}).get(split) for split, title in _COLUMNS.items()}
     cells = facts.metrics.get("mmd_bench", {}).get("degraded", {}).get("cells", {})
     counts["MMD-Bench"] = {
@@ -81,11 +86,15 @@ def _damage(facts: DataFacts) -> str:
         return "Nothing was degraded, or it was not counted."
 
     def cell(levels: dict[str, int]) -> str:
+        if not levels.keys() - {INCOMING}:
+            return str(sum(levels.values()))
         return " / ".join(str(levels.get(level, 0)) for level in _DAMAGED)
 
     rows = [[kind.replace("_", " "), *(cell(found.get(kind, {})) for found in counts.values())] for kind in kinds]
     version = facts.metrics.get("degrade", {}).get("protocol_version")
-    caption = "Pictures at low / mid / hard." + (f" Protocol {version}." if version else "")
+    caption = "Pictures at low / mid / hard; one number where the pictures came with their damage." + (
+        f" Protocol {version}." if version else ""
+    )
     return Table(["damage", *counts], rows, caption).markdown()
 
 

@@ -57,6 +57,8 @@ def _row(file: Path, root: Path, name: str, record: object) -> Row | Reject:
             found = _question(f"{name}-{number}", subset, item)
             if isinstance(found, str):
                 raise Unusable("question", f"question {number}: {found}")
+            if any(found.id == one.id for one in made):
+                raise Unusable("question", f"question {number}: its id {found.id} is an earlier one's, too")
             made.append(found)
         image = picture_of(record["image"], "image", file, root)
     except Unusable as error:

@@ -33,7 +33,7 @@ from clear.sources.fields import (
     text_of,
     unlinked,
 )
-from clear.sources.scenes.words import LABELS, normalise
+from clear.sources.scenes.words import LABELS, normalise, option_named
 
 FOLDER = Path("data/incoming")
 TASK = "question"
@@ -239,7 +239,7 @@ def _question(one: Any, task: Any) -> Question:
     answer, choices = values["answer"], [normalise(option) for option in options]
     if choices and (not 2 <= len(choices) <= len(LABELS) or len(set(choices)) < len(choices)):
         raise Unusable("question", f"`options` = {quoted(list(options))} must be two to {len(LABELS)} different texts")
-    if choices and normalise(answer) not in choices and answer.strip("(.) ") not in [*LABELS[: len(choices)]]:
+    if choices and option_named(answer, options) is None:
         raise Unusable("question", f"`answer` = {quoted(answer)} names none of the options {quoted(list(options))}")
     text = values.pop("question")
     return Question(id="", text=text, options=tuple(option.strip() for option in options), **values)

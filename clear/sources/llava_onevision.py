@@ -7,11 +7,13 @@ in chat templates); `id` is optional. The subset is the file's first folder belo
 pair of turns becomes a question about the image; METHOD §6.
 """
 
+import os
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from clear.data.records import Question
+from clear.data.records import Question, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
 from clear.sources.fields import Unusable, batch_rows, picture_of, readable, tables, text_of
@@ -48,11 +50,12 @@ def count(path: Path) -> int | None:
 def rows(path: Path) -> Iterator[Row | Reject]:
     """Every row below `path`, or why it cannot be used. Raises ClearError for a file without the two columns."""
     root = path if path.is_dir() else path.parent
-    for file in files(path):
-        subset = _subset(file, path)
-        stem = file.relative_to(path).with_suffix("").as_posix() if path.is_dir() else file.stem
+    stems = {file: file.relative_to(root).with_suffix("").as_posix() for file in files(path)}
+    alike = Counter(_plain(stem) for stem in stems.values())
+    for file, stem in stems.items():
+        name = _plain(stem) if alike[_plain(stem)] == 1 else f"{_plain(stem)}-{sha256(os.fsencode(stem))[:8]}"
         for number, record in enumerate(_records(file)):
-            yield _row(f"llava-{_plain(stem)}-{number:06d}", subset, record, file, root)
+            yield _row(f"llava-{name}-{number:06d}", _subset(file, path), record, file, root)
 
 
 def _subset(file: Path, path: Path) -> str:

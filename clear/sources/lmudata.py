@@ -9,12 +9,14 @@ where the images are, so that memory stays flat. In MMVP two rows are the halves
 
 import base64
 import binascii
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path, PurePath
 
 from clear.data import tables
+from clear.data.records import file_sha256, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, shown
 from clear.sources.rows import Row, question
@@ -81,6 +83,20 @@ def _read(file: Path) -> tuple[list[str], Iterator[tables.TableRow]]:
     if "index" not in header or not {"question", "prompt"} & set(header):
         raise ClearError(f"{file}: no header with 'index' and 'question' in its first line; is it a VLMEvalKit TSV?")
     return header, found
+
+
+def identity(file: Path) -> dict[str, str]:
+    """What everything that is made of a file depends on: the SHA-256 of its bytes as `table` and, if it has rows whose
+    picture is a file of its own, of these as `pictures`. Raises ClearError as `records`, and OSError."""
+    found, paths = {"table": file_sha256(file)}, {}
+    header, rows = _read(file)
+    if "image_path" in header:
+        for row in rows:
+            path = row.cells["image_path"].strip()
+            if path and not row.cells.get("image", "").strip() and path not in paths:
+                content = _from_path(path, file.parent)
+                paths[path] = content if isinstance(content, str) else sha256(content)
+    return found | ({"pictures": sha256(json.dumps(paths).encode())} if paths else {})
 
 
 class Table:

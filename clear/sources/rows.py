@@ -11,6 +11,7 @@ rejected with a reason.
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -24,7 +25,7 @@ from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted
 from clear.schema import Source
 from clear.sources.fields import unprintable
-from clear.sources.scenes.words import LABELS
+from clear.sources.scenes.words import LABELS, option_named
 
 SPLITS = ("pretrain", "sft", "rl", "validation", "bench", "development")
 """In the order of `source.shares`. Recipes are compared on `development`, so that `bench` stays unseen."""
@@ -126,12 +127,14 @@ def examined(rows: Iterable[Row | Reject], rules: Source, workers: int) -> Itera
 def assigned(
     found: Iterable[Examined | Reject], seed: int, shares: Sequence[float], held_out: set[bytes] = frozenset()
 ) -> Iterator[Sample | Reject]:
-    """Give every sample its split ("" = not sampled) and reject what is in `held_out` or repeats an id.
+    """Give every sample its split ("" = not sampled) and reject what is in `held_out`, repeats an id, or would be the
+    third half of a pair there.
 
     A degraded copy that came with the data stays with the samples that are trained on; elsewhere the protocol makes the
     copies.
     """
     ids: set[bytes] = set()
+    halves: Counter[tuple[str, str]] = Counter()
     for item in found:
         if isinstance(item, Reject):
             yield item
@@ -139,13 +142,17 @@ def assigned(
         sample, subset = item.sample, json.loads(item.sample.annotation or "{}").get("subset", "")
         split = split_of(item.pixels, seed, shares)
         key = hashlib.sha256(sample.id.encode()).digest()[:12]
+        pairs = Counter((split, question.pair) for question in sample.questions if question.pair)
         if split and item.pixels in held_out:
             yield Reject(sample.id, subset, "in bench", "its image is in source.bench_path")
         elif split and key in ids:
             yield Reject(sample.id, subset, "id", "another row has this id")
+        elif split and (third := next((one for one in pairs if halves[one] + pairs[one] > 2), None)):
+            yield Reject(sample.id, subset, "pair", f"it would be the third half of pair {third[1]}; a pair has two")
         else:
             if split:
                 ids.add(key)
+                halves.update(pairs)
             if sample.degraded is not None and split not in TAUGHT:
                 sample = replace(sample, degraded=None, corruption=CLEAN, severity=CLEAN)
             yield replace(sample, split=split)
@@ -165,7 +172,8 @@ def question(
     id: str, task: str, text: str, answer: str, options: Sequence[str] = (), blank: bool = False, **more: str
 ) -> Question | str:
     """A question, or the reason why it is none: an empty text, answer or (unless `blank`) option, too many options, or
-    an answer that names none of them."""
+    an answer that names none of them. Of options that differ in punctuation alone ("5" and "5%") scoring cannot tell
+    one by its text; an answer that is the text of one becomes its letter."""
     text, answer = text.strip(), answer.strip()
     if not text or not answer:
         return f"the {'question' if not text else 'answer'} is empty"
@@ -175,7 +183,9 @@ def question(
     empty = [label for label, option in zip(letters, options, strict=True) if not option.strip()]
     if empty and not blank:
         return f"option {empty[0]} is empty"
-    named = answer.rstrip(".").strip("()") in letters or [o.strip().lower() for o in options].count(answer.lower()) == 1
-    if options and not named:
-        return f"the answer {answer[:80]!r} names none of the options {', '.join(options)[:200]}"
+    if options and option_named(answer, options) is None:
+        meant = [letter for letter, option in zip(letters, options, strict=True) if option.strip() == answer]
+        if len(meant) != 1:
+            return f"the answer {answer[:80]!r} names none of the options {', '.join(options)[:200]}"
+        answer = meant[0]
     return Question(id, task, text, answer, tuple(options), **more)

@@ -17,6 +17,7 @@ outage, is not journaled: the same command asks again.
 import csv
 import json
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,6 @@ from typing import Any
 from clear.bench.vlmeval.prompts import prompt_of
 from clear.bench.vlmeval.respond import Asked, Given, Respondent, Shard, shards_of
 from clear.data.io import replacing
-from clear.data.records import file_sha256
 from clear.data.rejects import Reject, write_rejects
 from clear.errors import ClearError, naming
 from clear.sources import lmudata
@@ -35,6 +35,7 @@ CELL = 32_767
 """Characters that a cell of xlsx holds."""
 
 VERSION = 1
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,14}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ def answer_table(
     folder = out / name
     folder.mkdir(parents=True, exist_ok=True)
     stem = folder / f"{name}_{bench}"
-    state = {"version": VERSION, "table": file_sha256(file), "prompt": style, "by": respondent.identity()}
+    state = {"version": VERSION, **lmudata.identity(file), "prompt": style, "by": respondent.identity()}
     unread: list[Given] = []
     with _Journal(stem.with_name(stem.name + ".jsonl"), state) as journal:
         if progress:
@@ -209,7 +210,8 @@ def _write_table(path: Path, table: lmudata.Table, kept: dict[str, Given], rejec
 
 
 def _write_xlsx(path: Path, header: list[str], rows: Iterator[list[str]], bench: str, rejects: list[Reject]) -> None:
-    """One sheet. Cells are text, also those that begin with "=", but for a numeric index, as VLMEvalKit writes it."""
+    """One sheet. Cells are text, also those that begin with "=", but for an index that is the text of its number, as
+    VLMEvalKit writes it: 007 would be 7, and of more than fifteen digits a sheet keeps fifteen."""
     from openpyxl import Workbook
     from openpyxl.cell import WriteOnlyCell
     from openpyxl.utils.exceptions import IllegalCharacterError
@@ -219,7 +221,7 @@ def _write_xlsx(path: Path, header: list[str], rows: Iterator[list[str]], bench:
     index = header.index("index")
 
     def cell(text: str, numeric: bool) -> Any:
-        made = WriteOnlyCell(sheet, value=int(text) if numeric and text.isdecimal() else text)
+        made = WriteOnlyCell(sheet, value=int(text) if numeric and _NUMBER.fullmatch(text) else text)
         if isinstance(made.value, str):
             made.data_type = "s"
         return made

@@ -112,7 +112,8 @@ def _file(path: Path) -> "pd.DataFrame":
 
 
 def _restored(path: Path, indices: list[str]) -> list[bool | None]:
-    """Whether each row was restored first, by the record that `clear answer` writes beside a table."""
+    """Whether each row was restored first, by the record that `clear answer` writes beside a table; None where the one
+    who answered does not say."""
     beside = path.with_suffix(".parquet")
     if beside == path or not beside.is_file():
         return [None] * len(indices)
@@ -120,13 +121,14 @@ def _restored(path: Path, indices: list[str]) -> list[bool | None]:
     if not {"index", "restored"} <= set(header):
         return [None] * len(indices)  # the same table in another format
     said = {row.cells["index"]: row.cells["restored"] for row in rows}
-    lost = next((index for index in indices if said.get(index) not in ("True", "False")), None)
+    known = {"True": True, "False": False, "": None}
+    lost = next((index for index in indices if said.get(index) not in known), None)
     if lost is not None:
         raise ClearError(
             f"{beside}: does not say whether index {lost} was restored, so it is not the record of {path}; run "
             "`clear answer` again, or move it away to score without it."
         )
-    return [said[index] == "True" for index in indices]
+    return [known[said[index]] for index in indices]
 
 
 def _pictures(frame: "pd.DataFrame", manifest: Path | None) -> list[str]:
@@ -136,6 +138,11 @@ def _pictures(frame: "pd.DataFrame", manifest: Path | None) -> list[str]:
     if missing := [name for name in ("bench", "index", "image_index") if name not in header]:
         raise ClearError(f"{manifest}: no column '{missing[0]}'; name the manifest.parquet of `clear mmd-bench`.")
     of = {(row.cells["bench"], row.cells["index"]): row.cells["image_index"] for row in rows}
+    if missing := sorted({*frame["bench"]} - {bench for bench, _ in of}):
+        raise ClearError(
+            f"{manifest}: no row of {missing[0]}, so which of its questions share a picture is not known; name the "
+            "manifest.parquet of the folder that this benchmark was made in."
+        )
     return [of.get((bench, index), index) for bench, index in zip(frame["bench"], frame["index"], strict=True)]
 
 

@@ -140,7 +140,7 @@ def write_benchmarks(
         if file not in clean:
             say(f"{shown(file.name)}: is degraded already, by its name; passed over")
     out.mkdir(parents=True, exist_ok=True)
-    written, parts, unreadable = [], [], []
+    written, unreadable = [], []
     with writer(out, say=say):
         for file in clean:
             try:
@@ -149,7 +149,8 @@ def write_benchmarks(
                 unreadable.append(lmudata.unreadable(file, error))
                 continue
             written += [output.path for output in made]
-            parts += [output.part for output in made]
+        # What an earlier call made of other benchmarks is still here, and one manifest has all.
+        parts = [part for part in sorted((out / ".parts").glob("*.jsonl")) if (out / f"{part.stem}.tsv").exists()]
         _write_manifest(out / MANIFEST, parts)
         # The files of one corruption have the same rejects.
         rejects = dict.fromkeys(reject for part in parts for reject in _read_part(part)[1])
@@ -168,10 +169,13 @@ def _write_bench(
     """The files of one TSV. Raises _Unreadable before anything is written."""
     table, written = None, []
     try:
-        digest = file_sha256(file)
+        digests = lmudata.identity(file)
     except OSError as error:
         raise _Unreadable(str(refusal(error))) from error
-    state = {"source_sha256": digest, "protocol_version": PROTOCOL_VERSION, "size_scale": scale}
+    except ClearError as error:
+        raise _Unreadable(str(error)) from error
+    state = {"source_sha256": digests.pop("table"), **digests}
+    state |= {"protocol_version": PROTOCOL_VERSION, "size_scale": scale}
     for _, group in groupby(wanted, key=lambda target: target.corruption):
         outputs = [Output(target, out) for target in group]
         missing = [output for output in outputs if not _finished(output, state)]

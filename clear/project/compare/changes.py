@@ -11,12 +11,12 @@ from typing import Any
 
 from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
+from clear.data.records import CLEAN, INCOMING
 from clear.project.compare.differences import TITLES
 from clear.project.compare.load import BENCH, LOCK, Side, outputs
 from clear.report.claims import LEVELS, points
 from clear.report.tables import PIPELINE, Table
 
-DAMAGED = SEVERITIES[1:]
 ABSENT, UNRECORDED = "absent", "not recorded"
 DATA_STAGES = ("source", "degrade", "mmd_bench", "validate", "traces")
 TRAINING_SPLITS = ("sft", "rl")
@@ -100,21 +100,20 @@ def samples(base: Side, head: Side) -> Table:
     """Degraded training images (sft and rl together) per corruption and severity at head, with the change."""
     counts = [_training_counts(side) for side in (base, head)]
     names = sorted({name for copies in counts for name, _ in copies})
+    levels = {level: title for level, title in LEVELS.items() if level != CLEAN}
+    if any(level == INCOMING for copies in counts for _, level in copies):
+        levels[INCOMING] = "as it came"
     rows = []
-    for name in names:
-        cells = [[copies.get((name, severity), 0) for copies in counts] for severity in DAMAGED]
-        rows.append([name.replace("_", " "), *(_change(*cell) for cell in cells), _change(*_sums(cells))])
-    if rows:
-        totals = [
-            [sum(n for (_, s), n in copies.items() if s == severity) for copies in counts] for severity in DAMAGED
-        ]
-        rows.append(["all", *(_change(*cell) for cell in totals), _change(*_sums(totals))])
+    for name in [*names, ""] if names else []:
+        kept = [{key: n for key, n in copies.items() if name in (key[0], "")} for copies in counts]
+        cells = [[sum(n for (_, one), n in copies.items() if one == level) for copies in kept] for level in levels]
+        rows.append([name.replace("_", " ") or "all", *(_change(*cell) for cell in [*cells, _sums(cells)])])
     caption = (
         "Degraded training images (splits sft and rl), at head; in brackets the change from base."
         if rows
         else "data/metrics/degrade.json is on neither side, so the samples per type are unknown."
     )
-    return Table(["corruption", *(LEVELS[severity] for severity in DAMAGED), "all"], rows, caption)
+    return Table(["corruption", *levels.values(), "all"], rows, caption)
 
 
 def _sums(cells: list[list[int]]) -> list[int]:

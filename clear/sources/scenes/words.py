@@ -93,6 +93,20 @@ LABELS = "ABCDEFGHIJ"
 """The letters that name the options of a multiple-choice question, in order; no question has more options."""
 
 
+def option_named(answer: str, options: Sequence[str]) -> int | None:
+    """Index of the one option that an answer names, or None: by capital letter, by text if no other has the same one,
+    by small letter, or by a letter and that option's text ("B. blue"); all of them as `normalise` compares them."""
+    said, texts, letters = normalise(answer), [normalise(option) for option in options], LABELS[: len(options)]
+    if len(said) == 1 and said in letters:
+        return letters.index(said)
+    if said and texts.count(said) == 1:
+        return texts.index(said)
+    letter, _, text = said.partition(" ")
+    if len(letter) == 1 and letter.upper() in letters and text in ("", texts[letters.index(letter.upper())]):
+        return letters.index(letter.upper())
+    return None
+
+
 def lists_options(text: str, options: Sequence[str]) -> bool:
     """Whether `text` itself lists all `options` in order, each behind its letter, with nothing but separators between.
 
