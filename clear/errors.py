@@ -24,6 +24,7 @@ _REMEDIES = {
     "free some space there, then run the command again": (errno.ENOSPC, errno.EDQUOT),
     "correct the path": (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ENOTEMPTY),
     "remove or correct the link": (errno.ELOOP,),
+    "the disk, or the connection to it, fails: check it before anything else": (errno.EIO,),
     "raise the limit on the size of a file (ulimit -f)": (errno.EFBIG,),
     "raise the limit on open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
 }

@@ -42,7 +42,7 @@ class Runtime:
     attention: str = one_of("auto", "dense", "flex")  # training without a cache; auto: flex on CUDA, dense elsewhere
     offload: bool = field()  # frozen decoder layers wait in host memory; in training with adapters and recomputing only
     gradient_checkpointing: bool = field()  # recompute each decoder layer in the backward pass instead of keeping it
-    checkpoint_every: int = count()  # optimiser steps between checkpoints
+    checkpoint_every: int = count()  # optimiser steps between checkpoints; of GRPO's, which are longer, a tenth
     log_every: int = count()
     trackers: list[str] = field(metadata={"values": ("dvclive", "tensorboard", "mlflow", "wandb")})
     panel_every: int = between(0, 10**9)  # steps between panels of held-out pictures in the trackers; 0 = none

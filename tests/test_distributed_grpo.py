@@ -65,6 +65,7 @@ def _train(folder: Path, rank: int, stop_at: int | None, restore: str, more: dic
     model, tokenizer = tiny_model("direct")
     forget(model, rank)
     trainable(model)
+    model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     prompts = tiny_prompts(tokenizer, 6)
     questions = [Question(str(i), "test", "a b", "abcdef"[i]) for i in range(6)]
     run = StageRun("grpo", config, [folder.parent / "input.txt"], folder / "runs")
@@ -136,6 +137,7 @@ def _close(found: Path, expected: Path) -> None:
 
 SHAPES = {
     "plain_2": {"world": 2},
+    "recomputed_2": {"world": 2, "more": {"runtime.gradient_checkpointing": "true"}},
     "sharded_1": {"world": 1, "sharded": True},
     "sharded_2": {"world": 2, "sharded": True},
     "packed_2": {"world": 2, "sharded": True, "more": {"runtime.token_budget": 90}},

@@ -13,6 +13,7 @@ from email.utils import format_datetime
 import pytest
 
 from clear.errors import ClearError
+from clear.llm import ledger
 from clear.llm.endpoint import (
     BudgetSpent,
     Denied,
@@ -117,6 +118,9 @@ def test_url_model_and_key_come_from_the_environment(client_of, tmp_path, monkey
         ((200, {}, [1]), True),
         ((200, {}, completion(None)), True),
         ((200, {}, completion("  ")), True),
+        ((200, {}, completion("half an emoji \ud83d")), True),  # from whoever cut the text
+        ((200, {}, b"[" * 100_000), True),
+        ((200, {"Content-Encoding": "gzip"}, b"no gzip"), True),
     ],
 )
 def test_a_temporary_failure_is_tried_again(client_of, failure, billed):
@@ -320,6 +324,28 @@ def test_a_cut_reply_says_so_and_missing_usage_counts_at_its_highest(client_of):
         reply = client.ask(request("no usage"))
         assert reply.completion_tokens == 50
         assert client.report()["spent_usd"] - before == pytest.approx(client.forecast(client.body(request("no usage"))))
+
+
+def test_tokens_that_nobody_can_have_used_count_at_their_highest(client_of):
+    with serving(lambda body, number: (200, {}, completion("yes", 10**30, 10**400))) as server:
+        client = client_of(server)
+        assert client.ask(request("hello")).completion_tokens == 50
+        assert client.report()["spent_usd"] == pytest.approx(client.forecast(client.body(request("hello"))))
+
+
+def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path, monkeypatch):
+    """The remedy for a damaged one, to move it away, pays for everything again."""
+    monkeypatch.setattr(ledger, "WAIT", 0.1)
+    store, other = (
+        ledger.ReplyStore(tmp_path / "t.sqlite"),
+        sqlite3.connect(tmp_path / "t.sqlite", isolation_level=None),
+    )
+    other.execute("BEGIN EXCLUSIVE")
+    for use in (lambda: store.get("a"), lambda: store.reserve("a", 1.0, 2.0), lambda: ledger.ReplyStore(store.path)):
+        with pytest.raises(ClearError, match=r"t\.sqlite: another process has held it for 0\.1 s; end that one"):
+            use()
+    other.execute("COMMIT")
+    assert store.reserve("a", 1.0, 2.0)[0] is not None
 
 
 def test_a_damaged_cache_is_named(tmp_path):

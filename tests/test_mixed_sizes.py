@@ -305,6 +305,17 @@ def test_answers_about_images_of_different_sizes(config, images, feedback):
     assert [p.shape for p in pictures] == [(8, 4, 3), (8, 8, 3), (4, 8, 3)]
 
 
+def test_a_restoration_is_decoded_in_float32_also_where_the_model_is_in_bfloat16(config, images):
+    """Decode-reencode decodes within the engine's autocast, and would read a coarser picture than the user is shown."""
+    model, tokenizer, vae, _ = parts("mlp", config, images)
+    answerer = Answerer(model.to(torch.bfloat16), vae, tokenizer, config)
+    seen = set()
+    vae.decoder.conv_in.register_forward_hook(lambda module, given, out: seen.add(out.dtype))
+    asked = [(0, Question("q", "task", "a b", ""))]
+    answerer.answer(answerer.bank(images, [f"image {i}" for i in range(4)]), asked, "always", "reencode")
+    assert seen == {torch.float32}
+
+
 @pytest.mark.parametrize("bridge", ["direct", "mlp"])
 def test_passes_over_parts_of_a_batch_are_one_pass(config, images, tmp_path, bridge):
     """Same losses and weights however many rows are computed at a time, with unequal images and all three terms."""

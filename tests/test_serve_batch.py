@@ -152,6 +152,14 @@ def test_top_p_keeps_the_fewest_most_likely_tokens(answerer):
     assert {batches._draw(logits, row) for _ in range(20)} == {0}
 
 
+@pytest.mark.parametrize("temperature", [1e-6, 1e-40, 1e-300])
+def test_the_smallest_temperature_draws_the_best_token(answerer, temperature):
+    """A float32 overflows: the draw failed, and with it every row that decoded beside this one."""
+    row = _row(answerer, None, QUESTIONS[0], Wish(temperature=temperature))
+    row.generator = torch.Generator().manual_seed(0)
+    assert batches._draw(torch.tensor([-3.0, 5.0, 4.9]), row) == 1
+
+
 def test_a_stop_text_ends_a_reply_before_it(answerer):
     picture, wish = _pictures()[0], Wish(restore="never")
     whole = _row(answerer, picture, QUESTIONS[0], wish)

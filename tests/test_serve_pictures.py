@@ -1,11 +1,14 @@
 """Where `clear serve` may fetch a picture from: real servers on two addresses, one of which plays the internet."""
 
+import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
+from clear.serve import pictures
 from clear.serve.errors import ApiError
 from clear.serve.pictures import check_pixels, fetch, from_data_url, is_public
 from tests.serving import data_url, picture
@@ -14,7 +17,7 @@ INTERNET, HERE = "127.0.0.2", "127.0.0.1"
 
 
 class _Pictures(BaseHTTPRequestHandler):
-    """Paths say what to do: /p.png, /status/404, /endless, /to/<n>/<url>: n redirects to it."""
+    """Paths say what to do: /p.png, /status/404, /endless, /slow, /to/<n>/<url>: n redirects to it."""
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers["Host"]))
@@ -26,12 +29,23 @@ class _Pictures(BaseHTTPRequestHandler):
             self.send_header("Location", again)
             self.end_headers()
             return
+        if what == "slow" and rest == ["head"]:
+            self._drip()
         self.send_response(int(rest[0]) if what == "status" else 200)
         self.end_headers()
+        if what == "slow":
+            self._drip()
         if what == "endless":
             for _ in range(10_000):
                 self.wfile.write(b"x" * 1000)
         self.wfile.write(picture())
+
+    def _drip(self) -> None:
+        """A byte now and then, always before a pause would be too long."""
+        with contextlib.suppress(OSError):
+            for _ in range(200):
+                self.wfile.write(b"H")
+                time.sleep(0.05)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -64,6 +78,16 @@ def test_a_picture_is_fetched_from_a_public_address(servers):
     assert _get(_url(internet, "/p.png")) == picture()
     assert _get(_url(internet, "/to/2//p.png")) == picture(), "a redirect that stays there is followed"
     assert internet.asked[0][1] == "{}:{}".format(*internet.server_address[:2])
+
+
+@pytest.mark.parametrize("part", ["head", "body"])
+def test_a_server_that_always_has_a_little_more_is_left(servers, part, monkeypatch):
+    """The pauses are short, and the thread that waits is one of few."""
+    monkeypatch.setattr(pictures, "WHOLE", 0.5)
+    began = time.monotonic()
+    with pytest.raises(ApiError, match=r"could not be fetched within 0\.5 s"):
+        _get(_url(servers[INTERNET], f"/slow/{part}"))
+    assert time.monotonic() - began < 3
 
 
 def test_nothing_private_is_asked_also_after_a_redirect(servers):

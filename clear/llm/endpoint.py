@@ -319,9 +319,10 @@ class Client:
             return None
         except httpx.InvalidURL as error:
             raise Denied(f"{self.name}: {self.url} is not a URL ({error}); correct {self.name}.url.") from error
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:  # no connection, or a body that is not in the coding it claims
             outcome.free = isinstance(error, httpx.ConnectError)  # it never left
-            outcome.reason = f"no connection ({error or type(error).__name__})"
+            kind = "connection" if isinstance(error, httpx.TransportError) else "readable reply"
+            outcome.reason = f"no {kind} ({error or type(error).__name__})"
             return None
         self._check_status(response, bytes(data), outcome)
         if outcome.reason:
@@ -347,15 +348,17 @@ class Client:
 
     def _parse(self, data: bytes, body: dict, outcome: "_Outcome") -> Reply | None:
         try:
-            choice = json.loads(data)["choices"][0]
-            text, usage = choice["message"]["content"], json.loads(data).get("usage") or {}
+            said = json.loads(data)
+            choice = said["choices"][0]
+            text, usage = choice["message"]["content"], said.get("usage") or {}
             tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
             if not isinstance(text, str) or not text.strip():
                 raise ValueError("no text in the reply")
-        except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+            text.encode()  # half a character, from whoever cut the text, can be kept nowhere
+        except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError) as error:
             outcome.malformed, outcome.reason = True, f"no chat completion ({type(error).__name__}: {error})"
             return None
-        known = all(isinstance(count, int) and count >= 0 for count in tokens)
+        known = all(isinstance(count, int) and 0 <= count < 2**53 for count in tokens)
         prompt, completion = tokens if known else most_tokens(body)
         outcome.cost = self._price(prompt, completion)
         outcome.reply = Reply(text, prompt, completion, choice.get("finish_reason") == "length")

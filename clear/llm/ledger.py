@@ -23,7 +23,10 @@ _REFUSED = {
     sqlite3.SQLITE_READONLY: errno.EROFS,
     sqlite3.SQLITE_CANTOPEN: errno.EACCES,
     sqlite3.SQLITE_PERM: errno.EACCES,
+    sqlite3.SQLITE_IOERR: errno.EIO,
 }
+WAIT = 60
+"""Seconds for another process to let go of the file."""
 _TABLES = """
 CREATE TABLE IF NOT EXISTS replies (
     hash TEXT PRIMARY KEY, text TEXT NOT NULL,
@@ -45,7 +48,7 @@ class ReplyStore:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         with self._errors():
-            self._db = sqlite3.connect(self.path, timeout=60, isolation_level=None, check_same_thread=False)
+            self._db = sqlite3.connect(self.path, timeout=WAIT, isolation_level=None, check_same_thread=False)
             self._db.executescript(_TABLES)
 
     @contextmanager
@@ -53,8 +56,13 @@ class ReplyStore:
         try:
             yield
         except sqlite3.DatabaseError as error:
-            if number := _REFUSED.get(getattr(error, "sqlite_errorcode", 0) & 0xFF):  # nothing is wrong with the file
+            code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+            if number := _REFUSED.get(code):  # nothing is wrong with the file
                 raise refusal(OSError(number, os.strerror(number), os.fspath(self.path))) from error
+            if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise ClearError(
+                    f"{self.path}: another process has held it for {WAIT} s; end that one, then run the command again."
+                ) from error
             raise ClearError(
                 f"{self.path}: not a usable reply file ({error}); move it away, and all requests are sent again."
             ) from error

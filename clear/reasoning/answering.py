@@ -217,9 +217,10 @@ class Answerer:
 
     @torch.inference_mode()
     def pictures(self, latents: Tensor, grid: tuple[int, int]) -> list[np.ndarray]:
-        """Latents (B, N, C) of one grid to uint8 pictures (H, W, 3)."""
-        z = unpatchify(latents, grid, self.config.model.latent_patch)
-        return [to_uint8(image) for image in self.vae.decode(z)]
+        """Latents (B, N, C) of one grid to uint8 pictures (H, W, 3), in float32 wherever they are asked for."""
+        z = unpatchify(latents.float(), grid, self.config.model.latent_patch)
+        with torch.autocast(z.device.type, enabled=False):
+            return [to_uint8(image) for image in self.vae.decode(z)]
 
     def reencode(self, latents: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Decode-reencode (the bridge's alternative): latents (B, N, C) → ViT patches (B, M, F) and their grid."""

@@ -365,7 +365,8 @@ def _choose(logits: Tensor, rows: Sequence[Row]) -> list[int]:
 
 def _draw(logits: Tensor, row: Row) -> int:
     """A token by temperature and top_p (the fewest most likely tokens that together have this probability)."""
-    shares = torch.softmax(logits.cpu() / row.wish.temperature, -1)
+    logits = logits.cpu().double()  # by a temperature of 1e-40 a float32 is infinite, and the best token's 0 / 0
+    shares = torch.softmax((logits - logits.max()) / row.wish.temperature, -1)
     if row.wish.top_p < 1:
         ordered, index = shares.sort(descending=True)
         before = ordered.cumsum(-1) - ordered

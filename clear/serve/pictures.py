@@ -5,6 +5,7 @@ then only from public addresses: every name is resolved here, all of its address
 goes to the address that was checked. A redirect is a new URL and is checked like the first one.
 """
 
+import asyncio
 import base64
 import ipaddress
 import re
@@ -19,6 +20,9 @@ from clear.serve.errors import ApiError
 REDIRECTS = 3
 SECONDS = 10.0
 """Of a fetch: to connect, and between two pieces of the answer."""
+
+WHOLE = 30.0
+"""Seconds of a whole fetch, also of a server that sends a byte now and then: it holds a thread of this one."""
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """Addresses that a gateway translates to the IPv4 address in their last 32 bits."""
@@ -67,21 +71,33 @@ def fetch(url: str, most: int, param: str, public: Callable[[str], bool] = is_pu
     import httpx
 
     try:
-        with httpx.Client(timeout=SECONDS, trust_env=False, follow_redirects=False) as client:
-            for _ in range(REDIRECTS + 1):
-                request = _request(client, url, param, public)
-                response = client.send(request, stream=True)
-                try:
-                    if response.is_redirect:
-                        url = urljoin(url, response.headers["location"])
-                        continue
-                    if response.status_code != 200:
-                        raise ApiError(400, f"{param}: its server answers {response.status_code}.", param)
-                    return _read(response, most, param)
-                finally:
-                    response.close()
+        return asyncio.run(asyncio.wait_for(_fetch(url, most, param, public), WHOLE))
+    except TimeoutError as error:
+        raise ApiError(400, f"{param}: could not be fetched within {WHOLE:g} s.", param) from error
     except (httpx.HTTPError, httpx.InvalidURL, OSError, ValueError) as error:
         raise ApiError(400, f"{param}: cannot be fetched ({type(error).__name__}).", param) from error
+
+
+async def _fetch(url: str, most: int, param: str, public: Callable[[str], bool]) -> bytes:
+    import httpx
+
+    async with httpx.AsyncClient(timeout=SECONDS, trust_env=False, follow_redirects=False) as client:
+        for _ in range(REDIRECTS + 1):
+            response = await client.send(_request(client, url, param, public), stream=True)
+            try:
+                if response.is_redirect:
+                    url = urljoin(url, response.headers["location"])
+                    continue
+                if response.status_code != 200:
+                    raise ApiError(400, f"{param}: its server answers {response.status_code}.", param)
+                data = bytearray()
+                async for piece in response.aiter_bytes():
+                    data += piece
+                    if len(data) > most:
+                        raise ApiError(400, f"{param}: more than {most} bytes.", param)
+                return bytes(data)
+            finally:
+                await response.aclose()
     raise ApiError(400, f"{param}: more than {REDIRECTS} redirects.", param)
 
 
@@ -101,12 +117,3 @@ def _request(client, url: str, param: str, public: Callable[[str], bool]):
     return client.build_request(
         "GET", target, headers={"Host": host, "Accept": "image/*"}, extensions={"sni_hostname": parts.hostname}
     )
-
-
-def _read(response, most: int, param: str) -> bytes:
-    data = bytearray()
-    for piece in response.iter_bytes():
-        data += piece
-        if len(data) > most:
-            raise ApiError(400, f"{param}: more than {most} bytes.", param)
-    return bytes(data)

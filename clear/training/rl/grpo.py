@@ -55,6 +55,10 @@ from clear.training.rl.rollout import Rollout
 from clear.training.rl.stopping import StopRule
 
 
+LONGER = 10
+"""A step is as long as some ten of the other stages: checkpoints are so many times as frequent."""
+
+
 class InterleavedGRPO(TrainedOnly, GRPOTrainer):
     """GRPO over trajectories of text and restorations.
 
@@ -337,8 +341,12 @@ def make_trainer(run: StageRun, model: Bagel, task: Task) -> InterleavedGRPO:
         bf16=False,
         activation_checkpointing=False,
         shuffle_dataset=False,
+        # A slice without a restoration leaves the last layer's generation expert out. transformers would not expect it
+        # of a model that recomputes its layers, and the processes would wait for each other.
+        ddp_find_unused_parameters=True,
     )
     args.logging_steps = 1
+    args.save_steps = max(1, args.save_steps // LONGER)
     trainer = InterleavedGRPO(Policy(model), task, grpo, args)
     trainer.token_budget = run.config.runtime.token_budget
     trainer.own_streams |= processes > 1 or sharded.enabled()
