@@ -30,13 +30,18 @@ def sweep(compute: Compute, minutes: float = MINUTES, say: Callable[[str], None]
     account = batch.account(compute)
     store = Store(account.s3, account.outputs["Bucket"])
     leases = store.names("leases/")
-    ended = []
+    ended, failed = [], []
     for job in _jobs(account, compute.stack):
-        reason = _orphaned(job, leases, store, minutes)
-        if reason:
-            say(f"ending job {job['jobId']} ({job['jobName']}): {reason}")
-            batch.terminate(account.batch, job["jobId"], f"swept: {reason}")
-            ended.append(job["jobId"])
+        try:
+            if reason := _orphaned(job, leases, store, minutes):
+                say(f"ending job {job['jobId']} ({job['jobName']}): {reason}")
+                batch.terminate(account.batch, job["jobId"], f"swept: {reason}")
+                ended.append(job["jobId"])
+        except ClearError as error:  # the others are paid for as well
+            say(f"job {job['jobId']} is not ended: {error}")
+            failed.append(error)
+    if failed:
+        raise failed[0]
     return ended
 
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 from moto import mock_aws
 
+from clear.data.aws import Unreachable
 from clear.errors import ClearError
 from clear.project.scratch import write_params
 from flows.batch import execute, worker
 from flows.batch import settings as compute_settings
-from flows.batch.cost import Estimate, OverBudget, enter, estimate, refuse_beyond_budget, spent
+from flows.batch.cost import OverBudget, enter, estimate, release, reserved, spent
 from flows.batch.job import (
     Account,
     definition,
@@ -163,10 +164,34 @@ def test_the_month_counts_what_ended_jobs_cost_and_others_may(aws, settings):
     enter(store, "old", "sft", 36.0, cost=2.0)
     assert spent(store, "2001-01") == 2, "a job is counted in the month in which it began"
     settings.budget_usd = 73.25
-    refuse_beyond_budget(store, settings, Estimate(1, 36, 1), "sft")
+    with reserved(store, settings, "sft", "key", 36.0, 3.0):
+        assert spent(store) == 73.25, "it counts before it is sent"
+    with reserved(store, settings, "sft", "key", 36.0, 3.0):
+        assert spent(store) == 73.25, "and once, however often it is tried"
+    release(store, "key")
     settings.budget_usd = 73.0
-    with pytest.raises(OverBudget, match=r"37\.25"):
-        refuse_beyond_budget(store, settings, Estimate(1, 36, 1), "sft")
+    with pytest.raises(OverBudget, match=r"37\.25"), reserved(store, settings, "sft", "key", 36.0, 3.0):
+        raise AssertionError("it is not submitted")
+    assert spent(store) == 37.25
+
+
+@pytest.mark.parametrize(("error", "left"), [(ClearError, 0), (Unreachable, 36), (KeyboardInterrupt, 36)])
+def test_a_reservation_stays_where_the_job_may_have_been_submitted(aws, settings, error, left):
+    store, settings.budget_usd = Store(aws.s3, "cloud"), 100.0
+    aws.s3.create_bucket(Bucket="cloud")
+    with pytest.raises(error), reserved(store, settings, "sft", "key", 36.0, 3.0):
+        raise error("no answer")
+    assert spent(store) == left
+
+
+def test_of_two_flows_that_ask_at_once_the_month_holds_for_one(aws, settings):
+    """Between asking and submitting lie minutes of `dvc push`; both were let through."""
+    store, settings.budget_usd = Store(aws.s3, "cloud"), 40.0
+    aws.s3.create_bucket(Bucket="cloud")
+    with reserved(store, settings, "sft", "one", 36.0, 3.0):
+        with pytest.raises(OverBudget), reserved(store, settings, "grpo", "two", 36.0, 3.0):
+            raise AssertionError("it is not submitted")
+        assert spent(store) == 36
 
 
 INPUTS = Inputs("sft", "python x", {"a": "1"}, {"a": "code"}, {"seed": 1}, {"out": True})
@@ -265,6 +290,35 @@ def test_a_job_that_lies_writes_nothing_outside_its_outputs(project, name):
     with pytest.raises(ClearError, match=r"the job sent a run record called '\.\./\.\./evil', which no stage has"):
         execute._record("train", project, {"runs": {"../../evil": "{}"}}, {})
     assert not list(project.parent.rglob("evil*"))
+
+
+def test_a_result_that_cannot_be_put_here_is_kept_and_one_that_is_wrong_is_not(aws, settings, project, monkeypatch):
+    """It was paid for: a full disk here deleted it, and the next run bought it again, every time."""
+    aws.s3.create_bucket(Bucket="cloud")
+    store, inputs = Store(aws.s3, "cloud"), Inputs("train", "run", {}, {}, {}, {"data/x": True})
+    out = {"path": "data/x", "md5": "0" * 32, "size": 1}
+    name = f"results/{inputs.key()}.json"
+    told = {"stage": "train", "job": "j", "files": {}, "runs": {}, "seconds": 1.0}
+    store.write(name, told | {"lock": {"cmd": "run", "outs": [out]}})
+    account = SimpleNamespace(s3=aws.s3, outputs={"Bucket": "cloud"})
+    monkeypatch.setattr(execute.batch, "account", lambda compute: account)
+    monkeypatch.setattr(execute, "describe", lambda stage, workspace: inputs)
+    monkeypatch.setattr(execute._Work, "run", lambda work: pytest.fail("it was bought again"))
+
+    def full(*_):
+        raise ClearError("the disk is full; free some space")
+
+    monkeypatch.setattr(execute, "dvc", full)
+    for _ in range(2):
+        with pytest.raises(ClearError, match="the disk is full"):
+            execute.reproduce("train", project, settings)
+    monkeypatch.setattr(execute, "dvc", lambda *_: [])
+    monkeypatch.setattr(execute, "state", lambda *_: "same")
+    assert execute.reproduce("train", project, settings) == "taken from job j, which had run it"
+    store.write(name, told | {"lock": {"cmd": "another", "outs": [out]}})
+    with pytest.raises(pytest.fail.Exception, match="it was bought again"):
+        execute.reproduce("train", project, settings)
+    assert store.read(name) is None
 
 
 TRICKY = {"eps": 1e-8, "lr": 6e-5, "word": "no", "time": "12:30", "octal": "010", "off": False, "big": 10**6}

@@ -178,6 +178,27 @@ def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, mon
     assert len(cloud.store.names("ledger/")) == 1, "one job is counted once"
 
 
+def test_a_job_whose_flow_died_before_it_was_entered_is_counted(work, cloud, monkeypatch):
+    first = work("waits once")
+
+    def dies(*_, **__):
+        raise Unreachable("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(execute.cost, "enter", dies)
+        with pytest.raises(Unreachable):
+            first.run()
+    (name,) = cloud.store.names("ledger/")
+    assert "/reserved-" in name and spent(cloud.store) == 36
+    job = _running(cloud)
+    second = work("waits once")
+    thief = _aside(lambda: (wait_until(lambda: cloud.store.names("leases/"), 60, "a lease"), cloud.batch.reclaim(job)))
+    second.run()
+    thief.join()
+    (name,) = cloud.store.names("ledger/")
+    assert name.endswith(f"/{job}.json") and spent(cloud.store) < 36
+
+
 def test_of_two_submissions_at_once_the_first_stays(work, cloud, monkeypatch):
     cloud.batch.held |= {"spot"}
     mine = work("ends")
@@ -249,6 +270,28 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
     assert sweep.main(["--minutes", "10"]) == 0
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
+
+
+def test_a_job_that_cannot_be_ended_does_not_keep_the_others(work, cloud, monkeypatch):
+    cloud.batch.held |= {"spot", "ondemand"}
+    mine, end = work("ends"), compute_batch.terminate
+    given = (mine.account, mine.compute, mine.job, "image")
+    jobs = [compute_batch.submit(*given, f"clear-{n}", True, REQUEST, {}) for n in range(2)]
+    for job in jobs:
+        cloud.batch.jobs[job]["createdAt"] = int(datetime.now(UTC).timestamp() * 1000) - 3_600_000
+    tried, said = [], []
+
+    def terminate(client, job, why):
+        tried.append(job)
+        if len(tried) == 1:
+            raise ClearError("no right to end jobs")
+        end(client, job, why)
+
+    monkeypatch.setattr(compute_batch, "terminate", terminate)
+    with pytest.raises(ClearError, match="no right to end jobs"):
+        sweep.sweep(mine.compute, 10, said.append)
+    assert sorted(tried) == sorted(jobs) and f"job {tried[0]} is not ended: no right to end jobs" in said
+    wait_until(lambda: cloud.batch.jobs[tried[1]]["status"] == "FAILED", 10, "the end of the job")
 
 
 def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, cloud, training, tmp_path, monkeypatch):

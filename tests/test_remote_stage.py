@@ -1,5 +1,6 @@
 """The job of one stage, for real: in its own process and clone, against S3, taken away in mid-training and refused."""
 
+import errno
 import json
 import os
 import shlex
@@ -14,10 +15,13 @@ from pathlib import Path
 import boto3
 import pytest
 
+from clear.data.aws import Unreachable
 from clear.errors import ClearError
 from clear.project.scratch import write_params
 from flows.batch import execute, worker
 from flows.batch.request import describe, receive, send
+from flows.batch.store import Store
+from flows.dvc_commands import Temporary
 from tests.cloud import OVERRIDES, compute_of, dvc, entry_of, use_remote, write_compute
 from tests.conftest import ROOT, git
 from tests.helpers.processes import wait_until
@@ -309,6 +313,50 @@ def test_a_stage_that_fails_says_why_and_leaves_nothing_running(tmp_path):
     )
 
 
+def test_a_network_that_fails_for_a_while_loses_no_outputs(tmp_path, monkeypatch):
+    """They are on this machine alone, which goes when the job ends."""
+    log, lines, ran = worker.Log(tmp_path / "log"), ["ERROR: Could not connect to the endpoint URL"], []
+
+    def run(command, *_):
+        ran.append(command[2:])
+        return (1, lines) if len(ran) < 3 else (0, [])
+
+    monkeypatch.setattr(worker, "PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(worker.children, "run", run)
+    worker._dvc(("push", "sft"), tmp_path, {}, log)
+    assert ran == [["dvc", "push", "sft"]] * 3 and log.file.read_text().count("trying again") == 2
+    monkeypatch.setattr(worker.children, "run", lambda *_: (1, lines))
+    with pytest.raises(Temporary, match="Could not connect"):
+        worker._dvc(("push", "sft"), tmp_path, {}, log)
+    monkeypatch.setattr(worker.children, "run", lambda *_: (255, ["ERROR: AccessDenied"]))
+    with pytest.raises(ClearError, match="AccessDenied") as refused:
+        worker._dvc(("push", "sft"), tmp_path, {}, log)
+    assert not isinstance(refused.value, Temporary)
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (Temporary("away"), 75),
+        (Unreachable("away"), 75),
+        (OSError(errno.ENOSPC, "x", "/big"), 1),
+        (ClearError("no"), 1),
+    ],
+)
+def test_every_end_of_a_job_is_a_line_in_its_log(cloud, tmp_path, monkeypatch, error, status):
+    cloud.store.write("requests/key/1.json", {"key": "key"})
+    monkeypatch.setattr(Store, "read", lambda *_: {"key": "key"})
+
+    def ends(*_):
+        raise error
+
+    monkeypatch.setattr(worker, "_run", ends)
+    assert worker.run(cloud.store.url("requests/key/1.json"), tmp_path, worker.Notice()) == status
+    (name,) = cloud.store.names("logs/key/")
+    (line,) = cloud.store.read_bytes(name).decode().splitlines()
+    assert line.startswith("error: ") and ("/big: No space left on device" in line or "no" in line or "away" in line)
+
+
 def test_before_the_stage_a_notice_ends_the_job_at_once():
     with pytest.raises(SystemExit) as ended:
         worker.Notice()(signal.SIGTERM, None)
@@ -319,6 +367,10 @@ def test_weights_come_from_s3_and_are_those_of_the_base(cloud, tmp_path):
     (tmp_path / "params.yaml").write_text("model: {checkpoint: weights}\n")
     with pytest.raises(ClearError, match=r"compute\.weights is not"):
         worker.fetch_weights(tmp_path, "", print)
+    with pytest.raises(ClearError, match="nothing there"):
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+    for key in ("bagel/", "bagel/more/"):  # what the console makes of "Create folder"
+        boto3.client("s3").put_object(Bucket="cloud", Key=key, Body=b"")
     with pytest.raises(ClearError, match="nothing there"):
         worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     boto3.client("s3").put_object(Bucket="cloud", Key="bagel/ema.safetensors", Body=b"weights")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from fnmatch import fnmatchcase
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -337,6 +338,23 @@ def test_the_stack_is_created_updated_and_read(cloud, monkeypatch, root):
     assert [int(disk["VolumeSize"]) for disk in disks] == [300]
     assert set(OUTPUTS) <= set(outputs)
     assert compute_stack.apply(compute, root)["Bucket"] == outputs["Bucket"], "again is an update"
+
+
+@pytest.mark.parametrize("mail", ["", "us@example.org"])
+def test_an_update_without_an_address_keeps_that_of_the_alarm(root, monkeypatch, mail):
+    """Without one the template has no budget: CloudFormation would delete it, and nobody would be told."""
+    asked = {}
+    formation = SimpleNamespace(
+        describe_stacks=lambda **_: None,
+        update_stack=asked.update,
+        get_waiter=lambda _: SimpleNamespace(wait=lambda **_: None),
+    )
+    monkeypatch.setattr(compute_stack, "client", lambda *_: formation)
+    monkeypatch.setattr(compute_stack, "account", lambda _: SimpleNamespace(outputs={}))
+    compute_stack.apply(settings.from_dict(compute_with("compute.alarm_usd=300")), root, mail)
+    given = {entry.pop("ParameterKey"): entry for entry in asked["Parameters"]}
+    assert given["AlarmMail"] == ({"ParameterValue": mail} if mail else {"UsePreviousValue": True})
+    assert given["AlarmUsd"] == {"ParameterValue": "300"}
 
 
 def test_a_stack_that_fails_says_which_resource_and_why(monkeypatch):

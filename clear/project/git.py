@@ -37,10 +37,22 @@ class Answer:
         return [line.strip() for line in lines if line.strip()]
 
 
+PATIENCE = {
+    "GIT_TERMINAL_PROMPT": "0",
+    "GIT_HTTP_LOW_SPEED_LIMIT": "1000",
+    "GIT_HTTP_LOW_SPEED_TIME": "60",
+    "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oConnectTimeout=60 -oServerAliveInterval=15 -oServerAliveCountMax=4",
+}
+"""A server that asks for a password or says nothing is an error after a minute, and no flow that runs for ever."""
+
+
 def git(folder: Path, *arguments: str, given: bytes = b"") -> Answer:
     """Run a git command in a folder with `given` as its input. Raises NoGit where there is no git."""
+    command, environment = ["git", *arguments], PATIENCE | os.environ
+    if "GIT_SSH" in os.environ:  # the user's own, which the other would hide
+        environment.pop("GIT_SSH_COMMAND", None)
     try:
-        done = subprocess.run(["git", *arguments], cwd=folder, input=given, capture_output=True, check=False)
+        done = subprocess.run(command, cwd=folder, input=given, capture_output=True, check=False, env=environment)
     except FileNotFoundError as error:
         raise NoGit("git is not installed; install it and repeat.") from error
     return Answer(done.returncode, done.stdout, done.stderr)

@@ -3,18 +3,26 @@
 Prices are the estimates of `compute.prices`, at the most expensive of the job's instance types, so the figures
 are upper bounds; storage and traffic are not included. A job is allowed the cost of one whole attempt on demand
 (`timeout_hours`); the flow ends it when that is spent, whatever machine it ran on. The month's ledger in S3 holds what
-each job was allowed and, once it has ended, what it cost; the sum may not exceed `compute.budget_usd`.
+each job was allowed, from before it is sent, and, once it has ended, what it cost; the sum may not exceed
+`compute.budget_usd`.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from clear.data.aws import Unreachable
 from clear.errors import ClearError
 from flows.batch.job import ENDED, describe, hours
 from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
+
+
+RESERVED = "reserved-"
+"""How the note of a job begins that is being submitted; its key follows."""
 
 
 class OverBudget(ClearError):
@@ -57,22 +65,42 @@ def spent(store: Store, month: str | None = None) -> float:
 def settle(store: Store, batch: Any) -> None:
     """Enter what the jobs of this month cost that have ended without their flow: cancelled, swept, or it was gone."""
     for name in store.names(f"ledger/{_month()}/"):
-        note = store.read(name) or {}
+        note = {} if Path(name).name.startswith(RESERVED) else store.read(name) or {}
         if note.get("cost") is None and "hourly" in note:
             job = describe(batch, Path(name).stem)
             if job is not None and job["status"] in ENDED:
                 store.write(name, note | {"cost": hours(job) * note["hourly"], "hours": hours(job)})
 
 
-def refuse_beyond_budget(store: Store, compute: Compute, estimate: Estimate, stage: str) -> None:
-    """Raise OverBudget if the job, added to this month's, might exceed the budget."""
-    before = spent(store)
-    if before + estimate.allowed > compute.budget_usd:
-        raise OverBudget(
-            f"stage {stage} is not submitted: it may cost {estimate.allowed:.2f} USD, this month's jobs {before:.2f}, "
-            f"and compute.budget_usd is {compute.budget_usd:.2f}; raise it in infra/compute.yaml, or lower "
-            f"compute.jobs.*.timeout_hours."
-        )
+@contextmanager
+def reserved(store: Store, compute: Compute, stage: str, key: str, allowed: float, hourly: float) -> Iterator[None]:
+    """Set aside what a job may cost while the block submits it, and until `release`; if it fails, it is free again.
+
+    It is written before the month is added up, so that of two flows that ask at the same moment at most one is let
+    through; and it stays where this process ends in the block, because the job may have been submitted. Raises
+    OverBudget if the month might exceed the budget with it.
+    """
+    release(store, key)  # one of an earlier attempt, perhaps of another month
+    name = f"ledger/{_month()}/{RESERVED}{key}.json"
+    store.write(name, {"stage": stage, "allowed": allowed, "cost": None, "hourly": hourly})
+    try:
+        if (total := spent(store)) > compute.budget_usd:
+            raise OverBudget(
+                f"stage {stage} is not submitted: it may cost {allowed:.2f} USD, this month's jobs "
+                f"{total - allowed:.2f}, and compute.budget_usd is {compute.budget_usd:.2f}; raise it in "
+                "infra/compute.yaml, or lower compute.jobs.*.timeout_hours."
+            )
+        yield
+    except Unreachable:
+        raise  # it may have arrived
+    except Exception:
+        store.delete(name)
+        raise
+
+
+def release(store: Store, key: str) -> None:
+    """Take back what is set aside for a job, which is entered by its own name."""
+    store.delete(*(name for name in store.names("ledger/") if name.endswith(f"/{RESERVED}{key}.json")))
 
 
 def enter(store: Store, job_id: str, stage: str, allowed: float, cost: float | None = None, **more) -> None:

@@ -29,13 +29,19 @@ from clear.data.workspace import profile
 from clear.errors import ClearError, quoted
 from flows.batch import cost, settings
 from flows.batch import job as batch
-from flows.batch.notes import Inputs
+from flows.batch.notes import Damaged, Inputs
 from flows.batch.request import CACHED, LOCK, describe, environment_tag, send
 from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
 from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of
 
 LOCAL, AWS_BATCH = "local", "aws_batch"
+
+
+class Unusable(ClearError):
+    """What a job sent is not what it was asked for."""
+
+
 PATIENCE_SECONDS = 900.0
 """How long AWS may be out of reach while a job runs before the flow's task fails and is tried again."""
 
@@ -102,9 +108,7 @@ def reproduce(
         if (result := store.read(f"results/{key}.json")) is not None:
             adopt(result, inputs, store, workspace, compute, say)
             return f"taken from job {result['job']}, which had run it"
-    except (Unreachable, Temporary):
-        raise
-    except ClearError as error:
+    except (Damaged, Unusable) as error:  # whatever else fails, fails here, and the result was paid for
         say(f"the result of an earlier job is not used: {error}")
         store.delete(f"results/{key}.json")
     job = compute.jobs.get(stage.partition("@")[0]) or compute.jobs["default"]
@@ -145,10 +149,10 @@ class _Work:
         try:
             if self.job_id:
                 self.say(f"stage {self.inputs.stage} is already job {self.job_id}: waiting for it")
+                self._enter(spot, estimate.allowed)  # whoever submitted it may not have come so far
             else:
                 self.say(f"stage {self.inputs.stage} on AWS Batch, {estimate}")
                 cost.settle(self.store, self.account.batch)
-                cost.refuse_beyond_budget(self.store, self.compute, estimate, self.inputs.stage)
                 self._submit(name, spot, estimate.allowed)
             while (ended := self._follow(spot, estimate.allowed)) == "on demand":
                 spot = False
@@ -163,6 +167,19 @@ class _Work:
         return ended
 
     def _submit(self, name: str, spot: bool, allowed: float) -> None:
+        hourly = cost.hourly(self.compute, self.job, spot)
+        with cost.reserved(self.store, self.compute, self.inputs.stage, self.key, allowed, hourly):
+            self._send(name, spot)
+        self._enter(spot, allowed)
+        self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")
+
+    def _enter(self, spot: bool, allowed: float) -> None:
+        """The job takes the place of its reservation in the ledger."""
+        hourly = cost.hourly(self.compute, self.job, spot)
+        cost.enter(self.store, self.job_id, self.inputs.stage, allowed, hourly=hourly)
+        cost.release(self.store, self.key)
+
+    def _send(self, name: str, spot: bool) -> None:
         if here := [path for path in self._cached() if (self.workspace / path).exists()]:
             dvc(["push", *here], self.workspace, self.say)
         request = send(
@@ -178,9 +195,6 @@ class _Work:
         tags = {"stage": self.inputs.stage, "key": self.key}
         url = self.store.url(request)
         self.job_id = batch.submit(self.account, self.compute, self.job, image, name, spot, url, tags)
-        hourly = cost.hourly(self.compute, self.job, spot)
-        cost.enter(self.store, self.job_id, self.inputs.stage, allowed, hourly=hourly)
-        self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")
 
     def _cached(self) -> list[str]:
         return [path for path, kind in self.inputs.kinds.items() if kind == CACHED]
@@ -265,7 +279,7 @@ def adopt(
     """Take over what a job has made: small outputs, the entry of dvc.lock, the data up to `fetch_mib`.
 
     Nothing changes here before the entry is known to belong to these inputs and every small file to the entry. Raises
-    ClearError where it does not.
+    Unusable or Damaged where it does not, and ClearError where it cannot be put here.
     """
     entry = result["lock"]
     refuse_other_inputs(entry, inputs)
@@ -275,11 +289,11 @@ def adopt(
     for name, digest in result["files"].items():
         inside = any(name == out or name.startswith(f"{out}/") for out, kept in inputs.outs.items() if not kept)
         if not inside or ".." in Path(name).parts:
-            raise ClearError(f"stage {inputs.stage}: the job sent {name}, which is not one of its outputs in git.")
+            raise Unusable(f"stage {inputs.stage}: the job sent {name}, which is not one of its outputs in git.")
         store.fetch(f"objects/{digest}", arrived / name, digest)
         wanted = outs.get(name, {}).get("md5")
         if wanted and _md5(arrived / name) != wanted:
-            raise ClearError(f"stage {inputs.stage}: {name} is not the file that the job's entry of {LOCK} names.")
+            raise Unusable(f"stage {inputs.stage}: {name} is not the file that the job's entry of {LOCK} names.")
     for name in result["files"]:
         (workspace / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(arrived / name, workspace / name)
@@ -295,7 +309,10 @@ def adopt(
     if large:
         say(f"left in the DVC remote until a stage here reads it: {', '.join(large)}")
     if state(inputs.stage, workspace) != "same":
-        raise ClearError(f"stage {inputs.stage} came back and is still out of date; see `dvc status {inputs.stage}`.")
+        raise ClearError(
+            f"stage {inputs.stage} came back and is still out of date; see `dvc status {inputs.stage}`; "
+            "if what came back is wrong, run the stage with --force."
+        )
 
 
 def _md5(file: Path) -> str:
@@ -304,7 +321,7 @@ def _md5(file: Path) -> str:
 
 
 def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:
-    """Raise ClearError unless an entry of dvc.lock is of exactly these inputs."""
+    """Raise Unusable unless an entry of dvc.lock is of exactly these inputs."""
     params = {name: value for values in entry.get("params", {}).values() for name, value in values.items()}
     recorded = {
         "cmd": entry.get("cmd"),
@@ -315,7 +332,7 @@ def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:
     wanted = {"cmd": inputs.cmd, "deps": inputs.deps, "params": inputs.params, "outs": sorted(inputs.outs)}
     for name, value in wanted.items():
         if recorded[name] != value:
-            raise ClearError(
+            raise Unusable(
                 f"stage {inputs.stage}: the job's entry of {LOCK} has other {name} ({recorded[name]!r}) than it was "
                 f"asked for ({value!r}); nothing is taken over."
             )

@@ -53,6 +53,9 @@ def apply(compute: Compute, root: Path, mail: str = "") -> dict[str, str]:
     try:
         with aws.explained(f"stack {compute.stack}"):
             if _exists(formation, compute.stack):
+                if not mail:  # the address that it was made with stays: without one there is no alarm
+                    kept = {"ParameterKey": "AlarmMail", "UsePreviousValue": True}
+                    given["Parameters"] = [*(p for p in given["Parameters"] if p["ParameterKey"] != "AlarmMail"), kept]
                 formation.update_stack(**given)
                 formation.get_waiter("stack_update_complete").wait(StackName=compute.stack)
             else:

@@ -22,23 +22,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from clear.data import aws
 from clear.data.ports import spare_loopback
 from clear.data.records import file_sha256
-from clear.errors import ClearError, fail, say, without_secrets
+from clear.errors import ClearError, fail, refusal, say, without_secrets
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
 from flows.batch.notes import Inputs
 from flows.batch.request import LOCK, expand, receive
 from flows.batch.store import Store, client, split
+from flows.dvc_commands import NETWORK, Temporary
 from flows.service import children
 
 SAVE_SECONDS = 18.0
 """What a stage has for saving after SIGTERM; the rest of the 30 s is for the upload."""
+PAUSES = (10.0, 60.0, 300.0, 900.0)
+"""Seconds between tries of `dvc pull` and `dvc push` while the network fails."""
 LOG_SECONDS = 5.0
 LOG_BYTES = 16 * 2**20
 """Of a longer log, S3 holds the beginning; CloudWatch has all of it."""
@@ -96,7 +99,11 @@ def run(request: str, work: Path, notice: Notice) -> int:
     bucket, name = split(request)
     prefix, _, name = name.partition("/requests/")
     store = Store(client("s3"), bucket, prefix)
-    content = store.read(f"requests/{name}")
+    try:
+        content = store.read(f"requests/{name}")
+    except aws.Unreachable as error:
+        fail(error)
+        return PREEMPTED
     if content is None:
         raise ClearError(f"{request}: no such request; it is kept for some days only.")
     job = os.environ.get("AWS_BATCH_JOB_ID", "job").replace(":", "-").replace("#", "-")
@@ -107,11 +114,14 @@ def run(request: str, work: Path, notice: Notice) -> int:
         log.keep_in(store, f"logs/{key}/{job}-{attempt}.log")
     try:
         return _run(store, content, key, job, node, work, log, notice)
-    except aws.Unreachable as error:  # nothing is wrong with the stage, and what it has done so far is kept
+    except (aws.Unreachable, Temporary) as error:  # nothing is wrong with the stage; what it has done so far is kept
         log.say(f"error: {error}")
         return PREEMPTED
-    except ClearError as error:
-        log.say(f"error: {error}")
+    except (ClearError, OSError) as error:
+        refused = refusal(error) if isinstance(error, OSError) else error
+        if refused is None:
+            raise
+        log.say(f"error: {refused}")
         return 1
     finally:
         log.send()
@@ -126,9 +136,7 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
     }
 
     def dvc(*arguments: str) -> None:
-        status, lines = children.run([sys.executable, "-m", "dvc", *arguments], folder, environment, log.say)
-        if status:
-            raise ClearError(f"`dvc {' '.join(arguments)}` ended with status {status}: {' | '.join(lines[-3:])}")
+        _dvc(arguments, folder, environment, log)
 
     begun = time.monotonic()
     inputs = receive(store, content, folder, lambda _, paths: dvc("pull", *paths))
@@ -155,8 +163,29 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
         return status
     dvc("push", inputs.stage)
     _hand_over(store, inputs, key, job, folder, home, time.monotonic() - begun)
-    forget(store, key)
+    try:
+        forget(store, key)
+    except ClearError as error:  # the result is there, and the bucket's rules end old checkpoints
+        log.say(f"checkpoints not removed from S3: {error}")
     return 0
+
+
+def _dvc(arguments: Sequence[str], folder: Path, environment: dict[str, str], log: Log) -> None:
+    """Pull or push, also where the network fails for a while: what is lost with this machine has taken hours.
+
+    Raises Temporary if it goes on failing, and ClearError for any other reason.
+    """
+    for pause in (*PAUSES, None):
+        status, lines = children.run([sys.executable, "-m", "dvc", *arguments], folder, environment, log.say)
+        if not status:
+            return
+        said = f"`dvc {' '.join(arguments)}` ended with status {status}: {' | '.join(lines[-3:])}"
+        if not any(word in line for line in lines for word in NETWORK):
+            raise ClearError(said)
+        if pause is None:
+            raise Temporary(said)
+        log.say(f"the network fails, trying again in {pause:g} s")
+        time.sleep(pause)
 
 
 def _last_checkpoint(keeper: Keeper, log: Log) -> None:
@@ -268,7 +297,7 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
     target, _ = named_file(folder / model["checkpoint"])
     manifest = folder / "data/models/base/manifest.json"
     known = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
-    names = store.names("")
+    names = [name for name in store.names("") if name and not name.endswith("/")]  # not the console's empty folders
     if not names or (lacking := sorted(set(known) - set(names))):
         raise ClearError(f"{address}: {', '.join(lacking) if names else 'nothing'} there of the base's weights.")
     for name in names:
@@ -326,8 +355,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         with tempfile.TemporaryDirectory(prefix="clear-") as work:
             return run(given.request, Path(work), notice)
-    except ClearError as error:
-        return fail(error)
+    except (ClearError, OSError) as error:
+        refused = refusal(error) if isinstance(error, OSError) else error
+        if refused is None:
+            raise
+        return fail(refused)
 
 
 if __name__ == "__main__":
