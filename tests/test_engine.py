@@ -1,6 +1,8 @@
 """The generation engine: batching changes nothing, and everything it records can be reproduced."""
 
 import ctypes
+import gc
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -257,6 +259,39 @@ def test_decoding_allocates_nothing_that_grows_beyond_its_cache(monkeypatch):
     rest = [heap - cache for heap, cache in seen]
     grown = rest[-1] - rest[20]
     assert grown < content / 4, f"{grown} bytes beyond the cache in {steps} steps, whose keys and values are {content}"
+
+
+@pytest.mark.parametrize("restore", ["always", "auto"])
+def test_while_rows_are_restored_theirs_is_the_only_cache(monkeypatch, restore):
+    """`clear memory` counts one; there were up to three: the batch's before rows left it, and copies of what stayed."""
+    model, tokenizer = tiny_model("direct")
+    found, real = [], engine.restore
+
+    def restoring(model, rows, *rest):
+        gc.collect()
+        caches = [one for one in gc.get_objects() if type(one) is KVCache]
+        stores = {
+            t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for c in caches for t in (*c.keys, *c.values)
+        }
+        own = sum(t.untyped_storage().nbytes() for t in (*rows.cache.keys, *rows.cache.values))
+        found.append(sum(stores.values()) / own)
+        return real(model, rows, *rest)
+
+    monkeypatch.setattr(engine, "restore", restoring)
+    if restore == "auto":  # half of the rows ask
+        asked = itertools.count()
+        monkeypatch.setattr(engine.grammar, "asks_restoration", lambda text: next(asked) % 2 == 0)
+        monkeypatch.setattr(engine, "_sample", _ends_at_once(model.config.special.eos))
+    options = Options(flow_steps=2, max_tokens=4, restore=restore, max_restorations=2, batch=8)
+    generate(model, tokenizer, tiny_prompts(tokenizer, 6), options, generator=torch.Generator().manual_seed(0))
+    assert len(found) >= 1 and max(found) <= 1.01
+
+
+def _ends_at_once(eos: int):
+    def sample(logits, temperature, generator):
+        return torch.full((len(logits),), eos), torch.zeros(len(logits))
+
+    return sample
 
 
 def test_one_sampler_integrates_whatever_velocity_with_whatever_step():

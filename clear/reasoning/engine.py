@@ -89,7 +89,9 @@ def generate(
             trajectory.prompt += start
             trajectory.vocabulary = known
         done += rows.trajectories
-        _run(model, tokenizer, rows, chunk, options, generator, reencode)
+        handed = [rows]
+        del rows  # a cache is as large as a card has room for: nobody keeps one whose rows have moved on
+        _run(model, tokenizer, handed, chunk, options, generator, reencode)
         if progress:
             progress(len(chunk))
     return done
@@ -126,7 +128,8 @@ def prefill(model: Bagel, prompts: Sequence[Prompt], group: int = 1) -> Rows:
     return Rows(cache, rope, [Trajectory(int(i)) for i in index])
 
 
-def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
+def _run(model, tokenizer, handed: list[Rows], prompts, options, generator, reencode) -> None:
+    rows = handed.pop()
     trigger_reply = encode(tokenizer, grammar.restore_reply()) if options.restore == "always" else []
     first = rows.trajectories[0].prompt
     for turn in range(options.max_restorations + 1):
@@ -142,11 +145,13 @@ def _run(model, tokenizer, rows, prompts, options, generator, reencode) -> None:
         groups: dict[tuple[int, int], list[int]] = {}
         for i, trajectory in enumerate(rows.trajectories):
             groups.setdefault(prompts[trajectory.prompt - first].latent_grid, []).append(i)
-        parts = [rows.select(members) for members in groups.values()]
+        parts = [rows] if len(groups) == 1 else [rows.select(members) for members in groups.values()]
+        del rows
         for grid, part in zip(groups, parts, strict=True):
             owners = [prompts[t.prompt - first] for t in part.trajectories]
             restore(model, part, owners, grid, options, generator, reencode)
-        rows = Rows.join(parts)
+        rows = parts[0] if len(parts) == 1 else Rows.join(parts)
+        del parts, part
 
 
 def _reply(model, tokenizer, rows: Rows, prefix, whole: bool, last: bool, options: Options, generator) -> Rows:

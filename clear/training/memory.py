@@ -244,7 +244,7 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
 
 
 def _generation(config: Config, stage: str, model: BagelConfig, number: int, cuda: bool, piece: int) -> tuple[int, int]:
-    """Cache and prefill workspace of `sampling.batch` rows; replies may reach `sampling.max_think_tokens`.
+    """Cache and prefill workspace of `sampling.batch` rows, of GRPO whole groups; replies may reach `sampling.max_think_tokens`.
 
     The stage `bridge` only denoises, behind the prompt and the reply that asks for it. Prefill works through one layer
     at a time; GRPO prefills each prompt once for its group. A step of a restoration has one layer's keys and values of
@@ -253,11 +253,12 @@ def _generation(config: Config, stage: str, model: BagelConfig, number: int, cud
     """
     s, prompt = config.sampling, prompt_tokens(config)
     latent, _ = grids(config)
-    rows = s.batch
+    group = config.grpo.group_size if stage == "grpo" else 1
+    rows = max(1, s.batch // group) * group  # as clear.reasoning.engine.generate makes them
     replies, pictures = (1, 1) if stage == "bridge" else (s.max_restorations + 1, s.max_restorations)
     longest = _reply(config) if stage == "bridge" else s.max_think_tokens
     capacity = kv_capacity(prompt, prompt + replies * (longest + 1) + pictures * (latent + 2))
-    prefilled = max(1, rows // config.grpo.group_size) if stage == "grpo" else rows
+    prefilled = rows // group
     batch = Batch(prefilled, prompt, prefilled * latent, prefilled, 0)
     frozen = Lora(1, 1.0, 0.0, [], "both")  # no layer keeps what only a gradient needs
     compute = 2 if number == 2 else 4

@@ -20,7 +20,6 @@ from flows.batch.job import ENDED, describe, hours
 from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
 
-
 RESERVED = "reserved-"
 """How the note of a job begins that is being submitted; its key follows."""
 

@@ -54,7 +54,6 @@ from clear.training.rl.rewards import IMAGE_REWARDS, answer_rewards, rewards, we
 from clear.training.rl.rollout import Rollout
 from clear.training.rl.stopping import StopRule
 
-
 LONGER = 10
 """A step is as long as some ten of the other stages: checkpoints are so many times as frequent."""
 
