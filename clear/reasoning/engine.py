@@ -146,7 +146,7 @@ def _run(model, tokenizer, handed: list[Rows], prompts, options, generator, reen
         for i, trajectory in enumerate(rows.trajectories):
             groups.setdefault(prompts[trajectory.prompt - first].latent_grid, []).append(i)
         parts = [rows] if len(groups) == 1 else [rows.select(members) for members in groups.values()]
-        del rows
+        rows = None  # of several grids the parts are copies
         for grid, part in zip(groups, parts, strict=True):
             owners = [prompts[t.prompt - first] for t in part.trajectories]
             restore(model, part, owners, grid, options, generator, reencode)

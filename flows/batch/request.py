@@ -193,17 +193,23 @@ def _committed(workspace: Path, inputs: Inputs) -> str:
     return output(workspace, "rev-parse", "HEAD").strip()
 
 
-def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, list[str]], None]) -> Inputs:
-    """Make `folder` a workspace with the inputs of a request; `pull(workspace, paths)` brings what DVC keeps.
-
-    Raises ClearError naming every input that is not what the request says: a job never runs on anything else.
-    """
-    wanted = Inputs(**request["inputs"])
+def check_out(store: Store, request: dict, folder: Path) -> None:
+    """Make `folder` a clone at the commit of a request."""
     bundle = folder.with_suffix(".bundle")
     store.fetch(request["bundle"]["name"], bundle, request["bundle"]["sha256"])
     output(folder.parent, "clone", "--quiet", "--no-checkout", str(bundle), str(folder))
     bundle.unlink()
     output(folder, "checkout", "--quiet", "--detach", request["commit"])
+
+
+def receive(store: Store, request: dict, folder: Path, pull: Callable[[Path, list[str]], None]) -> Inputs:
+    """Make the clone `folder` a workspace with the inputs of a request; `pull(workspace, paths)` brings what DVC keeps.
+
+    Raises ClearError naming every input that is not what the request says: a job never runs on anything else.
+    """
+    wanted = Inputs(**request["inputs"])
+    if not folder.exists():
+        check_out(store, request, folder)
     for name, digest in request["files"].items():
         store.fetch(f"objects/{digest}", folder / name, digest)
     settings = "".join(f"    {name} = {value}\n" for name, value in request["remote"].items())

@@ -1,9 +1,10 @@
 """The job: reproduce one stage on another machine. `python -m flows.batch.worker`, started by AWS Batch.
 
-CLEAR_REQUEST names the request in S3 (flows/batch/request.py). In order: make a workspace of the request and
-refuse if an input differs from the request; fetch weights; fetch the newest checkpoint; `dvc repro` the one stage,
-keeping checkpoints and the log in S3 meanwhile; push the outputs to the DVC remote; put the stage's entry of dvc.lock,
-its small outputs and run records into S3, last a note that says so.
+CLEAR_REQUEST names the request in S3 (flows/batch/request.py). In order: check out the commit and go on as its worker,
+which may be newer than the image that holds this one; make a workspace of the request and refuse if an input differs
+from the request; fetch weights; fetch the newest checkpoint; `dvc repro` the one stage, keeping checkpoints and the log
+in S3 meanwhile; push the outputs to the DVC remote; put the stage's entry of dvc.lock, its small outputs and run
+records into S3, last a note that says so.
 
 SIGTERM is the notice that the machine is reclaimed: the stage is asked to save, its checkpoint is kept, and the exit
 status is 75, which lets Batch start the job again. A kill follows after 30 s, so everything ends before that.
@@ -14,8 +15,10 @@ one writes. Exit status: 0 done, 1 refused or failed with one line, 75 preempted
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -33,7 +36,7 @@ from clear.errors import ClearError, fail, refusal, say, without_secrets
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
 from flows.batch.notes import Inputs
-from flows.batch.request import LOCK, expand, receive
+from flows.batch.request import LOCK, check_out, expand, receive
 from flows.batch.store import Store, client, split
 from flows.dvc_commands import NETWORK, Temporary
 from flows.service import children
@@ -42,6 +45,7 @@ SAVE_SECONDS = 18.0
 """What a stage has for saving after SIGTERM; the rest of the 30 s is for the upload."""
 PAUSES = (10.0, 60.0, 300.0, 900.0)
 """Seconds between tries of `dvc pull` and `dvc push` while the network fails."""
+CLONE, WORKER = "clone", Path("flows/batch/worker.py")
 LOG_SECONDS = 5.0
 LOG_BYTES = 16 * 2**20
 """Of a longer log, S3 holds the beginning; CloudWatch has all of it."""
@@ -100,6 +104,8 @@ def run(request: str, work: Path, notice: Notice) -> int:
     prefix, _, name = name.partition("/requests/")
     store = Store(client("s3"), bucket, prefix)
     try:
+        if not (work / CLONE).exists():
+            _go_on_as_the_commit(store, f"requests/{name}", request, work)
         content = store.read(f"requests/{name}")
     except aws.Unreachable as error:
         fail(error)
@@ -127,8 +133,28 @@ def run(request: str, work: Path, notice: Notice) -> int:
         log.send()
 
 
+def _go_on_as_the_commit(store: Store, name: str, request: str, work: Path) -> None:
+    """Check out the commit of a request and become its worker; return where it has none, or the request no commit.
+
+    The image is built for package versions and seldom: what a job does, and the forms of what it is told, are the
+    commit's. So no form is asked of the request here.
+    """
+    content = store.read_bytes(name)
+    try:
+        check_out(store, json.loads(content or "{}"), work / CLONE)
+    except (ValueError, KeyError, TypeError):
+        return  # reading it will say what is wrong
+    if not (work / CLONE / WORKER).exists() or Path(__file__).samefile(work / CLONE / WORKER):
+        return
+    say("going on as the worker of the commit")
+    os.chdir(work / CLONE)  # in front of the import path
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # until its handler is there
+    command = [sys.executable, "-m", "flows.batch.worker", request, "--work", str(work)]
+    os.execve(sys.executable, command, os.environ | {"PYTHONPATH": str(work / CLONE)})
+
+
 def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path, log: Log, notice: Notice) -> int:
-    folder, home = work / "clone", work / "home" / ".clear"
+    folder, home = work / CLONE, work / "home" / ".clear"
     environment = os.environ | {
         "CLEAR_HOME": str(home),
         "PATH": f"{shims(work)}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
@@ -279,8 +305,6 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
     Does nothing for a model trained from scratch, and where `model.checkpoint` is itself in S3: the stage fetches that.
     Raises ClearError without an address, or for a wrong file.
     """
-    import json
-
     import yaml
 
     from clear.model.checkpoint import named_file
@@ -346,20 +370,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the job that CLEAR_REQUEST names; 0 done, 1 refused or failed, 75 preempted."""
     parser = argparse.ArgumentParser(prog="python -m flows.batch.worker", description="The job of one stage.")
     parser.add_argument("request", nargs="?", default=os.environ.get("CLEAR_REQUEST"), help="s3://…; or CLEAR_REQUEST")
+    parser.add_argument("--work", type=Path, help="a folder that holds the clone already, and is removed at the end")
     given = parser.parse_args(arguments)
     if not given.request:
         parser.error("no request is named; set CLEAR_REQUEST")
     notice = Notice()
     signal.signal(signal.SIGTERM, notice)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
     spare_loopback()
+    work = given.work or Path(tempfile.mkdtemp(prefix="clear-"))
     try:
-        with tempfile.TemporaryDirectory(prefix="clear-") as work:
-            return run(given.request, Path(work), notice)
+        return run(given.request, work, notice)
     except (ClearError, OSError) as error:
         refused = refusal(error) if isinstance(error, OSError) else error
         if refused is None:
             raise
         return fail(refused)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 if __name__ == "__main__":
