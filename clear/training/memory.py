@@ -247,8 +247,8 @@ def _generation(config: Config, stage: str, model: BagelConfig, number: int, cud
     """Cache and prefill workspace of `sampling.batch` rows, of GRPO whole groups.
 
     Replies may reach `sampling.max_think_tokens`. The stage `bridge` only denoises, behind the prompt and the reply
-    that asks for it. Prefill works through one layer at a time; GRPO prefills each prompt once for its group. A step of a
-    restoration has one layer's keys and values of all its contexts side by side, and again for each head. Guidance,
+    that asks for it. Prefill works through one layer at a time; GRPO prefills each prompt once for its group. A step of
+    a restoration has one layer's keys and values of all its contexts side by side, and again for each head. Guidance,
     which GRPO has none of, compares up to three; only that of the texts alone is kept beside the rows.
     """
     s, prompt = config.sampling, prompt_tokens(config)
