@@ -16,6 +16,7 @@ from clear.model.bagel import FROZEN, GENERATION
 from clear.reasoning.answering import Answerer
 from clear.schema import Phase
 from clear.training.load import incoming
+from clear.training.loop import run as running
 from clear.training.loop import trainer
 from clear.training.loop.run import StageRun
 from clear.training.loop.saved import last_complete
@@ -74,6 +75,27 @@ def test_an_interrupted_run_ends_with_the_same_weights(config, tmp_path, stop):
     found, again = _train(config, tmp_path / "killed")
     assert torch.equal(found, expected)
     assert [row["loss"] for row in again] == [row["loss"] for row in curve]
+
+
+def test_a_run_that_is_killed_while_it_removes_its_checkpoints_leaves_none(config, tmp_path, monkeypatch):
+    """A half of one called itself complete, and every repetition ended at what it lacked."""
+    (tmp_path / "input.txt").write_text("data")
+    stage = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
+    checkpoint = stage.folder / "phase/checkpoint-3"
+    checkpoint.mkdir(parents=True)
+    for name in ("complete", "rng_state.pth"):
+        (checkpoint / name).touch()
+
+    def killed(folder, **_):
+        next(Path(folder).rglob("rng_state.pth")).unlink()
+        raise Interrupted
+
+    with monkeypatch.context() as patched, pytest.raises(Interrupted):
+        patched.setattr(running.shutil, "rmtree", lambda folder, **how: killed(folder) if folder.exists() else None)
+        stage.finish(tmp_path / "curve.csv")
+    again = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
+    assert again.folder == stage.folder and last_complete(again.folder / "phase") is None
+    assert [*(tmp_path / "runs").iterdir()] == [again.folder]
 
 
 @pytest.mark.parametrize("step", [5, 8, PHASE.steps])

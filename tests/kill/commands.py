@@ -31,12 +31,13 @@ OVERRIDES = [
 class Command:
     """What is typed after `python -m clear`, the files and folders that it makes, and what it needs beside the results
     of all stages. Of a command that makes none, what it prints is compared; files that end in `timed` hold seconds, and
-    are not."""
+    are not. `refuses` is what it says to a result that is there."""
 
     arguments: tuple[str, ...]
     makes: tuple[str, ...] = ()
     needs: Callable[[Path], object] = lambda folder: None
     timed: tuple[str, ...] = ()
+    refuses: str = ""
 
 
 def stages() -> dict[str, Command]:
@@ -71,7 +72,11 @@ OTHERS = {
         _asked,
         (".jsonl", ".parquet"),
     ),
-    "export": Command(("export", "data/models/bridge", "made", "--evaluation", "bridge"), ("made",)),
+    "export": Command(
+        ("export", "data/models/bridge", "made", "--evaluation", "bridge"),
+        ("made",),
+        refuses="made exists and is not empty",
+    ),
     "incoming check": Command(
         ("incoming", "check", "fog", "--json"), (), lambda folder: put(folder / "data/incoming/fog", range(24))
     ),

@@ -38,6 +38,7 @@ class StageRun:
                     digest.update(bytes.fromhex(file_sha256(file)))
         self.folder = home / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(self._gone, ignore_errors=True)  # of a run that was killed as it ended
         self.curve: list[dict[str, Any]] = []
 
     def shown(self, phase: str, parts: Callable[[], dict[str, float]] | None = None) -> trackers.Trackers:
@@ -50,7 +51,14 @@ class StageRun:
         barrier()
         if rank() == 0:
             write_curve(curve, self.curve)
-            shutil.rmtree(self.folder)
+            # A removal that is killed leaves checkpoints that call themselves complete and are not.
+            shutil.rmtree(self._gone, ignore_errors=True)
+            self.folder.rename(self._gone)
+            shutil.rmtree(self._gone)
+
+    @property
+    def _gone(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.gone")
 
 
 def _relevant(config: Config) -> dict:
