@@ -147,8 +147,8 @@ class Trial:
         return int(of * (self.turn + self.draw.random()) / self.turns)
 
     def again(self, folder: Path, ended: Ended) -> str:
-        """Type the command again, if it has not succeeded, and say what is wrong with the result, or "". Of one that was
-        killed when all was done the refusal to do it once more is right."""
+        """Type the command again, if it has not succeeded, and say what is wrong with the result, or "". Of one that
+        was killed when all was done the refusal to do it once more is right."""
         last = ended if ended.status == 0 else run(self.command.arguments, folder)
         if last.status and not (ended.status < 0 and self.command.refuses and self.command.refuses in last.errors):
             return f"the same command again: status {last.status}: {last.errors[-300:]}"
