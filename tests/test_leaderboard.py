@@ -261,6 +261,8 @@ def test_questions_about_one_picture_are_one_cluster_where_a_manifest_says_so(tm
     pd.DataFrame(pictures).to_parquet(manifest)
     assert cell(made(files), "a", "clean", "MMStar")["clusters"] == 12
     assert cell(made(files, manifest=manifest), "a", "clean", "MMStar")["clusters"] == 4
+    damaged = put(tmp_path, "a", **{"R-Bench-Dis": rows(4, lambda n: 1)})
+    made([*files, *damaged], manifest=manifest)  # it came damaged, so that the command made nothing of it
     pd.DataFrame(pictures | {"bench": ["MMVet"] * 12}).to_parquet(manifest)
     with pytest.raises(ClearError, match=r"manifest\.parquet: no row of MMStar, so which of its questions share"):
         made(files, manifest=manifest)

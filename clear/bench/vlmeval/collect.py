@@ -138,7 +138,8 @@ def _pictures(frame: "pd.DataFrame", manifest: Path | None) -> list[str]:
     if missing := [name for name in ("bench", "index", "image_index") if name not in header]:
         raise ClearError(f"{manifest}: no column '{missing[0]}'; name the manifest.parquet of `clear mmd-bench`.")
     of = {(row.cells["bench"], row.cells["index"]): row.cells["image_index"] for row in rows}
-    if missing := sorted({*frame["bench"]} - {bench for bench, _ in of}):
+    made = {bench for bench in frame["bench"].unique() if not names.DAMAGED.search(bench)}  # the others came so
+    if missing := sorted(made - {bench for bench, _ in of}):
         raise ClearError(
             f"{manifest}: no row of {missing[0]}, so which of its questions share a picture is not known; name the "
             "manifest.parquet of the folder that this benchmark was made in."
