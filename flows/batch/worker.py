@@ -142,8 +142,9 @@ def _go_on_as_the_commit(store: Store, name: str, request: str, work: Path) -> N
     content = store.read_bytes(name)
     try:
         check_out(store, json.loads(content or "{}"), work / CLONE)
-    except (ValueError, KeyError, TypeError):
-        return  # reading it will say what is wrong
+    except (ValueError, KeyError, TypeError, ClearError):
+        shutil.rmtree(work / CLONE, ignore_errors=True)
+        return  # it is tried again where what is wrong goes into the log
     if not (work / CLONE / WORKER).exists() or Path(__file__).samefile(work / CLONE / WORKER):
         return
     say("going on as the worker of the commit")
