@@ -15,7 +15,7 @@ import pytest
 from tests.conftest import ROOT
 
 ORDER = (
-    ("errors", "schema", "config"),
+    ("errors", "interruption", "schema", "config"),
     ("data",),
     ("sources",),
     ("degradation",),
