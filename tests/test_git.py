@@ -1,5 +1,6 @@
 """What the project does with git where git does not answer."""
 
+import os
 import socket
 import time
 
@@ -18,10 +19,22 @@ def test_a_server_that_says_nothing_is_an_error_and_no_flow_that_runs_for_ever(t
     assert time.monotonic() - began < 30
 
 
-def test_a_server_that_asks_for_a_password_is_not_answered_by_a_prompt(tmp_path, monkeypatch):
-    monkeypatch.setenv("GIT_SSH", "my-ssh")
-    monkeypatch.setenv("GIT_HTTP_LOW_SPEED_TIME", "7")
+@pytest.mark.parametrize("set_in", ["GIT_SSH", "GIT_SSH_COMMAND", "core.sshCommand", ""])
+def test_the_program_that_a_user_has_chosen_for_ssh_is_used(tmp_path, monkeypatch, set_in):
+    own = tmp_path / "own"
+    own.write_text(f"#!/bin/sh\necho own >> {tmp_path}/ran\nexit 1\n")
+    own.chmod(0o755)
+    (tmp_path / "ssh").write_text(f"#!/bin/sh\necho $1 >> {tmp_path}/ran\nexit 1\n")
+    (tmp_path / "ssh").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("GIT_SSH", "GIT_SSH_COMMAND"):
+        monkeypatch.delenv(name, raising=False)
     git.output(tmp_path, "init", "-q")
-    shown = git.output(tmp_path, "-c", "alias.told=!env", "told")
-    assert "GIT_TERMINAL_PROMPT=0" in shown and "GIT_HTTP_LOW_SPEED_TIME=7" in shown, "what the user set counts"
-    assert "GIT_SSH_COMMAND" not in shown, "it would hide the user's own program"
+    if set_in == "core.sshCommand":
+        git.output(tmp_path, "config", set_in, str(own))
+    elif set_in:
+        monkeypatch.setenv(set_in, str(own))
+    with pytest.raises(ClearError):
+        git.output(tmp_path, "ls-remote", "ssh://nowhere/x")
+    ran = (tmp_path / "ran").read_text().split()
+    assert set(ran) == ({"own"} if set_in else {"-oConnectTimeout=60"})

@@ -38,21 +38,27 @@ class Answer:
 
 
 PATIENCE = {
-    "GIT_TERMINAL_PROMPT": "0",
     "GIT_HTTP_LOW_SPEED_LIMIT": "1000",
     "GIT_HTTP_LOW_SPEED_TIME": "60",
-    "GIT_SSH_COMMAND": "ssh -oBatchMode=yes -oConnectTimeout=60 -oServerAliveInterval=15 -oServerAliveCountMax=4",
+    "GIT_SSH_COMMAND": "ssh -oConnectTimeout=60 -oServerAliveInterval=15 -oServerAliveCountMax=4",
 }
-"""A server that asks for a password or says nothing is an error after a minute, and no flow that runs for ever."""
+"""A server that accepts and says nothing is an error after a minute, and no flow that runs for ever."""
+REMOTE = ("clone", "fetch", "ls-remote", "pull", "push")
 
 
 def git(folder: Path, *arguments: str, given: bytes = b"") -> Answer:
     """Run a git command in a folder with `given` as its input. Raises NoGit where there is no git."""
-    command, environment = ["git", *arguments], PATIENCE | os.environ
-    if "GIT_SSH" in os.environ:  # the user's own, which the other would hide
-        environment.pop("GIT_SSH_COMMAND", None)
+    environment = None
+    if arguments[0] in REMOTE:
+        environment = PATIENCE | os.environ
+        # The user's own program, which the other would hide.
+        own = "GIT_SSH" in os.environ or git(folder, "config", "core.sshCommand").text
+        if own and "GIT_SSH_COMMAND" not in os.environ:
+            del environment["GIT_SSH_COMMAND"]
     try:
-        done = subprocess.run(command, cwd=folder, input=given, capture_output=True, check=False, env=environment)
+        done = subprocess.run(
+            ["git", *arguments], cwd=folder, input=given, capture_output=True, check=False, env=environment
+        )
     except FileNotFoundError as error:
         raise NoGit("git is not installed; install it and repeat.") from error
     return Answer(done.returncode, done.stdout, done.stderr)
