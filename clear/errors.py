@@ -70,8 +70,7 @@ def judging() -> Iterator[None]:
     try:
         yield
     except (ClearError, OSError) as error:
-        refused = refusal(error) if isinstance(error, OSError) else error
-        if refused is None:
+        if (refused := refusal(error)) is None:
             raise
         refused.status = UNDECIDED
         raise refused from error
@@ -111,12 +110,15 @@ def one_line(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
-def refusal(error: OSError) -> ClearError | None:
-    """What the operating system refused, as one line with the path and the remedy; None if it was something else.
+def refusal(error: BaseException) -> ClearError | None:
+    """What an error tells a person: a ClearError itself, and what the operating system refused as one line with the
+    path and the remedy; None for any other.
 
     An OSError without a number is a library's own (a damaged file, no network) and says nothing about a path.
     """
-    if error.errno is None:
+    if isinstance(error, ClearError):
+        return error
+    if not isinstance(error, OSError) or error.errno is None:
         return None
     said, path = os.strerror(error.errno), error.filename2 or error.filename
     # Libraries written in C++ name the path in their text only, and add their own remarks to it.

@@ -8,9 +8,7 @@ from clear.errors import ClearError, one_line, refusal
 def in_words(error: BaseException | None) -> ClearError | None:
     """An error that says by itself what is wrong and what to do: a ClearError, what the operating system refused, or a
     Prefect API that does not answer; None for any other, which is a bug."""
-    if isinstance(error, ClearError):
-        return error
-    if isinstance(error, OSError):
+    if isinstance(error, ClearError | OSError):
         return refusal(error)
     from httpx import HTTPStatusError, TransportError
 

@@ -19,7 +19,7 @@ import pytest
 from clear.bench.vlmeval import collect, respond
 from clear.bench.vlmeval.answering import answer_table
 from clear.bench.vlmeval.prompts import prompt_of
-from clear.bench.vlmeval.respond import Asked, Folder, Given, Served, shards_of
+from clear.bench.vlmeval.respond import Asked, Folder, Served, shards_of
 from clear.config import load
 from clear.data.records import Question
 from clear.data.rejects import read_rejects
@@ -30,6 +30,7 @@ from clear.sources.scenes.render import scenes
 from tests.chat_server import completion, settings, user_text
 from tests.chat_server import serving as chatting
 from tests.conftest import ROOT
+from tests.helpers.respondents import Says
 from tests.helpers.tables import b64, png, write_tsv
 from tests.serving import make_workspace, serving
 
@@ -61,19 +62,6 @@ def sheet(folder: Path, name: str = "MMStar.tsv", count: int = 10) -> Path:
         for n in range(count)
     ]
     return write_tsv(folder / name, rows)
-
-
-class Echo:
-    """A respondent that says a question's index."""
-
-    size = 8
-
-    def identity(self) -> dict:
-        return {}
-
-    def respond(self, shards):
-        for shard in shards:
-            yield [Given(row.index, row.index, "t") for row in shard.rows]
 
 
 # --- prompts --------------------------------------------------------------------------------------------------------
@@ -213,19 +201,9 @@ def test_a_table_without_answers_is_answered_and_scoring_says_why_not(workspace,
 
 
 def test_xlsx_holds_text_as_text_and_what_it_cannot_hold_is_rejected(tmp_path):
-    class Fixed:
-        size = 8
-
-        def identity(self) -> dict:
-            return {}
-
-        def respond(self, shards):
-            texts = ["=1+1", "007", "x" * 40_000, "bell \x07", "None"]
-            for shard in shards:
-                yield [Given(row.index, texts[int(row.index)], "t") for row in shard.rows]
-
+    texts = ["=1+1", "007", "x" * 40_000, "bell \x07", "None"]
     file = sheet(tmp_path, count=5)
-    found = answer_table(file, tmp_path, "M", Fixed(), form="xlsx")
+    found = answer_table(file, tmp_path, "M", Says(lambda index: texts[int(index)]), form="xlsx")
     rows = list(openpyxl.load_workbook(found.table).active.values)
     assert rows[0] == ("index", "question", "answer", "category", "prediction")
     assert [(row[0], row[-1]) for row in rows[1:]] == [(0, "=1+1"), (1, "007"), (4, "None")]
@@ -238,18 +216,18 @@ def test_an_index_comes_back_as_it_was(tmp_path, form):
     indices = ["0", "7", "007", "1" * 15, "1" * 16]
     rows = [{"index": index, "image": b64(png(0)), "question": "?", "answer": "x"} for index in indices]
     file = write_tsv(tmp_path / "MMStar.tsv", rows)
-    found = answer_table(file, tmp_path / "out", "M", Echo(), form=form)
+    found = answer_table(file, tmp_path / "out", "M", Says(str), form=form)
     assert collect.read([found.table])["index"].tolist() == indices
 
 
 def test_a_picture_beside_the_table_that_changed_is_another_table(tmp_path):
     (tmp_path / "a.png").write_bytes(png(0))
     file = write_tsv(tmp_path / "MMStar.tsv", [{"index": 1, "image_path": "a.png", "question": "?", "answer": "x"}])
-    answer_table(file, tmp_path / "out", "M", Echo())
-    answer_table(file, tmp_path / "out", "M", Echo())
+    answer_table(file, tmp_path / "out", "M", Says(str))
+    answer_table(file, tmp_path / "out", "M", Says(str))
     (tmp_path / "a.png").write_bytes(png(1))
     with pytest.raises(ClearError, match="answers to another table"):
-        answer_table(file, tmp_path / "out", "M", Echo())
+        answer_table(file, tmp_path / "out", "M", Says(str))
 
 
 def test_shards_follow_the_table_whatever_its_length():

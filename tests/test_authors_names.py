@@ -4,7 +4,7 @@ import pytest
 
 from clear.bench.vlmeval import names, scores
 from clear.bench.vlmeval.answering import answer_table
-from clear.bench.vlmeval.respond import Given
+from tests.helpers.respondents import Says
 from tests.helpers.tables import b64, png, write_tsv
 
 AUTHORS = {
@@ -19,17 +19,7 @@ AUTHORS = {
 """A row of each benchmark of MMD-Bench, and of the seventh column of its table."""
 
 
-class _Right:
-    """Answers A to everything."""
-
-    size = 4
-
-    def identity(self) -> dict:
-        return {}
-
-    def respond(self, shards):
-        for shard in shards:
-            yield [Given(row.index, "<think> hm </think> <answer>A</answer>") for row in shard.rows]
+RIGHT = Says(lambda index: "<think> hm </think> <answer>A</answer>")
 
 
 @pytest.mark.parametrize("bench", AUTHORS)
@@ -39,7 +29,7 @@ def test_tables_under_the_authors_names_are_answered_and_scored_under_them(tmp_p
     assert len(ends) == 20
     rows = [{"index": n, "image": b64(png(n)), "category": "c", "l2-category": "d"} | AUTHORS[bench] for n in (0, 1)]
     files = [write_tsv(tmp_path / f"{bench}{end}.tsv", rows) for end in ends]
-    tables = [answer_table(file, tmp_path / "out", "CLEAR-RL", _Right()).table for file in files]
+    tables = [answer_table(file, tmp_path / "out", "CLEAR-RL", RIGHT).table for file in files]
     assert [table.name for table in tables] == [f"CLEAR-RL_{file.name}" for file in files]
     frame = scores.read_predictions(tables)
     found = {(row.corruption, row.severity) for row in frame.itertuples()}

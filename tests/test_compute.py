@@ -164,13 +164,13 @@ def test_the_month_counts_what_ended_jobs_cost_and_others_may(aws, settings):
     enter(store, "old", "sft", 36.0, cost=2.0)
     assert spent(store, "2001-01") == 2, "a job is counted in the month in which it began"
     settings.budget_usd = 73.25
-    with reserved(store, settings, "sft", "key", 36.0, 3.0):
+    with reserved(store, settings, "sft", "key", 36.0):
         assert spent(store) == 73.25, "it counts before it is sent"
-    with reserved(store, settings, "sft", "key", 36.0, 3.0):
+    with reserved(store, settings, "sft", "key", 36.0):
         assert spent(store) == 73.25, "and once, however often it is tried"
     release(store, "key")
     settings.budget_usd = 73.0
-    with pytest.raises(OverBudget, match=r"37\.25"), reserved(store, settings, "sft", "key", 36.0, 3.0):
+    with pytest.raises(OverBudget, match=r"37\.25"), reserved(store, settings, "sft", "key", 36.0):
         raise AssertionError("it is not submitted")
     assert spent(store) == 37.25
 
@@ -179,7 +179,7 @@ def test_the_month_counts_what_ended_jobs_cost_and_others_may(aws, settings):
 def test_a_reservation_stays_where_the_job_may_have_been_submitted(aws, settings, error, left):
     store, settings.budget_usd = Store(aws.s3, "cloud"), 100.0
     aws.s3.create_bucket(Bucket="cloud")
-    with pytest.raises(error), reserved(store, settings, "sft", "key", 36.0, 3.0):
+    with pytest.raises(error), reserved(store, settings, "sft", "key", 36.0):
         raise error("no answer")
     assert spent(store) == left
 
@@ -188,8 +188,8 @@ def test_of_two_flows_that_ask_at_once_the_month_holds_for_one(aws, settings):
     """Between asking and submitting lie minutes of `dvc push`; both were let through."""
     store, settings.budget_usd = Store(aws.s3, "cloud"), 40.0
     aws.s3.create_bucket(Bucket="cloud")
-    with reserved(store, settings, "sft", "one", 36.0, 3.0):
-        with pytest.raises(OverBudget), reserved(store, settings, "grpo", "two", 36.0, 3.0):
+    with reserved(store, settings, "sft", "one", 36.0):
+        with pytest.raises(OverBudget), reserved(store, settings, "grpo", "two", 36.0):
             raise AssertionError("it is not submitted")
         assert spent(store) == 36
 

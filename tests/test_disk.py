@@ -3,6 +3,7 @@
 import ast
 import errno
 import os
+import sqlite3
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from clear.data.io import asked_again, replacing, write_json, write_text
 from clear.data.records import ShardWriter
 from clear.data.rejects import Reject, write_rejects
 from clear.errors import ClearError
+from clear.llm import ledger
 from clear.llm.ledger import ReplyStore
 from clear.model.checkpoint import save_tensors, write_folder
 from clear.traces.table import TraceRow, write_traces
@@ -88,6 +90,21 @@ def test_paid_replies_outlive_a_full_disk_which_is_not_called_a_damaged_file():
         for name, why in (("replies", "Read-only file system"), ("other", "Permission denied")):
             with pytest.raises(ClearError, match=rf"{name}\.sqlite: {why}; check the permissions"):
                 ReplyStore(disk.folder / f"{name}.sqlite")
+
+
+def test_a_cache_that_another_process_holds_is_not_called_damaged(tmp_path, monkeypatch):
+    """The remedy for a damaged one, to move it away, pays for everything again."""
+    monkeypatch.setattr(ledger, "WAIT", 0.1)
+    store, other = (
+        ReplyStore(tmp_path / "t.sqlite"),
+        sqlite3.connect(tmp_path / "t.sqlite", isolation_level=None),
+    )
+    other.execute("BEGIN EXCLUSIVE")
+    for use in (lambda: store.get("a"), lambda: store.reserve("a", 1.0, 2.0), lambda: ReplyStore(store.path)):
+        with pytest.raises(ClearError, match=r"t\.sqlite: another process has held it for 0\.1 s; end that one"):
+            use()
+    other.execute("COMMIT")
+    assert store.reserve("a", 1.0, 2.0)[0] is not None
 
 
 def test_sqlite_waits_until_a_reservation_is_on_the_disk(tmp_path):

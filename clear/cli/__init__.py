@@ -73,8 +73,7 @@ def main() -> None:
     except BaseException as error:
         if interruption.came(error):
             _interrupted()
-        refused = refusal(error) if isinstance(error, OSError) else error
-        if not isinstance(refused, ClearError):
+        if (refused := refusal(error)) is None:
             raise
         _refuse(refused)
     finally:

@@ -72,7 +72,7 @@ def settle(store: Store, batch: Any) -> None:
 
 
 @contextmanager
-def reserved(store: Store, compute: Compute, stage: str, key: str, allowed: float, hourly: float) -> Iterator[None]:
+def reserved(store: Store, compute: Compute, stage: str, key: str, allowed: float) -> Iterator[None]:
     """Set aside what a job may cost while the block submits it, and until `release`; if it fails, it is free again.
 
     It is written before the month is added up, so that of two flows that ask at the same moment at most one is let
@@ -81,7 +81,7 @@ def reserved(store: Store, compute: Compute, stage: str, key: str, allowed: floa
     """
     release(store, key)  # one of an earlier attempt, perhaps of another month
     name = f"ledger/{_month()}/{RESERVED}{key}.json"
-    store.write(name, {"stage": stage, "allowed": allowed, "cost": None, "hourly": hourly})
+    store.write(name, {"stage": stage, "allowed": allowed, "cost": None})
     try:
         if (total := spent(store)) > compute.budget_usd:
             raise OverBudget(

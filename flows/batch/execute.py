@@ -167,8 +167,7 @@ class _Work:
         return ended
 
     def _submit(self, name: str, spot: bool, allowed: float) -> None:
-        hourly = cost.hourly(self.compute, self.job, spot)
-        with cost.reserved(self.store, self.compute, self.inputs.stage, self.key, allowed, hourly):
+        with cost.reserved(self.store, self.compute, self.inputs.stage, self.key, allowed):
             self._send(name, spot)
         self._enter(spot, allowed)
         self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")

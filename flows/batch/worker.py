@@ -124,8 +124,7 @@ def run(request: str, work: Path, notice: Notice) -> int:
         log.say(f"error: {error}")
         return PREEMPTED
     except (ClearError, OSError) as error:
-        refused = refusal(error) if isinstance(error, OSError) else error
-        if refused is None:
+        if (refused := refusal(error)) is None:
             raise
         log.say(f"error: {refused}")
         return 1
@@ -383,8 +382,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         return run(given.request, work, notice)
     except (ClearError, OSError) as error:
-        refused = refusal(error) if isinstance(error, OSError) else error
-        if refused is None:
+        if (refused := refusal(error)) is None:
             raise
         return fail(refused)
     finally:

@@ -170,10 +170,8 @@ def _write_bench(
     table, written = None, []
     try:
         digests = lmudata.identity(file)
-    except OSError as error:
+    except (ClearError, OSError) as error:
         raise _Unreadable(str(refusal(error))) from error
-    except ClearError as error:
-        raise _Unreadable(str(error)) from error
     state = {"source_sha256": digests.pop("table"), **digests}
     state |= {"protocol_version": PROTOCOL_VERSION, "size_scale": scale}
     for _, group in groupby(wanted, key=lambda target: target.corruption):

@@ -5,7 +5,6 @@ its last lines and are on the page. Its first line is the verdict, its last the 
 again and replaced.
 """
 
-import math
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
@@ -93,41 +92,38 @@ def _mark(cell: str) -> tuple[str, str]:
 
 
 def to_json(comparison: Comparison, verdict: Verdict) -> dict:
-    """Every number of the comparison as plain values; None where something was not measured."""
-    return _finite(
-        verdicts.to_json(verdict)
-        | {
-            "obstacles": comparison.obstacles,
-            "notes": [*comparison.notes, *verdict.notes],
-            "settings": asdict(comparison.settings),
-            "base": _side(comparison.base),
-            "head": _side(comparison.head),
-            "shared": {
-                name: {
-                    "questions": len(one.rows),
-                    "base": one.base_rows,
-                    "head": one.head_rows,
-                    "changed_answers": len(changed_answers(one)),
-                }
-                for name, one in comparison.joined.items()
-            },
-            "accuracy": [_difference(one) for one in comparison.levels],
-            "tasks": [_difference(one) for one in comparison.tasks],
-            "corruptions": [_difference(one) for one in comparison.corruptions],
-            "call_rate": [_difference(one) for one in comparison.calls],
-            "robustness": {
-                name: comparison.robustness(name)
-                | {"relative_difference": vars(comparison.relative[name]) if name in comparison.relative else None}
-                for name in comparison.joined
-            },
-            "params": _triples(comparison.base.params, comparison.head.params),
-            "metrics": {
-                name: _triples(comparison.base.metrics.get(name, {}), comparison.head.metrics.get(name, {}))
-                for name in sorted(comparison.base.metrics.keys() | comparison.head.metrics.keys())
-            },
-            "versions": _triples(comparison.base.pins, comparison.head.pins),
-        }
-    )
+    """Every number of the comparison as plain values."""
+    return verdicts.to_json(verdict) | {
+        "obstacles": comparison.obstacles,
+        "notes": [*comparison.notes, *verdict.notes],
+        "settings": asdict(comparison.settings),
+        "base": _side(comparison.base),
+        "head": _side(comparison.head),
+        "shared": {
+            name: {
+                "questions": len(one.rows),
+                "base": one.base_rows,
+                "head": one.head_rows,
+                "changed_answers": len(changed_answers(one)),
+            }
+            for name, one in comparison.joined.items()
+        },
+        "accuracy": [_difference(one) for one in comparison.levels],
+        "tasks": [_difference(one) for one in comparison.tasks],
+        "corruptions": [_difference(one) for one in comparison.corruptions],
+        "call_rate": [_difference(one) for one in comparison.calls],
+        "robustness": {
+            name: comparison.robustness(name)
+            | {"relative_difference": vars(comparison.relative[name]) if name in comparison.relative else None}
+            for name in comparison.joined
+        },
+        "params": _triples(comparison.base.params, comparison.head.params),
+        "metrics": {
+            name: _triples(comparison.base.metrics.get(name, {}), comparison.head.metrics.get(name, {}))
+            for name in sorted(comparison.base.metrics.keys() | comparison.head.metrics.keys())
+        },
+        "versions": _triples(comparison.base.pins, comparison.head.pins),
+    }
 
 
 def _difference(difference: Difference) -> dict:
@@ -142,12 +138,3 @@ def _side(side: Side) -> dict:
     names = ("name", "origin", "commit", "profile", "lock_sha", "missing", "records")
     own = {name: getattr(side, name) for name in names}
     return own | {"models": [name for name in MODELS if name in side.frames]}
-
-
-def _finite(value):
-    """The same values with None for every number that JSON cannot hold."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

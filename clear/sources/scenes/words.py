@@ -8,6 +8,7 @@ lower-case words; capital A to D are the labels of multiple-choice options and n
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange")
@@ -61,6 +62,7 @@ _KEPT = re.compile(
 """Characters, beside letters, digits and combining marks, that are part of what an answer says."""
 
 
+@lru_cache(4096)  # the options of a question come again with every answer to it
 def normalise(text: str) -> str:
     """`text` as it is compared: lower-case words and numbers with single spaces between, without punctuation.
 
