@@ -25,7 +25,7 @@ SCORES = st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_s
 @given(SCORES, st.floats(0, 1))
 def test_the_least_expected_cost_is_to_restore_where_the_gain_is_above_the_price(scores, price):
     direct, restored = zip(*scores, strict=True)
-    found = {d.prompt: d for d in decisions(range(len(scores)), direct, restored, price)}
+    found = {d.number: d for d in decisions(direct, restored, price)}
     for n, (a, b) in enumerate(scores):
         gain = b - a - price
         if gain == 0:
@@ -56,28 +56,33 @@ def seen_by(model, loss, index):
 def test_a_decision_is_one_token_and_the_other_batches_are_traces():
     model, tokenizer = tiny_model()
     prompts = tiny_prompts(tokenizer, 2)
-    chosen = [Decision(prompts[0], True, 0.7), Decision(prompts[1], False, 0.2)]
+    chosen = [Decision(0, True, 0.7), Decision(1, False, 0.2)]
 
     def traces(index):
         return torch.tensor(7.0), {"traces": float(len(index))}
 
     torch.manual_seed(0)
-    (total, figures), seen = seen_by(model, decision_loss(model, tokenizer, chosen, traces, share=1.0), [0, 1, 2, 3])
+    (total, figures), seen = seen_by(
+        model, decision_loss(model, tokenizer, prompts, chosen, traces, share=1.0), [0, 1, 2, 3]
+    )
     built = seen[0]
     direct, trigger = encode(tokenizer, grammar.direct_prefix()), encode(tokenizer, grammar.restore_reply())
     place = grammar.fork(direct, trigger)
     assert (built.target != IGNORE).sum(1).tolist() == [1] * 4
     assert set(built.target[built.target != IGNORE].tolist()) <= {direct[place], trigger[place]}
     assert total.item() == pytest.approx(figures["decision"])
-    assert decision_loss(model, tokenizer, chosen, traces, share=0.0)([0, 1]) == (torch.tensor(7.0), {"traces": 2.0})
+    assert decision_loss(model, tokenizer, prompts, chosen, traces, share=0.0)([0, 1]) == (
+        torch.tensor(7.0),
+        {"traces": 2.0},
+    )
 
 
 def test_a_decision_is_drawn_as_often_as_it_weighs():
     model, tokenizer = tiny_model()
     prompts = tiny_prompts(tokenizer, 2)
-    chosen = [Decision(prompts[0], True, 0.9), Decision(prompts[1], False, 0.3)]
+    chosen = [Decision(0, True, 0.9), Decision(1, False, 0.3)]
     torch.manual_seed(0)
-    _, seen = seen_by(model, decision_loss(model, tokenizer, chosen, lambda index: None, share=1.0), [0] * 400)
+    _, seen = seen_by(model, decision_loss(model, tokenizer, prompts, chosen, lambda index: None, share=1.0), [0] * 400)
     trigger = encode(tokenizer, grammar.restore_reply())[len(engine.deciding(tokenizer)[0])]
     drawn = seen[0].target[seen[0].target != IGNORE]
     assert (drawn == trigger).float().mean().item() == pytest.approx(0.75, abs=0.07)
@@ -87,8 +92,8 @@ def test_the_engine_follows_what_was_learned():
     """Two pictures with opposite labels: after the training one is restored and the other is not."""
     model, tokenizer = tiny_model()
     prompts = tiny_prompts(tokenizer, 2)
-    chosen = [Decision(prompts[0], True, 0.7), Decision(prompts[1], False, 0.2)]
-    loss = decision_loss(model, tokenizer, chosen, lambda index: None, share=1.0)
+    chosen = [Decision(0, True, 0.7), Decision(1, False, 0.2)]
+    loss = decision_loss(model, tokenizer, prompts, chosen, lambda index: None, share=1.0)
     first = [encode(tokenizer, text) for text in (grammar.restore_reply(), grammar.direct_prefix())]
     place = grammar.fork(*first)
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -297,7 +297,10 @@ def test_every_stage_reads_what_another_has_encoded(tmp_path, monkeypatch, encod
     start = incoming("data/models/base", config, config)
     data = trace_data(start, config)
     bridge._decisions(start, config, StageRun("bridge", config, (), tmp_path / "checkpoints"))
-    grpo.prepare(config)
+    with monkeypatch.context() as patched:
+        patched.setattr(ImageBank, "patches", None)  # a picture of every question is more than a machine holds
+        _, task = grpo.prepare(config)
+    assert len(task.prompts) == sum(len(s.questions) for s in samples) and len(task.prompts[0].patches)
     answer(under_test("grpo", config), samples)
     answer(under_test("base", config), samples)
     assert encoded == [ENCODE_IMAGES] * 2

@@ -8,11 +8,14 @@ from hypothesis import strategies as st
 
 from clear.data.records import Question
 from clear.errors import ClearError
+from clear.model.images import ImageBank
+from clear.reasoning.answering import Answerer
 from clear.reasoning.prompts import question_text
 from clear.sources.rows import options_in
 from clear.sources.rows import question as made
 from clear.sources.scenes.render import scenes
 from clear.sources.scenes.words import LABELS, VOCABULARY, lists_options
+from tests.tiny import save_random_model, trace_workspace
 
 
 def asked(text: str, *options: str) -> str:
@@ -87,3 +90,41 @@ def test_options_that_cannot_be_shown_are_named():
     assert made("q1", "test", "Which?", "A", many) == "11 options; a question has at most 10"
     good = made("q1", "test", "Which?", "J", many[:10])
     assert question_text(replace(good, text="Which?")).endswith("J. 9")
+
+
+@pytest.fixture
+def answerer(tmp_path, monkeypatch) -> Answerer:
+    monkeypatch.chdir(tmp_path)
+    config = trace_workspace(tmp_path, ["sampling.batch=2", "sampling.flow_steps=1", "runtime.device=cpu"], [])
+    save_random_model(tmp_path / "model", config)
+    return Answerer.load(tmp_path / "model", config)
+
+
+def test_pictures_are_held_by_the_batch_alone(answerer, monkeypatch):
+    """The prompts of a training, and the latents of its answers, are more than a machine holds."""
+    samples = list(scenes("rl", 4, 1, 64, 2))
+    bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
+    asked = [(i, q) for i, s in enumerate(samples) for q in s.questions]
+    read, whole = [], ImageBank.patches
+    monkeypatch.setattr(ImageBank, "patches", lambda self, i: read.append(i) or whole(self, i))
+    prompts = answerer.prompts(bank, asked)
+    assert len(prompts) == 8 and not read
+    assert [len(p.latent) for p in prompts[3:5]] == [len(bank.latents[0])] * 2 and read == [1, 2]
+    for n, prompt in enumerate(prompts):
+        assert prompt.segments() == prompts.outline(n).segments()
+    read.clear()
+    answers = answerer.answers(bank, asked, "always")
+    first = [next(answers)]
+    assert read == [0, 0], "a batch of two questions"
+    assert [a.replies for a in first + list(answers)] == [a.replies for a in answerer.answer(bank, asked, "always")]
+
+
+def test_no_batch_is_answered_before_a_prompt_that_is_too_long(answerer):
+    sample = next(iter(scenes("rl", 2, 1, 64, 2)))
+    bank = answerer.bank([sample.seen], [sample.key])
+    fits = answerer.prompts(bank, [(0, sample.questions[0])]).outline(0).positions
+    config = answerer.model.config
+    answerer.model.config = replace(config, llm=replace(config.llm, positions=fits))
+    long = replace(sample.questions[1], text=" ".join([sample.questions[1].text] * 9))
+    with pytest.raises(ClearError, match=r"shorten it"):
+        answerer.prompts(bank, [(0, sample.questions[0]), (0, long)])

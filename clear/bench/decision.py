@@ -59,7 +59,6 @@ def probabilities(answerer: "Answerer", samples: Sequence[Sample]) -> np.ndarray
 
     from clear.model.runtime import autocast
     from clear.reasoning import engine
-    from clear.reasoning.prompts import make_prompt, question_text
 
     tokenizer, model = answerer.tokenizer, answerer.model
     begun, direct, trigger = engine.deciding(tokenizer)
@@ -73,9 +72,9 @@ def probabilities(answerer: "Answerer", samples: Sequence[Sample]) -> np.ndarray
             answerer.bank(list(pictures.values()), list(pictures)),
             {key: n for n, key in enumerate(pictures)},
         )
-        prompts = [make_prompt(tokenizer, bank, number[s.key], question_text(q), answerer.system) for s, q in part]
+        prompts = answerer.prompts(bank, [(number[s.key], q) for s, q in part])
         with torch.inference_mode(), autocast(model):
-            rows = engine.prefill(model, prompts)
+            rows = engine.prefill(model, prompts[:])
             fed = torch.tensor([[model.config.special.bos, *begun]] * len(part), device=rows.rope.device)
             logits = engine.feed(model, rows, fed)
         found += torch.sigmoid(logits[:, trigger] - logits[:, direct]).double().tolist()

@@ -65,7 +65,7 @@ def prompt_hash() -> str:
 def scores(client: Client, items: Sequence[tuple[str, str, str]], progress=None) -> list[float | str]:
     """Grades in [0, 1] of (question, reference, answer) triples; a text instead where there is no grade."""
     prompts = [SCORE.format(question=q, reference=r, answer=a) for q, r, a in items]
-    return _verdicts(client, prompts, _grade, progress=progress)
+    return _verdicts(client, prompts, grade, progress=progress)
 
 
 def options_meant(client: Client, items: Sequence[tuple[str, Sequence[str], str]], progress=None) -> list[list | str]:
@@ -74,14 +74,14 @@ def options_meant(client: Client, items: Sequence[tuple[str, Sequence[str], str]
     for question, options, answer in items:
         listed = "\n".join(f"{k}. {v}" for k, v in zip(letters(len(options)), options, strict=True))
         prompts.append(OPTION.format(question=question, options=listed, answer=answer))
-    read = [partial(_letter, options=item[1]) for item in items]
+    read = [partial(letter, options=item[1]) for item in items]
     return _verdicts(client, prompts, read, progress=progress)
 
 
 def agreements(client: Client, items: Sequence[tuple[str, str, str]], progress=None) -> list[bool | str]:
     """Whether each (question, reference, answer) agrees; a text where the judge gave no verdict."""
     prompts = [AGREE.format(question=q, reference=r, answer=a) for q, r, a in items]
-    return _verdicts(client, prompts, _consistent, as_json=True, progress=progress)
+    return _verdicts(client, prompts, consistent, as_json=True, progress=progress)
 
 
 def _verdicts(
@@ -111,21 +111,25 @@ def _verdicts(
     return found
 
 
-def _grade(text: str) -> float | None:
+def grade(text: str) -> float | None:
+    """The number in [0, 1] of a reply to SCORE; None for anything else."""
     match = re.fullmatch(r"(?:Grade:\s*)?([01](?:\.\d+)?)\.?", text.strip())
     return float(match[1]) if match and float(match[1]) <= 1 else None
 
 
-def _letter(text: str, options: Sequence[str]) -> list[str] | None:
-    letter = chosen(text, options)
-    return [letter] if letter else None
+def letter(text: str, options: Sequence[str]) -> list[str] | None:
+    """The option that a reply to OPTION means, in a list of one; None for none."""
+    meant = chosen(text, options)
+    return [meant] if meant else None
 
 
-def _consistent(text: str) -> bool | None:
-    match = re.search(r"\{.*?\}", text, re.DOTALL)
+def consistent(text: str) -> bool | None:
+    """What a reply to AGREE says: its first object, whatever stands around it; None for anything else."""
+    begin = text.find("{")
+    end = text.find("}", begin) + 1
     try:
-        value = json.loads(match[0] if match else text)
-    except ValueError:
+        value = json.loads(text[begin:end] if begin >= 0 and end else text)
+    except (ValueError, RecursionError):
         return None
     found = value.get("consistent") if isinstance(value, dict) else None
     return found if isinstance(found, bool) else None

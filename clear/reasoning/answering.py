@@ -4,7 +4,7 @@ What the stages `traces` and `evaluate` and the command `clear ask` share.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -26,7 +26,7 @@ from clear.model.tokenizer import encode
 from clear.model.vae import AutoEncoder, unpatchify
 from clear.reasoning.engine import Options, Trajectory, generate
 from clear.reasoning.grammar import extract_answer
-from clear.reasoning.prompts import SYSTEM, Prompt, make_prompt, question_text
+from clear.reasoning.prompts import SYSTEM, Prompt, Prompts
 from clear.schema import Config, Sampling
 
 
@@ -149,6 +149,13 @@ class Answerer:
         """Decode and encode images once for all questions about them."""
         return ImageBank(images, self.config.model, names).encode(self.vae, store=self.store)
 
+    def prompts(self, bank: ImageBank, asked: Sequence[tuple[int, Question]]) -> Prompts:
+        """The prompts of (image number, question) pairs. Raises ClearError as `encode` and `check_length`."""
+        found = Prompts(self.tokenizer, bank, asked, self.system)
+        for n in range(len(found)):
+            self.check_length(found.outline(n))
+        return found
+
     def answer(
         self,
         bank: ImageBank,
@@ -163,9 +170,7 @@ class Answerer:
         For a part of a longer list, `first` is the place of its first question there, or the place of each. Raises
         ClearError as `encode` and `check_length`.
         """
-        prompts = [make_prompt(self.tokenizer, bank, i, question_text(q), self.system) for i, q in asked]
-        for prompt in prompts:
-            self.check_length(prompt)
+        prompts = self.prompts(bank, asked)
         seed = self.config.seed
         noise = seed + first if isinstance(first, int) else tuple(seed + place for place in first)
         options = replace(self.options, restore=restore, feedback=feedback, noise_seed=noise)
@@ -179,6 +184,18 @@ class Answerer:
                 progress=progress,
             )
         return [self._answer(trajectory) for trajectory in done]
+
+    def answers(
+        self,
+        bank: ImageBank,
+        asked: Sequence[tuple[int, Question]],
+        restore: str = "auto",
+        progress: Callable[[int], None] | None = None,
+    ) -> Iterator[Answer]:
+        """As `answer`, a batch at a time: of many questions, whose restored latents are megabytes each."""
+        size = self.config.sampling.batch
+        for start in range(0, len(asked), size):
+            yield from self.answer(bank, asked[start : start + size], restore, progress=progress, first=start)
 
     def vote(
         self,

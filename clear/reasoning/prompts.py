@@ -3,8 +3,10 @@
 A `Prompt` holds what one (image, question) costs the model; its segments are the same in training and inference.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from clear.data.records import Question
@@ -69,13 +71,41 @@ def question_text(question: Question) -> str:
     return "\n".join([question.text, *shown])
 
 
-def make_prompt(tokenizer, bank: ImageBank, image: int, text: str, system: str) -> Prompt:
-    """Prompt for image number `image` of an encoded bank. `system` is "" for models without a system prompt."""
-    return Prompt(
-        tuple(encode(tokenizer, system)) if system else (),
-        tuple(encode(tokenizer, text)),
-        bank.latents[image],
-        bank.latent_grid(image),
-        bank.patches(image),
-        bank.vit_grid(image),
-    )
+def pictured(bank: ImageBank, image: int, system: Sequence[int], question: Sequence[int]) -> Prompt:
+    """The prompt of these texts (token ids) with image number `image` of an encoded bank."""
+    grids = bank.latent_grid(image), bank.vit_grid(image)
+    return Prompt(tuple(system), tuple(question), bank.latents[image], grids[0], bank.patches(image), grids[1])
+
+
+def outlined(bank: ImageBank, image: int, system: Sequence[int], question: Sequence[int]) -> Prompt:
+    """As `pictured`, but with empty tensors: the layout and the positions alone, of a bank that need not be encoded."""
+    none = torch.empty(0)
+    grids = bank.latent_grid(image), bank.vit_grid(image)
+    return Prompt(tuple(system), tuple(question), none, grids[0], none, grids[1])
+
+
+class Prompts(Sequence[Prompt]):
+    """The prompts of (image number, question) pairs over an encoded bank, each made when it is read.
+
+    Kept are the token ids. ViT patches of a picture of 518 px are 3.2 MB, too much for every question of a training.
+    """
+
+    def __init__(self, tokenizer, bank: ImageBank, asked: Sequence[tuple[int, Question]], system: str) -> None:
+        """`system` is "" for models without a system prompt. Raises ClearError as `encode` and `question_text`."""
+        self._bank = bank
+        self._system = tuple(encode(tokenizer, system)) if system else ()
+        self._asked = [(image, tuple(encode(tokenizer, question_text(question)))) for image, question in asked]
+
+    def __len__(self) -> int:
+        return len(self._asked)
+
+    def __getitem__(self, n):
+        if isinstance(n, slice):
+            return [self[k] for k in range(*n.indices(len(self)))]
+        image, question = self._asked[n]
+        return pictured(self._bank, image, self._system, question)
+
+    def outline(self, n: int) -> Prompt:
+        """Prompt `n` as `outlined`."""
+        image, question = self._asked[n]
+        return outlined(self._bank, image, self._system, question)

@@ -23,7 +23,7 @@ from clear.model.tokenizer import decode, encode
 from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Rows, feed, prefill, restore, vocabulary
-from clear.reasoning.prompts import Prompt
+from clear.reasoning.prompts import Prompt, outlined, pictured
 from clear.reasoning.trajectory import Reply, Trajectory
 
 PATIENCE = 16
@@ -48,13 +48,8 @@ class Conversation:
     @property
     def tokens(self) -> int:
         """Tokens of the prompt, the picture's included."""
-        bank = self.bank
-        prompt = Prompt(self.system, self.question)
-        if bank is not None:
-            none = torch.empty(0)
-            prompt = replace(prompt, latent=none, latent_grid=bank.latent_grid(0), patches=none)
-            prompt = replace(prompt, vit_grid=bank.vit_grid(0))
-        return length(prompt.segments())
+        texts = self.system, self.question
+        return length((Prompt(*texts) if self.bank is None else outlined(self.bank, 0, *texts)).segments())
 
     def prepare(self, answerer: Answerer) -> None:
         """Encode the picture, once for all choices."""
@@ -63,9 +58,7 @@ class Conversation:
         if self.bank is None:
             self.prompt = Prompt(self.system, self.question)
             return
-        bank = self.bank.encode(answerer.vae)
-        picture = bank.latents[0], bank.latent_grid(0), bank.patches(0), bank.vit_grid(0)
-        self.prompt = Prompt(self.system, self.question, *picture)
+        self.prompt = pictured(self.bank.encode(answerer.vae), 0, self.system, self.question)
 
 
 @dataclass(frozen=True)

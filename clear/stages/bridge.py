@@ -4,6 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tqdm import tqdm
+
 from clear.bench.scoring import is_correct
 from clear.data.io import write_json
 from clear.data.records import CLEAN, drawn, read_samples
@@ -12,6 +14,7 @@ from clear.model.runtime import apply_runtime, autocast
 from clear.schema import Config
 
 if TYPE_CHECKING:
+    from clear.reasoning.prompts import Prompts
     from clear.training.bridge import Decision
     from clear.training.load import Incoming
     from clear.training.loop.run import StageRun
@@ -57,8 +60,10 @@ def run(config: Config) -> None:
     options = Options(flow_steps=s.flow_steps, shift=s.shift, batch=s.batch, guidance=guidance(s))
 
     def make() -> dict[str, torch.Tensor]:
-        with at_work(model, config), autocast(model):
-            return {str(n): z for n, z in bridge.own_latents(model, data, chosen, options, config.seed).items()}
+        bar = tqdm(total=len(chosen), desc="own latents", unit="picture", mininterval=2)
+        with bar, at_work(model, config), autocast(model):
+            made = bridge.own_latents(model, data, chosen, options, config.seed, bar.update)
+        return {str(n): z for n, z in made.items()}
 
     found = made_once(work.folder / "own_latents.safetensors", make)
     own = {n: found[str(n)] for n in chosen}
@@ -73,9 +78,9 @@ def run(config: Config) -> None:
     optimise(work, "answer", model, sft.trace_loss(model, data, weights, own), len(data.learned), config.bridge.answer)
     measured = {}
     if config.bridge.decide.steps:
-        chosen, measured = _decisions(start, config, work)
+        prompts, chosen, measured = _decisions(start, config, work)
         traces = sft.trace_loss(model, data, replace(weights, decide=False), own)
-        loss = bridge.decision_loss(model, start.tokenizer, chosen, traces, config.bridge.decision_share)
+        loss = bridge.decision_loss(model, start.tokenizer, prompts, chosen, traces, config.bridge.decision_share)
         if not lora.has_adapter(model):
             trainable(model, only=bridge.DECIDING)
         optimise(work, "decide", model, loss, len(data.learned), config.bridge.decide)
@@ -89,8 +94,10 @@ def run(config: Config) -> None:
     work.finish("data/plots/bridge.csv")
 
 
-def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[list[Decision], dict[str, float]]":
-    """The labels of the decision from the rl split, which the model was not trained on, and their figures.
+def _decisions(
+    start: "Incoming", config: Config, work: "StageRun"
+) -> "tuple[Prompts, list[Decision], dict[str, float]]":
+    """Prompts of the rl split, which the model was not trained on, the labels of their decision, and their figures.
 
     All questions of the degraded pictures, and those of the share `grpo.clean_share` of clean ones, are answered along
     both paths, greedily and as in evaluation.
@@ -98,7 +105,6 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     import torch
 
     from clear.reasoning.answering import Answerer
-    from clear.reasoning.prompts import make_prompt, question_text
     from clear.training import bridge
     from clear.training.load import at_work, labelled
     from clear.training.loop import sharded
@@ -113,22 +119,23 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
     shown = [(s.key, s.seen, s) for s in samples] + [(s.id, s.image, s) for i, s in enumerate(samples) if i in clean]
     asked = [(i, q) for i, (_, _, s) in enumerate(shown) for q in s.questions]
     bank = answerer.bank([image for _, image, _ in shown], [name for name, _, _ in shown])
+    prompts = answerer.prompts(bank, asked)  # one that is too long is refused before hours of answers
 
     def make() -> dict[str, torch.Tensor]:
         found = {}
         with at_work(start.model, config):
             for path in ("never", "always"):
-                answers = answerer.answer(bank, asked, restore=path)
-                right = [is_correct(a.prediction, q) for a, (_, q) in zip(answers, asked, strict=True)]
-                found[path] = torch.tensor(right)
-                found[f"{path}_probability"] = torch.tensor([a.probability for a in answers], dtype=torch.float64)
+                with tqdm(total=len(asked), desc=f"{path} restoring", unit="question", mininterval=2) as bar:
+                    answers = zip(answerer.answers(bank, asked, path, bar.update), asked, strict=True)
+                    said = [(is_correct(a.prediction, q), a.probability) for a, (_, q) in answers]
+                found[path] = torch.tensor([right for right, _ in said])
+                found[f"{path}_probability"] = torch.tensor([p for _, p in said], dtype=torch.float64)
         return found
 
     found = made_once(work.folder / "both_paths.safetensors", make)
     direct, restored = found["never"].tolist(), found["always"].tolist()
     scores = [(found[path] * found[f"{path}_probability"]).tolist() for path in ("never", "always")]
-    prompts = [make_prompt(start.tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
-    chosen = bridge.decisions(prompts, *scores, config.bridge.price)
+    chosen = bridge.decisions(*scores, config.bridge.price)
     if not chosen:
         raise ClearError("bridge: data/degraded/rl holds no question to learn the decision from; raise source.rl.")
     degraded = sum(len(s.questions) for s in samples)
@@ -141,4 +148,4 @@ def _decisions(start: "Incoming", config: Config, work: "StageRun") -> "tuple[li
         "restored_accuracy": sum(b for _, b in pairs) / max(1, degraded),
         "either_accuracy": sum(a or b for a, b in pairs) / max(1, degraded),
     }
-    return chosen, figures
+    return prompts, chosen, figures

@@ -46,7 +46,6 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     from clear.model import lora
     from clear.model.bagel import GENERATION, frozen
     from clear.reasoning.answering import Answerer
-    from clear.reasoning.prompts import make_prompt, question_text
     from clear.training.load import incoming, labelled, trainable
     from clear.training.rl.latent_quality import LatentQuality
     from clear.training.rl.policy import Task
@@ -64,7 +63,7 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     shown = [s.image if i in clean else s.seen for i, s in enumerate(samples)]
     bank = answerer.bank(shown, [s.key for s in samples])
     asked = [(i, q) for i, s in enumerate(samples) for q in s.questions]
-    prompts = [make_prompt(tokenizer, bank, i, question_text(q), answerer.system) for i, q in asked]
+    prompts = answerer.prompts(bank, asked)
 
     quality = None
     if g.reward_latent_quality:
@@ -78,7 +77,7 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
 
     def holdout(policy) -> float:
         answerer.model = policy  # sharded weights cannot answer; this is a whole copy of them
-        answers = answerer.answer(held_bank, held_asked)
+        answers = answerer.answers(held_bank, held_asked)
         return sum(is_correct(a.prediction, q) for a, (_, q) in zip(answers, held_asked, strict=True)) / len(held_asked)
 
     never = (*frozen(config.sft.train_vit), *(GENERATION if g.experts == "und" else ()))

@@ -58,7 +58,10 @@ Reply with <think>the observations that lead to the answer</think><answer>the an
 KNOWN = "The right answer is: {answer}. Your answer must agree with it, and your observations must lead to it."
 
 _REPLY = re.compile(
-    r"\s*<think>(?P<think>.*?)</think>\s*(?:(?P<ask><image_restore>)|<answer>(?P<answer>.*?)</answer>)\s*", re.DOTALL
+    # A block ends at its first end, and only there: a server may send megabytes of ends.
+    r"\s*<think>(?P<think>(?:(?!</think>).)*+)</think>\s*"
+    r"(?:(?P<ask><image_restore>)|<answer>(?P<answer>(?:(?!</answer>).)*+)</answer>)\s*",
+    re.DOTALL,
 )
 _LEAK = re.compile(
     r"\b(?:reference|given|provided|expected|supplied|stated|known) answer\b|\bground[- ]truth\b|\b(?:right|correct)"
@@ -157,10 +160,15 @@ def _read(teacher: Client, talk: list[dict], draw: int) -> re.Match | _Bad:
     reply = teacher.ask(Request(talk, draw=draw))
     if reply.cut:
         return _Bad("cut", f"longer than teacher.max_tokens = {teacher.config.max_tokens}")
-    found = _REPLY.fullmatch(reply.text)
+    return taken_apart(reply.text)
+
+
+def taken_apart(text: str) -> re.Match | _Bad:
+    """A reply as `think`, and `ask` or `answer`; or what is wrong with it."""
+    found = _REPLY.fullmatch(text)
     if not found or any(tag in (found["think"] + (found["answer"] or "")) for tag in _TAGS):
-        return _Bad("form", f"not of the requested form: {reply.text[:200]!r}")
-    leak = _LEAK.search(reply.text)
+        return _Bad("form", f"not of the requested form: {text[:200]!r}")
+    leak = _LEAK.search(text)
     return _Bad("leak", f"mentions what it was told: {leak[0]!r}") if leak else found
 
 

@@ -17,7 +17,7 @@ replies. Only the output head learns it: all weights together learn the question
 them (docs/LOG.md has the figures). Adapters do not reach the head, so a model with adapters learns it in these.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,7 +37,14 @@ DECIDING = ("lm_head",)
 
 
 @torch.no_grad()
-def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: Options, seed: int) -> dict[int, Tensor]:
+def own_latents(
+    model: Bagel,
+    data: TraceData,
+    chosen: Sequence[int],
+    options: Options,
+    seed: int,
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict[int, Tensor]:
     """The model's denoised latent (N, C) for each chosen trace, as inference would make it after the trigger."""
     generator = torch.Generator().manual_seed(seed)
     found: dict[int, Tensor] = {}
@@ -51,21 +58,20 @@ def own_latents(model: Bagel, data: TraceData, chosen: Sequence[int], options: O
             dropped = dropped_contexts(model, rows, prompts, options.guidance)
             latents = denoise(model, rows.cache, rows.rope, grid, noise.to(rows.rope.device), options, None, dropped).x0
             found |= {part[k]: latents[j].clone() for j, k in enumerate(members)}
+        progress(len(part))
     return {n: found[n] for n in chosen}
 
 
 @dataclass(frozen=True)
 class Decision:
-    """A prompt, whether its picture is better restored before the answer, and how much depends on it (> 0)."""
+    """A prompt by its number, whether restoring its picture is better, and how much depends on it (> 0)."""
 
-    prompt: Prompt
+    number: int
     restore: bool
     weight: float
 
 
-def decisions(
-    prompts: Sequence[Prompt], direct: Sequence[float], restored: Sequence[float], price: float
-) -> list[Decision]:
+def decisions(direct: Sequence[float], restored: Sequence[float], price: float) -> list[Decision]:
     """What both paths say about each prompt: `direct` and `restored` are the probability of a right reply, in [0, 1].
 
     A restoration is right where it gains more than `price`, and the weight is how much more, or less. A model that fits
@@ -73,14 +79,16 @@ def decisions(
     time. A prompt that gains exactly the price says nothing and is left out.
     """
     gains = [b - a - price for a, b in zip(direct, restored, strict=True)]
-    return [Decision(prompt, gain > 0, abs(gain)) for prompt, gain in zip(prompts, gains, strict=True) if gain]
+    return [Decision(number, gain > 0, abs(gain)) for number, gain in enumerate(gains) if gain]
 
 
-def decision_loss(model: Bagel, tokenizer, chosen: Sequence[Decision], traces: Loss, share: float) -> Loss:
+def decision_loss(
+    model: Bagel, tokenizer, prompts: Sequence[Prompt], chosen: Sequence[Decision], traces: Loss, share: float
+) -> Loss:
     """Batches of two kinds at random: with probability `share` the deciding tokens of `chosen`, else the trace loss.
 
     The deciding token is the first one in which a direct reply and the trigger reply differ; nothing else of a
-    decision carries a loss. The numbers of a batch count traces; decisions are drawn by their weights.
+    decision carries a loss. The numbers of a batch count traces; decisions on `prompts` are drawn by their weights.
     """
     weights = torch.tensor([decision.weight for decision in chosen], dtype=torch.float64)
     begun, direct, trigger = deciding(tokenizer)
@@ -90,10 +98,10 @@ def decision_loss(model: Bagel, tokenizer, chosen: Sequence[Decision], traces: L
         if torch.rand(()) >= share:
             return traces(index)
         drawn = [chosen[k] for k in torch.multinomial(weights, len(index), replacement=True).tolist()]
-        prompts = [decision.prompt for decision in drawn]
+        asked = [prompts[decision.number] for decision in drawn]
         said = [Text([*begun, trigger if d.restore else direct], scored, eos=False) for d in drawn]
-        rows = [[*prompt.segments(), text] for prompt, text in zip(prompts, said, strict=True)]
-        contents = Contents([p.patches for p in prompts], [p.latent for p in prompts], [0.0] * len(prompts))
+        rows = [[*prompt.segments(), text] for prompt, text in zip(asked, said, strict=True)]
+        contents = Contents([p.patches for p in asked], [p.latent for p in asked], [0.0] * len(asked))
         built, contents, part = share_batch(rows, contents, model.config.special)
         logits, target = model.scored_logits(model(built, contents), built)
         right = (logits.argmax(-1) == target).float().mean().item()

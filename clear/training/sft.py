@@ -26,7 +26,7 @@ from clear.model.mot import Hidden
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Layout, Segment, Text
 from clear.model.tokenizer import encode
 from clear.reasoning import grammar
-from clear.reasoning.prompts import Prompt
+from clear.reasoning.prompts import Prompt, pictured
 from clear.schema import Config
 from clear.traces.table import TraceRow
 from clear.training.loop.parallel import share_batch
@@ -78,8 +78,7 @@ class TraceData:
     def prompt(self, n: int) -> Prompt:
         """The prompt of trace n, as inference would make it."""
         bank, i = self.clean if self.rows[n].severity == CLEAN else self.shown, self.image[n]
-        question = tuple(self.question[n])
-        return Prompt(self.system, question, bank.latents[i], bank.latent_grid(i), bank.patches(i), bank.vit_grid(i))
+        return pictured(bank, i, self.system, self.question[n])
 
     def open_row(self, n: int, contents: Contents, drop_vit: bool = False, *drop_texts: bool) -> list[Segment]:
         """Segments of trace n's prompt; its pictures are appended to `contents`."""

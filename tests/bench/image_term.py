@@ -41,7 +41,7 @@ from clear.model.tokenizer import encode
 from clear.reasoning import grammar
 from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import denoise, generate, prefill, text_reply
-from clear.reasoning.prompts import make_prompt, question_text
+from clear.reasoning.prompts import question_text
 from clear.schema import Config
 from clear.training.load import incoming, trainable
 from clear.training.loop.run import StageRun
@@ -93,8 +93,7 @@ class Asked:
         bank = answerer.bank([s.seen for s in samples], [s.key for s in samples])
         asked = [(i, q) for i, s in enumerate(samples) for q in s.questions[:count]]
         self.questions, self.number = [q for _, q in asked], [i for i, _ in asked]
-        text = [(i, question_text(q)) for i, q in asked]
-        self.prompts = [make_prompt(answerer.tokenizer, bank, i, t, answerer.system) for i, t in text]
+        self.prompts = answerer.prompts(bank, asked)
         number = {name: n for n, name in enumerate(sorted({s.id for s in samples}))}
         self.image = np.array([number[samples[i].id] for i, _ in asked])
 

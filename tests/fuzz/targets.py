@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from io import BytesIO
 from pathlib import Path
 
@@ -132,27 +133,24 @@ def _headers() -> list[bytes]:
 
 
 def _model_config(path: Path) -> object:
-    from clear.model.checkpoint.config import config_files, read_config
+    from clear.model.checkpoint.config import read_config
 
-    for name, content in config_files(_tiny().config).items():
+    for name, content in _tiny_files().items():
         if name != path.name:
-            path.with_name(name).write_text(json.dumps(content))
+            path.with_name(name).write_bytes(content)
     return read_config(path.parent)
 
 
-def _tiny():
+@cache
+def _tiny_files() -> dict[str, bytes]:
+    from clear.model.checkpoint.config import config_files
     from tests.tiny import tiny_model
 
-    return tiny_model("mlp")[0]
+    return {name: json.dumps(file).encode() for name, file in config_files(tiny_model("mlp")[0].config).items()}
 
 
 def _config_seeds(name: str) -> Callable[[], list[bytes]]:
-    def seeds() -> list[bytes]:
-        from clear.model.checkpoint.config import config_files
-
-        return [json.dumps(config_files(_tiny().config)[name]).encode()]
-
-    return seeds
+    return lambda: [_tiny_files()[name]]
 
 
 def _adapter(path: Path) -> object:
@@ -312,6 +310,65 @@ def _requests() -> list[bytes]:
     ]
 
 
+@cache
+def _endpoint():
+    """A client that asks no server, each request once, and `ask`: what it makes of a status, a header and a body."""
+    import tempfile
+
+    import httpx
+
+    from clear.llm.endpoint import Request, connect, messages
+    from clear.schema import Endpoint
+
+    settings = Endpoint("http://localhost/v1", "m", "", 0.0, 1024, 60.0, 0, 1, 10**6, 0.0, 0.0)
+    client = connect(settings, "teacher", Path(tempfile.mkdtemp()) / "replies.sqlite")
+    return client, lambda: Request(messages("q"), draw=client.asked), httpx
+
+
+def _reply(data: bytes, _: Path) -> object:
+    """A server's reply (status, Retry-After and body in lines) to the teacher of the traces, and to the judges."""
+    from clear.bench import judge
+    from clear.traces import teacher
+    from clear.training.rl import judging
+
+    status, wait, body, *_ = [*data.split(b"\n", 2), b"", b""]
+    code = int(status) if status.isdigit() and 200 <= int(status[:4]) < 600 else 200
+    client, request, httpx = _endpoint()
+    answer = httpx.Response(code, headers=[(b"retry-after", wait)], content=body)
+    client._http = httpx.Client(transport=httpx.MockTransport(lambda _: answer), verify=False)
+    text = client.ask(request()).text
+    return (
+        teacher.taken_apart(text),
+        judge.grade(text),
+        judge.letter(text, ["x", "y"]),
+        judge.consistent(text),
+        judging.score_of(text),
+    )
+
+
+def _replies() -> list[bytes]:
+    from clear.reasoning import grammar
+
+    def said(text: str, **more) -> bytes:
+        usage = {"prompt_tokens": 3, "completion_tokens": 4}
+        whole = {"choices": [{"message": {"content": text}, "finish_reason": "stop"}], "usage": usage}
+        return b"200\n\n" + json.dumps(whole | more).encode()
+
+    texts = [*grammar.restore_trace("q", "e", "a").replies, "0.5", "Grade: 1.", "B", '{"consistent": true}']
+    late = b"429\nWed, 21 Oct 2026 07:28:00 GMT\n{}", b"503\n7\nbusy", b"401\n\nno"
+    return [*map(said, texts), *late]
+
+
+def _evil_replies() -> list[bytes]:
+    def said(text: str) -> bytes:
+        return b"200\n\n" + json.dumps({"choices": [{"message": {"content": text}}]}).encode()
+
+    many = 10**5
+    asks = "<think>" + "</think><answer>" * many + "</answer>" * many
+    texts = "[" * many, "{" * many, '{"consistent":' * many, asks, "<think>" * many, " " * many, "0." + "9" * many
+    return [*map(said, texts), *(b"200\n\n" + data for data in inputs.deep_json()), b"429\n1e999\n", b"429\nnan\n"]
+
+
 TARGETS = {
     "image": Target(_image, inputs.pictures, inputs.evil_pictures),
     **{name: Target(_file(f"a.{name}", _table), seeds, evil) for name, (seeds, evil) in _FORMATS.items()},
@@ -331,4 +388,5 @@ TARGETS = {
     "score_xlsx": Target(_file("m_MMBench.xlsx", _score), *_FORMATS["xlsx"]),
     "note": Target(_note, lambda: [json.dumps(note).encode() for note in NOTES.values()], inputs.deep_json),
     "request": Target(_request, _requests, inputs.deep_json),
+    "reply": Target(_reply, _replies, _evil_replies),
 }
