@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from clear.errors import ClearError, one_line
-from clear.schema import Config, Endpoint, Lora, ModelSize, Runtime, Sampling, Source, Traces
+from clear.schema import Config, Degrade, Endpoint, Grpo, Lora, ModelSize, Runtime, Sampling, Source, Traces
 
 CONF_DIR = Path(__file__).parent / "conf"
 PARAMS = Path("params.yaml")
@@ -47,6 +47,10 @@ def check(value: Any, name: str = "", origin: str = "params") -> None:
         raise ClearError(f"params: {name}.restore_when = teacher and {name}.judge need {name}.kind = teacher.")
     if isinstance(value, Source):
         _check_source(value, name)
+    if isinstance(value, Degrade) and (len(value.severity_weights) != 3 or not sum(value.severity_weights)):
+        raise ClearError(f"params: {name}.severity_weights must be three, of low, mid and high, and not all 0.")
+    if isinstance(value, Grpo) and (len(value.sde_range) != 2 or value.sde_range[0] > value.sde_range[1]):
+        raise ClearError(f"params: {name}.sde_range = {list(value.sde_range)} must be two shares, the lower one first.")
     if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
         raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
     if isinstance(value, Lora) and value.rank and not value.targets:
@@ -92,6 +96,8 @@ def _check_guidance(sampling: Sampling, name: str) -> None:
 def _check_shapes(model: ModelSize) -> None:
     if model.hidden % model.heads or model.heads % model.kv_heads:
         raise ClearError("params: model.hidden must divide by model.heads and model.heads by model.kv_heads.")
+    if model.vit_hidden % model.vit_heads or model.vae_channels % model.vae_groups:
+        raise ClearError("params: model.vit_hidden must divide by model.vit_heads, model.vae_channels by vae_groups.")
     stride = 2 ** (len(model.vae_mult) - 1) * model.latent_patch
     if model.vae_size % stride:
         raise ClearError(
@@ -202,13 +208,15 @@ def _composed(overrides: tuple[str, ...], stamps: tuple[tuple[str, int], ...]) -
     from hydra import initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     try:
         with initialize_config_dir(str(CONF_DIR.resolve()), version_base=None):
             composed = hydra_compose("config", overrides=list(overrides))
-    except (HydraException, ValueError) as error:  # ValueError for a profile that is a number
+        _refuse_resolvers(composed, "clear/conf")
+        plain = OmegaConf.to_container(composed, resolve=True)
+    # Of a profile that is a number, or no name for a file; and of a value that names another, which is not there.
+    except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         raise ClearError(f"clear/conf: {one_line(error)}") from error
-    _refuse_resolvers(composed, "clear/conf")
-    plain = OmegaConf.to_container(composed, resolve=True)
     from_dict(plain, "clear/conf")
     return plain

@@ -26,16 +26,19 @@ def retrain(
     revision: str = "HEAD",
     target: str | None = None,
     when_busy: Literal["wait", "leave"] = "wait",
+    rest: float = 0,
 ) -> dict[str, Any]:
     """Train on new data and propose the result; without new data it ends at once. Returns what became of it; the name
     of the run's last state says it in a word: NothingNew, WaitsForReview, Quarantined or Proposed.
 
     `incoming` is a folder of the workspace or s3://bucket/prefix; `target` is the branch of the pull request (default:
-    the one checked out). `revision` is what to start from, "" the newest commit of that branch at `origin`.
+    the one checked out). `revision` is what to start from, "" the newest commit of that branch at `origin`. A set that
+    changed in the last `rest` seconds is left for another run.
     """
     source = Path(workspace).resolve()
     home = source / ".clear" / "scratch" / "retrain"
-    return aside(home, when_busy, lambda given: run_retrain(source, given, incoming, revision, target or ""), "retrain")
+    more = (incoming, revision, target or "", rest)
+    return aside(home, when_busy, lambda given: run_retrain(source, given, *more), "retrain")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -48,9 +51,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--target", help="branch of the pull request (default: the one checked out)")
     parser.add_argument("--when-busy", choices=("wait", "leave"), default="wait", help="if another retraining runs")
+    parser.add_argument("--rest", type=float, default=0, help="leave sets that changed in the last REST seconds")
     given = parser.parse_args(arguments)
     status, done = here_and_now(
-        lambda: retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy),
+        lambda: retrain(given.workspace, given.incoming, given.revision, given.target, given.when_busy, given.rest),
         ", it continues after its last step",
     )
     if done:

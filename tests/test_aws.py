@@ -116,6 +116,10 @@ def test_what_may_pass_is_unreachable_and_names_the_caller_s_words(tmp_path):
     with answering(503, "SlowDown") as url:
         error = said(url, _read, **words)
     assert isinstance(error, aws.Unreachable) and "SlowDown: Not now; the download resumes." in str(error)
+    for status, code in ((400, "ThrottlingException"), (429, "TooManyRequestsException"), (400, "RequestTimeout")):
+        with answering(status, code) as url:  # a job that is followed must not end because too many are
+            error = said(url, _read, **words)
+        assert isinstance(error, aws.Unreachable) and f"{code}: Not now; the download resumes." in str(error)
     with answering(200, "", "a body that") as url:  # an answer that breaks off
         error = said(url, _read, **words)
     assert isinstance(error, aws.Unreachable) and "no answer (" in str(error)

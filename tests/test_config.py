@@ -41,6 +41,12 @@ def _refused(text, section, key, value):
         ("bridge", "kind", "none", "bridge.kind = 'none' is not one of mlp, direct"),
         ("model", "vae_size", 50, "model.vae_size = 50"),
         ("model", "heads", 3, "model.hidden"),
+        ("model", "vit_heads", 5, "model.vit_hidden must divide by model.vit_heads"),
+        ("model", "vae_groups", 5, "model.vae_channels by vae_groups"),
+        ("degrade", "severity_weights", [1.0, 1.0], "degrade.severity_weights must be three"),
+        ("degrade", "severity_weights", [0.0, 0.0, 0.0], "and not all 0"),
+        ("grpo", "sde_range", [0.9, 0.1], "grpo.sde_range = [0.9, 0.1] must be two shares, the lower one first"),
+        ("grpo", "sde_range", [0.5], "grpo.sde_range = [0.5] must be two shares"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, named):
@@ -83,6 +89,9 @@ def test_what_is_composed_again_is_nobody_else_s_and_follows_the_files(tmp_path,
 
 
 def test_an_unknown_profile_and_an_unknown_override_are_refused():
+    for text in ("profile=" + "9" * 400, "profile='${gone.away}'", "seed='${gone.away}'"):
+        with pytest.raises(ClearError, match=r"^clear/conf: [^\n]+$"):
+            compose([text])
     with pytest.raises(ClearError, match="nonsense"):
         compose(["profile=nonsense"])
     with pytest.raises(ClearError, match="no_such_key"):

@@ -246,8 +246,20 @@ def test_a_png_is_whole_whatever_texts_it_carries_and_damaged_where_a_checksum_s
                 decode_image(bad)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 4, 8, 16])
+def test_the_transparent_grey_of_a_png_is_white_in_every_depth(depth):
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return len(data).to_bytes(4, "big") + kind + data + zlib.crc32(kind + data).to_bytes(4, "big")
+
+    row = int("".join(f"{value:0{depth}b}" for value in [1] * 8 + [0] * 8), 2).to_bytes(2 * depth, "big")
+    header = (16).to_bytes(4, "big") + (2).to_bytes(4, "big") + bytes([depth, 0, 0, 0, 0])
+    pixels = chunk(b"IDAT", zlib.compress((b"\0" + row) * 2))
+    whole = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"tRNS", b"\0\1") + pixels + chunk(b"IEND", b"")
+    assert decode_image(whole)[1, ::8].tolist() == [[255] * 3, [0] * 3]
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
-@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "RGBA WEBP", "RGBA TIFF", "RGBA AVIF"])
+@pytest.mark.parametrize("kind", ["film WEBP", "WEBP", "AVIF", "RGBA WEBP", "RGBA TIFF", "RGBA AVIF"])
 def test_the_orientation_of_other_formats_is_applied(kind, orientation):
     turns = [None, None, 0, 3, 1, 5, 4, 6, 2]
     image = Image.fromarray(picture())
@@ -255,7 +267,9 @@ def test_the_orientation_of_other_formats_is_applied(kind, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     source = image.convert("RGBA") if kind.startswith("RGBA") else image
-    found = decode_image(saved(source, kind.split()[-1], exif=exif, **({} if "TIFF" in kind else {"quality": 100})))
+    more = {"save_all": True, "append_images": [Image.new("RGB", image.size)]} if "film" in kind else {}
+    more |= {} if "TIFF" in kind else {"quality": 100}
+    found = decode_image(saved(source, kind.split()[-1], exif=exif, **more))
     assert found.shape == expected.shape
     for y, x in ((4, 4), (4, -5), (-5, 4), (-5, -5)):
         assert np.abs(found[y, x] - expected[y, x]).max() <= 12

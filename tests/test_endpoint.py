@@ -162,6 +162,7 @@ def test_a_pause_of_hours_is_an_outage_at_once(client_of):
             client_of(server).ask(request("hello"))
         assert len(server.bodies) == 1
     assert retry_after("soon") == 0.0 and retry_after("") == 0.0 and retry_after("-3") == 0.0
+    assert retry_after("Mon, 01 Jan 99999999999999999999 00:00:00 GMT") == 0.0
 
 
 def test_lasting_failures_have_types_and_name_reason_and_remedy(client_of):
@@ -178,11 +179,14 @@ def test_lasting_failures_have_types_and_name_reason_and_remedy(client_of):
         with pytest.raises(Refused, match=r"400.*content filter"):
             client_of(server).ask(request("hello"))
         assert len(server.bodies) == 1, "what is refused is not repeated"
-    for status in (401, 403, 404):
+    for status in (401, 403, 404, 405, 308):
         with serving(lambda body, number, status=status: (status, {}, {"error": "no"})) as server:
             with pytest.raises(Denied, match=f"{status}.*key and model 'teacher-1'"):
                 client_of(server).ask(request("hello"))
             assert len(server.bodies) == 1
+    unpaid = serving(lambda body, number: (402, {}, {"error": "Insufficient Balance"}))
+    with unpaid as server, pytest.raises(Denied, match=r"402.*Insufficient Balance.*its credit is used up"):
+        client_of(server).ask(request("hello"))
 
 
 @pytest.mark.parametrize("how", ["silent", "trickling"])

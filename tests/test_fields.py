@@ -86,6 +86,11 @@ def test_nan_in_parquet_is_no_text(place):
     assert "`answer` is nan, expected a text" in reject.detail and kept.answer == "3.5"
 
 
+def test_an_integer_that_pandas_has_made_a_float_is_an_integer(place):
+    seven, three = read_parquet(place, [GOOD | {"answer": value} for value in (7.0, 3.5)])
+    assert (seven.answer, three.answer) == ("7", "3.5")
+
+
 @JSON
 @pytest.mark.parametrize("bad", ["\ud83d", "\udcff", "a\0b", "\x1b[31m", "\x85"])
 @pytest.mark.parametrize("key", ["question", "answer", "image", "id", "evidence"])

@@ -90,6 +90,21 @@ def test_a_file_that_cannot_be_used_is_named(plugin, fault):
     assert Path(file).name in str(error.value)
 
 
+@pytest.mark.parametrize("order", [("a", "b"), ("b", "a")])
+def test_plugins_whose_helpers_have_one_name_have_their_own(tmp_path, monkeypatch, order):
+    monkeypatch.chdir(tmp_path)
+    for name, grey in (("a", 10), ("b", 200)):
+        folder = tmp_path / "plugins" / name
+        folder.mkdir(parents=True)
+        (folder / "common.py").write_text(f"GREY = {grey}\n")
+        body = f'@degradation("flat_{name}", severities=L)\ndef flat(image, intensity, rng, scale=1.0):\n'
+        (folder / "mine.py").write_text(f"{HEAD}import common\n{body}    return np.full_like(image, common.GREY)\n")
+    found = extras(chosen([f"plugins/{name}/mine.py" for name in order], []))
+    image = np.zeros((8, 8, 3), np.uint8)
+    grey = {name: apply(entry, image, "low", 1, 1.0, "s").max() for name, entry in found.items()}
+    assert {name[-1]: value for name, value in grey.items()} == {"a": 10, "b": 200}
+
+
 def test_two_plugins_or_a_plugin_and_a_preset_may_not_share_a_name(plugin):
     first, second = plugin(GOOD), plugin(GOOD, "other")
     with pytest.raises(ClearError, match=r"twice, in plugins/mine.py:drizzle and plugins/other.py:drizzle"):

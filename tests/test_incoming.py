@@ -4,11 +4,13 @@ import hashlib
 import os
 from collections import Counter
 from dataclasses import replace
+from io import BytesIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from clear.data.images import decode_image, encode_image
 from clear.data.records import INCOMING, write_samples
@@ -183,6 +185,21 @@ def test_a_picture_of_data_samples_stays_on_its_side(tmp_path, split):
     parts = {s.split for s in intake.read(tmp_path, known=known).samples(*intake.SLICES)}
     assert (parts == {"bench"}) == (split != "sft")
     assert ("bench" in parts) == (split != "sft")
+
+
+def test_a_picture_that_a_source_stores_as_jpeg_is_the_same_picture(tmp_path):
+    """A source keeps a WebP as a JPEG; the WebP itself, as clean partner of a set, is still the benchmark's."""
+    (tmp_path / "road").mkdir()
+    pixels = decode_image(picture(0)[1])
+    stream = BytesIO()
+    Image.fromarray(pixels).save(stream, "WEBP", lossless=True)
+    (tmp_path / "road/a.webp").write_bytes(stream.getvalue())
+    (tmp_path / "road/b.jpg").write_bytes(encode_image(255 - pixels, "jpeg"))
+    row = {"image": "b.jpg", "clean": "a.webp", "question": "what letter is there?", "answer": "a"}
+    lines(tmp_path / "road", row)
+    known = {incoming.sha256(encode_image(pixels, "jpeg")): "bench"}
+    (alone,), (one,) = (intake.read(tmp_path, known=k).samples(*intake.SLICES) for k in ({}, known))
+    assert alone.split != "bench" and one.split == "bench"
 
 
 def test_a_clean_partner_takes_all_its_copies_to_one_side(tmp_path):

@@ -17,7 +17,7 @@ from clear.bench import predictions
 from clear.errors import ClearError
 from clear.project.compare.load import read_sides
 from clear.project.compare.verdict import decide
-from clear.project.retrain import intake
+from clear.project.retrain import intake, run
 from clear.project.retrain import request as pull_request
 from clear.project.retrain.reproduce import reproduce
 from clear.project.scratch import write_params
@@ -103,6 +103,22 @@ def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(tra
     assert not (trained / ".clear/scratch").exists()
     with pytest.raises(ClearError, match="s3://bucket: name a prefix too"):
         look(trained, incoming="s3://bucket")
+
+
+def test_a_set_that_may_still_be_copied_waits(trained, monkeypatch):
+    outcome, said = look(trained, rest=600)
+    assert outcome.state == "NothingNew" and outcome.message.endswith("; fog may still be copied.")
+    assert said == ["fog changed less than 600 s ago; left for another run, it may still be copied."]
+    brought = run.bring
+
+    def grows(folder, copy):
+        brought(folder, copy)
+        (copy / "data/incoming/fog/late.txt").write_text("one more file")
+
+    monkeypatch.setattr(run, "bring", grows)
+    outcome, said = look(trained)
+    assert outcome.state == "NothingNew" and outcome.message.endswith("what is new in data/incoming still changes.")
+    assert said[-1] == "fog changes while it is looked at; left for another run."
 
 
 def test_a_workspace_that_is_behind_starts_from_the_newest_commit_at_origin(trained):

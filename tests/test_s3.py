@@ -232,6 +232,24 @@ def test_sets_come_from_a_prefix_only_when_they_changed_and_refused_ones_move_be
     ]
     source.fetch(lambda arguments, where: None, said.append)
     assert [one.name for one in sets(folder)] == ["fog"]
+
+    put(mist__rows_jsonl="mended, and still bad")
+    source.fetch(lambda arguments, where: None, said.append)
+    again = {one.name: one for one in sets(folder)}["mist"]
+    assert source.age("mist") < 60
+    place = source.quarantine(again, project, "no row of it can be used")
+    assert place == f"s3://data/team/quarantine/mist-{again.fingerprint[:8]}"
+    bodies = {name: store.client.get_object(Bucket="data", Key=name)["Body"].read() for name in store.objects()}
+    assert bodies["team/quarantine/mist/rows.jsonl"] == b"mist", "the first version is there still"
+    assert bodies[f"team/quarantine/mist-{again.fingerprint[:8]}/rows.jsonl"] == b"mended, and still bad"
+
+    outside = tmp_path / "outside"
+    for key in (f"{prefix}/{outside}", f"{prefix}/fog//a.png", f"{prefix}/fog/./b.png", f"{prefix}/../c/d.png"):
+        store.client.put_object(Bucket="data", Key=key, Body=b"x")
+    said.clear()
+    source.fetch(lambda arguments, where: None, said.append)
+    assert not outside.exists() and {one.name: one for one in sets(folder)} == {"fog": second["fog"]}
+    assert sum("no path of a file can have this key; not fetched" in one for one in said) >= 2, said
     with pytest.raises(
         ClearError, match=r"s3://nothing/x: NoSuchBucket: .*; check the bucket's name and the endpoint of"
     ):

@@ -8,14 +8,17 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 
 from clear.config import compose, from_dict
-from clear.data.images import encode_image
+from clear.data.images import decode_image, encode_image
 from clear.data.records import Question, Sample, read_samples
 from clear.data.rejects import Reject
 from clear.degradation.build import degraded_samples
@@ -71,6 +74,21 @@ def test_a_clean_trace_shows_the_clean_image(tmp_path):
     row, bodies = teach(tmp_path, lambda body, number: GOOD, task(False, clean=True), give_answer=False)
     assert images(bodies[0]) == [CLEAN] and (row.corruption, row.severity) == ("clean", "clean")
     assert "red" not in user_text(bodies[0]).lower()
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "TIFF", "GIF", "JPEG", "turned JPEG", "turned PNG"])
+def test_the_teacher_is_sent_what_every_server_reads_and_sees_it_as_the_student_does(tmp_path, kind):
+    stream, exif = BytesIO(), Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(np.indices((8, 16)).sum(0).astype(np.uint8) * 9).convert("RGB")
+    picture.save(stream, kind.split()[-1], **({"exif": exif} if "turned" in kind else {}))
+    data = stream.getvalue()
+    _, bodies = teach(tmp_path, lambda body, number: GOOD, task(False, sample=replace(SAMPLE, degraded=data)))
+    (url,) = (p["image_url"]["url"] for p in bodies[0]["messages"][1]["content"] if p["type"] == "image_url")
+    (sent,) = images(bodies[0])
+    assert url.startswith("data:image/jpeg" if kind == "JPEG" else "data:image/png")
+    assert Image.open(BytesIO(sent)).format == ("JPEG" if kind == "JPEG" else "PNG")
+    assert (np.asarray(Image.open(BytesIO(sent)).convert("RGB")) == decode_image(data)).all()
 
 
 def test_a_restoring_trace_sees_the_degraded_and_then_the_clean_image(tmp_path):

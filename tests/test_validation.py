@@ -14,9 +14,10 @@ from omegaconf import OmegaConf
 
 from clear import config as configuration
 from clear.data.images import decode_image, encode_image
-from clear.data.records import read_samples, write_samples
+from clear.data.records import Sample, read_samples, write_samples
 from clear.data.rejects import read_rejects
 from clear.data.workspace import report_dir
+from clear.degradation.build import degraded_samples
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.degradation.protocol import SEVERITIES, seed_of
 from clear.errors import ClearError
@@ -253,6 +254,20 @@ def test_full_protocol_gives_all_variants(inside, tmp_path, monkeypatch):
     assert len(variants) == 2 * 48
     counts = json.loads(mmd_bench.METRICS.read_text())["degraded"]
     assert counts["images"] == 96 and counts["cells"]["jpeg"]["low"]["images"] == 2
+
+
+def test_a_picture_without_colour_has_none_to_lose():
+    """Its copy is not compared; every other corruption of it is, and so is that of a coloured picture."""
+    shades = np.add.outer(np.arange(64), np.arange(64)).astype(np.uint8) * 2
+    for name, array in (
+        ("scan", np.repeat(shades[:, :, None], 3, 2)),
+        ("photo", np.stack([shades, shades.T // 2, 255 - shades], 2)),
+    ):
+        sample = Sample(name, "folder", "sft", encode_image(array), "", ())
+        cells = [(sample, kind, "high") for kind in (metrics.COLOUR, "dark")]
+        faded, dark = map(metrics.measure, degraded_samples(cells, 0.4, workers=1))
+        assert dark.difference > 0 and dark.psnr
+        assert (faded.difference is None and faded.psnr is None) == (name == "scan") and faded.same_size
 
 
 def test_image_metrics_against_known_values():

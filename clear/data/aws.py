@@ -32,6 +32,11 @@ _REMEDIES = {
     "the object changed while it was read; {again}": ("PreconditionFailed",),
     "this machine's clock is wrong; set it (`timedatectl set-ntp true`)": ("RequestTimeTooSkewed",),
 }
+_PASSING = (
+    *("Throttling", "ThrottlingException", "ThrottledException", "RequestThrottled", "RequestThrottledException"),
+    *("TooManyRequestsException", "RequestLimitExceeded", "RequestTimeout", "RequestTimeoutException"),
+)
+"""Codes of an answer that another time is another one, with a status below 500."""
 _MOST_RETRIES = 5
 _PATIENT, _QUICK = (10.0, 60.0), (5.0, 10.0)  # seconds for a connection, and for data
 _PAUSE = 0.5  # seconds before a broken body is asked for again, doubled each time
@@ -92,7 +97,7 @@ def explained(
         answer, status = error.response.get("Error", {}), error.response.get("ResponseMetadata", {})
         code, said = answer.get("Code", "?"), _sentence(answer.get("Message") or "")
         reason = f"{place}: {code}: {said}" if said else f"{place}: {code}"
-        if status.get("HTTPStatusCode", 400) >= 500:
+        if status.get("HTTPStatusCode", 400) >= 500 or status.get("HTTPStatusCode") == 429 or code in _PASSING:
             return Unreachable(f"{reason}; {again}.")
         known = next((text for text, codes in _REMEDIES.items() if code in codes), remedy)
         return ClearError(f"{reason}; {known.format(endpoint=endpoint, again=again)}." if known else f"{reason}.")

@@ -92,10 +92,12 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
                 return _of_ppm(picture)
             deep = picture.mode in ("I", "F") or picture.mode.startswith("I;") or _has_two_bytes(picture)
             by_pillow = picture.has_transparency_data and not deep
+            clear = _clear_grey(picture, data)
             if picture.format not in ("JPEG", "MPO", "PNG") or by_pillow:
                 picture.load()
-            # Pillow turns TIFF files itself; OpenCV the others, except AVIF and what it decodes without conversion.
-            turned = picture.format != "TIFF" and (deep or by_pillow or picture.format == "AVIF")
+            # Pillow turns TIFF files itself; OpenCV the others, except AVIF, films and what it decodes unconverted.
+            film = picture.format == "AVIF" or (picture.format == "WEBP" and picture.is_animated)
+            turned = picture.format != "TIFF" and (deep or by_pillow or film)
             orientation = picture.getexif().get(EXIF_ORIENTATION, 1) if turned else 1
             if by_pillow:
                 return np.ascontiguousarray(_turned(_over_white(np.asarray(picture.convert("RGBA"))), orientation))
@@ -116,7 +118,12 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     if deep:
         if array.dtype != np.uint16:
             raise ClearError(f"{name}: pixels are {array.dtype}, expected 8 or 16 bits; convert it, or remove it.")
-        array = _over_white(array[:, :, None] if array.ndim == 2 else array[:, :, [2, 1, 0, 3][: array.shape[2]]])
+        if array.ndim == 2:
+            opaque = np.full_like(array, 2**16 - 1) if clear is None else (array != clear) * np.uint16(2**16 - 1)
+            array = np.stack([array, array, array, opaque], axis=2)
+        else:
+            array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]
+        array = _over_white(array)
     return np.ascontiguousarray(_turned(array, orientation))
 
 
@@ -139,6 +146,11 @@ def encode_image(array: np.ndarray, kind: str = "png") -> bytes:
     if not done:
         raise ClearError(f"An image of shape {array.shape} could not be encoded as {kind}.")
     return buffer.tobytes()
+
+
+def stored(data: bytes, array: np.ndarray) -> bytes:
+    """A file as samples keep it: a PNG or JPEG as it is, any other as a JPEG of its pixels."""
+    return data if data.startswith((_PNG, b"\xff\xd8\xff")) else encode_image(array, "jpeg")
 
 
 def _foreign(data: bytes) -> str:
@@ -214,6 +226,21 @@ def _png_pixels(data: bytes) -> bytes:
             kept.append(data[place:end])
         place = end
     return b"".join(kept)
+
+
+def _clear_grey(picture, data: bytes) -> int | None:
+    """The grey of a PNG that is transparent, if there is one.
+
+    Pillow compares it, which is written in the file's own depth, with pixels that it has scaled to 8 bits, and OpenCV
+    leaves it out for 16: for the former it is scaled here, too.
+    """
+    value = picture.info.get("transparency")
+    if picture.format != "PNG" or data[25] != 0 or not isinstance(value, int):  # its colour type
+        return None
+    depth = data[24]
+    if 1 < depth < 8:
+        picture.info["transparency"] = value * 255 // (2**depth - 1)
+    return value
 
 
 def _has_two_bytes(picture) -> bool:

@@ -77,6 +77,7 @@ def _load(name: str) -> list[Degradation]:
     sys.modules[module_name] = module
     beside = str(path.parent.resolve())
     sys.path.insert(0, beside)  # a plugin may import what lies beside it
+    known = set(sys.modules)
     try:
         spec.loader.exec_module(module)
     except ClearError as error:
@@ -85,6 +86,10 @@ def _load(name: str) -> list[Degradation]:
         raise ClearError(f"{name}: cannot be loaded: {type(error).__name__}: {error}") from error
     finally:
         sys.path.remove(beside)
+        for other in set(sys.modules) - known - {module_name}:  # another plugin's helper may have the same name
+            file = getattr(sys.modules[other], "__file__", None)
+            if file and Path(file).resolve().is_relative_to(FOLDER.resolve()):
+                del sys.modules[other]
     entries = marked(vars(module))
     if not entries:
         raise ClearError(f"{name}: defines no degradation; mark a function with @degradation(…).")

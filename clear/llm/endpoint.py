@@ -31,7 +31,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 
-from clear.errors import ClearError, without_secrets
+from clear.errors import ClearError, shown, without_secrets
 from clear.llm.ledger import ReplyStore, most_tokens
 from clear.schema import Endpoint
 
@@ -66,7 +66,7 @@ class Refused(EndpointError):
 
 
 class Denied(EndpointError):
-    """No request will be accepted: key, URL or model is wrong (401, 403, 404)."""
+    """No request will be accepted: key, URL or model is wrong, or nothing is left to pay with (401 to 405, 3xx)."""
 
     kind = "denied"
 
@@ -336,10 +336,10 @@ class Client:
         outcome.free = True  # errors are not billed
         said = " ".join(data[:300].decode("utf-8", "replace").split())
         said = without_secrets(said, self.key)  # some servers repeat the key that they refuse
-        if code in (401, 403, 404):
-            raise Denied(
-                f"{self.name}: {self.url} answers {code} ({said}); check the URL, the key and model '{self.model}'."
-            )
+        if code in (401, 402, 403, 404, 405) or code < 400:  # the last with another address in place of a text
+            said = said or shown(response.headers.get("location", ""))
+            remedy = "its credit is used up" if code == 402 else f"check the URL, the key and model '{self.model}'"
+            raise Denied(f"{self.name}: {self.url} answers {code} ({said}); {remedy}.")
         outcome.reason = f"status {code} ({said})"
         if code in (408, 409, 425, 429) or code >= 500:
             outcome.wait = retry_after(response.headers.get("retry-after", ""))
@@ -392,5 +392,5 @@ def retry_after(value: str) -> float:
         pass
     try:
         return max(0.0, (parsedate_to_datetime(value) - datetime.now(UTC)).total_seconds())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return 0.0

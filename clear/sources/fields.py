@@ -48,7 +48,8 @@ def unprintable(text: str) -> str:
 def text_of(value: Any, name: str, reason: str = "question") -> str:
     """A text, or a number as text. Raises Unusable for anything else, NaN and unprintable characters included."""
     if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-        return str(value)
+        # 7 also for the 7.0 that pandas makes of integers with gaps, as in clear/data/tables.py.
+        return str(int(value) if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else value)
     if not isinstance(value, str):
         raise Unusable(reason, f"`{name}` is {quoted(value)}, expected a text")
     if found := unprintable(value):

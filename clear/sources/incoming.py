@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear.data.images import decode_image, pixel_sha256
+from clear.data.images import decode_image, pixel_sha256, stored
 from clear.data.records import INCOMING, Question, file_sha256, open_shard, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
@@ -82,7 +82,8 @@ class Row:
 
 @dataclass(frozen=True)
 class Seen:
-    """What is remembered of a row: pixel digests and byte digests of its pictures, never the pictures."""
+    """What is remembered of a row, never the pictures: their pixel digests, and byte digests of the `files`, as they
+    are and as a source stores them."""
 
     set: str
     where: str
@@ -255,7 +256,7 @@ def look(row: Row) -> Seen:
             raise Unusable(
                 "size", f"image: {image.shape[1]}x{image.shape[0]} px, the sides must have at least {LEAST} px"
             )
-        digests, files = [pixel_sha256(image), ""], [sha256(row.image)]
+        digests, files = [pixel_sha256(image), ""], [sha256(row.image), sha256(stored(row.image, image))]
         if row.clean is not None:
             clean = decode_image(row.clean, "clean")
             if clean.shape != image.shape:
@@ -265,10 +266,10 @@ def look(row: Row) -> Seen:
                     f"{clean.shape[1]}x{clean.shape[0]} px; resize the degraded one to the clean one",
                 )
             digests[1] = pixel_sha256(clean)
-            files.append(sha256(row.clean))
+            files += sha256(row.clean), sha256(stored(row.clean, clean))
             if digests[0] == digests[1]:
                 raise Unusable("partner", "the clean partner is the picture itself; leave `clean` out")
     except ClearError as error:  # what is not Unusable comes from the decoder
         reason = error.reason if isinstance(error, Unusable) else "image"
         return Seen(row.set, row.where, reject=rejected(row.set, row.where, reason, str(error)))
-    return Seen(row.set, row.where, row.questions, None, *digests, tuple(files))
+    return Seen(row.set, row.where, row.questions, None, *digests, tuple(dict.fromkeys(files)))

@@ -18,7 +18,7 @@ from pathlib import Path, PurePath
 from clear.data import tables
 from clear.data.records import file_sha256, sha256
 from clear.data.rejects import Reject
-from clear.errors import ClearError, shown
+from clear.errors import ClearError, quoted, shown
 from clear.sources.rows import Row, question
 from clear.sources.scenes.words import LABELS as OPTIONS
 
@@ -38,7 +38,7 @@ def files(path: Path) -> list[Path]:
     Raises ClearError if there are none and OSError for a folder that cannot be read.
     """
     found = [path] if path.is_file() else sorted(path.iterdir())
-    found = [file for file in found if file.suffix == ".tsv"]
+    found = [file for file in found if file.suffix.lower() == ".tsv"]
     if not found:
         raise ClearError(f"{path}: no *.tsv file here; name VLMEvalKit's LMUData folder or one of its files.")
     return found
@@ -223,8 +223,10 @@ def options_of(cells: Mapping[str, str]) -> list[str]:
 
 def number(index: str) -> int:
     """The number of a row. Raises ClearError for an index that is not a number: rotations and pairs are found by it."""
-    if not re.fullmatch(r"\d+(?:\.0+)?", index.strip()):
-        raise ClearError(f"index {index!r} is not a number; rotations and pairs are found by the number.")
+    if not re.fullmatch(r"\d{1,18}(?:\.0+)?", index.strip()):
+        raise ClearError(
+            f"index {quoted(index)} is not a number of up to 18 digits; rotations and pairs are found by the number."
+        )
     return int(index.split(".")[0])
 
 

@@ -18,7 +18,7 @@ from functools import partial
 
 import numpy as np
 
-from clear.data.images import decode_image, encode_image
+from clear.data.images import decode_image, stored
 from clear.data.pool import threaded
 from clear.data.records import CLEAN, INCOMING, Question, Sample, sha256
 from clear.data.rejects import Reject
@@ -105,18 +105,14 @@ def examine(row: Row | Reject, rules: Source) -> Examined | Reject:
         return reject("partner", f"clean {width} x {height} px, degraded {copy.shape[1]} x {copy.shape[0]} px")
     if copy is not None and np.array_equal(copy, array):
         return reject("partner", "the degraded picture has the pixels of the clean one")
-    image = _stored(row.image, array)
+    image = stored(row.image, array)
     origin = json.dumps(row.origin, sort_keys=True, ensure_ascii=False) if row.origin else ""
     questions = row.questions[: rules.questions_per_image]
     sample = Sample(row.id, rules.kind, "", image, sha256(image), questions, origin)
     if copy is not None:
-        copied = _stored(row.degraded, copy)
+        copied = stored(row.degraded, copy)
         sample = replace(sample, degraded=copied, corruption=rules.kind, severity=INCOMING)
     return Examined(sample, pixel_hash(array))
-
-
-def _stored(data: bytes, array: np.ndarray) -> bytes:
-    return data if data.startswith((b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")) else encode_image(array, "jpeg")
 
 
 def examined(rows: Iterable[Row | Reject], rules: Source, workers: int) -> Iterator[Examined | Reject]:

@@ -21,6 +21,7 @@ from functools import partial
 
 from clear.bench.judge import agreements
 from clear.bench.scoring import is_correct, spelled_out
+from clear.data.images import decode_image, encode_image
 from clear.data.pool import threaded
 from clear.data.records import CLEAN, Question, Sample
 from clear.data.rejects import Reject
@@ -128,7 +129,7 @@ def _attempt(teacher: Client, task: Task, give_answer: bool, judge: Client | Non
     known = KNOWN.format(answer=task.question.answer) if give_answer else ""
     first = DIRECT if task.restore is False else DAMAGE if task.restore else DECIDE
     shown = task.sample.image if task.clean else task.sample.seen
-    talk = messages(first.format(question=asked, known=known), shown, SYSTEM, _kind(shown))
+    talk = messages(first.format(question=asked, known=known), system=SYSTEM, **_shown(shown))
     reply = _read(teacher, talk, draw)
     if isinstance(reply, _Bad):
         return reply
@@ -139,7 +140,7 @@ def _attempt(teacher: Client, task: Task, give_answer: bool, judge: Client | Non
     if restored:
         diagnosis = _plain(reply["think"])
         talk = [*talk, {"role": "assistant", "content": reply[0].strip()}]
-        talk += messages(RESTORED.format(known=known), task.sample.image, kind=_kind(task.sample.image))
+        talk += messages(RESTORED.format(known=known), **_shown(task.sample.image))
         reply = _read(teacher, talk, draw)
         if isinstance(reply, _Bad):
             return reply
@@ -210,5 +211,10 @@ def _plain(text: str) -> str:
     return " ".join(text.split())
 
 
-def _kind(image: bytes) -> str:
-    return "jpeg" if image[:3] == b"\xff\xd8\xff" else "png"
+def _shown(image: bytes) -> dict[str, bytes | str]:
+    """A picture as `messages` takes it: a format that every server reads, and turned as the student sees it."""
+    if image.startswith(b"\xff\xd8\xff") and b"Exif\0" not in image[: 2**16]:
+        return {"image": image, "kind": "jpeg"}
+    if not image.startswith(b"\x89PNG") or b"eXIf" in image:
+        image = encode_image(decode_image(image))
+    return {"image": image, "kind": "png"}

@@ -15,6 +15,9 @@ from clear.data.images import decode_image, encode_image, pixel_sha256
 from clear.data.records import CLEAN, INCOMING, Sample, sha256
 from clear.errors import ClearError
 
+COLOUR = "hsv_saturation"
+"""Of the sixteen corruptions the one that leaves a picture without colour as it is: such a copy is not compared."""
+
 IDENTICAL_PSNR = 99.0
 """dB reported for two equal images."""
 
@@ -94,11 +97,16 @@ def measure(sample: Sample) -> Measured:
     }
     if sample.degraded is not None and base["paired"]:
         values["same_size"] = seen.shape == clean.shape
-        if values["same_size"]:
+        if values["same_size"] and not (sample.corruption == COLOUR and colourless(clean)):
             values |= {"psnr": psnr(clean, seen), "ssim": ssim(clean, seen)}
             values["difference"] = difference(clean, seen)
             values["likeness"] = likeness(clean, seen) if sample.severity == INCOMING else None
     return Measured(**values, decodable=True)
+
+
+def colourless(image: np.ndarray) -> bool:
+    """Whether every pixel of uint8 RGB (H, W, 3) is grey: a scan, an X-ray."""
+    return bool((image.max(axis=2) == image.min(axis=2)).all())
 
 
 def difference(clean: np.ndarray, seen: np.ndarray) -> float:

@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from clear.data import aws
 from clear.data.io import replacing, write_json
 from clear.data.lock import writer
 from clear.data.workspace import profile
-from clear.errors import ClearError
+from clear.errors import ClearError, shown
 from clear.sources.incoming import IncomingSet, sets
 
 FOLDER = "data/incoming"
@@ -63,6 +64,19 @@ class Source:
             say(f"{', '.join(absent)}: only the .dvc file is here and no default DVC remote is set; not looked at.")
         return self.folder
 
+    def age(self, name: str) -> float:
+        """Seconds since something was last added to a set or changed in it."""
+        if self.bucket:
+            objects = json.loads(self._listing.read_text())
+            times = [item["written"] for path, item in objects.items() if path.startswith(f"{name}/")]
+        else:  # a copy may bring its time of modification along, not that of the change here
+            times = [path.lstat().st_ctime for path in [self.folder / name, *(self.folder / name).rglob("*")]]
+        return time.time() - max(times)
+
+    @property
+    def _listing(self) -> Path:
+        return self.mirror.with_name(f"{self.mirror.name}.json")
+
     def quarantine(self, incoming: IncomingSet, copy: Path, problem: str) -> str:
         """Move a refused set, with the report of its check in the clone `copy`; returns the new place."""
         report = report_of(incoming.name, copy)
@@ -70,7 +84,7 @@ class Source:
             report / "refused.json", {"name": incoming.name, "fingerprint": incoming.fingerprint, "problem": problem}
         )
         if self.bucket:
-            return self._move(incoming.name, report)
+            return self._move(incoming, report)
         quarantined = self.folder.parent / QUARANTINE
         target = quarantined / incoming.name
         if target.exists():  # an earlier version of it
@@ -84,20 +98,27 @@ class Source:
             (self.folder / f"{incoming.name}.dvc").unlink(missing_ok=True)
         return str(target.relative_to(self.workspace))
 
-    def _objects(self, client: Any) -> dict[str, dict]:
-        """Path below the prefix → ETag and size. Raises ClearError where the store refuses."""
+    def _objects(self, client: Any, say: Callable[[str], None] = lambda text: None) -> dict[str, dict]:
+        """Path below the prefix → ETag, size and when it was written. Raises ClearError where the store refuses.
+
+        Left out, and said, is a key that is no path below a folder: of `incoming//etc/x` it would be another one.
+        """
         objects = {}
         with asked(f"s3://{self.bucket}/{self.prefix}"):
             for item in aws.listed(client, self.bucket, f"{self.prefix}/"):
-                path = PurePosixPath(item["Key"].removeprefix(f"{self.prefix}/"))
-                if len(path.parts) > 1 and ".." not in path.parts and not item["Key"].endswith("/"):
-                    objects[str(path)] = {"etag": item["ETag"], "size": item["Size"]}
+                name = item["Key"].removeprefix(f"{self.prefix}/")
+                parts = name.removesuffix("/").split("/")
+                if not {"", ".", ".."}.isdisjoint(parts) and name:
+                    say(f"s3://{self.bucket}/{shown(item['Key'])}: no path of a file can have this key; not fetched")
+                elif len(parts) > 1 and not name.endswith("/"):
+                    written = item["LastModified"].timestamp()
+                    objects[name] = {"etag": item["ETag"], "size": item["Size"], "written": written}
         return objects
 
     def _download(self, say: Callable[[str], None]) -> None:
         client = store(self.workspace)
-        there = self._objects(client)
-        file = self.mirror.with_name(f"{self.mirror.name}.json")
+        there = self._objects(client, say)
+        file = self._listing
         had = json.loads(file.read_text()) if file.exists() else {}
         self.mirror.mkdir(parents=True, exist_ok=True)
         for old in sorted(self.mirror.rglob("*"), reverse=True):
@@ -113,20 +134,26 @@ class Source:
                 aws.save(client, self.bucket, f"{self.prefix}/{name}", part)
         write_json(file, there)
 
-    def _move(self, name: str, report: Path) -> str:
-        client = store(self.workspace)
+    def _move(self, incoming: IncomingSet, report: Path) -> str:
+        client, name = store(self.workspace), incoming.name
         target = str(PurePosixPath(self.prefix).parent / QUARANTINE)
         with asked(f"s3://{self.bucket}/{target}"):
+            there = {item["Key"] for item in aws.listed(client, self.bucket, f"{target}/{name}")}
+            kept, told = name, f"{target}/{name}.report/refused.json"
+            if any(key.startswith(f"{target}/{name}/") for key in there):  # an earlier version, or half of this one
+                before = json.loads(aws.content(client, self.bucket, told)) if told in there else {}
+                if before.get("fingerprint") != incoming.fingerprint:
+                    kept = f"{name}-{incoming.fingerprint[:8]}"
             for file in sorted(path for path in report.rglob("*") if path.is_file()):
-                client.upload_file(str(file), self.bucket, f"{target}/{name}.report/{file.relative_to(report)}")
+                client.upload_file(str(file), self.bucket, f"{target}/{kept}.report/{file.relative_to(report)}")
             mine = [path for path in self._objects(client) if path.startswith(f"{name}/")]
             for path in mine:
                 old = {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}"}
-                client.copy(old, self.bucket, f"{target}/{path}")
+                client.copy(old, self.bucket, f"{target}/{kept}/{path.removeprefix(f'{name}/')}")
             for path in mine:
                 client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")
         shutil.rmtree(self.mirror / name)
-        return f"s3://{self.bucket}/{target}/{name}"
+        return f"s3://{self.bucket}/{target}/{kept}"
 
 
 def report_of(name: str, copy: Path) -> Path:

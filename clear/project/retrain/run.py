@@ -27,7 +27,7 @@ from clear.errors import ClearError
 from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
 from clear.project.scratch import clone, link
-from clear.sources.incoming import IncomingSet, sets
+from clear.sources.incoming import IncomingSet, present, sets
 
 BRANCHES = "retrain"
 STEPS = ("data", "incumbent", "retrained")
@@ -65,13 +65,19 @@ class Outcome:
 
 
 def retrain(
-    workspace: Path, tools: Tools, incoming: str = intake.FOLDER, revision: str = "HEAD", target: str = ""
+    workspace: Path,
+    tools: Tools,
+    incoming: str = intake.FOLDER,
+    revision: str = "HEAD",
+    target: str = "",
+    rest: float = 0,
 ) -> Outcome:
     """Look for new sets and do all their steps; running it again on the same sets does nothing.
 
     `incoming` is a folder of the workspace or `s3://bucket/prefix`, `target` the branch that a pull request is for
     (default: the one checked out). `revision` is what to start from, "" the newest commit of that branch at `origin`:
-    a clone that nobody updates still trains the code of today. The caller makes sure that no other retraining of this
+    a clone that nobody updates still trains the code of today. A set to which something was added in the last `rest`
+    seconds, or is while it is looked at, waits for another run. The caller makes sure that no other retraining of this
     workspace runs. Raises ClearError if there are new sets but no default DVC remote or no model to compare with, or if
     a command fails.
     """
@@ -85,9 +91,14 @@ def retrain(
     folder = source.fetch(tools.dvc, tools.say)
     trained = known(workspace, commit)
     news = [new for new in sets(folder) if new.present and trained.get(new.name) != new.fingerprint]
+    growing = [new for new in news if rest and source.age(new.name) < rest]
+    for new in growing:
+        tools.say(f"{new.name} changed less than {rest:g} s ago; left for another run, it may still be copied.")
+    news = [new for new in news if new not in growing]
     if not news:
-        said = f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}."
-        return Outcome(said, "NothingNew")
+        said = f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}"
+        said += f"; {', '.join(new.name for new in growing)} may still be copied" if growing else ""
+        return Outcome(f"{said}.", "NothingNew")
     fetch_branches(workspace)
     waiting = branches(workspace, commit)
     for branch, names in waiting.items():
@@ -110,9 +121,13 @@ def retrain(
         tools.dvc(["pull", "--allow-missing"], copy)
         if "source" in stage_names(copy):  # a picture that a split already holds has to stay there
             tools.reproduce(copy, ["source"])
-        for new in news:
+        for new in [*news]:
             bring(folder / new.name, copy)
-            if problem := intake.problem_of(new.name, copy, tools.run):
+            if not new.faults and not same(new, copy):
+                news.remove(new)
+                restore(copy, new.name, trained.get(new.name, ""))
+                tools.say(f"{new.name} changes while it is looked at; left for another run.")
+            elif problem := intake.problem_of(new.name, copy, tools.run):
                 refused[new.name] = problem
                 moved_to = source.quarantine(new, copy, problem)
                 restore(copy, new.name, trained.get(new.name, ""))
@@ -121,6 +136,8 @@ def retrain(
         news = [new for new in news if new.name not in refused]
         if not news:
             shutil.rmtree(copy)
+            if not refused:
+                return Outcome(f"nothing trained: what is new in {incoming} still changes.", "NothingNew")
             return Outcome(f"nothing trained: {_quarantined(refused)}.", "Quarantined", quarantined=refused)
     branch = branch_name(news)
     train(workspace, copy, branch, commit, news, tools)
@@ -308,6 +325,11 @@ def bring(folder: Path, copy: Path) -> None:
     shutil.rmtree(target, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copytree(folder, target)
+
+
+def same(new: IncomingSet, copy: Path) -> bool:
+    """Whether what was brought into the clone is the set that was found: its fingerprint stands for it from there."""
+    return present(copy / "data" / "incoming", new.name)[0].fingerprint == new.fingerprint
 
 
 def restore(copy: Path, name: str, fingerprint: str) -> None:
