@@ -49,12 +49,19 @@ def check(value: Any, name: str = "", origin: str = "params") -> None:
         _check_source(value, name)
     if isinstance(value, Degrade) and (len(value.severity_weights) != 3 or not sum(value.severity_weights)):
         raise ClearError(f"params: {name}.severity_weights must be three, of low, mid and high, and not all 0.")
-    if isinstance(value, Grpo) and (len(value.sde_range) != 2 or value.sde_range[0] > value.sde_range[1]):
-        raise ClearError(f"params: {name}.sde_range = {list(value.sde_range)} must be two shares, the lower one first.")
+    if isinstance(value, Grpo):
+        _check_grpo(value, name)
     if isinstance(value, Endpoint) and value.key and not value.key.startswith("$"):
         raise ClearError(f"params: {name}.key must name an environment variable as $NAME: this file is in git.")
     if isinstance(value, Lora) and value.rank and not value.targets:
         raise ClearError(f"params: {name}.targets is empty; name linear layers, or set {name}.rank = 0.")
+    if isinstance(value, Config) and value.lora.rank and {value.lora.experts, value.grpo.experts} == {"und", "gen"}:
+        raise ClearError(
+            f"params: grpo.experts = {value.grpo.experts} trains adapters that lora.experts = {value.lora.experts} "
+            "does not add; make them the same, or one of them both."
+        )
+    if isinstance(value, Config) and value.grpo.restore == "always" and not value.sampling.max_restorations:
+        raise ClearError("params: grpo.restore = always needs sampling.max_restorations of 1 or more.")
     if isinstance(value, Config) and value.lora.rank and (value.sft.train_vit or value.sft.robust_vit.steps):
         raise ClearError(
             "params: sft.train_vit and sft.robust_vit train the vision tower, which no adapter holds; set "
@@ -65,6 +72,31 @@ def check(value: Any, name: str = "", origin: str = "params") -> None:
     if isinstance(value, Runtime) and value.checkpoint_every % value.log_every:
         # A log line that averages over a checkpoint would lose its first half on resume.
         raise ClearError(f"params: {name}.checkpoint_every must be a multiple of {name}.log_every = {value.log_every}.")
+
+
+def _check_grpo(grpo: Grpo, name: str) -> None:
+    """What would train nothing, or not what was asked for."""
+    if len(grpo.sde_range) != 2 or grpo.sde_range[0] > grpo.sde_range[1]:
+        raise ClearError(f"params: {name}.sde_range = {list(grpo.sde_range)} must be two shares, the lower one first.")
+    image = grpo.image_weight or grpo.velocity_weight
+    if not (grpo.text_weight or image):
+        raise ClearError(f"params: {name}: text_weight, image_weight and velocity_weight are 0, so nothing is learned.")
+    if image and not grpo.sigma:
+        raise ClearError(
+            f"params: {name}.sigma = 0 makes rollouts without noise, which image_weight and velocity_weight score; "
+            "raise it, or set both to 0."
+        )
+    apart = grpo.reward_answer, grpo.reward_latent_quality
+    others = grpo.reward_accuracy, grpo.reward_format, grpo.reward_decision, grpo.reward_direct
+    if not any((*apart, *others)):
+        raise ClearError(f"params: {name}: every reward_… is 0, so nothing is learned; raise one.")
+    if grpo.separate_advantages and grpo.image_weight and not any(apart):
+        raise ClearError(
+            f"params: {name}.separate_advantages leaves the image term nothing to judge by; raise {name}.reward_answer "
+            f"or {name}.reward_latent_quality."
+        )
+    if grpo.stop_after and not grpo.holdout_every:
+        raise ClearError(f"params: {name}.stop_after = {grpo.stop_after} needs measurements; raise holdout_every.")
 
 
 def _check_source(source: Source, name: str) -> None:

@@ -164,7 +164,7 @@ class Optimiser:
 
     beta1: float = between(0, 0.999999)
     beta2: float = between(0, 0.999999)
-    eps: float = between(0, 1)
+    eps: float = between(1e-15, 1)  # weights without a gradient would be divided by 0
     weight_decay: float = between(0, 10)
     clip: float = between(0, 10**6)  # largest norm of the gradient; 0 = not clipped
     lr_floor: float = between(0, 1)
@@ -298,9 +298,7 @@ class Grpo:
     image_weight: float = between(0, 100)
     velocity_weight: float = between(0, 100)  # velocity MSE to the reference's target; 0 = no pixel supervision
     rows_per_pass: int = count()  # trajectories scored at a time
-    sde_choice: str = one_of(
-        "random", "window", "all"
-    )  # scored steps: K of all, K in a row with noise in no other, all
+    sde_choice: str = one_of("random", "window", "all")  # scored: K of all, K in a row with noise in no other, all
     sde_steps: int = between(1, 1000)  # noisy splits scored per restoration (K)
     sde_range: list[float] = field(metadata={"low": 0, "high": 1})  # where a window may lie: 0 = first steps, 1 = last
     shared_noise: bool = field()  # a group starts its restorations from the same noise
@@ -318,10 +316,13 @@ class Grpo:
     answer_scored: str = one_of("answer", "reply")  # of the right answer: its block, or the demonstration's whole reply
     decision_table: str = one_of("paper", "code")
     holdout_every: int = between(0, 10**6)  # steps between measurements of true accuracy; 0 = never
-    stop_after: int = between(
-        0, 1000
-    )  # measurements in a row below the best while the reward is higher; 0 = never stop
+    stop_after: int = between(0, 1000)  # measurements in a row below the best at a higher reward; 0 = never stop
     stop_margin: float = between(0, 1)  # how much below
+
+    @property
+    def compared(self) -> bool:
+        """Whether a term of the loss reads the incoming policy: only then it is kept beside the trained one."""
+        return bool((self.text_weight and self.beta) or self.velocity_weight)
 
 
 @dataclass

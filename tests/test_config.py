@@ -47,10 +47,28 @@ def _refused(text, section, key, value):
         ("degrade", "severity_weights", [0.0, 0.0, 0.0], "and not all 0"),
         ("grpo", "sde_range", [0.9, 0.1], "grpo.sde_range = [0.9, 0.1] must be two shares, the lower one first"),
         ("grpo", "sde_range", [0.5], "grpo.sde_range = [0.5] must be two shares"),
+        ("grpo", "sigma", 0.0, "grpo.sigma = 0 makes rollouts without noise"),
+        ("grpo", "separate_advantages", True, "leaves the image term nothing to judge by; raise grpo.reward_answer"),
+        ("optimiser", "eps", 0.0, "optimiser.eps = 0.0 is outside"),
     ],
 )
 def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, named):
     assert named in _refused(tiny, section, key, value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ("grpo.text_weight=0 grpo.image_weight=0 grpo.velocity_weight=0", "so nothing is learned"),
+        ("grpo.reward_accuracy=0 grpo.reward_format=0 grpo.reward_direct=0", "every reward_… is 0"),
+        ("grpo.stop_after=1 grpo.holdout_every=0", "grpo.stop_after = 1 needs measurements; raise holdout_every"),
+        ("grpo.restore=always sampling.max_restorations=0", "grpo.restore = always needs sampling.max_restorations"),
+        ("lora.rank=2 lora.experts=und grpo.experts=gen", "trains adapters that lora.experts = und does not add"),
+    ],
+)
+def test_settings_that_would_train_nothing_are_refused(changes, named):
+    with pytest.raises(ClearError, match=named):
+        compose(["profile=smoke", *changes.split()])
 
 
 @pytest.mark.parametrize("change", ["sft.train_vit=true", "sft.robust_vit.steps=10"])

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from clear.errors import ClearError
 from clear.model import flow
 from clear.model.bagel import Bagel
 from clear.model.cache import KVCache
@@ -42,6 +43,11 @@ def test_forced_restoration_is_followed_by_a_second_reply(bridge):
         assert decode(tokenizer, first.ids) == grammar.restore_reply()
         assert first.forced == len(first.ids)
         assert trajectory.restorations[0].x0.shape == (9, 4)
+
+
+def test_a_forced_restoration_where_none_is_allowed_is_refused():
+    with pytest.raises(ClearError, match=r"sampling.max_restorations = 0 allows no restoration"):
+        replace(OPTIONS, restore="always", max_restorations=0)
 
 
 def test_a_group_shares_its_prompt_and_differs_by_sampling():

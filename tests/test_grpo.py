@@ -203,6 +203,54 @@ def test_a_term_without_weight_is_not_computed(tmp_path, monkeypatch, off):
     assert not absent & {name for row in curve for name in row}
 
 
+def test_a_step_does_not_depend_on_how_it_is_sliced(tmp_path, monkeypatch):
+    """In the second step nothing is restored and one slice of two teaches nothing: the first's momentum goes on."""
+    import clear.training.rl.grpo as module
+
+    states, generated = [], module.generate
+    for rows in (1, 4):
+        turns, number = iter(["always", "never"]), iter(range(99))
+
+        def turned(model, tokenizer, prompts, options, *rest, turns=turns):
+            return generated(model, tokenizer, prompts, replace(options, restore=next(turns)), *rest)
+
+        def uneven(texts, restored, question, config, more, accuracy, number=number):
+            value = float((0, 1, 0, 1 if restored else 0)[next(number) % 4])
+            return {"reward": value, "reward_accuracy": value}
+
+        monkeypatch.setattr(module, "generate", turned)
+        monkeypatch.setattr(module, "rewards", uneven)
+        sizes = "grpo.steps=2", "grpo.prompts=2", "grpo.group_size=2", f"grpo.rows_per_pass={rows}"
+        states.append(_train(tmp_path / str(rows), 0, changed=(*sizes, "grpo.optimiser.weight_decay=0"))[1])
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, atol=3e-4, rtol=0, msg=name)  # steps are of 1e-2
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+@pytest.mark.parametrize(("changes", "kept"), [(("grpo.beta=0", "grpo.velocity_weight=0"), False), ((), True)])
+def test_the_incoming_policy_is_kept_only_where_it_is_read(tmp_path, rank, changes, kept, monkeypatch):
+    import clear.training.rl.grpo as module
+
+    made, whole = [], module.make_trainer
+    monkeypatch.setattr(module, "make_trainer", lambda *given: made.append(whole(*given)) or made[-1])
+    curve, _, _ = _train(tmp_path, rank, changed=("grpo.steps=1", *changes))
+    held = made[0].reference is not None or any("reference" in n for n, _ in made[0].model.named_modules())
+    assert held is kept and len(curve) == 1
+
+
+@pytest.mark.parametrize("split", ["rl", "validation"])
+def test_a_split_without_a_question_is_refused_before_the_training(tmp_path, monkeypatch, split):
+    """An empty rl split was looked for prompts for ever, an empty validation split ended in a division by 0."""
+    monkeypatch.chdir(tmp_path)
+    config = from_dict(compose(["profile=smoke", "runtime.threads=1", "runtime.device=cpu"]))
+    save_random_model(Path("data/models/bridge"), config)
+    made = list(degraded_samples([(sample, "dark", "high") for sample in scenes("rl", 2, 1, 64, 1)], 0.1, 1))
+    for name in ("rl", "validation"):
+        write_samples(f"data/degraded/{name}", [] if name == split else made)
+    with pytest.raises(ClearError, match=rf"grpo: data/degraded/{split} holds no question; raise source.{split}"):
+        prepare(config)
+
+
 def test_clean_prompts_are_a_share_of_the_paired_images_whatever_their_order(tmp_path, monkeypatch):
     from clear.reasoning.answering import Answerer
 

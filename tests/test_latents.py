@@ -312,6 +312,16 @@ def test_every_stage_reads_what_another_has_encoded(tmp_path, monkeypatch, encod
     (known,) = labelled(samples, few)
     kept = [row for row in read_traces("data/traces") if row.sample == samples[known].id]
     assert [data.rows[n] for n in trace_data(start, few).learned] == kept != []
+    taken = max(map(data.positions, range(len(data))))
+    llm = start.model.config.llm
+    for most in (taken, taken - 1):
+        start.model.config = replace(start.model.config, llm=replace(llm, positions=most))
+        if most == taken:
+            assert len(trace_data(start, config)) == len(data), "what fits is learned"
+            continue
+        with pytest.raises(ClearError, match=rf"takes {taken} positions with its replies, this model has {most}"):
+            trace_data(start, config)
+    start.model.config = replace(start.model.config, llm=llm)
     write_traces(Path("data/traces"), [row for row in data.rows if row not in kept])
     with pytest.raises(ClearError, match=r"sft.labelled = 0.0 leaves no trace with an answer; raise it"):
         trace_data(start, few)

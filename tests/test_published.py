@@ -112,16 +112,23 @@ def test_other_optimiser_settings_train_other_weights(config, tmp_path):
         assert not torch.equal(plain, trained(**other)), other
 
 
-def _step(config, images, drop_text: float, thought: str):
+def _step(config, images, drop_text: float, thought: str, **weights):
     """Figures of one step and its layout, of traces whose first reply thinks `thought`."""
     model, tokenizer, _, data = parts("direct", config, images)
     data.reply_1 = [encode(tokenizer, f"<think> {thought} </think> {TRIGGER}") for _ in data.reply_1]
     built = []
     hook = model.register_forward_pre_hook(lambda _, args: built.append(args[0]))
     torch.manual_seed(3)
-    _, figures = trace_loss(model, data, TraceWeights(LATENT, drop_text=drop_text))([0, 1, 2, 3])
+    _, figures = trace_loss(model, data, TraceWeights(LATENT, drop_text=drop_text, **weights))([0, 1, 2, 3])
     hook.remove()
     return figures, built[0], data
+
+
+def test_dropped_text_hides_the_first_reply_beside_the_direct_path_too(config, images):
+    both = {"both_paths": True, "other_path": 1.0}
+    shown, other = (_step(config, images, 0.0, thought, **both)[0] for thought in ("a", "c"))
+    hidden, again = (_step(config, images, 1.0, thought, **both)[0] for thought in ("a", "c"))
+    assert shown["mse"] != other["mse"] and hidden["mse"] == pytest.approx(again["mse"], rel=1e-6)
 
 
 def test_dropped_text_leaves_every_reply_and_hides_the_first_from_the_velocity(config, images):

@@ -167,6 +167,18 @@ def test_degraded_benchmarks_are_no_clean_samples(here):
     assert metrics()["images"]["sft"] == 1
 
 
+def test_a_split_that_is_asked_for_and_stays_empty_is_refused(here):
+    """A training would find no prompt, or nothing to measure, after days."""
+    (here / "data/raw/0.png").write_bytes(encoded(0))
+    write_jsonl(here / "data/raw", [{"image": "0.png", "question": "?", "answer": "x"}])
+    settings = "source.kind=folder", "source.path=data/raw"
+    with pytest.raises(
+        ClearError, match=r"none of 1 usable rows of data/raw falls to validation, whose share is 0\.001"
+    ):
+        source.run(config_of(*settings, "source.shares=[0,0.999,0,0.001,0,0]"))
+    source.run(config_of(*settings, "source.shares=[0,1,0,0,0,0]"))
+
+
 def test_where_nothing_can_be_used_the_rejects_say_why(here):
     write_jsonl(here / "data/raw", [{"image": "gone.png", "question": "?", "answer": "x"}])
     with pytest.raises(ClearError, match=r"data/rejects/source\.parquet says why"):

@@ -222,9 +222,56 @@ def test_the_average_is_that_of_the_steps_and_survives_a_kill(config, tmp_path):
     assert torch.equal(_averaged(config, tmp_path / "killed", 0.75)[1], found)
 
 
+def test_a_step_with_a_gradient_that_is_no_number_is_not_taken(config, tmp_path):
+    """Its weights would all be NaN, saved and evaluated as if nothing had happened."""
+    torch.manual_seed(1)
+    module, data, asked = nn.Linear(3, 1), torch.randn(20, 3), []
+
+    def loss(index):
+        asked.append(index)
+        return (module(data[index]) - 1).pow(2).mean() * (torch.inf if len(asked) == 5 else 1), {}
+
+    (tmp_path / "input.txt").write_text("data")
+    run = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
+    with pytest.raises(ClearError, match=r"phase one: the gradient of step 5 is (nan|inf), .*lower the learning rate"):
+        optimise(run, "one", module, loss, len(data), PHASE)
+    assert module.weight.isfinite().all()
+    assert last_complete(run.folder / "one").name == "checkpoint-3" and not (run.folder / "one.safetensors").exists()
+
+
+@pytest.mark.parametrize("damage", ["a flipped bit", "cut off", "gone"])
+def test_a_damaged_checkpoint_is_not_resumed_from_but_the_one_before(config, tmp_path, damage, capsys):
+    expected, curve = _train(config, tmp_path / "whole")
+    with pytest.raises(Interrupted):
+        _train(config, tmp_path / "killed", stop_after=8)
+    (file,) = (tmp_path / "killed").glob("*/phase/checkpoint-6/model.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.unlink() if damage == "gone" else file.write_bytes(data if damage == "a flipped bit" else data[:-2])
+    found, again = _train(config, tmp_path / "killed")
+    assert torch.equal(found, expected) and [row["loss"] for row in again] == [row["loss"] for row in curve]
+    assert "checkpoint-6/model.safetensors: not what was written" in capsys.readouterr().err
+
+
+def test_a_run_whose_code_was_changed_begins_anew(config, tmp_path, monkeypatch):
+    code = tmp_path / "code"
+    code.mkdir()
+    (code / "loss.py").write_text("old")
+    monkeypatch.setattr(running, "CODE", [code])
+    first = StageRun("test", config, [], tmp_path / "runs").folder
+    (code / "loss.pyc").write_text("compiled")
+    assert StageRun("test", config, [], tmp_path / "runs").folder == first
+    (code / "loss.py").write_text("new")
+    assert StageRun("test", config, [], tmp_path / "runs").folder != first
+    monkeypatch.undo()
+    assert all(path.is_dir() for path in running.CODE)
+
+
 def test_a_phase_with_nothing_to_train_is_refused(config, tmp_path):
     (tmp_path / "input.txt").write_text("data")
     run = StageRun("test", config, [tmp_path / "input.txt"], tmp_path / "runs")
+    with pytest.raises(ClearError, match=r"phase one has no sample to learn from; .* or set its steps to 0"):
+        optimise(run, "one", nn.Linear(2, 2), lambda _: None, 0, PHASE)
     with pytest.raises(ClearError, match="nothing to train"):
         optimise(run, "phase", nn.Linear(2, 2).requires_grad_(False), lambda _: None, 4, PHASE)
 

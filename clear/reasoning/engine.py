@@ -240,8 +240,10 @@ def restore(
     same = options.shared_noise and options.restore == "always" and not rows.trajectories[0].restorations
     twins = [t.prompt for t in rows.trajectories] if same else None
     found = denoise(model, rows.cache, rows.rope, grid, noise, options, generator, dropped, twins)
+    # In host memory: they wait for the update, on a device that has rollouts to make.
+    recorded = None if found.states is None else found.states.cpu()
     for i, trajectory in enumerate(rows.trajectories):
-        states = None if found.states is None else found.states[:, i]
+        states = None if recorded is None else recorded[:, i]
         log_probs = None if found.log_probs is None else found.log_probs[:, i]
         trajectory.restorations.append(Restoration(found.x0[i], grid, states, log_probs))
     feed_back(model, rows, found.x0, grid, options.feedback, reencode)

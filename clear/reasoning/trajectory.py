@@ -40,6 +40,8 @@ class Options:
         first, last = self.window or (0, self.flow_steps)
         if not 0 <= first < last <= self.flow_steps:
             raise ClearError(f"window = {self.window} must lie within the {self.flow_steps} flow steps, not empty.")
+        if self.restore == "always" and not self.max_restorations:
+            raise ClearError("sampling.max_restorations = 0 allows no restoration where one is forced; raise it to 1.")
         if self.sigma > 0 and self.guidance.on:
             raise ClearError(
                 f"sigma = {self.sigma} with text guidance {self.guidance.text}: the log-probabilities of a stochastic "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from clear.bench.scoring import is_correct
 from clear.data.io import write_json
 from clear.data.records import drawn, read_samples
+from clear.errors import ClearError
 from clear.model.runtime import apply_runtime
 from clear.schema import Config
 
@@ -74,6 +75,9 @@ def prepare(config: Config) -> "tuple[Incoming, Task]":
     held = list(read_samples("data/degraded/validation"))
     held_bank = answerer.bank([s.seen for s in held], [s.key for s in held])
     held_asked = [(i, q) for i, s in enumerate(held) for q in s.questions[:1]]
+    for split, found in (("rl", asked), ("validation", held_asked)):
+        if not found:
+            raise ClearError(f"grpo: data/degraded/{split} holds no question; raise source.{split} or its share.")
 
     def holdout(policy) -> float:
         answerer.model = policy  # sharded weights cannot answer; this is a whole copy of them

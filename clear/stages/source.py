@@ -94,6 +94,12 @@ def _read_raw(config: Config) -> None:
             f"source: no row of {source.path} is used: {counts['rejected'].total()} are rejected ({REJECTS} says why), "
             f"{counts['not_sampled'].total()} fall to no split. Check source.shares and the rules."
         )
+    given = zip(SPLITS, shares, strict=False)
+    if empty := [split for split, share in given if share and not counts["images"][split]]:
+        raise ClearError(
+            f"source: none of {counts['images'].total() + counts['not_sampled'].total()} usable rows of {source.path} "
+            f"falls to {empty[0]}, whose share is {shares[SPLITS.index(empty[0])]:g}; raise it in source.shares."
+        )
     for writer in writers.values():
         writer.close()
     images = {split: counts["images"][split] for split in SPLITS}

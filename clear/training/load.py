@@ -191,7 +191,8 @@ def save(folder: Path | str, start: Incoming, config: Config) -> None:
 def trace_data(start: Incoming, config: Config) -> TraceData:
     """The traces of data/traces with the degraded and clean images of data/degraded/sft, each encoded by one stage.
 
-    Raises ClearError where no trace is left whose answer may be learned.
+    Raises ClearError where no trace is left whose answer may be learned, and for one with more positions than the
+    model has.
     """
     samples, vae, store = list(read_samples("data/degraded/sft")), start.vae, start.store
     shown = ImageBank([s.seen for s in samples], config.model, [s.key for s in samples]).encode(vae, store=store)
@@ -201,6 +202,13 @@ def trace_data(start: Incoming, config: Config) -> TraceData:
     data = TraceData(start.tokenizer, traces, samples, shown, clean, system, labelled(samples, config))
     if not data.learned:
         raise ClearError(f"params: sft.labelled = {config.sft.labelled} leaves no trace with an answer; raise it.")
+    most = start.model.config.llm.positions
+    for row, taken in zip(traces, map(data.positions, range(len(data))), strict=True):
+        if most and taken > most:
+            raise ClearError(
+                f"data/traces: question {row.question} of {row.sample} takes {taken} positions with its replies, this "
+                f"model has {most} (max_position_embeddings in llm_config.json); shorten or remove it."
+            )
     return data
 
 

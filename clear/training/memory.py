@@ -203,7 +203,7 @@ def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: in
         layers = (layer_numbers(model) - quantised.numbers) * number + quantised.bytes
         policy -= layers - AHEAD * layers // model.llm.layers
     weights = policy + 4 * counts.vae
-    if stage == "grpo":
+    if stage == "grpo" and config.grpo.compared:
         weights += beside if lora.rank else policy
     trained = (4 if lora.rank else number) * counts.trained if trains else 0
     optimiser = 2 * trained + (4 * counts.trained if stage == "sft" and config.sft.ema else 0)

@@ -26,7 +26,7 @@ from clear.model.mot import Hidden
 from clear.model.sequence import BRIDGE, IGNORE, LATENT, VIT, Image, Layout, Segment, Text
 from clear.model.tokenizer import encode
 from clear.reasoning import grammar
-from clear.reasoning.prompts import Prompt, pictured
+from clear.reasoning.prompts import Prompt, outlined, pictured
 from clear.schema import Config
 from clear.traces.table import TraceRow
 from clear.training.loop.parallel import share_batch
@@ -80,6 +80,13 @@ class TraceData:
         bank, i = self.clean if self.rows[n].severity == CLEAN else self.shown, self.image[n]
         return pictured(bank, i, self.system, self.question[n])
 
+    def positions(self, n: int) -> int:
+        """Rope positions of trace n with its replies and, where it restores, its restoration."""
+        bank = self.clean if self.rows[n].severity == CLEAN else self.shown
+        prompt = outlined(bank, self.image[n], self.system, self.question[n])
+        second = self.reply_2[n]
+        return prompt.positions + len(self.reply_1[n]) + 2 + (0 if second is None else 1 + len(second) + 2)
+
     def open_row(self, n: int, contents: Contents, drop_vit: bool = False, *drop_texts: bool) -> list[Segment]:
         """Segments of trace n's prompt; its pictures are appended to `contents`."""
         prompt = self.prompt(n)
@@ -126,9 +133,11 @@ def restoration_loss(model: Bagel, data: TraceData, replies: bool = False) -> Lo
     return loss
 
 
-def _both(prompt: Sequence[Segment], path: Sequence[Segment], direct: Text) -> list[Segment]:
-    """A prompt with two branches, neither of which sees the other: a path with a restoration, and the direct reply."""
-    return [*prompt, *(replace(part, branch=1) for part in path), replace(direct, branch=2)]
+def _both(prompt: Sequence[Segment], path: Sequence[Segment], direct: Text, apart: bool = False) -> list[Segment]:
+    """A prompt with branches none of which sees another: a path with a restoration, and the direct reply; of the path,
+    what only the velocity needs is `apart` if wished."""
+    path = _velocity_apart(path) if apart else [replace(part, branch=1) for part in path]
+    return [*prompt, *path, replace(direct, branch=3)]
 
 
 def _direct(data: TraceData, n: int, decided: bool) -> Text:
@@ -266,7 +275,7 @@ def trace_loss(model: Bagel, data: TraceData, weights: TraceWeights, own: dict[i
                 path += _feedback(weights.feedback, contents, data, i, grid, fed, teach)
                 path.append(Text(data.restored[n], scored=True))
             if both:
-                rows.append(_both(prompt, path, _direct(data, n, weights.decide and direct)))
+                rows.append(_both(prompt, path, _direct(data, n, weights.decide and direct), dropped[2]))
             elif dropped[2]:
                 rows.append([*prompt, *_velocity_apart(path)])
             else:

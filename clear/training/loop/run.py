@@ -16,12 +16,15 @@ from clear.schema import Config
 from clear.training import trackers
 from clear.training.loop.parallel import barrier, rank
 
+CODE = [Path(__file__).parents[2] / name for name in ("model", "reasoning", "training")]
+"""What trains: a run that was interrupted and whose code was changed begins anew, or its weights would be of both."""
+
 
 class StageRun:
     """The private working folder of one stage run and the training curves collected so far."""
 
     def __init__(self, stage: str, config: Config, inputs: Sequence[Path | str], home: Path) -> None:
-        """`inputs` are the files or folders whose content, with the parameters, identifies this run.
+        """`inputs` are the files or folders whose content, with the parameters and CODE, identifies this run.
 
         `panel`, which a stage may set, draws what trackers show of its model (clear/training/panel.py). Raises
         ClearError for a tracker that is not installed.
@@ -31,10 +34,10 @@ class StageRun:
         torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a tenth of the time
         self.stage, self.config = stage, config
         self.panel: Callable[[], Any] | None = None
-        digest = hashlib.sha256(json.dumps([stage, _relevant(config)], sort_keys=True).encode())
-        for path in inputs:
+        digest = hashlib.sha256(json.dumps([stage, _relevant(config), torch.__version__], sort_keys=True).encode())
+        for path in (*CODE, *inputs):
             for file in sorted(Path(path).rglob("*")) if Path(path).is_dir() else [Path(path)]:
-                if file.is_file():
+                if file.is_file() and file.suffix != ".pyc":
                     digest.update(bytes.fromhex(file_sha256(file)))
         self.folder = home / digest.hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)

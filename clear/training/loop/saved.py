@@ -4,8 +4,11 @@ Checkpoints hold what is trained and no more, count only once they are complete,
 process, so that a run may resume on another number of processes.
 """
 
+import json
+import math
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +18,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from clear.data.io import asked_again, sync
-from clear.errors import ClearError
+from clear.data.io import asked_again, sync, write_json
+from clear.data.records import file_sha256
+from clear.errors import ClearError, say
 from clear.model.checkpoint import save_tensors
 from clear.training.loop.parallel import barrier, copy_whole, rank, whole
 
@@ -25,7 +29,20 @@ _WEIGHTS, _EMA = "model.safetensors", "ema.safetensors"
 
 
 class TrainedOnly:
-    """For a Trainer: checkpoints hold only what is trained, and one random state for all processes."""
+    """For a Trainer: checkpoints hold only what is trained, and one random state for all processes; and no step is
+    taken with a gradient that is no number, after which all weights would be none."""
+
+    phase = ""
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        found = super()._get_grad_norm(model, grad_norm)
+        if found is not None and not math.isfinite(float(found)):
+            raise ClearError(
+                f"{self.phase}: the gradient of step {self.state.global_step + 1} is {float(found)}, and its step was "
+                f"not taken; lower the learning rate ({self.args.learning_rate:g}) or look for a value of the data "
+                "that is none. The last checkpoint is kept."
+            )
+        return found
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if self.args.should_save:
@@ -142,17 +159,32 @@ class MarkComplete(TrainerCallback):
         if rank() == 0:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             sync(folder)
-            (folder / _COMPLETE).touch()
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            write_json(folder / _COMPLETE, {str(file.relative_to(folder)): file_sha256(file) for file in files})
 
 
 def last_complete(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a phase; incomplete ones are removed."""
+    """The newest complete checkpoint of a phase that is as it was written; the first process removes any newer one."""
     barrier()
-    found = []
-    for path in folder.glob("checkpoint-*"):
-        if (path / _COMPLETE).exists():
-            found.append(path)
-        elif rank() == 0:
+    for path in sorted(folder.glob("checkpoint-*"), key=_step, reverse=True) if rank() == 0 else ():
+        if not (path / _COMPLETE).exists():
             shutil.rmtree(path)
+        elif damaged := _damaged(path):
+            say(f"{damaged}: not what was written; the training goes back to the checkpoint before.", sys.stderr)
+            shutil.rmtree(path)
+        else:
+            break
     barrier()
-    return max(found, key=lambda path: int(path.name.split("-")[1]), default=None)
+    found = (path for path in folder.glob("checkpoint-*") if (path / _COMPLETE).exists())
+    return max(found, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-")[1])
+
+
+def _damaged(checkpoint: Path) -> Path | None:
+    """The first file of a complete checkpoint that its marker knows and that is gone or another one."""
+    text = (checkpoint / _COMPLETE).read_text()
+    files = ((checkpoint / name, digest) for name, digest in json.loads(text or "{}").items())
+    return next((file for file, digest in files if not file.is_file() or file_sha256(file) != digest), None)

@@ -213,7 +213,8 @@ def optimise(
 
     `phase.batch` is the batch of all processes together. Resumes from the last complete checkpoint of the same run;
     a finished phase is loaded, not repeated. With `ema` the module ends with averaged weights. Raises ClearError if
-    nothing is trainable, or for a second phase in one process under FSDP.
+    nothing is trainable or there is no sample, for a gradient that is no number, and for a second phase in one process
+    under FSDP.
     """
     if phase.steps == 0:
         return
@@ -224,6 +225,8 @@ def optimise(
         return
     if not any(p.requires_grad for p in module.parameters()):
         raise ClearError(f"phase {name} has nothing to train; lora.experts or lora.targets leave nothing for it.")
+    if not samples:
+        raise ClearError(f"phase {name} has no sample to learn from; bring data for it, or set its steps to 0.")
     sharded.require_fresh(module, f"phase {name}")
     folder = run.folder / (f"{name}_sharded" if sharded.enabled() else name)
     args = training_arguments(TrainingArguments, run, folder, phase.batch, phase, run.config.optimiser, label_names=[])
@@ -236,7 +239,7 @@ def optimise(
         data_collator=lambda batch: {"index": torch.tensor(batch)},
         callbacks=[*average, MarkComplete(), Progress(name), run.shown(name)],
     )
-    trainer.rows_per_pass = run.config.runtime.rows_per_pass
+    trainer.phase, trainer.rows_per_pass = f"phase {name}", run.config.runtime.rows_per_pass
     trainer.token_budget = run.config.runtime.token_budget
     trainer.remove_callback(PrinterCallback)
     module.train()

@@ -65,14 +65,15 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
     prompt's rollouts do not depend on the process that makes them.
     """
 
-    token_budget, own_streams = 0, False
+    token_budget, own_streams, phase = 0, False, "grpo"
 
     def __init__(self, policy: Policy, task: Task, grpo: Grpo, args: GRPOConfig) -> None:
         self.reference = None
         self.sharded = sharded.Policies(policy) if sharded.enabled() else None
         if lora.has_adapter(policy.bagel):
-            lora.add_reference(policy.bagel)
-        elif self.sharded is None:
+            if grpo.compared:
+                lora.add_reference(policy.bagel)
+        elif self.sharded is None and grpo.compared:
             self.reference = copy.deepcopy(policy.bagel).eval().requires_grad_(False)
         self.task, self.grpo, self.options = task, grpo, task.options
         self.measured: Callable[[float], None] | None = None
@@ -234,6 +235,14 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
             self.sharded.split_reference()  # while the policy still is the incoming one
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
+    def _get_grad_norm(self, model, grad_norm=None):
+        # A slice that teaches nothing gives all weights a gradient of 0 and others may give some none: with either, the
+        # optimiser would go on with their momentum or not, as the step was sliced.
+        for parameter in model.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return super()._get_grad_norm(model, grad_norm)
+
     def _per_process(self, count: int) -> float:
         """Mean of a count over the processes, as the mean of their gradients asks for it; at least one in all."""
         if world() == 1:
@@ -271,7 +280,7 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         prompts, chosen, steps = rollout.scored(kept, text)
         request = (prompts, chosen, steps, self.times, self.options.sigma, grpo.temperature, self.token_budget)
         new, reference = scoring.Scores(*model(lambda policy: self._scores(policy, request))), None
-        if (text and grpo.beta) or grpo.velocity_weight:
+        if grpo.compared:
             with torch.no_grad(), autocast(bagel), self._incoming(bagel) as incoming:
                 reference = incoming(lambda policy: scoring.score(policy, *request))
         if idle:
@@ -319,6 +328,8 @@ def make_trainer(run: StageRun, model: Bagel, task: Task) -> InterleavedGRPO:
         )
     if sharded.enabled() and grpo.stop_after:
         raise ClearError("grpo: the stop rule keeps whole weights; under FSDP set grpo.stop_after = 0.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ClearError(f"grpo has nothing to train; grpo.experts = {grpo.experts} and lora.* leave nothing for it.")
     if grpo.prompts % processes:
         raise ClearError(f"params: grpo.prompts = {grpo.prompts} must divide by the {processes} processes.")
     total = grpo.prompts // processes * grpo.group_size
@@ -356,7 +367,8 @@ def make_trainer(run: StageRun, model: Bagel, task: Task) -> InterleavedGRPO:
 def train(run: StageRun, model: Bagel, task: Task) -> Done:
     """Train `model` in place for `run.config.grpo.steps` steps; resumes from the last complete checkpoint.
 
-    Raises ClearError for adapters under FSDP, or if the prompts of a step do not divide by the processes.
+    Raises ClearError for adapters under FSDP, if nothing is trainable, if the prompts of a step do not divide by the
+    processes, and for a gradient that is no number.
     """
     trainer = make_trainer(run, model, task)
     trainer.add_callback(run.shown("grpo", lambda: trainer.seconds))
