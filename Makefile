@@ -35,8 +35,8 @@ else
 	@python -m clear results
 endif
 
-SEEDS ?= 20260421 1 2
-results: $(READY)  ## run the pipeline under SEEDS="20260421 1 2", in any number of sittings, and write docs/RESULTS.md
+SEEDS ?= 20260421 1 2 3
+results: $(READY)  ## run the pipeline under SEEDS="20260421 1 2 3", in any number of sittings, and write docs/RESULTS.md
 	@python -m clear seeds $(SEEDS)
 
 ablations: $(READY)  ## change one setting at a time (NAMES="…" of clear/conf/ablations.yaml; default all; SEED=… of results), for docs/RESULTS.md

@@ -115,7 +115,7 @@ def test_each_alert_is_an_automation_for_all_targets_and_lateness_one_per_schedu
     targets = [Target("clear-alert-a", RUN), Target("clear-alert-b", RUN.replace("1", "2"))]
     made = {one.name: one for one in automations(CONFIG, targets, [WEEKLY, BY_HAND], UI)}
     assert list(made) == [
-        f"clear-alert-{name}" for name in ("failed", "recovered", "late-propose-weekly", "waiting", "news")
+        f"clear-alert-{name}" for name in ("failed", "recovered", "late-propose-weekly", "blocked", "waiting", "news")
     ]
     for automation in made.values():
         assert [str(action.block_document_id) for action in automation.actions] == [one.block for one in targets]

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from prefect import flow
 from prefect.client.schemas.objects import StateType
-from prefect.states import Completed, Crashed, Failed, Running, State
+from prefect.states import Cancelled, Completed, Crashed, Failed, Running, State
 from prefect.types._datetime import now
 
 from clear.errors import ClearError
@@ -124,6 +124,30 @@ def test_failures_of_a_deployment_are_one_message_until_it_is_well_again(server,
     marker(server, hook)
     over, well = arrived(hook, "CLEAR: retrain/check is well again", "CLEAR: retrain/check is over budget")
     assert over.splitlines()[0] == "stage grpo is not submitted" and "/runs/flow-run/" in well
+
+
+def test_runs_that_are_cancelled_behind_one_that_hangs_are_one_message_until_it_ends(server, hook):
+    """They are not late and have not failed, so that nobody would hear of a deployment that stands still."""
+    ensure_alerts(server.client, ROOT)
+    hook.messages.clear()
+    blocked = Cancelled(message="Deployment concurrency limit reached.")
+    for _ in range(2):
+        ends(server, "retrain/check", blocked)
+        ends(server, "benchmark/nightly", Cancelled())
+    marker(server, hook)
+    assert not hook.titles()
+    for _ in range(4):
+        ends(server, "retrain/check", blocked)
+    marker(server, hook)
+    (text,) = arrived(hook, "CLEAR: retrain/check does not get its turn")
+    assert "/runs/flow-run/" in text and "prefect flow-run ls --state Running" in text
+    hook.messages.clear()
+    ends(server, "retrain/check", Completed())
+    marker(server, hook)
+    for _ in range(3):
+        ends(server, "retrain/check", blocked)
+    marker(server, hook)
+    arrived(hook, "CLEAR: retrain/check does not get its turn")
 
 
 def test_a_late_run_is_one_message_until_one_begins(server, hook, tmp_path):
