@@ -31,6 +31,9 @@ NETWORK = (
     "Network is unreachable",
     "Temporary failure in name resolution",
     "Name or service not known",
+    "educe your request rate",  # S3 throttles
+    "We encountered an internal error",
+    "Your socket connection to the server was not read from or written to",
 )
 CAUSES: tuple[tuple[tuple[str, ...], str], ...] = (
     (

@@ -17,7 +17,7 @@ from clear.data.aws import Unreachable
 from clear.errors import ClearError
 from flows.batch import worker
 from flows.batch.store import Store
-from flows.dvc_commands import Temporary
+from flows.dvc_commands import NETWORK, Temporary
 from tests.conftest import ROOT
 from tests.helpers.processes import wait_until
 
@@ -74,6 +74,23 @@ def test_a_network_that_fails_for_a_while_loses_no_outputs(tmp_path, monkeypatch
     with pytest.raises(ClearError, match="AccessDenied") as refused:
         worker._dvc(("push", "sft"), tmp_path, {}, log)
     assert not isinstance(refused.value, Temporary)
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("SlowDown", "Please reduce your request rate."),
+        ("ServiceUnavailable", "Reduce your request rate."),
+        ("InternalError", "We encountered an internal error. Please try again."),
+        ("RequestTimeout", "Your socket connection to the server was not read from or written to within the timeout."),
+    ],
+)
+def test_what_s3_says_when_it_is_overloaded_may_pass(code, message):
+    from botocore.exceptions import ClientError
+    from s3fs.errors import translate_boto_error
+
+    said = str(translate_boto_error(ClientError({"Error": {"Code": code, "Message": message}}, "PutObject")))
+    assert any(word in f"ERROR: unexpected error - {said}" for word in NETWORK), said
 
 
 @pytest.mark.parametrize(
