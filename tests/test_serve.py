@@ -259,14 +259,15 @@ def test_what_cannot_be_answered_is_refused_by_name(server, body, status, param,
 
 
 def test_other_paths_methods_and_types_of_content_are_errors_in_the_same_form(server):
-    for method, path, status in (
-        ("GET", "/v1/nothing", 404),
-        ("GET", "/v1/chat/completions", 405),
-        ("GET", "/v1/models/other", 404),
-        ("POST", "/health", 405),
+    for method, path, status, allowed in (
+        ("GET", "/v1/nothing", 404, None),
+        ("GET", "/v1/chat/completions", 405, "POST"),
+        ("GET", "/v1/models/other", 404, None),
+        ("POST", "/health", 405, "GET"),
     ):
         response = server.http.request(method, path)
         assert response.status_code == status and response.json()["error"]["message"]
+        assert response.headers.get("allow") == allowed
     plain = server.http.post("/v1/chat/completions", content=b"{}", headers={"Content-Type": "text/plain"})
     assert plain.status_code == 415 and plain.json()["error"]["param"] == "content-type"
 

@@ -2,6 +2,7 @@
 
 import random
 from dataclasses import replace
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
@@ -16,6 +17,7 @@ from clear.reasoning.answering import Answerer
 from clear.reasoning.engine import Rows
 from clear.reasoning.output import answer, thinking
 from clear.serve import batch as batches
+from clear.serve import worker as workers
 from clear.serve.batch import Batch, Conversation, Row, Wish, row_texts
 from clear.serve.metrics import Metrics
 from clear.serve.protocol import ChatRequest
@@ -46,7 +48,7 @@ def _pictures() -> list[bytes]:
 def _row(answerer: Answerer, picture: bytes | None, question: str, wish: Wish) -> Row:
     """A row as the server makes one, its picture decoded by itself."""
     content = [{"type": "text", "text": question}]
-    found = Reader(answerer, Settings("m")).conversation(
+    found, _ = Reader(answerer, Settings("m")).conversation(
         ChatRequest(messages=[{"role": "user", "content": content}]),
     )
     bank = None if picture is None else answerer.bank([picture], ["p"])
@@ -274,6 +276,41 @@ def test_the_queue_takes_all_choices_of_a_request_or_none(answerer):
     assert len(worker._waiting) == 2 and not worker.full and full.value.wait >= 1
     worker.submit(rows[2:3])
     assert worker.full
+
+
+class _Clockwork:
+    """A batch whose rows all leave after so many steps of so many seconds; it is its own clock."""
+
+    def __init__(self, steps: int, seconds: float) -> None:
+        self.steps, self.seconds = steps, seconds
+        self.rows, self.done, self.now = [], 0, 0.0
+        self.read = self.written = self.restored = 0
+
+    def admit(self, rows: list) -> None:
+        self.rows += rows
+
+    def step(self) -> None:
+        self.now += self.seconds
+        self.done += 1
+        if self.done % self.steps == 0:
+            self.rows = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.mark.parametrize("times", [1, 50])
+def test_the_time_to_try_again_is_that_of_whole_rows(monkeypatch, times):
+    """Of all their steps, not only of those in which one ends."""
+    worker = Worker(lambda: None, 32, 64, Metrics())
+    worker._batch = clockwork = _Clockwork(200, 0.05)
+    monkeypatch.setattr(workers, "time", clockwork)
+    for _ in range(times):
+        worker._turn([SimpleNamespace() for _ in range(32)])
+        while clockwork.rows:
+            worker._turn([])
+    worker.submit([SimpleNamespace() for _ in range(31)])
+    assert worker.retry_after == 10, "a row takes 10 s, and those that wait are as many as have a place"
 
 
 # --- texts ----------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """`clear serve` within limits: a key, a full queue, little time, no private address, and what ends with the server."""
 
+import json
 import signal
 import threading
 import time
@@ -10,7 +11,7 @@ import httpx
 import openai
 import pytest
 
-from tests.serving import TOKENS, asking, events, make_workspace, picture, serving, with_url
+from tests.serving import TOKENS, asking, events, make_workspace, patched, picture, serving, with_url
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,8 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def strict(folder):
     options = "--rows", "1", "--queue", "2", "--timeout", "60", "--max-tokens", "100000", "--fetch-pictures"
-    with serving(folder, *options, key="a secret") as server:
+    mounted = {"CLEAR_SERVE_KEY": " a secret\r\n"}  # as a file of secrets has it
+    with serving(folder, *options, key="a secret", environment=mounted) as server:
         yield server
 
 
@@ -38,6 +40,20 @@ def test_a_key_is_required_where_there_is_one(strict):
         openai.OpenAI(base_url=f"{strict.url}/v1", api_key="no", max_retries=0).models.list()
 
 
+def test_spaces_and_line_ends_around_the_key_are_no_part_of_it(strict):
+    assert strict.http.headers["authorization"] == "Bearer a secret"
+    assert strict.http.get("/v1/models").status_code == 200
+
+
+@pytest.mark.parametrize(("key", "said"), [(" \n", "is blank"), ("one\ntwo", "has a line break")])
+def test_a_key_that_no_client_can_send_is_one_line(folder, clear, monkeypatch, key, said):
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("CLEAR_SERVE_KEY", key)
+    status, _, error = clear("serve", "nothing", "--port", "0")  # which would be the next error
+    assert status == 1 and error.startswith(f"error: --key-from CLEAR_SERVE_KEY: this environment variable {said}")
+    assert error.count("\n") == 1 and "two" not in error
+
+
 def test_a_full_queue_says_when_to_try_again(strict):
     body = asking(image=picture(), max_tokens=150, clear={"restore": "plain"})
     with ThreadPoolExecutor(8) as pool:
@@ -48,6 +64,24 @@ def test_a_full_queue_says_when_to_try_again(strict):
     assert int(refused.headers["retry-after"]) >= 1 and refused.json()["error"]["type"] == "rate_limit_error"
     never = strict.ask(asking(n=3, max_tokens=2))
     assert never.status_code == 400 and never.json()["error"]["param"] == "n", "three choices never fit a queue of two"
+
+
+def test_a_streamed_request_is_held_until_it_ends(folder, tmp_path):
+    image = picture(size=(150, 150))
+    streamed = asking(image=image, max_tokens=TOKENS, stream=True, clear={"restore": "plain"})
+    room = len(json.dumps(streamed)) * 3 // 2
+    environment = patched(tmp_path, f"import clear.serve.app\nclear.serve.app.HELD = {room}\n")
+
+    def status() -> int:
+        return server.ask(image=image, max_tokens=2).status_code
+
+    with serving(folder, "--rows", "1", environment=environment) as server:
+        with server.http.stream("POST", "/v1/chat/completions", json=streamed) as response:
+            next(response.iter_lines())
+            assert status() == 429, "there is room for one of them"
+        server.wait_for("clear_batch_rows", 0)  # the client has hung up
+        assert status() == 200
+        assert events(server.ask(streamed)) and status() == 200
 
 
 @pytest.mark.slow
@@ -87,11 +121,8 @@ def test_sigterm_ends_what_runs_and_then_the_server(folder):
 
 @pytest.mark.slow
 def test_what_does_not_end_in_time_is_told_that_the_server_stops(folder, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import clear.serve.worker\nclear.serve.worker.DRAIN = 0.2\n"  # instead of the 20 s
-    )
-    slow = {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parent.parent}"}
-    with serving(folder, "--max-tokens", "100000", environment=slow) as server:
+    soon = patched(tmp_path, "import clear.serve.worker\nclear.serve.worker.DRAIN = 0.2\n")  # instead of the 20 s
+    with serving(folder, "--max-tokens", "100000", environment=soon) as server:
         body = asking(image=picture(), max_tokens=2 * TOKENS, n=16, clear={"restore": "plain"})
         answers = []
         thread = threading.Thread(target=lambda: answers.append(server.ask(body)))

@@ -4,20 +4,22 @@ import contextlib
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from clear.serve import pictures
+from clear.serve import app, pictures
 from clear.serve.errors import ApiError
 from clear.serve.pictures import check_pixels, fetch, from_data_url, is_public
-from tests.serving import data_url, picture
+from tests.serving import Server, asking, data_url, make_workspace, patched, picture, serving, with_url
 
 INTERNET, HERE = "127.0.0.2", "127.0.0.1"
 
 
 class _Pictures(BaseHTTPRequestHandler):
-    """Paths say what to do: /p.png, /status/404, /endless, /slow, /to/<n>/<url>: n redirects to it."""
+    """Paths say what to do: /p.png, /large, /status/404, /endless, /slow, /to/<n>/<url>: n redirects to it; /shut waits
+    for the server's gate."""
 
     def do_GET(self) -> None:
         self.server.asked.append((self.path, self.headers["Host"]))
@@ -31,6 +33,8 @@ class _Pictures(BaseHTTPRequestHandler):
             return
         if what == "slow" and rest == ["head"]:
             self._drip()
+        if what == "shut":
+            self.server.gate.wait(60)
         self.send_response(int(rest[0]) if what == "status" else 200)
         self.end_headers()
         if what == "slow":
@@ -38,7 +42,7 @@ class _Pictures(BaseHTTPRequestHandler):
         if what == "endless":
             for _ in range(10_000):
                 self.wfile.write(b"x" * 1000)
-        self.wfile.write(picture())
+        self.wfile.write(picture(size=(700, 700) if what == "large" else (48, 48)))
 
     def _drip(self) -> None:
         """A byte now and then, always before a pause would be too long."""
@@ -56,7 +60,7 @@ def servers() -> Iterator[dict[str, ThreadingHTTPServer]]:
     made = {}
     for address in (INTERNET, HERE):
         server = ThreadingHTTPServer((address, 0), _Pictures)
-        server.asked = []
+        server.asked, server.gate = [], threading.Event()
         threading.Thread(target=server.serve_forever, daemon=True).start()
         made[address] = server
     yield made
@@ -137,7 +141,14 @@ def test_the_connection_goes_to_the_address_that_was_checked(servers, monkeypatc
 
 @pytest.mark.parametrize(
     ("path", "said"),
-    [("/status/404", "answers 404"), ("/endless/", "more than 1000 bytes"), ("/to/9//p.png", "more than 3 redirects")],
+    [
+        ("/status/404", "answers 404"),
+        ("/status/300", "answers 300"),  # redirects that lead nowhere
+        ("/status/302", "answers 302"),
+        ("/status/304", "answers 304"),
+        ("/endless/", "more than 1000 bytes"),
+        ("/to/9//p.png", "more than 3 redirects"),
+    ],
 )
 def test_what_is_no_picture_there_is_an_error(servers, path, said):
     with pytest.raises(ApiError, match=said):
@@ -193,3 +204,70 @@ def test_pixels_are_counted_from_the_header():
     check_pixels(picture(size=(10, 20)), 200, "f")
     with pytest.raises(ApiError, match="20 x 10 pixels, at most 199"):
         check_pixels(picture(size=(10, 20)), 199, "f")
+
+
+# --- through `clear serve` ------------------------------------------------------------------------------------------
+
+
+OTHER = """
+import time
+import clear.serve.answers, clear.serve.app, clear.serve.pictures
+encode = clear.serve.answers.encode_image
+clear.serve.answers.encode_image = lambda picture: time.sleep(2) or encode(picture)
+clear.serve.app.HELD = 1_000_000
+clear.serve.pictures.fetch.__defaults__ = (lambda address: True,)
+"""
+"""A server that takes every address for public, holds a million bytes, and encodes slowly."""
+
+
+@pytest.fixture(scope="module")
+def fetching(tmp_path_factory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("serve")
+    make_workspace(folder)
+    with serving(folder, "--fetch-pictures", environment=patched(folder, OTHER)) as server:
+        yield server
+        assert "Traceback" not in server.log
+
+
+def test_a_redirect_that_leads_nowhere_is_the_fault_of_the_request(servers, fetching):
+    response = fetching.ask(with_url(_url(servers[INTERNET], "/status/304")))
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages.0.content.0.image_url"
+    assert response.json()["error"]["message"].endswith("its server answers 304.")
+
+
+def test_slow_pictures_keep_nobody_waiting_who_sends_none(servers, fetching):
+    internet, many = servers[INTERNET], app.FETCHERS + 4
+    with ThreadPoolExecutor(many) as pool:
+        slow = [pool.submit(fetching.ask, with_url(_url(internet, "/shut")) | {"max_tokens": 2}) for _ in range(many)]
+        try:
+            until = time.monotonic() + 8
+            while len(internet.asked) < app.FETCHERS and time.monotonic() < until:
+                time.sleep(0.02)
+            for image in (None, picture()):
+                body = asking(image=image, max_tokens=2)
+                assert fetching.http.post("/v1/chat/completions", json=body, timeout=5).status_code == 200
+            assert len(internet.asked) == app.FETCHERS, "the others wait for their turn"
+            assert not any(answer.done() for answer in slow)
+        finally:
+            internet.gate.set()
+        assert [answer.result().status_code for answer in slow] == [200] * many
+
+
+def test_a_fetched_picture_is_held_like_a_sent_one(servers, fetching):
+    large, small = (with_url(_url(servers[INTERNET], path)) | {"max_tokens": 2} for path in ("/large", "/p.png"))
+    assert fetching.ask(large).status_code == 429
+    assert fetching.ask(small).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_restored_pictures_are_encoded_beside_the_other_requests(fetching, stream):
+    body = asking(image=picture(), max_tokens=20, stream=stream, clear={"restore": "always", "pictures": True})
+    pauses = []
+    with ThreadPoolExecutor(1) as pool:
+        answer = pool.submit(fetching.ask, body)
+        while not answer.done():
+            began = time.monotonic()
+            assert fetching.http.get("/health").status_code == 200
+            pauses.append(time.monotonic() - began)
+            time.sleep(0.02)
+    assert "data:image/png;base64," in answer.result().text and max(pauses) < 1.5

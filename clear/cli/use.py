@@ -175,9 +175,16 @@ def serve(
     ):
         if value not in values:
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
-    key = os.environ.get(key_from, "")
-    if not key and key_from != SERVE_KEY:
-        raise ClearError(f"--key-from {key_from}: this environment variable is not set; export it.")
+    given = os.environ.get(key_from, "")
+    key = given.strip()  # a mounted secret ends with a line break
+    if not key and (given or key_from != SERVE_KEY):
+        wrong = "is blank; put the key into it" if given else "is not set; export it"
+        raise ClearError(f"--key-from {key_from}: this environment variable {wrong}.")
+    if not key.isprintable():  # said without the key: it is a secret
+        raise ClearError(
+            f"--key-from {key_from}: this environment variable has a line break, or another character that no client "
+            "can send, inside the key; export the key alone."
+        )
     model = _found(model)
     config = with_local_weights(with_base(load(), base), "ask")
     sampling = config.sampling

@@ -1,7 +1,8 @@
 """The HTTP side: routes, limits and errors. Everything about the model is behind the worker.
 
 A request is read, checked and decoded beside the batch (in threads), waits in the queue, and ends in one of four ways:
-an answer, an error, its time is over, or its client has hung up. In all of them its rows leave the batch.
+an answer, an error, its time is over, or its client has hung up. In all of them its rows leave the batch, and its bytes
+count no longer.
 """
 
 import asyncio
@@ -12,7 +13,8 @@ import time
 import traceback
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,13 +31,18 @@ from clear.serve.metrics import Metrics
 from clear.serve.page import render
 from clear.serve.protocol import ChatRequest, parse
 from clear.serve.settings import Settings
+from clear.serve.talk import Picture
 from clear.serve.worker import Full, Worker
 
 DECODERS = 4
 """Pictures that are decoded at once: each may take as much memory as its pixels."""
 
+FETCHERS = 16
+"""Pictures that are fetched at once: a slow server may keep each of these waiting, and nothing else."""
+
 HELD = 2**29
-"""Bytes of requests that are held at once, whoever sends them; beyond, a new one is told to try again."""
+"""Bytes of requests and fetched pictures that are held at once, whoever sends them; beyond, a new request is told to
+try again."""
 
 LONG = 2**18
 """Bytes of a body that is parsed beside the event loop, so that other requests do not wait for it."""
@@ -55,7 +62,9 @@ class Service:
     worker: Worker
     metrics: Metrics
     held: int = 0
-    decoders: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(DECODERS))
+    # Threads of their own, not asyncio's few, which all requests need. One whose request is over is still counted.
+    fetchers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FETCHERS, "fetch"))
+    decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS, "decode"))
 
     def require_ready(self) -> None:
         """Raise ApiError (503) while no request can be answered, and (429) where none can wait."""
@@ -65,32 +74,32 @@ class Service:
         if self.worker.full:
             raise _full(self.worker.retry_after)
 
-    @asynccontextmanager
-    async def body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body of a request, counted in `held` while the block runs. Raises ApiError (413, 429)."""
+    async def read(self, request: Request, claim: "Claim") -> ChatRequest:
+        """Receive a request, its bytes counted in its claim. Raises ApiError (400, 413, 429)."""
         most, data = self.settings.body, bytearray()
         said = request.headers.get("content-length", "")
         if said.isdecimal() and int(said) > most:
             raise _too_large(most)
-        try:
-            async for piece in request.stream():
-                data += piece
-                self.held += len(piece)
-                if len(data) > most:
-                    raise _too_large(most)
-                if self.held > HELD:
-                    raise _full(self.worker.retry_after)
-            yield bytes(data)
-        finally:
-            self.held -= len(data)
+        async for piece in request.stream():
+            data += piece
+            if len(data) > most:
+                raise _too_large(most)
+            claim.hold(len(piece))
+        return await asyncio.to_thread(parse, bytes(data)) if len(data) > LONG else parse(bytes(data))
 
-    async def rows(self, asked: ChatRequest, wake: Callable[[], None]) -> list[Row]:
-        """The rows of a request, which wait in the queue from now on. Raises ApiError (400, 429)."""
-        async with self.decoders:
-            conversation = await asyncio.to_thread(self.worker.reader.conversation, asked)
-        wishes = self.worker.reader.wishes(asked, conversation.bank is not None)
+    async def submit(self, asked: ChatRequest, claim: "Claim", wake: Callable[[], None]) -> None:
+        """Make the rows of a request, which wait in the queue from now on. Raises ApiError (400, 429, 503)."""
+        reader, loop = self.worker.reader, asyncio.get_running_loop()
+        conversation, picture = await asyncio.to_thread(reader.conversation, asked)
+        wishes = reader.wishes(asked, picture is not None)
         if len(wishes) > self.settings.queue:
             raise ApiError(400, f"n: {len(wishes)} answers, the queue of this server takes {self.settings.queue}.", "n")
+        if picture is not None:
+            data = None
+            if picture.remote:
+                data = await loop.run_in_executor(self.fetchers, self._fetch, picture)
+                claim.hold(len(data))
+            await loop.run_in_executor(self.decoders, reader.decode, conversation, picture, data)
         rows = [
             Row(0, conversation=conversation, wish=wish, changed=wake, streams=bool(asked.stream)) for wish in wishes
         ]
@@ -98,7 +107,34 @@ class Service:
             self.worker.submit(rows)
         except Full as error:
             raise _full(error.wait) from error
-        return rows
+        claim.rows = rows
+
+    def _fetch(self, picture: Picture) -> bytes:
+        self.require_ready()  # its turn may come when the server stops
+        return self.worker.reader.fetch(picture)
+
+
+@dataclass
+class Claim:
+    """What one request takes until it ends: bytes, counted in the service's `held`, and rows."""
+
+    service: Service
+    held: int = 0
+    rows: list[Row] = field(default_factory=list)
+
+    def hold(self, size: int) -> None:
+        """Take so many bytes more. Raises ApiError (429) where all requests together hold too many."""
+        self.held += size
+        self.service.held += size
+        if self.service.held > HELD:
+            raise _full(self.service.worker.retry_after)
+
+    def end(self) -> None:
+        """Give the bytes back, and let the rows leave the batch."""
+        self.service.held -= self.held
+        self.held = 0
+        for row in self.rows:
+            row.gone = True
 
 
 def _full(wait: int) -> ApiError:
@@ -132,18 +168,17 @@ async def _hung_up(request: Request) -> None:
 
 
 class _Stream(StreamingResponse):
-    """A streamed answer whose rows leave the batch when it ends, also before its first event was sent."""
+    """A streamed answer that ends its request's claim with it, also before its first event was sent."""
 
-    def __init__(self, events: AsyncIterator[str], rows: list[Row]) -> None:
+    def __init__(self, events: AsyncIterator[str], claim: Claim) -> None:
         super().__init__(events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._rows = rows
+        self._claim = claim
 
     async def __call__(self, scope, receive, send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
-            for row in self._rows:
-                row.gone = True
+            self._claim.end()
 
 
 def create(settings: Settings, worker: Worker, metrics: Metrics) -> FastAPI:
@@ -163,33 +198,33 @@ def create(settings: Settings, worker: Worker, metrics: Metrics) -> FastAPI:
             raise ApiError(415, "send application/json.", "content-type")
         began = time.monotonic()
         deadline = asyncio.get_running_loop().time() + settings.seconds
-        rows: list[Row] = []
+        claim = Claim(service)
         streamed = False
         try:
-            async with asyncio.timeout_at(deadline), service.body(request) as body:
-                asked = await asyncio.to_thread(parse, body) if len(body) > LONG else parse(body)
+            async with asyncio.timeout_at(deadline):
+                asked = await service.read(request, claim)
                 if asked.model not in (None, "", settings.name):
                     what = f"model: {asked.model[:80]!r} is not served here; this is {settings.name!r}."
                     raise ApiError(404, what, "model", "model_not_found")
                 event, wake = _waker()
-                rows = await service.rows(asked, wake)
+                await service.submit(asked, claim, wake)
                 head = (f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), settings.name)
                 if asked.stream:
                     usage = asked.stream_options is not None and asked.stream_options.include_usage
-                    events = _events(rows, event, head, usage, deadline, service, began)
+                    events = _events(claim.rows, event, head, usage, deadline, service, began)
                     streamed = True
-                    return _Stream(events, rows)
-                await _answered(rows, event, request)
-                _require(rows)
+                    return _Stream(events, claim)
+                await _answered(claim.rows, event, request)
+                _require(claim.rows)
                 metrics.latency.observe(time.monotonic() - began)
-                return JSONResponse(whole(rows, *head))
+                return JSONResponse(await asyncio.to_thread(whole, claim.rows, *head))
         except TimeoutError as error:
             raise _late(settings) from error
         except ClientDisconnect as error:
             raise ApiError(499, "the client has hung up.") from error
         finally:
-            for row in () if streamed else rows:
-                row.gone = True
+            if not streamed:  # else the stream does
+                claim.end()
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -267,7 +302,7 @@ async def _events(
         while True:
             event.clear()
             over = all(row.finish for row in rows)
-            for data in writer.news():
+            async for data in writer.news():
                 yield _event(data)
             _require(rows)
             if over:
@@ -291,7 +326,8 @@ async def _refused(request: Request, error: Exception) -> JSONResponse:
     """A refusal as OpenAI's JSON."""
     if isinstance(error, HTTPException):
         said = {404: "there is nothing at this path", 405: "this path has no such method"}
-        error = ApiError(error.status_code, f"{said.get(error.status_code, error.detail)}: {request.url.path[:200]}")
+        what = f"{said.get(error.status_code, error.detail)}: {request.url.path[:200]}"
+        error = ApiError(error.status_code, what, headers=error.headers)
     return JSONResponse(error.body, error.status, error.headers)
 
 

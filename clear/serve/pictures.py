@@ -22,7 +22,7 @@ SECONDS = 10.0
 """Of a fetch: to connect, and between two pieces of the answer."""
 
 WHOLE = 30.0
-"""Seconds of a whole fetch, also of a server that sends a byte now and then: it holds a thread of this one."""
+"""Seconds of a whole fetch, also of a server that sends a byte now and then: it holds one of few threads."""
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """Addresses that a gateway translates to the IPv4 address in their last 32 bits."""
@@ -85,7 +85,7 @@ async def _fetch(url: str, most: int, param: str, public: Callable[[str], bool])
         for _ in range(REDIRECTS + 1):
             response = await client.send(_request(client, url, param, public), stream=True)
             try:
-                if response.is_redirect:
+                if response.has_redirect_location:  # any 3xx `is_redirect`, also a 304
                     url = urljoin(url, response.headers["location"])
                     continue
                 if response.status_code != 200:

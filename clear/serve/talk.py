@@ -22,11 +22,16 @@ from clear.serve.settings import Settings
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """A picture as it was sent, and the field it stands in."""
 
     url: str
     param: str
+
+    @property
+    def remote(self) -> bool:
+        """Whether its bytes are elsewhere, not in the URL itself."""
+        return self.url.lower().startswith(("http://", "https://"))
 
 
 class Reader:
@@ -38,8 +43,11 @@ class Reader:
         self._tokenizer, self._speaker = (copy.deepcopy(answerer.tokenizer) for _ in range(2))
         self._turn = threading.Lock()
 
-    def conversation(self, request: ChatRequest) -> Conversation:
-        """Decode and tokenise a request. Raises ApiError (400) for what the model cannot read."""
+    def conversation(self, request: ChatRequest) -> tuple[Conversation, Picture | None]:
+        """The tokenised texts of a request, and its picture, which is still to be fetched (if remote) and decoded.
+
+        Raises ApiError (400) for what the model cannot read.
+        """
         systems, turns, pictures = _messages(request.messages)
         if len(pictures) > 1:
             what = f"{pictures[1].param}: {len(pictures)} pictures in one conversation; this model reads one."
@@ -49,14 +57,32 @@ class Reader:
         # Further turns as the layout writes texts one after another: each between its own two markers.
         special = self.answerer.model.config.special
         question = [*first, *(token for text in more for token in (special.eos, special.bos, *text))]
-        self._check_length(len(system) + len(question))  # before the picture is decoded
-        found = Conversation(tuple(system), tuple(question), self._bank(pictures[0]) if pictures else None)
+        found = Conversation(tuple(system), tuple(question), None)
         self._check_length(found.tokens)
         try:
             self.answerer.check_length(Prompt(found.system, found.question))
         except ClearError as error:
             raise ApiError(400, f"messages: {error}", "messages", "context_length_exceeded") from error
-        return found
+        return found, pictures[0] if pictures else None
+
+    def fetch(self, picture: Picture) -> bytes:
+        """The bytes of a remote picture, where the operator allows it. Raises ApiError (400)."""
+        if self.settings.fetch:
+            return fetch(picture.url, self.settings.body, picture.param)
+        what = f"{picture.param}: this server fetches no pictures; send a data URL (data:image/png;base64,…)."
+        raise ApiError(400, what, picture.param)
+
+    def decode(self, conversation: Conversation, picture: Picture, data: bytes | None) -> None:
+        """Put a picture into its conversation; without `data` its URL has the bytes. Raises ApiError (400)."""
+        param = picture.param
+        if data is None:
+            data = from_data_url(picture.url, param)
+        check_pixels(data, self.settings.pixels, param)
+        try:
+            conversation.bank = ImageBank([data], self.answerer.config.model, [param])
+        except ClearError as error:
+            raise ApiError(400, str(error), param) from error
+        self._check_length(conversation.tokens)
 
     def wishes(self, request: ChatRequest, pictured: bool) -> list[Wish]:
         """What each of the `n` choices is asked for. Raises ApiError (400) for a restoration without a picture.
@@ -104,24 +130,8 @@ class Reader:
             what = f"messages: {tokens} tokens, this server reads at most {most}; shorten the conversation."
             raise ApiError(400, what, "messages", "context_length_exceeded")
 
-    def _bank(self, picture: _Picture) -> ImageBank:
-        """The decoded picture."""
-        settings, param = self.settings, picture.param
-        if not picture.url.lower().startswith(("http://", "https://")):
-            data = from_data_url(picture.url, param)
-        elif settings.fetch:
-            data = fetch(picture.url, settings.body, param)
-        else:
-            what = f"{param}: this server fetches no pictures; send a data URL (data:image/png;base64,…)."
-            raise ApiError(400, what, param)
-        check_pixels(data, settings.pixels, param)
-        try:
-            return ImageBank([data], self.answerer.config.model, [param])
-        except ClearError as error:
-            raise ApiError(400, str(error), param) from error
 
-
-def _messages(messages: list[Message]) -> tuple[list[str], list[str], list[_Picture]]:
+def _messages(messages: list[Message]) -> tuple[list[str], list[str], list[Picture]]:
     """System texts, the texts of the turns, and the pictures with their places."""
     systems, turns, pictures = [], [], []
     for number, message in enumerate(messages):
@@ -139,7 +149,7 @@ def _messages(messages: list[Message]) -> tuple[list[str], list[str], list[_Pict
     return systems, turns, pictures
 
 
-def _content(message: Message, where: str) -> tuple[str, list[_Picture]]:
+def _content(message: Message, where: str) -> tuple[str, list[Picture]]:
     if message.content is None or isinstance(message.content, str):
         return message.content or "", []
     texts, pictures = [], []
@@ -151,5 +161,5 @@ def _content(message: Message, where: str) -> tuple[str, list[_Picture]]:
         elif part.image_url is None:
             raise ApiError(400, f"{where}.{number}.image_url: missing.", f"{where}.{number}.image_url")
         else:
-            pictures.append(_Picture(part.image_url.url, f"{where}.{number}.image_url"))
+            pictures.append(Picture(part.image_url.url, f"{where}.{number}.image_url"))
     return "\n".join(texts), pictures

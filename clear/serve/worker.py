@@ -58,7 +58,9 @@ class Worker(threading.Thread):
         self._wake = threading.Condition()
         self._stop_at: float | None = None
         self._stopped = False
-        self._seconds = 1.0  # that a row takes, a moving average
+        self._joined: dict[int, float] = {}  # when each row of the batch has, by its id
+        self._seconds = 1.0  # that a row keeps its place, a moving average once rows have left
+        self._left = 0
 
     @property
     def ready(self) -> bool:
@@ -124,16 +126,15 @@ class Worker(threading.Thread):
 
     def _turn(self, joining: "list[Row]") -> None:
         batch = self._batch
-        started = len(batch.rows) + len(joining)
         if self._stop_at is not None and time.monotonic() > self._stop_at:
             self._fail([*batch.rows, *joining, *self._cleared()], "the server stops")
             return
+        self._joined |= dict.fromkeys(map(id, joining), time.monotonic())
         try:
             batch.admit(joining)
-            if started:
-                began = time.monotonic()
+            if self._joined:
                 batch.step()
-                self._measure(started, time.monotonic() - began)
+                self._measure()
         except Exception as error:  # whatever it is, these rows get no answer and are told so
             traceback.print_exc()
             unfinished = {id(row): row for row in (*batch.rows, *joining)}.values()
@@ -148,14 +149,16 @@ class Worker(threading.Thread):
 
     def _fail(self, rows: "list[Row]", reason: str) -> None:
         self._batch.clear()
+        self._joined.clear()
         for row in rows:
             row.end("error", reason)
 
-    def _measure(self, rows: int, seconds: float) -> None:
-        """Follow how long a row takes: the rows in a step over those that ended in it, times the step's seconds."""
-        ended = rows - len(self._batch.rows)
-        if ended > 0:
-            self._seconds += 0.1 * (seconds * rows / ended - self._seconds)
+    def _measure(self) -> None:
+        """Follow how long a row keeps its place: from joining to leaving, whyever it has left."""
+        now = time.monotonic()
+        for row in self._joined.keys() - set(map(id, self._batch.rows)):
+            self._left += 1
+            self._seconds += max(0.1, 1 / self._left) * (now - self._joined.pop(row) - self._seconds)
 
 
 def _said(error: Exception) -> str:
