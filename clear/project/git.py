@@ -44,13 +44,22 @@ PATIENCE = {
 }
 """A server that accepts and says nothing is an error after a minute, and no flow that runs for ever."""
 REMOTE = ("clone", "fetch", "ls-remote", "pull", "push")
+NAMES = (
+    *("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE", "GIT_PREFIX", "GIT_COMMON_DIR", "GIT_SHALLOW_FILE"),
+    *("GIT_OBJECT_DIRECTORY", "GIT_ALTERNATE_OBJECT_DIRECTORIES"),
+)
+"""Variables that name a repository, as git sets them for hooks: commands here name theirs by its folder."""
 
 
 def git(folder: Path, *arguments: str, given: bytes = b"") -> Answer:
     """Run a git command in a folder with `given` as its input. Raises NoGit where there is no git."""
-    environment = None
+    environment = {name: value for name, value in os.environ.items() if name not in NAMES}
     if arguments[0] in REMOTE:
-        environment = PATIENCE | os.environ
+        environment = PATIENCE | environment
+        if not _asks():
+            environment |= {"GIT_TERMINAL_PROMPT": "0", "SSH_ASKPASS_REQUIRE": "never"}
+            if "GIT_SSH_COMMAND" not in os.environ:
+                environment["GIT_SSH_COMMAND"] += " -oBatchMode=yes"
         # The user's own program, which the other would hide.
         own = "GIT_SSH" in os.environ or git(folder, "config", "core.sshCommand").text
         if own and "GIT_SSH_COMMAND" not in os.environ:
@@ -62,6 +71,19 @@ def git(folder: Path, *arguments: str, given: bytes = b"") -> Answer:
     except FileNotFoundError as error:
         raise NoGit("git is not installed; install it and repeat.") from error
     return Answer(done.returncode, done.stdout, done.stderr)
+
+
+def _asks() -> bool:
+    """Whether somebody at a terminal can be asked for a password: in its background, where flows run, the question
+    would stop the whole process group for ever."""
+    try:
+        terminal = os.open(os.ctermid(), os.O_RDWR | os.O_NOCTTY)
+    except OSError:  # there is none
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    finally:
+        os.close(terminal)
 
 
 def output(folder: Path, *arguments: str) -> str:
