@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from clear.bench import scoring, statistics
 from clear.data.io import replacing
 from clear.data.records import CLEAN, EXTRA, INCOMING
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -98,9 +98,10 @@ def _read(path: Path, part: str) -> "pd.DataFrame":
     if not path.exists():
         raise ClearError(f"{path} is not here; {remedy}, or `git checkout` it.")
     try:
-        table = pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ClearError(f"{path}: not a readable Parquet file ({error}); {remedy}.") from error
+        table = pq.ParquetFile(path).read().replace_schema_metadata()  # pandas' own may be damaged, too
+        table.validate(full=True)
+    except (pa.ArrowException, OSError) as error:
+        raise ClearError(f"{path}: not a readable Parquet file ({one_line(error)}); {remedy}.") from error
     for column in SCHEMA:
         if column.name not in table.column_names:
             raise ClearError(f"{path}: column '{column.name}' is missing; {remedy}.")

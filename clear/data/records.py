@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.data.io import sync
-from clear.errors import ClearError, naming
+from clear.errors import ClearError, naming, one_line
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
     import pyarrow as pa
@@ -260,8 +260,10 @@ def open_shard(file: Path) -> "pq.ParquetFile":
 
     try:
         return pq.ParquetFile(file)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ClearError(f"{file}: not a readable Parquet file ({error}); remake or `dvc pull` it.") from error
+    except (pa.ArrowException, OSError) as error:
+        raise ClearError(
+            f"{file}: not a readable Parquet file ({one_line(error)}); remake or `dvc pull` it."
+        ) from error
 
 
 _EMPTY_ROW = to_row(Sample(id="", source="", split="", image=b"", image_sha256=""))

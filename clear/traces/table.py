@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clear.data.io import replacing
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 from clear.reasoning.grammar import Trace
 
 FILE = "traces.parquet"
@@ -91,8 +91,9 @@ def read_traces(folder: Path | str) -> Iterator[TraceRow]:
                 if name not in table.schema_arrow.names:
                     raise ClearError(f"{path}: column '{name}' is missing; remake it with `dvc repro traces`.")
             for batch in table.iter_batches(batch_size=_BATCH, columns=_SCHEMA.names):
+                batch.validate(full=True)
                 yield from (TraceRow(**row) for row in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
         raise ClearError(
-            f"{path}: not a readable Parquet file ({error}); remake it with `dvc repro traces`."
+            f"{path}: not a readable Parquet file ({one_line(error)}); remake it with `dvc repro traces`."
         ) from error

@@ -236,8 +236,9 @@ class InterleavedGRPO(TrainedOnly, GRPOTrainer):
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _get_grad_norm(self, model, grad_norm=None):
-        # A slice that teaches nothing gives all weights a gradient of 0 and others may give some none: with either, the
-        # optimiser would go on with their momentum or not, as the step was sliced.
+        # A slice that teaches nothing gives every weight a gradient of 0, another none to those that it does not reach:
+        # whether the optimiser goes on with their momentum must not depend on how a step is sliced. Sharded weights
+        # have one in every step.
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
