@@ -100,7 +100,7 @@ def _read(path: Path, part: str) -> "pd.DataFrame":
     try:
         table = pq.ParquetFile(path).read().replace_schema_metadata()  # pandas' own may be damaged, too
         table.validate(full=True)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ClearError(f"{path}: not a readable Parquet file ({one_line(error)}); {remedy}.") from error
     for column in SCHEMA:
         if column.name not in table.column_names:

@@ -260,7 +260,7 @@ def open_shard(file: Path) -> "pq.ParquetFile":
 
     try:
         return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ClearError(
             f"{file}: not a readable Parquet file ({one_line(error)}); remake or `dvc pull` it."
         ) from error

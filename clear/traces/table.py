@@ -93,7 +93,7 @@ def read_traces(folder: Path | str) -> Iterator[TraceRow]:
             for batch in table.iter_batches(batch_size=_BATCH, columns=_SCHEMA.names):
                 batch.validate(full=True)
                 yield from (TraceRow(**row) for row in batch.to_pylist())
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
         raise ClearError(
             f"{path}: not a readable Parquet file ({one_line(error)}); remake it with `dvc repro traces`."
         ) from error
