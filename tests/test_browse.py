@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import runpy
 import shutil
 import socket
 import subprocess
@@ -10,9 +11,11 @@ import sys
 import time
 import urllib.request
 from contextlib import suppress
+from unittest.mock import ANY
 
 import numpy as np
 import pytest
+from streamlit.testing.v1 import AppTest
 
 from clear.bench import predictions
 from clear.browse import data
@@ -62,21 +65,31 @@ def workspace(tmp_path_factory):
         for model in ("base", "grpo"):
             save_random_model(folder / "data/models" / model, config)
             evaluate.run(config, model)
-    path = folder / "data/predictions/grpo.parquet"
-    rows = predictions.read(path).astype(object).to_dict("records")
+    rows = rows_of(folder, "base")
+    for row in rows:
+        if row["question"] == "q1":  # as below: both models are asked the same
+            row |= {"text": f"{TEXTS[1]} {ATTACK}", "answer": ATTACK}
+    predictions.write(folder / "data/predictions/base.parquet", rows)
+    rows = rows_of(folder, "grpo")
     for row in rows:
         row["correct"], row["prediction"] = row["question"] == "q0", "red" if row["question"] == "q0" else ATTACK
         if row["severity"] == "high" and row["question"] == "q1":
             row |= {"restored": True, "psnr_restored": 20.5, "ssim_restored": 0.5, "restored_png": clean[0].image}
         if row["question"] == "q1":
             row |= {"text": f"{TEXTS[1]} {ATTACK}", "answer": ATTACK, "output": ATTACK}
-        row |= {name: None for name in predictions.NULLABLE[:4] if row[name] != row[name]}
-    predictions.write(path, rows)
+    predictions.write(folder / "data/predictions/grpo.parquet", rows)
     return folder
 
 
+def rows_of(folder, model: str) -> list[dict]:
+    """The predictions of a model as they can be written again."""
+    frame = predictions.read(folder / f"data/predictions/{model}.parquet").astype(object)
+    return frame.where(frame.notna(), None).to_dict("records")
+
+
 def test_the_lists_hold_what_their_names_say(workspace):
-    frames = data.load(workspace)
+    frames, notes = data.load(workspace)
+    assert notes == []
     assert list(frames) == ["base", "grpo"] and all(len(frame) == 12 for frame in frames.values())
     found = {show: data.select(frames, "grpo", "base", ALL, ALL, ALL, show) for show in FILTERS}
     assert len(found[EVERY]) == 12 and found[WRONG] == [key for key in found[EVERY] if key[3] == "q1"]
@@ -89,6 +102,66 @@ def test_the_lists_hold_what_their_names_say(workspace):
     assert data.select(frames, "grpo", "base", "clean", "low", ALL, EVERY) == []
 
 
+@pytest.fixture
+def page_in(monkeypatch):
+    """The page of a workspace, run by Streamlit without a browser."""
+
+    def run(folder):
+        monkeypatch.chdir(folder)
+        return AppTest.from_file(data.__file__.replace("data.py", "page.py"), default_timeout=60).run()
+
+    return run
+
+
+def test_what_not_every_model_was_asked_is_left_out_and_said(workspace, tmp_path, page_in):
+    for model in ("base", "grpo", "sft"):
+        rows = rows_of(workspace, "base" if model == "sft" else model)
+        if model == "sft":  # of another benchmark, whose second picture has another question under the same key
+            rows = [row | {"text": "what else ?"} if row["sample"] == "scene-1" else row for row in rows[:-1]]
+        predictions.write(tmp_path / f"data/predictions/{model}.parquet", rows)
+    frames, (note,) = data.load(tmp_path)
+    assert {name: len(frame) for name, frame in frames.items()} == dict.fromkeys(("base", "sft", "grpo"), 6)
+    for said in (
+        "6 of the 12 answers of base",
+        "5 of the 11 answers of SFT, restoring",
+        "6 of the 12 answers of CLEAR",
+    ):
+        assert said in note
+    page = page_in(tmp_path)
+    assert [warning.value for warning in page.warning] == [note] and "make repro" in note and not page.exception
+    rows = [row | {"sample": f"other-{row['sample']}"} for row in rows_of(workspace, "base")]
+    predictions.write(tmp_path / "data/predictions/sft.parquet", rows)
+    with pytest.raises(ClearError, match=r"base, sft, grpo share no question: .*`make repro`"):
+        data.load(tmp_path)
+
+
+def test_a_page_without_predictions_says_so(tmp_path, page_in):
+    page = page_in(tmp_path)
+    assert [error.value for error in page.error] == [ANY] and "no model was evaluated here" in page.error[0].value
+    assert not page.exception
+
+
+def test_a_benchmark_without_the_question_gives_no_picture(workspace, tmp_path, page_in):
+    folder = shutil.copytree(workspace, tmp_path / "copy", ignore=shutil.ignore_patterns("home", "server.log"))
+    for model in ("base", "grpo"):
+        rows = [row | {"question": f"new-{row['question']}"} for row in rows_of(workspace, model)]
+        predictions.write(folder / f"data/predictions/{model}.parquet", rows)
+    rows = [row | {"restored": True, "restored_png": None} for row in rows_of(folder, "grpo")]
+    predictions.write(folder / "data/predictions/grpo.parquet", rows)
+    page = page_in(folder)
+    assert not page.exception and any("its weights or the question" in info.value for info in page.info)
+
+
+@pytest.mark.parametrize("shape", [(6000, 1), (1, 6000), (20, 30), (320, 48), (900, 700)])
+def test_a_picture_is_enlarged_by_its_longer_side(tmp_path, monkeypatch, shape):
+    monkeypatch.chdir(tmp_path)
+    enlarged = runpy.run_path(data.__file__.replace("data.py", "page.py"))["enlarged"]
+    height, width, _ = enlarged(np.zeros((*shape, 3), np.uint8)).shape
+    assert (height // shape[0], height % shape[0]) == (width // shape[1], width % shape[1])
+    assert max(shape) <= max(height, width) < 320 + max(shape)
+    assert max(height, width) >= 320
+
+
 def test_a_sample_is_found_or_said_to_be_missing(workspace, tmp_path):
     found = data.sample_of(workspace, ("scene-1", "dark", "high", "q0"))
     assert found.id == "scene-1" and found.severity == "high" and found.degraded
@@ -97,7 +170,7 @@ def test_a_sample_is_found_or_said_to_be_missing(workspace, tmp_path):
 
 
 def test_a_question_asked_again_gets_the_evaluations_answer(workspace):
-    models, frame = data.Models(workspace), data.load(workspace)["base"]
+    models, frame = data.Models(workspace), data.load(workspace)[0]["base"]
     assert models.here() == ["base", "grpo"]
     key = ("scene-0", "dark", "high", "q1")
     sample = data.sample_of(workspace, key)
@@ -128,9 +201,9 @@ def test_the_development_split_is_answered_aside_and_without_the_benchmark(works
     figures = folder / "home/development/smoke/base.json"
     assert status == 0 and stdout.strip() == f"figures: {figures}", stderr
     found = predictions.read(figures.with_suffix(".parquet"))
-    assert found.equals(predictions.read(workspace / "data/predictions/base.parquet")), (
-        "the same pictures, the same answers"
-    )
+    made = predictions.read(workspace / "data/predictions/base.parquet")
+    changed = ["text", "answer"]  # by the fixture
+    assert found.drop(columns=changed).equals(made.drop(columns=changed)), "the same pictures, the same answers"
     assert json.loads(figures.read_text()) == json.loads((workspace / "data/metrics/evaluate_base.json").read_text())
     assert {file: file.read_bytes() for file in (folder / "data").rglob("*") if file.is_file()} == before
 

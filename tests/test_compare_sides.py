@@ -1,5 +1,6 @@
 """Two sides of a comparison: what is read of them, what they share, and what differs."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,7 @@ def test_predictions_under_dvc_are_fetched_or_said_to_be_missing(project):
     copy = "mkdir -p data/predictions && cp grpo.bin data/predictions/grpo.parquet"
     stages["stages"]["copy"] = {"cmd": copy, "deps": ["grpo.bin"], "outs": ["data/predictions/grpo.parquet"]}
     (project / "dvc.yaml").write_text(yaml.safe_dump(stages))
+    write_json(project / "data/metrics/evaluate_base.json", {})
     with Repo() as repo:
         repo.reproduce(targets=["copy"])
     with (project / ".gitignore").open("a") as file:
@@ -59,6 +61,55 @@ def test_a_damaged_file_is_named_by_its_revision(tmp_path):
     name = git(tmp_path, "rev-parse", "HEAD")[:10]
     with pytest.raises(ClearError, match=f"{name}/data/predictions/grpo.parquet: not a readable Parquet file"):
         read_sides(tmp_path, "HEAD", "HEAD")
+
+
+LOCKED = b"stages: {grpo: {outs: [{path: a, md5: b}], deps: []}}"
+DAMAGED = [
+    ("data/metrics/validate.json", b"[]", "all of it is not"),
+    ("data/metrics/validate.json", b'{"success": false, "datasets": []}', "datasets is not"),
+    ("data/metrics/validate.json", b'{"datasets": {"a": {"failed": [1]}}}', r"datasets\.a\.failed\[0\] is not"),
+    ("data/metrics/validate.json", b'{"success": "\xff"}', "not valid JSON"),
+    ("data/metrics/validate.json", b"[" * 100_000, "not valid JSON"),
+    ("data/metrics/degrade.json", b'{"images": {"sft": {"dark": 3}}}', r"images\.sft\.dark is not"),
+    ("data/metrics/source.json", b'{"images": 3}', "images is not"),
+    ("data/metrics/grpo.json", b'{"last_kl": "small"}', "last_kl is not"),
+    ("data/metrics/evaluate_grpo.json", b'{"accuracy": {"clean": "?"}}', r"accuracy\.clean is not"),
+    (".clear/runs/tiny/grpo.json", b'{"seconds": "9"}', "seconds is not"),
+    ("dvc.lock", LOCKED.replace(b"path: a, ", b""), r"not a lock file of DVC \(stages\.grpo\)"),
+    ("dvc.lock", LOCKED.replace(b"[{path: a, md5: b}]", b"null"), r"not a lock file of DVC \(stages\.grpo\.outs\)"),
+    ("dvc.lock", LOCKED.replace(b"deps: []", b"deps: [3]"), r"not a lock file of DVC \(stages\.grpo\.deps\[0\]\)"),
+    ("dvc.lock", LOCKED.replace(b"grpo", b"1"), r"not a lock file of DVC \(stages\.1\)"),
+    ("params.yaml", b"profile: tiny\nseed: \xff", "byte 20 is not UTF-8"),
+    ("params.yaml", b"profile: tiny\nseed: 2026-02-31", "not valid YAML"),
+    ("params.yaml", b"profile: tiny\nseed: !!bool q", "not valid YAML"),
+    ("infra/constraints.txt", b"torch==\xff", "byte 7 is not UTF-8"),
+]
+
+
+@pytest.mark.parametrize("command", ["gate", "compare"])
+@pytest.mark.parametrize(("file", "content", "said"), DAMAGED)
+def test_a_damaged_file_is_no_verdict(tmp_path, clear, monkeypatch, command, file, content, said):
+    """Status 1 is "the change is worse"; a traceback has it, too."""
+    monkeypatch.chdir(tmp_path)
+    for side in ("base", "head"):
+        fill(tmp_path / side, models=("grpo",), images=4)
+    (tmp_path / "head" / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / "head" / file).write_bytes(content)
+    status, stdout, stderr = clear(command, "base", "head")
+    assert (status, stdout) == (2, "") and re.match(rf"error: head/{re.escape(file)}: {said}", stderr), stderr
+    assert stderr.count("\n") == 1
+
+
+def test_a_picture_that_cannot_be_shown_is_no_verdict_either(tmp_path, clear, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fill(tmp_path / "base", models=("grpo",), images=8)
+    fill(tmp_path / "head", models=("grpo",), images=8, right=RIGHT | {"high": 0.2})
+    bench_of(tmp_path / "head", 8)
+    rows = predictions.read(file := tmp_path / "head/data/predictions/grpo.parquet").astype(object)
+    rows = rows.where(rows.notna(), None).to_dict("records")
+    predictions.write(file, [row | {"restored_png": row["restored_png"] and b"no picture"} for row in rows])
+    status, stdout, stderr = clear("compare", "base", "head", "--format", "html", "--out", "out")
+    assert (status, stdout) == (2, "") and "restored_png" in stderr and stderr.count("\n") == 1
 
 
 def test_a_changed_benchmark_restricts_the_comparison_and_says_so(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socketserver
 import subprocess
 import sys
 import threading
@@ -99,6 +100,9 @@ def test_what_must_not_be_posted_is_refused(forge, tmp_path, monkeypatch, capsys
     with pytest.raises(ClearError, match="nothing was posted"):
         comment.body(report, "abc", "")
     secret.write_text(comment.MARKER)
+    report.write_bytes(b"\xff" + comment.MARKER.encode())
+    with pytest.raises(ClearError, match=r"compare\.md: byte 0 is not UTF-8; nothing was posted"):
+        comment.body(report, "abc", "")
     report.unlink()
     report.symlink_to(secret)
     with pytest.raises(ClearError, match="a link"):
@@ -110,6 +114,46 @@ def test_what_must_not_be_posted_is_refused(forge, tmp_path, monkeypatch, capsys
     given = ["--repository", "a/b", "--number", "7", "--commit", "abc", "--run-url", "x", "--report", str(report)]
     assert comment.main(given) == 1
     assert "GITHUB_TOKEN is not set" in capsys.readouterr().err
+
+
+def _http(body: bytes, length: int | None = None, status: str = "200 OK") -> bytes:
+    return b"HTTP/1.1 %s\r\nContent-Length: %d\r\n\r\n%s" % (status.encode(), length or len(body), body)
+
+
+@pytest.mark.parametrize(
+    ("answers", "said"),
+    [
+        ([b""], "GET .*closed connection.*; nothing was posted"),
+        ([b"nonsense\r\n\r\n"], "GET .*; nothing was posted"),
+        ([_http(b"[", 100)], "GET .*IncompleteRead.*; nothing was posted"),
+        ([_http(b"cut", 100, "502 Bad Gateway")], "GET .*IncompleteRead.*; nothing was posted"),
+        ([_http(b"<html>sign in</html>")], "GET .*the answer is not JSON .*; nothing was posted"),
+        ([_http(b"\xff")], "GET .*the answer is not JSON .*; nothing was posted"),
+        ([_http(b'{"message": "moved"}')], "GET .*not one of GitHub's; nothing was posted"),
+        ([_http(b'[{"id": 1, "user": "me"}]')], "GET .*not one of GitHub's; nothing was posted"),
+        ([_http(b"[]"), b""], "POST .*closed connection.*; it may not have been posted: run the job again"),
+        ([_http(b"[]"), _http(b"{}")], "POST .*not one of GitHub's; it may not have been posted"),
+    ],
+)
+def test_a_server_that_gives_no_answer_is_one_line(tmp_path, monkeypatch, capsys, answers, said):
+    given = iter(answers)
+
+    class Raw(socketserver.StreamRequestHandler):
+        def handle(self):
+            while self.rfile.readline().strip():  # the head of the request
+                pass
+            self.wfile.write(next(given))
+
+    (tmp_path / "compare.md").write_text(f"**better**\n\n{comment.MARKER}\n")
+    with socketserver.TCPServer(("127.0.0.1", 0), Raw) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("GITHUB_TOKEN", "secret")
+        monkeypatch.setenv("GITHUB_API_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        more = ["--commit", "abc", "--run-url", "x", "--report", str(tmp_path / "compare.md")]
+        status = comment.main(["--repository", "a/b", "--number", "7", *more])
+        server.shutdown()
+    told = capsys.readouterr().err
+    assert status == 1 and re.match(f"error: {said}", told) and told.count("\n") == 1, told
 
 
 WORKFLOWS = {file.stem: file for file in sorted((ROOT / ".github/workflows").glob("*.yml"))}

@@ -271,6 +271,15 @@ def test_questions_about_one_picture_are_one_cluster_where_a_manifest_says_so(tm
         made(files, manifest=manifest)
 
 
+def test_input_columns_may_have_the_names_that_are_used_within(tmp_path):
+    more = {"value": "v", "unit": "u", "cluster": "c", "group": "g", "picture": "p", "score": "s", "bench": "MMMU"}
+    plain = made(put(tmp_path / "plain", "a", MMStar=rows(9, lambda n: n < 5)), "a")
+    assert made(put(tmp_path / "more", "a", MMStar=rows(9, lambda n: n < 5, **more)), "a") == plain
+    turned = [mcq(n + turn, n < 5, **more) for n in range(10) for turn in (0, 1_000_000)]
+    board = made(put(tmp_path, "a", MMBench_DEV_EN_V11=turned))
+    assert cell(board, "a", "clean", "MMBench_DEV_EN_V11")["estimate"] == 0.5
+
+
 EVIL = "<b>x</b> | a\\|b *c* `d` [e](f) &amp; 模型"
 
 

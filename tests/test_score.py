@@ -298,7 +298,7 @@ def test_a_judge_may_repeat_the_options_text(tmp_path):
         ([{"index": 1, "question": "?", "answer": "x"}], "no column 'prediction'"),
         ([mcq(1, "A"), mcq(1, "B")], "index 1 occurs twice"),
         ([mcq(1, "A", "")], "index 1 has no answer"),
-        ([mcq(1, "A", severity="worst")], "severity 'worst' is not one of"),
+        ([mcq(1, "A", bench="X", corruption="dark", severity="worst")], "severity 'worst' is not one of"),
     ],
 )
 def test_a_file_that_cannot_be_scored_is_named(tmp_path, rows, said):

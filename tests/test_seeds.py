@@ -5,6 +5,8 @@ import shutil
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
 
@@ -105,7 +107,8 @@ def test_what_it_must_show_follows_the_figures(home):
     gain = lines["CLEAR over direct fine-tuning at hard: at least 3 points"]
     assert gain[2] == "holds" and gain[1].startswith("+")
     assert next(v for k, v in lines.items() if k.startswith("the drop"))[2] == "holds"
-    assert next(v for k, v in lines.items() if k.startswith("within a kind"))[2] == "**does not hold**"
+    odds = "within a kind and level, the odds of a restoration at least twice as high where the base fails"
+    assert lines[odds][2] == "**does not hold**"
     for name in ("grpo", "sft_direct"):  # the models change places: nothing may be called a gain
         RIGHT[name] = 1.35 - RIGHT[name]
     try:
@@ -171,6 +174,53 @@ def test_an_empty_folder_says_what_to_run(home):
     (folder / "dvc.lock").unlink()
     with pytest.raises(ClearError, match="run `make repro`"):
         seeds.run(folder, [1])
+
+
+@pytest.mark.parametrize("folder_of", [seeds.FOLDER, seeds.ABLATIONS])
+def test_a_file_that_is_none_of_a_run_is_named(home, folder_of):
+    folder, _, _ = home
+    seeds.run(folder, [1, 2])
+    file = folder / folder_of / "2.parquet"
+    file.parent.mkdir(exist_ok=True)
+    whole = pd.read_parquet(folder / seeds.FOLDER / "1.parquet")
+    copy = file.with_name("2 (copy).parquet")
+    whole.to_parquet(copy)
+    with pytest.raises(ClearError, match=r"2 \(copy\)\.parquet: the name is not that of .*; remove the file"):
+        seeds.render(folder)
+    copy.unlink()
+    again = r"; restore it with `git checkout`, or delete it and make it again"
+    for content in (b"", b"PAR1 and no more"):
+        file.write_bytes(content)
+        with pytest.raises(ClearError, match=rf"2\.parquet: not a readable Parquet file .*{again}"):
+            seeds.render(folder)
+    setting = {"clear.setting": seeds.about(folder / seeds.FOLDER / "1.parquet")["setting"]}
+    two = whole[whole["model"].isin(["base", "grpo"])]
+    for frame, said in (
+        (whole.drop(columns="psnr_degraded"), "no column 'psnr_degraded' in this file"),
+        (whole.iloc[:0], "predictions of none, expected"),
+        (two, "predictions of base, grpo, expected"),
+        (two.assign(model="gpt"), "predictions of gpt, expected"),
+    ):
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        pq.write_table(table.replace_schema_metadata(setting), file)
+        with pytest.raises(ClearError, match=rf"2\.parquet: {said}.*{again}"):
+            seeds.render(folder)
+
+
+def test_an_ablation_of_other_questions_is_named(home, monkeypatch):
+    folder, _, _ = home
+    seeds.run(folder, [1])
+    monkeypatch.setitem(RIGHT, "grpo", 0.35)
+    ablations.run(folder, ["grpo_text"])
+    frames = {1: pd.read_parquet(folder / seeds.FOLDER / "1.parquet")}
+    own = pd.read_parquet(folder / seeds.ABLATIONS / "grpo_text.parquet")
+    remedy = r"delete its file in data/results and make it again \(`make ablations`"
+    for rows, said in (
+        (own.iloc[1:], r"the ablation grpo_text lacks 1 rows .* the first is 1/s0/clean/clean/q: .*"),
+        (own.assign(text="what ?"), "the ablation grpo_text and the run without its change hold another question .*"),
+    ):
+        with pytest.raises(ClearError, match=said + remedy):
+            page.page(frames, {"grpo_text": page.Ablation("", {1: rows})})
 
 
 def test_an_ablation_runs_once_and_is_compared_with_its_model_question_by_question(home, monkeypatch, tmp_path):

@@ -15,8 +15,7 @@ def serve(root: Path, port: int, open_browser: bool) -> None:
     """
     from clear.browse.data import evaluated
 
-    if not evaluated(root):
-        raise ClearError(f"{root.resolve()}/data/predictions: no model was evaluated here; run `make repro` first.")
+    evaluated(root)  # raises for none
     require_free(port, " with --port")
     try:
         import streamlit  # noqa: F401

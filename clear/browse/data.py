@@ -12,6 +12,7 @@ from clear.bench.models import MODELS, UnderTest, under_test
 from clear.bench.predictions import KEY
 from clear.data.records import Question, Sample
 from clear.errors import ClearError
+from clear.report.claims import NAMES
 from clear.report.gallery import find
 
 if TYPE_CHECKING:
@@ -36,8 +37,11 @@ PARTS = ("clean", "degraded", "incoming", "extra")
 
 
 def evaluated(root: Path) -> list[str]:
-    """The models with predictions in `root`, in the order of the report."""
-    return [name for name in MODELS if (root / "data/predictions" / f"{name}.parquet").exists()]
+    """The models with predictions in `root`, in the order of the report. Raises ClearError where there is none."""
+    found = [name for name in MODELS if (root / "data/predictions" / f"{name}.parquet").exists()]
+    if not found:
+        raise ClearError(f"{root.resolve()}/data/predictions: no model was evaluated here; run `make repro` first.")
+    return found
 
 
 def stamp(root: Path) -> tuple:
@@ -46,11 +50,12 @@ def stamp(root: Path) -> tuple:
     return tuple(sorted((str(file), file.stat().st_mtime_ns) for file in files if file.is_file()))
 
 
-def load(root: Path) -> "dict[str, pd.DataFrame]":
-    """Predictions by model: the benchmark's and those beyond it, indexed by KEY.
+def load(root: Path) -> "tuple[dict[str, pd.DataFrame], list[str]]":
+    """(predictions by model, the benchmark's and those beyond it, indexed by KEY; what was left out, in words).
 
-    Column `number` is the question's place among those of its part, which seeds its restoration. Models evaluated on
-    other questions than the first one keep those they share with it. Raises ClearError as predictions.read.
+    Column `number` is the question's place among those of its part, which seeds its restoration. Kept are the questions
+    that all models were asked, with the same text and right answer: models are compared on them. Raises ClearError as
+    predictions.read, for no model, and for models that share no question.
     """
     import pandas as pd
 
@@ -60,10 +65,16 @@ def load(root: Path) -> "dict[str, pd.DataFrame]":
         parts = [read(path) for read in (predictions.read, predictions.read_incoming, predictions.read_extra)]
         parts = [part.assign(number=range(len(part))) for part in parts if len(part)]
         frames[name] = pd.concat(parts, ignore_index=True).set_index(KEY).sort_index()
-    first = next(iter(frames.values())).index
-    for frame in frames.values():
-        first = first.intersection(frame.index)
-    return {name: frame.loc[first] for name, frame in frames.items()}
+    # A key alone may be another benchmark's: the pictures of another seed have the same names.
+    asked = pd.concat([frame.text + "\0" + frame.answer for frame in frames.values()], axis=1, join="inner")
+    shared = asked.index[asked.eq(asked.iloc[:, 0], axis=0).all(axis=1)].sort_values()
+    remedy = "they were evaluated on different benchmarks; run `make repro`"
+    if not len(shared):
+        raise ClearError(f"{root.resolve()}/data/predictions: {', '.join(frames)} share no question: {remedy}.")
+    lost = {name: len(frame) - len(shared) for name, frame in frames.items()}
+    said = [f"{n} of the {len(frames[name])} answers of {NAMES[name]}" for name, n in lost.items() if n]
+    notes = [f"Left out, because not every model was asked the same: {', '.join(said)}; {remedy}."] if said else []
+    return {name: frame.loc[shared] for name, frame in frames.items()}, notes
 
 
 def select(

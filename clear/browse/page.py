@@ -21,13 +21,13 @@ from clear.report.markdown import without_markup
 ROOT = Path()
 BENCHMARK, OWN = "Benchmark", "Your picture"
 DECIDES = "as it decides"
-WIDTH = 320
-"""Pixels; pictures that have fewer are enlarged without smoothing."""
+SIDE = 320
+"""Pixels; pictures whose longer side has fewer are enlarged without smoothing."""
 
 
 @st.cache_data(show_spinner="reading predictions …", max_entries=1)
-def frames(stamp: tuple) -> dict:
-    """Predictions as of `stamp`."""
+def frames(stamp: tuple) -> tuple[dict, list[str]]:
+    """Predictions as of `stamp`, and what was left out of them."""
     return data.load(ROOT)
 
 
@@ -44,8 +44,8 @@ def models(stamp: tuple) -> Models:
 
 
 def enlarged(image: np.ndarray) -> np.ndarray:
-    """uint8 (H, W, 3) in whole multiples, at least WIDTH wide."""
-    times = max(1, -(-WIDTH // image.shape[1]))
+    """uint8 (H, W, 3) in whole multiples, its longer side at least SIDE."""
+    times = max(1, -(-SIDE // max(image.shape[:2])))
     return image.repeat(times, 0).repeat(times, 1)
 
 
@@ -65,7 +65,9 @@ def level(name: str) -> str:
 
 def benchmark(stamp: tuple) -> None:
     """Answers of the evaluation, one question at a time."""
-    found = frames(stamp)
+    found, notes = frames(stamp)
+    for note in notes:
+        st.warning(note)
     names = list(found)
     any_frame = found[names[0]]
     corruptions = [ALL, *sorted(any_frame.index.get_level_values("corruption").unique())]
@@ -109,7 +111,8 @@ def one_question(found: dict, model: str, key: tuple, stamp: tuple) -> None:
     if restored is None and row.restored and sample:
         restored = restored_again(model, key, int(row.number), stamp)
     title = with_psnr(f"restored by {NAMES[model]}", row.psnr_restored)
-    picture(right, title, restored, "its weights are not here." if row.restored else "it answered without restoring.")
+    lacking = "its weights or the question's picture are not here."
+    picture(right, title, restored, lacking if row.restored else "it answered without restoring.")
     table = [
         {
             "model": NAMES[name],
@@ -132,12 +135,13 @@ def with_psnr(title: str, psnr: float) -> str:
 
 @st.cache_data(show_spinner="restoring …", max_entries=512)
 def restored_again(model: str, key: tuple, number: int, stamp: tuple) -> np.ndarray | None:
-    """The picture that the evaluation did not keep, made again from the same noise; None without weights."""
+    """The picture that the evaluation did not keep, made again from the same noise; None without weights, or where the
+    benchmark here does not have the question."""
     asked, sample = models(stamp), sample_of(key, stamp)
     if model not in asked.here() or sample is None:
         return None
-    question = next(q for q in sample.questions if q.id == key[3])
-    return asked.ask(model, sample.seen, question, number=number).picture
+    question = next((q for q in sample.questions if q.id == key[3]), None)
+    return None if question is None else asked.ask(model, sample.seen, question, number=number).picture
 
 
 def own(stamp: tuple) -> None:

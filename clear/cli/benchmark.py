@@ -41,6 +41,9 @@ def score(
     from clear.bench.vlmeval import collect, scores
     from clear.data.io import replacing, write_json, write_text
 
+    for path in (out, rows, markdown, html):
+        if path is not None and path.is_dir():  # else it would be refused in the same words after the work
+            raise ClearError(f"{path}: Is a directory; correct the path.")
     several = len({*collect.models_of(files)} - {""}) > 1
     if several or reference or published or manifest or markdown or html:
         from clear.bench.vlmeval.leaderboard import leaderboard

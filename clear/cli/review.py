@@ -49,12 +49,13 @@ def compare(
         raise ClearError(f"--format {form}: choose one of {', '.join(render.FORMATS)} or all.")
     with judging():
         found, verdict = decide(*read_sides(Path(), base, head))
-    if form == "md" and out is None:
-        say(render.markdown(found, verdict).removesuffix("\n"))
-        return
-    formats = render.FORMATS if form == "all" else (form,)
-    for file in render.write(found, verdict, out or Path("data/report/compare"), formats):
-        say(str(file))
+        if form == "md" and out is None:
+            said = [render.markdown(found, verdict).removesuffix("\n")]
+        else:
+            formats = render.FORMATS if form == "all" else (form,)
+            said = render.write(found, verdict, out or Path("data/report/compare"), formats)
+    for text in said:
+        say(text)
 
 
 def gate(

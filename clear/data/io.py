@@ -22,9 +22,12 @@ def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> 
 
     `several` processes may write `path` at once: each has a file of its own, and the last one counts. `crashes` says
     that it must be whole after a crash of the machine, too (`sync`); not needed where its readers verify its content.
-    What is no file (/dev/stdout, a pipe) is written itself: renamed to its name, a file would take its place.
+    What is no file (/dev/stdout, a pipe) is written itself: renamed to its name, a file would take its place. Raises
+    ClearError for a path that cannot be a file's or a new folder's, such as `.`.
     """
     path = Path(path)
+    if path.name in ("", ".."):
+        raise ClearError(f"{path}: not the name of a file; name one in this folder.")
     no_file = path.exists() and not (path.is_file() or path.is_dir())
     if no_file or (path.is_symlink() and path.parent == Path("/dev")):
         with naming(path):

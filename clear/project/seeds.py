@@ -8,21 +8,28 @@ of clear/project/ablations.py. Each file says in its metadata what it was made u
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clear.bench.models import MODELS
 from clear.config import PARAMS, read_yaml
 from clear.data.io import replacing, write_text
 from clear.data.workspace import home
-from clear.errors import ClearError
+from clear.errors import ClearError, one_line
 from clear.project import check, scratch
-from clear.project.compare.load import LOCK, read_lock
+from clear.project.compare.load import LOCK, outputs, read_lock
 from clear.report import seeds
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 FOLDER, ABLATIONS, PAGE = Path("data/results/seeds"), Path("data/results/ablations"), Path("docs/RESULTS.md")
 PREDICTIONS = "data/predictions/{}.parquet"
 DROPPED = ("output", "restored_png")
+_AGAIN = "restore it with `git checkout`, or delete it and make it again (`make results`, `make ablations`)"
 _ABOUT = "clear."
 """Prefix of the metadata that says what a file was made under: its setting, and what an ablation changes."""
 _NEUTRAL = ("seed",), ("runtime",), ("incoming", "limits")
@@ -89,11 +96,44 @@ def collect(folder: Path, target: Path, models: Sequence[str], made: dict[str, s
         pq.write_table(table, partial, compression="zstd", compression_level=19)
 
 
-def about(file: Path) -> dict[str, str]:
-    """What a file of `collect` was made under; empty where there is none."""
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise ClearError where `file` turns out to be no Parquet file in the block."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise ClearError(f"{file}: not a readable Parquet file ({one_line(error)}); {_AGAIN}.") from error
+
+
+def _rows(file: Path, models: int) -> "pd.DataFrame":
+    """The rows of a file of `collect`, which are of so many models.
+
+    Raises ClearError for one that cannot be read, lacks a column or has rows of more, fewer or unknown models.
+    """
     import pyarrow.parquet as pq
 
-    found = (pq.read_schema(file).metadata or {}) if file.exists() else {}
+    from clear.bench.predictions import SCHEMA
+
+    with _reading(file):
+        frame = pq.read_table(file).to_pandas()
+    for column in (*SCHEMA.names, "model"):
+        if column not in frame and column not in DROPPED:
+            raise ClearError(f"{file}: no column '{column}' in this file; {_AGAIN}.")
+    found = [model for model in MODELS if model in set(frame["model"])]
+    if len(found) != models or frame["model"].nunique() != models:
+        what = ", ".join(map(str, frame["model"].unique())) or "none"
+        raise ClearError(f"{file}: predictions of {what}, expected {models} of {', '.join(MODELS)}; {_AGAIN}.")
+    return frame
+
+
+def about(file: Path) -> dict[str, str]:
+    """What a file of `collect` was made under, {} where there is none. Raises ClearError for one that is damaged."""
+    import pyarrow.parquet as pq
+
+    with _reading(file):
+        found = (pq.read_schema(file).metadata or {}) if file.exists() else {}
     texts = {key.decode(): value.decode() for key, value in found.items()}
     return {key.removeprefix(_ABOUT): text for key, text in texts.items() if key.startswith(_ABOUT)}
 
@@ -119,8 +159,7 @@ def setting(workspace: Path) -> str:
         _section(params, path).pop(path[-1], None)
     if not (workspace / LOCK).exists():
         raise ClearError(f"{workspace / LOCK} is not here; run `make repro`.")
-    stages = read_lock(workspace / LOCK).values()
-    made = {out["path"]: out["md5"] for stage in stages for out in stage.get("outs", [])}
+    made = outputs(read_lock(workspace / LOCK))
     missing = [path for path in map(PREDICTIONS.format, MODELS) if path not in made]
     if missing:
         raise ClearError(f"dvc.lock has no {missing[0]}; run `make repro`.")
@@ -136,10 +175,9 @@ def _section(params: dict, path: Sequence[str]) -> dict:
 
 
 def render(workspace: Path) -> Path:
-    """Write the page from every seed in the folder. Raises ClearError for none, or where their settings differ."""
-    import pandas as pd
-
-    files = sorted((workspace / FOLDER).glob("*.parquet"), key=lambda file: int(file.stem))
+    """Write the page from every seed in the folder. Raises ClearError for none, where their settings differ, and for a
+    file that is none of `collect`."""
+    files = sorted((workspace / FOLDER).glob("*.parquet"), key=_seed_of)
     if not files:
         raise ClearError(f'{FOLDER}: no seed here; run `make results SEEDS="1 2 3"`.')
     settings = {int(file.stem): about(file).get("setting", "") for file in files}
@@ -150,9 +188,13 @@ def render(workspace: Path) -> Path:
             f"{FOLDER}: the seeds {', '.join(odd)} were run with other parameters, or code with other results, than "
             f"seed {files[-1].stem}, so they cannot be pooled; delete them and run `make results` for them."
         )
-    frames = {int(file.stem): pd.read_parquet(file) for file in files}
+    frames = {int(file.stem): _rows(file, len(MODELS)) for file in files}
     ablations, others = {}, {}
     for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
+        if not re.fullmatch(r"\w+(\.-?[0-9]+)?", file.stem):
+            raise ClearError(
+                f"{file}: the name is not that of an ablation; remove the file, or call it <name>.parquet."
+            )
         said = about(file)
         against, kinds = (tuple(said.get(key, "").split()) for key in ("against", "kinds"))
         setting, seed = said.get("setting", ""), int(said.get("seed", -1))
@@ -161,8 +203,15 @@ def render(workspace: Path) -> Path:
         former = of.get(name)
         if former and former.setting != setting:
             name, former = file.stem, None
-        runs = (former.frames if former else {}) | {seed: pd.read_parquet(file)}
+        runs = (former.frames if former else {}) | {seed: _rows(file, 1)}
         of[name] = seeds.Ablation(said.get("what", ""), runs, against, setting, kinds)
     page = workspace / PAGE
     write_text(page, seeds.page(frames, ablations, others))
     return page
+
+
+def _seed_of(file: Path) -> int:
+    """The seed by the name of its file. Raises ClearError for any other name, such as that of a copy."""
+    if not re.fullmatch(r"0|-?[1-9][0-9]{0,17}", file.stem):
+        raise ClearError(f"{file}: the name is not that of a seed; remove the file, or call it <seed>.parquet.")
+    return int(file.stem)

@@ -129,24 +129,33 @@ _BRIDGE_KEPT = _Comparison(
 COMPARISONS = (_HARD_GAIN, _CLEAN_KEPT, _BEATS_DIRECT, _BRIDGE_KEPT)
 
 
-def paired(frames: dict[str, "pd.DataFrame"], a: str, b: str, severity: str | None = None) -> tuple:
+def paired(
+    frames: dict[str, "pd.DataFrame"],
+    a: str,
+    b: str,
+    severity: str | None = None,
+    file: str = "data/predictions/{}.parquet",
+    remedy: str = "run `dvc repro evaluate@{}`",
+) -> tuple:
     """Scores of models `a` and `b` on the same rows and their clusters: (bool (n,), bool (n,), int64 (n,)).
 
-    Raises ClearError naming a row that one of them lacks or whose question differs.
+    Raises ClearError naming a row that one of them lacks or whose question differs; `file` and `remedy` say of a name
+    in `frames` where its rows are kept and how they are made again.
     """
     left, right = (frames[name].set_index(KEY).sort_index() for name in (a, b))
     odd = left.index.symmetric_difference(right.index)
     if len(odd):
         lacking = a if odd[0] in right.index else b
         raise ClearError(
-            f"data/predictions/{lacking}.parquet lacks {len(odd)} rows of the comparison of {a} and {b}, the first is "
-            f"{'/'.join(map(str, odd[0]))}: both must answer the same benchmark; run `dvc repro evaluate@{lacking}`."
+            f"{file.format(lacking)} lacks {len(odd)} rows of the comparison of {a} and {b}, the first is "
+            f"{'/'.join(map(str, odd[0]))}: both must answer the same benchmark; {remedy.format(lacking)}."
         )
     changed = (left[["text", "answer"]] != right[["text", "answer"]]).any(axis=1).to_numpy()
     if changed.any():
         raise ClearError(
-            f"data/predictions/{a}.parquet and {b}.parquet hold another question or gold answer for row "
-            f"{'/'.join(map(str, left.index[changed][0]))}: they come from two benchmarks; evaluate both again."
+            f"{file.format(a)} and {file.format(b)} hold another question or gold answer for row "
+            f"{'/'.join(map(str, left.index[changed][0]))}: they come from two benchmarks; {remedy.format(a)}, and for "
+            f"{b} likewise."
         )
     if severity is not None:
         keep = left.index.get_level_values("severity") == severity

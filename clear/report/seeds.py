@@ -201,7 +201,7 @@ def must_show(models: "dict[str, pd.DataFrame]", found: dict) -> Table:
     odds = found["odds"] and found["odds"]["within"]
     ratio = "–" if not odds else f"× {odds['estimate']:.1f}"
     add(
-        "within a kind and level, restoring at least twice as likely where the base fails",
+        "within a kind and level, the odds of a restoration at least twice as high where the base fails",
         ratio,
         bool(odds) and odds["estimate"] >= 2,
     )
@@ -231,7 +231,8 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
     for name, run in ablations.items():
         model, own = run.counted(run.frames)
         _, default = run.counted(_of(frames, model, run.frames))
-        row = [f"`{name}`: {run.what}", NAMES[model], _seeds(run.frames), *_differences(own, default)]
+        row = [f"`{name}`: {run.what}", NAMES[model], _seeds(run.frames)]
+        row += _differences({f"the ablation {name}": own, "the run without its change": default})
         hard = own[own["severity"] == HARD]
         was = default[default["severity"] == HARD]
         gained = (hard["psnr_restored"] - hard["psnr_degraded"]).mean()
@@ -284,15 +285,15 @@ def side_by_side(frames: Frames, ablations: dict[str, Ablation]) -> Table:
         right = [f"{100 * frame[frame['severity'] == HARD]['correct'].mean():.1f}" for frame in (own, beside)]
         kinds = ", ".join(run.kinds).replace("_", " ") or "all"
         what = [f"{NAMES[first]}, {name}", f"{NAMES[second]}, {other}", kinds, _seeds(common)]
-        rows.append([*what, *right, *_differences(own, beside)])
+        rows.append([*what, *right, *_differences({what[0]: own, what[1]: beside})])
     caption = "Right at hard in percent, and the first minus the second in points, paired by question."
     return Table(["model", "against", "damage", "seeds", "right", "against’s", "clean", "mid", "hard"], rows, caption)
 
 
-def _differences(own: "pd.DataFrame", other: "pd.DataFrame") -> list[str]:
-    """`own` minus `other` at three levels, with intervals, paired by question."""
-    row = []
+def _differences(frames: "dict[str, pd.DataFrame]") -> list[str]:
+    """The first of two minus the second at three levels, with intervals, paired by question; errors name them."""
+    remedy, row = "delete its file in data/results and make it again (`make ablations`, `make results`)", []
     for level in (CLEAN, "mid", HARD):
-        a, b, clusters = claims.paired({"own": own, "other": other}, "own", "other", level)
+        a, b, clusters = claims.paired(frames, *frames, level, "{}", remedy)
         row.append(tables.signed_interval(asdict(statistics.paired_difference(a, b, clusters, **vars(SETTINGS)))))
     return row

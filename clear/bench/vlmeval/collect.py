@@ -10,18 +10,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.bench.scoring import HARD
 from clear.bench.vlmeval import names, scores
 from clear.bench.vlmeval.scores import CIRCULAR, WHERE
 from clear.data import tables
-from clear.data.records import CLEAN
 from clear.errors import ClearError, quoted
 
 if TYPE_CHECKING:
     import pandas as pd
-
-OWN = "own"
-"""The corruption of a benchmark whose pictures are damaged as published."""
 
 SPLIT = ("model", *WHERE)
 _SHOWN = 3
@@ -77,13 +72,8 @@ def read(files: Sequence[Path], manifest: Path | None = None) -> "pd.DataFrame":
             f"{'/'.join(row[key])} is in {one} and in {other}: two tables of one name; put the second model's tables "
             "into a folder of its own name, or give them a column `model`."
         )
-    own = [bench for bench, rows in frame.groupby("bench") if names.DAMAGED.search(bench) and _only_clean(rows)]
-    frame.loc[frame["bench"].isin(own), ["corruption", "severity"]] = OWN, HARD
+    frame = scores.damaged_as_hard(frame)
     return frame.assign(picture=_pictures(frame, manifest))
-
-
-def _only_clean(rows: "pd.DataFrame") -> bool:
-    return set(rows["severity"]) == {CLEAN}
 
 
 def _file(path: Path) -> "pd.DataFrame":

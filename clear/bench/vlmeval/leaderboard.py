@@ -16,7 +16,7 @@ import numpy as np
 from clear.bench import statistics
 from clear.bench.scoring import HARD, present
 from clear.bench.vlmeval import names, scores
-from clear.bench.vlmeval.collect import OWN, groups_of, shared
+from clear.bench.vlmeval.collect import groups_of, shared
 from clear.bench.vlmeval.published import BENCHMARKS, canonical, mean_restored
 from clear.data.records import CLEAN
 from clear.errors import ClearError
@@ -86,7 +86,8 @@ def _units(frame: "pd.DataFrame", circular: dict[str, bool | None]) -> "pd.DataF
 
     columns = ["model", "bench", "severity", "corruption"]
     grouped = frame["bench"].map(circular).eq(True)
-    plain = frame[~grouped].rename(columns={"index": "unit", "score": "value"})[[*columns, "unit", "cluster", "value"]]
+    plain = frame.loc[~grouped, [*columns, "index", "cluster", "score"]]  # first: an input column may be called `value`
+    plain = plain.rename(columns={"index": "unit", "score": "value"})
     rows = frame[grouped]
     if rows.empty:
         return plain
@@ -121,7 +122,7 @@ def _made(rows: "pd.DataFrame", judge: str, averaged: dict[str, list[str]]) -> d
             said = rows[(rows["severity"] == level) & (rows["bench"] == bench)]["restored"]
             shares[bench] = float(said.astype(float).mean()) if len(said) and said.notna().all() else None
         restored[level] = {"benchmarks": shares, "average": mean_restored(shares)}
-    kinds = set(rows["corruption"]) - {CLEAN, OWN}
+    kinds = set(rows["corruption"]) - {CLEAN, scores.OWN}
     return {
         "source": "measured",
         "judge": judge or "none: letters, texts and exact match",

@@ -2,7 +2,9 @@
 
 A file holds the predictions of one benchmark at one level: VLMEvalKit's table in any format of clear.data.tables, with
 the columns `index`, `question` (or `prompt`), options `A`, `B`, …, `answer`, `prediction`. Benchmark, corruption and
-level come from the file's name (clear.bench.vlmeval.names) or from columns `bench`, `corruption`, `severity`.
+level come from the columns `bench`, `corruption` and `severity` where a table has all three, else from the file's name
+(clear.bench.vlmeval.names): a benchmark may have a column of one of these names for something else (MMStar's `bench`
+is the set a question was taken from).
 
 Rules: multiple choice by clear.bench.vlmeval.options; MMBench circular as in VLMEvalKit (every rotation must be right,
 a group without its first row is left out), plain where the files have no rotations; MMVP by single question as
@@ -21,6 +23,7 @@ from clear.bench.vlmeval import names
 from clear.bench.vlmeval.options import answer_in, chosen
 from clear.data import tables
 from clear.data.io import aligned
+from clear.data.records import CLEAN
 from clear.errors import ClearError
 from clear.sources.lmudata import options_of
 from clear.sources.scenes.words import LABELS, normalise
@@ -33,15 +36,22 @@ if TYPE_CHECKING:
 CIRCULAR = 1_000_000
 """Rotations of one MMBench question have indices that differ by multiples of this; those below it come first."""
 
+GROUPED = ("mmbench", "mmvp")
+"""Families of which groups of rows are found by the index."""
+
 WHERE = ("bench", "corruption", "severity")
+
+OWN = "own"
+"""The corruption of a benchmark whose pictures are damaged as published."""
 
 
 def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
     """The rows of all files, all cells as text, with the columns bench, corruption, severity and gold.
 
     `gold` is the letter of the right option, "" for a free answer. Raises ClearError naming the file, and the row where
-    there is one, for a missing column, answer or level, a repeated index, an answer that names no option, a name that
-    is not that of a benchmark, and for two files of the same rows.
+    there is one, for a missing column, answer or level, a repeated index, one that is not a number where groups are
+    found by it, an answer that names no option, a name that is not that of a benchmark, and for two files of the same
+    rows.
     """
     import pandas as pd
 
@@ -50,6 +60,14 @@ def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
     if len(again):
         which = "/".join(again.iloc[0][[*WHERE, "index"]])
         raise ClearError(f"{which} is in two of the files; name files of different data sets and one model.")
+    return damaged_as_hard(frame)
+
+
+def damaged_as_hard(frame: "pd.DataFrame") -> "pd.DataFrame":
+    """`frame` with a benchmark that is damaged as published (R-Bench-Dis) at level hard, as corruption OWN."""
+    levels = frame.groupby("bench")["severity"].agg(set)
+    own = [bench for bench, found in levels.items() if names.DAMAGED.search(bench) and found == {CLEAN}]
+    frame.loc[frame["bench"].isin(own), ["corruption", "severity"]] = OWN, HARD
     return frame
 
 
@@ -73,14 +91,18 @@ def read_file(path: Path) -> "pd.DataFrame":
             named = names.parsed(path.stem)
         except ClearError as error:
             raise ClearError(f"{path}: the name {error}") from error
-        for column, value in zip(WHERE, named, strict=True):
-            frame[column] = frame.get(column, value)
+        frame = frame.assign(**dict(zip(WHERE, named, strict=True)))
     for column in WHERE:
         known = SEVERITIES if column == "severity" else None
         odd = frame[~frame[column].isin(known) if known else frame[column].str.strip() == ""]
         if len(odd):
             what = f"is not one of {', '.join(known)}" if known else "is empty"
             raise ClearError(f"{path}: index {odd['index'].iloc[0]}: {column} {odd[column].iloc[0]!r} {what}.")
+    for index in frame["index"][frame["bench"].map(names.family).isin(GROUPED)]:
+        try:
+            names.number(index)
+        except ClearError as error:
+            raise ClearError(f"{path}: {error}") from error
     return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
 
 
@@ -162,24 +184,29 @@ def summary(frame: "pd.DataFrame") -> dict:
     MM-Vet, share of single questions for all others. With several corruptions at a level (protocol `full`) the figure
     is the mean over corruptions. All are shares in [0, 1]. `incomplete` counts the MMVP pairs of which one half is
     missing and the MMBench groups without their first row; they are in no figure of pairs or groups.
+
+    The average of a level is over all benchmarks, and absent where one of them has no figure; R-Bench-Dis, damaged as
+    published, counts in that of hard alone. Average robustness is over the benchmarks that have both clean and hard.
     """
     benches: dict[str, dict] = {}
     for bench, rows in frame.groupby("bench", sort=True):
         groups = grouping(bench, rows)
         levels = {level: _level(rows[rows.severity == level], groups) for level in present(rows.severity)}
         by_severity = {level: cell["score"] for level, cell in levels.items() if cell["score"] is not None}
-        benches[bench] = {"levels": levels, "robustness": robustness(by_severity)}
+        damaged = bool((rows.corruption == OWN).all())
+        benches[bench] = {"levels": levels, "robustness": robustness(by_severity), "damaged": damaged}
         if names.family(bench) == "mmbench":
             benches[bench]["circular"] = groups is not None
     average = {}
     for level in present(frame.severity):
-        values = [cell["levels"].get(level, {}).get("score") for cell in benches.values()]
-        if all(
-            value is not None for value in values
-        ):  # a mean over the benchmarks that happen to be there says nothing
-            average[level] = sum(values) / len(values)
+        counted = [cell["levels"] for cell in benches.values() if level == HARD or not cell["damaged"]]
+        mean = _average(counted, level)
+        if mean is not None:  # a mean over the benchmarks that happen to be there says nothing
+            average[level] = mean
+    both = [cell["levels"] for cell in benches.values() if {CLEAN, HARD} <= set(cell["levels"])]
+    robust = {level: _average(both, level) for level in (CLEAN, HARD)}
     rejected = int((frame.reject != "").sum())
-    whole = {"levels": average, "robustness": robustness(average)}
+    whole = {"levels": average, "robustness": robustness(robust)}
     return {"benchmarks": benches, "average": whole, "rows": len(frame), "rejected": rejected}
 
 
@@ -210,17 +237,25 @@ def _level(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") ->
     }
     keys = dict.fromkeys(key for cell in parts.values() for key in cell)
     figures |= {key: _over([cell.get(key) for cell in parts.values()]) for key in keys}
+    if "by_source" in figures:
+        figures["sources"] = _over(list((figures["by_source"] or {}).values()))
     if len(parts) > 1:
         figures["corruptions"] = {name: cell["score"] for name, cell in parts.items()}
     return figures
 
 
+def _average(benches: list[dict], level: str) -> float | None:
+    return _over([levels.get(level, {}).get("score") for levels in benches])
+
+
 def _over(values: list) -> float | dict | None:
-    """The mean over corruptions; None where one has no figure. Figures by source or category are taken one by one."""
-    if any(value is None for value in values):
+    """The mean; None over nothing and where one has no figure. Figures by source or category are taken one by one, of
+    every source that any of `values` has."""
+    if not values or any(value is None for value in values):
         return None
     if isinstance(values[0], dict):
-        return {key: _over([value.get(key) for value in values]) for key in values[0]}
+        keys = sorted({key for value in values for key in value})
+        return {key: _over([value.get(key) for value in values]) for key in keys}
     return sum(values) / len(values)
 
 
@@ -234,8 +269,6 @@ def _cell(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> 
         for key, column in (("by_source", "source"), ("by_category", "category")):
             if column in rows and (rows[column] != "").all():
                 figures[key] = {name: _mean(part.score) for name, part in rows.groupby(column, sort=True)}
-        if "by_source" in figures:
-            figures["sources"] = _over(list(figures["by_source"].values()))
     return figures | {"score": figures.get("circular", figures["single"])}
 
 
@@ -278,12 +311,14 @@ def table(summarised: dict) -> str:
         for extra, label in {"pair": "pair", "sources": "mean over sources", "single": "single"}.items():
             values = {k: v[extra] for k, v in part["levels"].items() if v.get(extra) is not None}
             if values and (extra != "single" or part.get("circular")):
-                line(f"  {label}", values, robustness(values)["relative"] if values.get(HARD) else None, "", "", "")
+                line(f"  {label}", values, robustness(values)["relative"], "", "", "")
     if len(summarised["benchmarks"]) > 1:
         line("average", summarised["average"]["levels"], summarised["average"]["robustness"]["relative"], "", "", "")
     lines = aligned(rows)
     notes = []
     for bench, part in summarised["benchmarks"].items():
+        if part["damaged"]:
+            notes.append(f"{bench}: damaged as published; it counts as hard and in no robustness")
         if count := sum(cell["incomplete"] for cell in part["levels"].values()):
             what = "pairs of which one half" if names.family(bench) == "mmvp" else "questions of which the first row"
             notes.append(f"{bench}: {count} {what} is missing; they are in no figure of pairs or rotations")

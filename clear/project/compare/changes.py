@@ -13,6 +13,7 @@ from clear.bench.models import MODELS
 from clear.bench.scoring import SEVERITIES
 from clear.data.records import CLEAN, INCOMING
 from clear.project.compare.differences import TITLES
+from clear.project.compare.figures import REWARDS
 from clear.project.compare.load import BENCH, LOCK, Side, outputs
 from clear.report.claims import LEVELS, points
 from clear.report.tables import PIPELINE, Table
@@ -141,25 +142,15 @@ def data_figures(base: Side, head: Side) -> Table:
 
 def rewards(base: Side, head: Side) -> tuple[Table, str]:
     """GRPO's reward beside the true accuracy on held-out images, and a warning if only the reward rose."""
-    figures = [side.metrics.get("grpo", {}) for side in (base, head)]
-    names = {
-        "last_reward": "reward at the last step",
-        "last_reward_accuracy": "rewarded accuracy at the last step",
-        "holdout_before": "held-out accuracy before",
-        "holdout_after": "held-out accuracy after",
-        "first_call_rate": "call rate at the first step",
-        "last_call_rate": "call rate at the last step",
-        "last_kl": "KL at the last step",
-        "last_ratio_error": "largest |ratio − 1| at the last step",
-    }
+    finals = [side.metrics.get("grpo", {}) for side in (base, head)]
     rows = []
-    for key, text in names.items():
-        old, new = (final.get(key) for final in figures)
+    for key, text in REWARDS.items():
+        old, new = (final.get(key) for final in finals)
         gone = old is None or new is None
         change = "–" if gone else f"{new - old:+.4g}" if new != old else "0"
         rows.append([text, *(UNRECORDED if v is None else f"{v:.4g}" for v in (old, new)), change])
     gains = [
-        None if any(key not in final for final in figures) else figures[1][key] - figures[0][key]
+        None if any(final.get(key) is None for final in finals) else finals[1][key] - finals[0][key]
         for key in ("last_reward", "holdout_after")
     ]
     warning = ""

@@ -6,6 +6,7 @@ it posts. If there is no report (the comparison stopped), the comment says so, s
 """
 
 import argparse
+import http.client
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ import urllib.request
 from pathlib import Path
 
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError, fail, say
+from clear.errors import ClearError, fail, one_line, refusal, say
 
 MARKER = "<!-- clear compare -->"
 """Found in the comment's last line, invisible to readers."""
@@ -29,14 +30,17 @@ PER_PAGE = 100
 def body(report: Path, commit: str, run_url: str) -> str:
     """The text to post: the report with the commit and run it is about, or that there is none.
 
-    Raises ClearError if the report is too long or is not one of `clear compare`.
+    Raises ClearError if the report is too long or is not one of `clear compare`, and OSError if it cannot be read.
     """
     about = f"Commit {commit[:10]}, [run]({run_url})."
     if report.is_symlink():  # it comes from a job that ran code of the pull request
         raise ClearError(f"{report}: a link, expected a file; nothing was posted.")
     if not report.is_file():
         return f"**no comparison** – it did not finish for this commit; the run says why. {about}\n\n{MARKER}\n"
-    text = report.read_text()
+    try:
+        text = report.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ClearError(f"{report}: byte {error.start} is not UTF-8; nothing was posted.") from error
     if MARKER not in text:
         raise ClearError(f"{report}: not written by `clear compare` (its marker is missing); nothing was posted.")
     # The last one: an answer quoted in the report may hold the marker, too.
@@ -49,7 +53,7 @@ def body(report: Path, commit: str, run_url: str) -> str:
 def post(api: str, repository: str, number: int, text: str, token: str, author: str = AUTHOR) -> str:
     """Replace the comment of `author` that holds the marker, or make one; returns its address.
 
-    Raises ClearError with the server's answer if it refuses.
+    Raises ClearError with the server's answer if it refuses, and what went wrong if there is none that can be read.
     """
     base = f"{api}/repos/{repository}/issues"
     for comment in _comments(f"{base}/{number}/comments", token):
@@ -69,10 +73,12 @@ def _comments(url: str, token: str) -> list[dict]:
         page += 1
 
 
-def _call(method: str, url: str, token: str, content: dict | None = None):
+def _call(method: str, url: str, token: str, sent: dict | None = None):
+    """The server's answer: for GET a list of comments, else the comment that was made or changed."""
+    posted = "nothing was posted" if method == "GET" else "it may not have been posted: run the job again"
     request = urllib.request.Request(
         url,
-        data=None if content is None else json.dumps(content).encode(),
+        data=None if sent is None else json.dumps(sent).encode(),
         method=method,
         headers={
             "Accept": "application/vnd.github+json",
@@ -82,15 +88,31 @@ def _call(method: str, url: str, token: str, content: dict | None = None):
         },
     )
     try:
-        with urllib.request.urlopen(request, timeout=30) as answer:
-            return json.loads(answer.read())
-    except urllib.error.HTTPError as error:
-        told = " ".join(error.read().decode(errors="replace").split())[:300]
-        raise ClearError(
-            f"{method} {url}: {error.code} {error.reason}: {told}; may this job write comments (pull-requests: write)?"
-        ) from error
-    except urllib.error.URLError as error:
-        raise ClearError(f"{method} {url}: {error.reason}; check the address and the network.") from error
+        try:
+            with urllib.request.urlopen(request, timeout=30) as answer:
+                content = answer.read()
+        except urllib.error.HTTPError as error:
+            told = " ".join(error.read().decode(errors="replace").split())[:300]
+            raise ClearError(
+                f"{method} {url}: {error.code} {error.reason}: {told}; nothing was posted; may this job write comments "
+                "(pull-requests: write)?"
+            ) from error
+    except (OSError, http.client.HTTPException) as error:  # no connection, or one that ends before the answer does
+        said = getattr(error, "reason", "") or one_line(error) or type(error).__name__
+        raise ClearError(f"{method} {url}: {said}; {posted}; check the address and the network.") from error
+    try:
+        found = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ClearError(f"{method} {url}: the answer is not JSON ({one_line(error)}); {posted}.") from error
+    comments = found if method == "GET" else [found]
+    if not (isinstance(comments, list) and all(map(_is_comment, comments))):
+        raise ClearError(f"{method} {url}: the answer is not one of GitHub's; {posted}; check the address.")
+    return found
+
+
+def _is_comment(value: object) -> bool:
+    kinds = {"id": int, "html_url": str, "body": str | None, "user": dict | None}
+    return isinstance(value, dict) and all(isinstance(value.get(key), kind) for key, kind in kinds.items())
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -104,15 +126,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--run-url", required=True, help="the run that made the report")
     parser.add_argument("--report", required=True, type=Path, help="compare.md; may be absent")
     given = parser.parse_args(arguments)
-    token = os.environ.get("GITHUB_TOKEN", "")
+    token = os.environ.get("GITHUB_TOKEN", "").strip()
     api = os.environ.get("GITHUB_API_URL", "https://api.github.com")
     spare_loopback()
     try:
         if not token:
             raise ClearError("GITHUB_TOKEN is not set; the workflow must pass `github.token` to this step.")
         say(post(api, given.repository, given.number, body(given.report, given.commit, given.run_url), token))
-    except ClearError as error:
-        return fail(error)
+    except (ClearError, OSError) as error:
+        if (refused := refusal(error)) is None:
+            raise
+        return fail(refused)
     return 0
 
 

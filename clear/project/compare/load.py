@@ -6,16 +6,16 @@ instead are read through DVC's API. Everything is in memory afterwards: nothing 
 """
 
 import hashlib
-import json
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data import workspace as paths
 from clear.errors import ClearError, one_line
+from clear.project.compare import figures
 from clear.project.git import Answer, NoGit, contents_of, git, output, tracked
 
 if TYPE_CHECKING:
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 LOCK, PARAMS, PINS = "dvc.lock", "params.yaml", "infra/constraints.txt"
 WANTED = ("data/metrics", "data/predictions", LOCK, PARAMS, PINS)
 BENCH = ("data/bench/clean", "data/bench/degraded")
+
+_ENTRIES = [{"path": str, "hash": str}]
+_STAGES = {...: {"deps": _ENTRIES, "outs": _ENTRIES}}
+"""What is read of dvc.lock, as a shape of clear.project.compare.figures; every entry has a path."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +154,7 @@ def _git(workspace: Path, arguments: list[str], given: bytes = b"") -> bytes:
 
 def _read_folder(folder: Path, name: str) -> Side:
     side = _read_tree(folder, name, f"folder {name}", "", {})
-    records = _json_files(folder / ".clear" / "runs" / side.profile) if side.profile else {}
+    records = figures.read(folder / ".clear" / "runs" / side.profile, figures.RECORDS) if side.profile else {}
     return _with(side, records, folder / "data" / "bench")
 
 
@@ -167,7 +171,7 @@ def _read_revision(workspace: Path, name: str, commit: str, origin: str) -> Side
     here = read_lock(workspace / LOCK)
     # A record of this machine is this revision's if the stage was locked alike: same command, inputs and outputs.
     own = {stage for stage, entry in side.lock.items() if here.get(stage) == entry}
-    records = _json_files(paths.home() / "runs" / side.profile) if side.profile else {}
+    records = figures.read(paths.home() / "runs" / side.profile, figures.RECORDS) if side.profile else {}
     current = {stage: record for stage, record in records.items() if stage_name(stage) in own}
     bench = workspace / "data" / "bench"
     same = side.hash_of(BENCH[1]) and outputs(here).get(BENCH[1]) == side.hash_of(BENCH[1])
@@ -239,15 +243,22 @@ def _read_tree(folder: Path, name: str, origin: str, commit: str, missing: dict[
         params=params,
         lock=read_lock(lock, where),
         lock_sha=hashlib.sha256(lock.read_bytes()).hexdigest() if lock.is_file() else "",
-        metrics=_json_files(folder / "data" / "metrics", where),
+        metrics=figures.read(folder / "data" / "metrics", figures.METRICS, f"{where}/data/metrics"),
         frames=frames,
         missing=absent,
-        pins=read_pins(folder / PINS),
+        pins=read_pins(folder / PINS, where),
     )
 
 
 def _yaml(file: Path, where: str) -> dict:
-    return _mapping(file.read_text(), f"{where}/{file.name}") if file.is_file() else {}
+    return _mapping(_text(file, name := f"{where}/{file.name}"), name) if file.is_file() else {}
+
+
+def _text(file: Path, name: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ClearError(f"{name}: byte {error.start} is not UTF-8; restore it from git.") from error
 
 
 def _mapping(text: str, name: str) -> dict:
@@ -256,7 +267,7 @@ def _mapping(text: str, name: str) -> dict:
 
     try:
         content = parse_yaml(text, name)
-    except YAMLFileCorruptedError as error:
+    except (YAMLFileCorruptedError, ValueError, KeyError) as error:  # the latter of values: no such day, a tag !!bool q
         raise ClearError(f"{name}: not valid YAML ({one_line(error.__cause__ or error)}).") from error
     if not isinstance(content, dict):
         raise ClearError(f"{name}: not a mapping of names to values; restore it from git.")
@@ -277,26 +288,22 @@ def lock_at(root: Path, revision: str) -> dict[str, dict]:
 
 def _stages(lock: dict, name: str) -> dict[str, dict]:
     stages = lock.get("stages") or {}
-    if not (isinstance(stages, dict) and all(isinstance(stage, dict) for stage in stages.values())):
-        raise ClearError(f"{name}: not a lock file of DVC; restore it from git.")
+    odd = figures.misfit(stages, _STAGES, "stages")
+    if odd is None:
+        odd = next((f"stages.{stage}" for stage, entry in stages.items() if not _is_stage(stage, entry)), None)
+    if odd is not None:
+        raise ClearError(f"{name}: not a lock file of DVC ({odd}); restore it from git.")
     return stages
 
 
-def _json_files(folder: Path, where: str = "") -> dict[str, dict]:
-    """{stem: content} of the JSON files of a folder; empty if there is none."""
-    contents: dict[str, Any] = {}
-    for file in sorted(folder.glob("*.json")):
-        try:
-            contents[file.stem] = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            name = f"{where}/data/metrics/{file.name}" if where else str(file)
-            raise ClearError(f"{name}: not valid JSON ({error}); make it again with its stage.") from error
-    return contents
+def _is_stage(name: object, stage: dict) -> bool:
+    return isinstance(name, str) and all("path" in entry for kind in ("deps", "outs") for entry in stage.get(kind, []))
 
 
-def read_pins(file: Path) -> dict[str, str]:
-    """Package → version of a list of locked packages; empty if there is none."""
+def read_pins(file: Path, where: str = "") -> dict[str, str]:
+    """Package → version of a list of locked packages, {} if there is none; `where` names the project in errors."""
     if not file.is_file():
         return {}
-    lines = (line.partition("==") for line in file.read_text().splitlines() if not line.startswith("#"))
+    text = _text(file, f"{where}/{PINS}" if where else str(file))
+    lines = (line.partition("==") for line in text.splitlines() if not line.startswith("#"))
     return {name: version for name, _, version in lines if version}
