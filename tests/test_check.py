@@ -161,6 +161,13 @@ def test_a_stage_missing_from_the_lock_is_named(project):
     assert _only(project) == "report is in dvc.yaml but not in dvc.lock (stage report): run `dvc repro report`."
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"- a\n", b"stages: 3\n", b"a: [\n", b""])
+def test_a_damaged_lock_is_one_line(project, content):
+    (project / "dvc.lock").write_bytes(content)
+    with pytest.raises(ClearError, match=r"^[^\n]*dvc\.lock[^\n]*$"):
+        drifts(project)
+
+
 def test_new_dependencies_outputs_and_parameters_are_named(project):
     _replace(project / "dvc.yaml", "deps: [code/source.txt]", "deps: [code/source.txt, code/lib]")
     _replace(project / "dvc.yaml", "outs: [data/samples]", "outs: [data/samples, data/more]")

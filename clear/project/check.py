@@ -121,7 +121,7 @@ def _locked_stages(file: Path) -> set[str]:
 
     try:
         return set(yaml.safe_load(file.read_text())["stages"])
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ClearError(f"{file}: not a lock file of DVC; restore it with `git checkout {LOCK}`.") from error
 
 
