@@ -1,5 +1,6 @@
 """`clear`, and `python -m clear`."""
 
+import os
 import sys
 
 from clear import interruption
@@ -8,6 +9,10 @@ from clear import interruption
 def run() -> None:
     """Run the command line (clear/cli). It takes most of a second to import, in which one may be interrupted too."""
     interruption.watch()
+    for number, (stream, mode) in enumerate({"stdin": "r", "stdout": "w", "stderr": "w"}.items()):
+        if getattr(sys, stream) is None:  # closed by whoever called: the next file would get its number, and its text
+            os.open(os.devnull, os.O_RDWR)
+            setattr(sys, stream, os.fdopen(number, mode))
     try:
         from clear.cli import main
     except BaseException as error:

@@ -14,10 +14,13 @@ import os
 import re
 import reprlib
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
+
+from clear import interruption
 
 _REMEDIES = {
     "check the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
@@ -69,9 +72,13 @@ def judging() -> Iterator[None]:
     """What keeps a command from judging, in the block, ends it with the status UNDECIDED."""
     try:
         yield
-    except (ClearError, OSError) as error:
-        if (refused := refusal(error)) is None:
-            raise
+    except Exception as error:
+        refused = refusal(error)
+        if refused is None:
+            if interruption.came(error):
+                raise
+            traceback.print_exc()  # a fault of ours is no judgement either
+            raise SystemExit(UNDECIDED) from error
         refused.status = UNDECIDED
         raise refused from error
 

@@ -14,7 +14,6 @@ from prefect.states import Completed, State
 from pydantic import Field
 
 from clear.config import PARAMS, load
-from clear.project.git import output
 from clear.project.release import publish
 from flows.service.announce import announce
 
@@ -37,9 +36,7 @@ def promote(version: str, workspace: str = ".", model: str = "", stage: str = pu
     """
     root, logger = Path(workspace).resolve(), get_run_logger()
     model = model or load(root / PARAMS).gate.model
-    shared = "origin" in output(root, "remote").split()
-    if shared:
-        output(root, "fetch", "--quiet", "--tags", "origin")
+    shared = publish.fetch_tags(root)
     asked = Approval.with_initial_data(description=question(root, model, version, stage))
     answer = suspend_flow_run(asked, timeout=round(days * DAY), key="approval")  # the run begins anew when resumed
     if not answer.approve:

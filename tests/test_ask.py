@@ -57,6 +57,16 @@ def refused(clear, *arguments) -> str:
     return said
 
 
+def test_a_picture_is_not_replaced_by_its_restoration_and_an_empty_question_is_none(here, clear):
+    (here / "link.png").symlink_to("p.png")
+    before = (here / "p.png").read_bytes()
+    for path in ("p.png", "./p.png", "link.png"):
+        assert "is the picture itself; name another file" in refused(clear, "p.png", "red ?", "--save", path)
+    assert (here / "p.png").read_bytes() == before
+    for question in ("", "  \n"):
+        assert "the question is empty" in refused(clear, "p.png", question)
+
+
 def test_a_question_within_the_positions_is_answered(here, clear):
     assert clear("ask", "p.png", " ".join(["red"] * 34), "--model", "model")[0] == 0
 

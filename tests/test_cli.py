@@ -20,7 +20,7 @@ from clear import cli
 from clear.cli.pipeline import STAGES
 from clear.data import workspace
 from clear.data.io import replacing, write_json, write_text
-from clear.errors import ClearError, naming, refusal
+from clear.errors import UNDECIDED, ClearError, naming, refusal
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
 
@@ -321,3 +321,56 @@ def test_results_without_a_run_say_what_to_do(project, clear):
     (project / "data/metrics/evaluate_base.json").unlink()
     code, _, stderr = clear("results")
     assert code == 1 and "make repro" in stderr
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
+def test_a_stream_that_is_closed_changes_no_verdict(tmp_path, closed):
+    """Python then has none, and a traceback's status 1 means worse, or changed."""
+    code, environment = f"{sys.executable} -m clear gate HEAD HEAD {closed}", os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(["sh", "-c", code], cwd=tmp_path, env=environment, capture_output=True, check=False)
+    assert done.returncode == UNDECIDED and b"Traceback" not in done.stderr
+
+
+def test_a_fault_of_the_program_is_no_judgement(project, clear, monkeypatch):
+    from clear.project import check
+
+    monkeypatch.setattr(check, "drifts", lambda root: 1 / 0)
+    status, _, errors = clear("check")
+    assert status == UNDECIDED and "ZeroDivisionError" in errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "said"),
+    [
+        (["watch"], UNDECIDED, "name a folder or s3://bucket/prefix to watch"),
+        (["watch", ""], UNDECIDED, "name a folder or s3://bucket/prefix to watch"),
+        (["watch", "x", "--calibrate"], UNDECIDED, "or give --calibrate alone"),
+        (
+            ["mmd-bench", "--source", ".", "--out", "o", "--scale", "0"],
+            1,
+            "--scale 0: a number above 0 and at most 100",
+        ),
+        (["mmd-bench", "--source", ".", "--out", "o", "--scale", "nan"], 1, "--scale nan: a number above 0"),
+        (
+            ["answer", "t.tsv", "--out", "o", "--endpoint", "x", "--name", "m"],
+            1,
+            "--endpoint x: must begin with http://",
+        ),
+        (["answer", "t.tsv", "--out", "o", "--model", "m", "--name", ".."], 1, "--name ..: files are called after it"),
+        (
+            ["answer", "t.tsv", "--out", "o", "--endpoint", "http://x", "--name", "m", "--key-from", "NIX"],
+            1,
+            "--key-from NIX: this environment variable is not set",
+        ),
+    ],
+)
+def test_options_are_refused_by_their_own_name(project, clear, arguments, status, said):
+    Path("t.tsv").write_text("index\tquestion\n")
+    found, out, errors = clear(*arguments)
+    assert (found, out) == (status, "") and said in errors and errors.count("\n") == 1, errors
+
+
+def test_parameters_that_are_no_text_are_one_line(tmp_path):
+    (tmp_path / "params.yaml").write_bytes(b"profile: tiny # \xe4\n")
+    with pytest.raises(ClearError, match="no readable key 'profile'"):
+        workspace.profile(tmp_path)

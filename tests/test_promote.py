@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from prefect.logging import disable_run_logger
 
 from clear.errors import ClearError
 from clear.project.release import publish, registry
+from flows import promote as flow
 from flows.benchmark import benchmark
 from flows.service import alerts
 from flows.service.alerts import ensure_alerts
@@ -78,3 +80,12 @@ def test_the_benchmark_takes_a_release_for_a_folder(server, tmp_path, monkeypatc
     assert measured["grpo"] == json.loads((project / "code/evaluate_grpo.json").read_text())
     copy = project / ".clear/scratch/benchmark/data/models/grpo"
     assert not (copy / "note.txt").exists() and (project / "data/models/grpo/note.txt").exists(), "the released model"
+
+
+def test_a_tag_that_is_another_at_the_remote_is_named(tmp_path):
+    project = make(tmp_path / "all")
+    git(project, "tag", "-m", "theirs", "grpo#prod#1")
+    git(project, "push", "-q", "origin", "grpo#prod#1")
+    git(project, "tag", "-f", "-m", "ours", "grpo#prod#1")
+    with disable_run_logger(), pytest.raises(ClearError, match="different tags named 'grpo#prod#1'"):
+        flow.promote.fn("v1.0.0", str(project))

@@ -219,3 +219,102 @@ def test_every_artifact_is_a_model_that_the_gate_can_judge():
 
     entries = yaml.safe_load((ROOT / "dvc.yaml").read_text())["artifacts"]
     assert [publish.evaluated(registry.artifact(ROOT, name)) for name in entries] == list(entries)
+
+
+@pytest.fixture
+def two(project) -> tuple[Path, Path]:
+    """Two people's clones of a project with the versions v1.0.0 and v1.1.0; nothing is in a stage."""
+    publish.release(project, "grpo", "v1.0.0", push=True)
+    another(project, "as good", seed=1)
+    publish.release(project, "grpo", "v1.1.0", push=True)
+    git(project.parent, "clone", "-q", "origin.git", "theirs")
+    theirs = project.parent / "theirs"
+    for key, value in {"name": "b", "email": "b@localhost"}.items():
+        git(theirs, "config", f"user.{key}", value)
+    return project, theirs
+
+
+def test_an_assignment_that_the_remote_refuses_is_none(two):
+    ours, theirs = two
+    publish.assign(ours, "grpo", "prod", "v1.0.0", push=True)
+    with pytest.raises(ClearError, match=r"refuses grpo#prod#1 \(already exists\).* `git fetch --tags origin` shows"):
+        publish.assign(theirs, "grpo", "prod", "v1.1.0", push=True)
+    assert registry.in_stage(theirs, "grpo", "prod") == ""
+    assert publish.fetch_tags(theirs)
+    assert registry.in_stage(theirs, "grpo", "prod") == "v1.0.0"
+    assert "pushed: " in "".join(publish.assign(theirs, "grpo", "prod", "v1.1.0", push=True))
+    hook = ours.parent / "origin.git/hooks/update"
+    hook.write_text("#!/bin/sh\necho ask the owner >&2\nexit 1\n")
+    hook.chmod(0o755)
+    before = git(theirs, "tag")
+    with pytest.raises(ClearError, match=r"refuses grpo#prod#3 \(hook declined\).*ask the owner"):
+        publish.assign(theirs, "grpo", "prod", "v1.0.0", push=True)
+    assert git(theirs, "tag") == before
+    git(theirs, "remote", "set-url", "origin", "../gone.git")
+    with pytest.raises(ClearError, match=r"grpo#prod#3 is made here, but .* failed: .*; repeat that command"):
+        publish.assign(theirs, "grpo", "prod", "v1.0.0", push=True)
+    assert registry.in_stage(theirs, "grpo", "prod") == "v1.0.0", "the network may come back"
+
+
+def test_a_release_behind_the_branch_is_pushed_after_a_pull(project):
+    git(project.parent, "clone", "-q", "origin.git", "theirs")
+    git(project.parent / "theirs", "commit", "-q", "--allow-empty", "-m", "theirs")
+    git(project.parent / "theirs", "push", "-q")
+    with pytest.raises(ClearError, match=r"grpo@v1.0.0 is made here.*`git pull --no-rebase origin main`, then repeat"):
+        publish.release(project, "grpo", "v1.0.0", push=True)
+    git(project, "pull", "-q", "--no-rebase", "origin", "main")
+    git(project, "push", "-q", "--atomic", "origin", "main", "grpo@v1.0.0")
+
+
+def test_tags_that_differ_are_named_where_they_are_fetched(two):
+    ours, theirs = two
+    publish.assign(ours, "grpo", "prod", "v1.0.0", push=True)
+    publish.assign(theirs, "grpo", "prod", "v1.1.0")  # and the push is forgotten
+    with pytest.raises(ClearError, match=r"different tags named 'grpo#prod#1'.* `git tag -d 'grpo#prod#1'` and repeat"):
+        publish.fetch_tags(theirs)
+    with pytest.raises(ClearError, match="is in prod already, by the tags of this clone"):
+        publish.assign(theirs, "grpo", "prod", "v1.1.0")
+    git(theirs, "tag", "-d", "grpo#prod#1")
+    assert publish.fetch_tags(theirs) and registry.in_stage(theirs, "grpo", "prod") == "v1.0.0"
+    git(theirs, "remote", "set-url", "origin", "../gone.git")
+    with pytest.raises(ClearError, match=r"`git fetch --tags origin` failed: .*gone\.git"):
+        publish.fetch_tags(theirs)
+    git(theirs, "remote", "remove", "origin")
+    assert not publish.fetch_tags(theirs), "nobody else has tags"
+
+
+@pytest.mark.parametrize("names", ["origin, its branch tracks main", "origin and a fork", "another name"])
+def test_tags_go_where_they_come_from(two, names):
+    ours, _ = two
+    git(ours, "switch", "-q", "-c", "prepared")
+    if names == "another name":
+        git(ours, "remote", "rename", "origin", "team")
+    elif names == "origin and a fork":
+        git(ours.parent, "init", "-q", "--bare", "fork.git")
+        git(ours, "remote", "add", "fork", "../fork.git")
+        git(ours, "push", "-q", "-u", "fork", "prepared")
+    else:
+        git(ours, "branch", "-q", "--set-upstream-to=main")
+    assert "pushed: grpo#prod#1" in publish.assign(ours, "grpo", "prod", "v1.0.0", push=True)
+    assert "grpo#prod#1" in git(ours.parent / "origin.git", "tag").split()
+    assert publish.fetch_tags(ours)
+
+
+def test_a_version_withdrawn_from_its_stage_can_be_replaced(two, clear):
+    ours, _ = two
+    publish.assign(ours, "grpo", "prod", "v1.1.0")
+    gone = "grpo commit " + git(ours, "rev-parse", "grpo@v1.1.0^{commit}")[:10]
+    git(ours, "tag", "-d", "grpo@v1.1.0")
+    another(ours, "a third", seed=2)
+    said = refused(clear, "grpo", "v1.2.0")
+    assert f"{gone}, which is no release here" in said and "a person decides, with `--because REASON`" in said
+    released(clear, "grpo", "v1.2.0", "--because", "v1.1.0 was withdrawn")
+    with pytest.raises(publish.Undecided):
+        publish.judge(ours, "grpo", "prod", "v1.2.0")
+    assert "in place of commit " in released(clear, "--assign", "prod", "v1.2.0", "--because", "v1.1.0 was withdrawn")
+    assert registry.in_stage(ours, "grpo", "prod") == "v1.2.0"
+    git(ours, "tag", "-d", "grpo@v1.2.0")
+    file = ours / "data/metrics/validate.json"
+    write_json(file, json.loads(file.read_text()) | {"success": False})
+    git(ours, "commit", "-qam", "failed")
+    assert "does not pass against grpo commit" in refused(clear, "grpo", "v1.3.0", "--because", "I want it")

@@ -84,6 +84,25 @@ def test_a_folder_in_place_of_an_output_is_refused_before_the_work(tmp_path, cle
         assert clear("score", file, option, name) == (1, "", f"error: {name}: Is a directory; correct the path.\n")
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--json", "M_MMStar.tsv"], "--json M_MMStar.tsv: is one of the files to be read"),
+        (["--rows", "link.tsv"], "--rows link.tsv: is one of the files to be read"),
+        (["--manifest", "m.parquet", "--html", "m.parquet"], "--html m.parquet: is one of the files to be read"),
+        (["--json", "x", "--rows", "./x"], "--rows x: is what --json writes"),
+    ],
+)
+def test_no_output_takes_the_place_of_a_table_or_of_another(tmp_path, clear, monkeypatch, arguments, said):
+    """`--json` takes a file here and is a flag elsewhere: it has eaten a table of answers."""
+    (file,) = put(tmp_path, "M", MMStar=[mcq(0, True)])
+    monkeypatch.chdir(Path(file).parent)
+    before = Path(file).read_bytes()
+    Path("link.tsv").symlink_to(file)
+    status, _, errors = clear("score", Path(file).name, *arguments)
+    assert (status, errors) == (1, f"error: {said}; name another file.\n") and Path(file).read_bytes() == before
+
+
 @pytest.mark.parametrize("name", [".", "..", "/"])
 def test_a_path_without_a_name_is_never_replaced(name):
     with pytest.raises(ClearError, match="not the name of a file"), replacing(name):

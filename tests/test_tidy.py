@@ -172,7 +172,8 @@ def test_nothing_is_removed_where_something_is_not_known(team, tmp_path, clear):
     with writer(team / ".clear/scratch/nobody", "leave"):
         pass
     assert "no DVC project" in said("--also", str(tmp_path))
-    assert "at least 0" in said("--days=-1")
+    for days in ("-1", "nan", "inf", "1e9"):
+        assert "from 0 to 36500" in said(f"--days={days}")
     git(team, "remote", "set-url", "origin", "../gone.git")
     assert "git's remote origin does not say what is needed" in said()
     git(team, "remote", "remove", "origin")
@@ -230,3 +231,94 @@ def test_while_a_run_goes_on_nothing_is_removed(team, clear):
     finally:
         run.kill()
         run.wait()
+
+
+def held(folder: Path) -> subprocess.Popen:
+    """A process that has the lock of a folder until it is killed."""
+    program = "import sys, time; from pathlib import Path; from clear.data.lock import writer\n"
+    program += f"with writer(Path({str(folder)!r}), 'leave', 'a run'): print(flush=True); time.sleep(60)"
+    run = python(program, cwd=folder.parent)
+    assert run.stdout.readline() == "\n", "it holds the lock"
+    return run
+
+
+def ended(run: subprocess.Popen) -> None:
+    run.kill()
+    run.wait()
+
+
+LOST = hashlib.md5(b"superseded").hexdigest()
+
+
+def needless() -> set[str]:
+    return {one.id for one in tidy(Path()).stores[0].needless}
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_clones_of_flows_count_wherever_the_private_folder_is(team, tmp_path, monkeypatch, elsewhere):
+    """Flows work in the workspace's .clear, whatever CLEAR_HOME says, and DVC works there under the lock beside it."""
+    if elsewhere:
+        monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "fast-disk"))
+    copies = [team / f".clear/scratch/{name}" for name in ("retrain/copy", "benchmark")]
+    copies += [tmp_path / "fast-disk/scratch/smoke"] if elsewhere else []
+    for copy in copies:
+        assert LOST in needless()
+        shutil.copytree(team, copy, ignore=shutil.ignore_patterns(".clear", "cache"))
+        (copy / "dvc.lock").write_text(git(team, "show", "HEAD~1:dvc.lock"))
+        assert LOST not in needless()
+        run = held(copy)
+        with pytest.raises(ClearError, match="Nothing is removed while a run"):
+            tidy(Path(), remove=True)
+        ended(run)
+        shutil.rmtree(copy)
+    for beside in ("scratch", "scratch/retrain", "scratch/reproduce"):
+        (team / ".clear" / beside).mkdir(parents=True, exist_ok=True)
+        run = held(team / ".clear" / beside)
+        with pytest.raises(ClearError, match="Nothing is removed while a run"):
+            tidy(Path(), remove=True)
+        ended(run)
+    assert versions(team) >= EVER
+    tidy(Path(), remove=True)
+    assert versions(team) == NEEDED, "with nobody there, it does not lock itself out"
+
+
+def test_what_is_added_in_a_copy_outside_git_stays(team, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "fast-disk"))
+    copy = tmp_path / "fast-disk/scratch/smoke"
+    shutil.copytree(team, copy, ignore=shutil.ignore_patterns(".clear", "cache", ".git"))
+    assert LOST in needless()
+    (copy / "data/incoming").mkdir()
+    (copy / "data/incoming/rain.dvc").write_text(f"outs:\n- md5: {LOST}\n  path: rain\n")
+    assert LOST not in needless()
+
+
+def test_from_a_linked_worktree_the_main_one_is_another(team, tmp_path, monkeypatch):
+    git(team, "remote", "set-url", "origin", str(tmp_path / "team/origin.git"))
+    tree = tmp_path / "tree"
+    git(team, "worktree", "add", "-q", "-b", "side", str(tree))
+    (tree / ".dvc/config.local").write_text(f"[cache]\n    dir = {team}/.dvc/cache\n")
+    monkeypatch.chdir(tree)
+    monkeypatch.setenv("CLEAR_HOME", str(tree / ".clear"))
+    assert LOST in needless()
+    (team / "dvc.lock").write_text(git(team, "show", "HEAD~1:dvc.lock"))  # not committed, and only there
+    assert LOST not in needless()
+    run = held(team)
+    with pytest.raises(ClearError, match="Nothing is removed while a run"):
+        tidy(Path(), remove=True)
+    ended(run)
+    tidy(Path(), remove=True)
+    assert versions(team) == EVER, "neither is it its own rival for the lock"
+
+
+def test_a_tag_that_is_another_at_the_remote_keeps_both_its_data(team, tmp_path):
+    """Two people made it at once; git refuses to replace the one that is here."""
+    assert LOST in needless()
+    other = tmp_path / "other"
+    git(tmp_path, "clone", "-q", str(tmp_path / "team/origin.git"), str(other))
+    git(other, "tag", "-f", "-m", "theirs", "grpo@v1.0.0", "origin/main~1")
+    git(other, "push", "-q", "-f", "origin", "grpo@v1.0.0")
+    before = git(team, "rev-parse", "grpo@v1.0.0")
+    assert LOST not in needless(), "of the tag at the remote"
+    assert git(team, "rev-parse", "grpo@v1.0.0") == before
+    tidy(Path(), remove=True)
+    assert versions(team) == EVER

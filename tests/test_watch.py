@@ -159,7 +159,7 @@ def test_what_is_not_there_is_one_line(here, tmp_path, clear):
         ((), "name a folder or s3://bucket/prefix to watch"),
     ):
         status, out, err = clear("watch", *arguments)
-        assert status == (2 if arguments else 1) and out == ""
+        assert status == 2 and out == ""
         assert err.startswith("error: ") and said in err and err.count("\n") == 1, err
 
 

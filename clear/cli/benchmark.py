@@ -41,9 +41,8 @@ def score(
     from clear.bench.vlmeval import collect, scores
     from clear.data.io import replacing, write_json, write_text
 
-    for path in (out, rows, markdown, html):
-        if path is not None and path.is_dir():  # else it would be refused in the same words after the work
-            raise ClearError(f"{path}: Is a directory; correct the path.")
+    outputs = {"--json": out, "--rows": rows, "--markdown": markdown, "--html": html}
+    _refuse_outputs({option: path for option, path in outputs.items() if path is not None}, [*files, manifest])
     several = len({*collect.models_of(files)} - {""}) > 1
     if several or reference or published or manifest or markdown or html:
         from clear.bench.vlmeval.leaderboard import leaderboard
@@ -65,15 +64,28 @@ def score(
         shown = scores.table(found)
     if report:
         found["judge"] = report
-    say(shown)
-    rejected = frame["reject"][frame["reject"] != ""]
-    if len(rejected):
-        say(f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", sys.stderr)
     if out is not None:
         write_json(out, found)
     if rows is not None:
         with replacing(rows, several=True) as partial:
             frame.to_parquet(partial, index=False)
+    say(shown)
+    rejected = frame["reject"][frame["reject"] != ""]
+    if len(rejected):
+        say(f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", sys.stderr)
+
+
+def _refuse_outputs(outputs: dict[str, Path], read: list[Path | None]) -> None:
+    """Raise ClearError, before the work, for an output (by option) that is a folder, or a file of another use."""
+    known: dict[Path, str] = {path.resolve(): "is one of the files to be read" for path in read if path is not None}
+    for option, path in outputs.items():
+        if path.is_dir():  # else it would be refused in the same words after the work
+            raise ClearError(f"{path}: Is a directory; correct the path.")
+        if path.exists() and not path.is_file():
+            continue  # /dev/stdout, which may have several
+        if path.resolve() in known:
+            raise ClearError(f"{option} {path}: {known[path.resolve()]}; name another file.")
+        known[path.resolve()] = f"is what {option} writes"
 
 
 def _scored(frame: "pd.DataFrame", judge: bool) -> "tuple[pd.DataFrame, dict]":
@@ -118,6 +130,8 @@ def mmd_bench(
     from clear.data.rejects import read_rejects
     from clear.sources.lmudata import FILE
 
+    if not 0 < scale <= 100:
+        raise ClearError(f"--scale {scale:g}: a number above 0 and at most 100; 1 = as published.")
     if protocol not in PROTOCOLS:
         raise ClearError(f"--protocol {protocol}: choose one of {', '.join(PROTOCOLS)}.")
     if names not in NAMES or (names == "authors" and protocol != "full"):

@@ -52,17 +52,23 @@ def ask(
         raise ClearError(f"--restore {restore}: choose auto, always or never.")
     if not image.is_file():
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
+    if not question.strip():
+        raise ClearError("the question is empty; ask something.")
+    if save is not None and save.exists() and save.samefile(image):
+        raise ClearError(f"--save {save}: is the picture itself; name another file.")
+    config = with_base(load(), base)
     model = _found(model, "name one with --model")
-    config = with_local_weights(with_base(load(), base), "ask")
+    config = with_local_weights(config, "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
+    if save is not None and answer.picture is not None:
+        with replacing(save, several=True) as partial:
+            partial.write_bytes(encode_image(answer.picture))
     say(answer.trace)
     say(f"restored: {'yes' if answer.restored else 'no'}")
     say(f"answer: {answer.answer}")
     if save is not None:
         if answer.picture is None:
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
-        with replacing(save, several=True) as partial:
-            partial.write_bytes(encode_image(answer.picture))
         say(f"restored image: {save}")
 
 
@@ -107,14 +113,20 @@ def answer(
             raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
     if (model is None) == (endpoint == ""):
         raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
-    model = None if model is None else _found(model)
     if endpoint and not name:
         raise ClearError("--endpoint needs --name: the model's name there, as its /v1/models lists it.")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise ClearError(f"--endpoint {endpoint}: must begin with http:// or https:// (and usually end in /v1).")
+    if key_from and not os.environ.get(key_from):
+        raise ClearError(f"--key-from {key_from}: this environment variable is not set; export it.")
+    if name.startswith("."):
+        raise ClearError(f"--name {name}: files are called after it; begin it with a letter or a digit.")
     for file in data:
         if not file.is_file():
             raise ClearError(f"{file}: no such file; name TSVs of VLMEvalKit's LMUData folder.")
     config, rejects = load(), []
     if model is not None:
+        model = _found(model)
         name = name or _called(model)
         config = with_local_weights(with_base(config, base), "ask")
         respondent = nullcontext(Folder(model, config, restore, feedback, cluster))

@@ -20,7 +20,7 @@ def watch(
         float, typer.Option(min=0, max=1, help="Share of the reference that has training's damage; 0 = clean pictures.")
     ] = 0.0,
     alpha: Annotated[float, typer.Option(min=0.001, max=0.5, help="False alarms, as a share of the nights.")] = 0.01,
-    since: Annotated[float, typer.Option(min=0, help="Only files changed in so many hours; 0 = all.")] = 0.0,
+    since: Annotated[float, typer.Option(min=0, max=10**6, help="Only files changed in so many hours; 0 = all.")] = 0.0,
     limit: Annotated[int, typer.Option(min=1, help="Pictures that are measured at most.")] = 2000,
     night: Annotated[str, typer.Option(help="Name of the night; default: today, UTC.")] = "",
     answers: Annotated[
@@ -46,9 +46,9 @@ def watch(
     from clear.project.watch import Wishes, calibrated
     from clear.project.watch import watch as run
 
-    if bool(place) == calibrate:
-        raise ClearError("name a folder or s3://bucket/prefix to watch, or give --calibrate alone.")
     with judging():
+        if bool(place) == calibrate:
+            raise ClearError("name a folder or s3://bucket/prefix to watch, or give --calibrate alone.")
         if calibrate:
             file = calibrated(Path(), reference, damaged, alpha)
             say(f"{power.enough(power.figures(file))}\n{file} written.")

@@ -47,7 +47,7 @@ def profile(workspace: Path | str = "") -> str:
         raise ClearError(f"{file} is not here; run this from the project's folder, or `make params` to compose it.")
     try:
         name = yaml.safe_load(file.read_text())["profile"]
-    except (yaml.YAMLError, KeyError, TypeError) as error:
+    except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:
         raise ClearError(f"{file}: no readable key 'profile'; compose the file with `make params`.") from error
     if not isinstance(name, str) or not name.isidentifier():
         raise ClearError(f"{file}: profile = {name!r} is not a profile's name; compose the file with `make params`.")

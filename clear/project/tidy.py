@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 DAYS = 30
 _PULLS = "refs/clear/pulls"
+_TAGS = "refs/clear/tags"
+"""Where the tags of the remotes are kept, because a remote may have another tag under a name that is taken here."""
 
 
 @dataclass(frozen=True)
@@ -103,36 +105,58 @@ def tidy(
     git that does not answer, a shallow or partial clone) and, with `remove`, where a run is going on in the workspace
     or a copy of it. Nothing is removed then.
     """
-    if days < 0:
-        raise ClearError(f"--days {days:g}: at least 0.")
+    if not 0 <= days <= 36500:  # NaN is not, either
+        raise ClearError(f"--days {days:g}: from 0 to 36500.")
     others = [Path(folder) for folder in also]
     for folder in others:
         if not (folder / ".dvc").is_dir():
             raise ClearError(f"{folder}: no DVC project, so it is not known what it needs.")
+    projects = _distinct([root, *_worktrees(root), *others])
+    private = [home()] if root.resolve() == Path.cwd() else []  # of `clear scratch`; those of flows are in .clear
+    scratch = [folder / "scratch" for folder in _distinct([*private, *(project / ".clear" for project in projects)])]
+    # A flow holds the lock beside its clone while it makes it, and while DVC works in it.
+    beside = [folder / name for folder in scratch for name in ("", "retrain", "reproduce")]
     with ExitStack() as held:
-        copies = [*_worktrees(root), *_scratch(root), *others]
+        known = _distinct([*projects, *beside])
         if remove:
-            for folder in (root, *copies):
-                try:
-                    held.enter_context(writer(folder, "leave", "clear tidy"))
-                except Busy as error:
-                    raise ClearError(f"{error} Nothing is removed while a run may add to the cache.") from error
+            _hold(held, known)
+        made = _distinct(copy for folder in scratch for copy in _copies(folder))
+        copies = [folder for folder in _distinct([*projects, *made]) if folder != root]
+        if remove:
+            _hold(held, _distinct([*known, *made])[len(known) :])
         revisions = _revisions(root)
         return _tidied(root, days, remote, remove, copies, revisions)
+
+
+def _hold(held: ExitStack, folders: Iterable[Path]) -> None:
+    """Be the only writer of folders until `held` ends. Raises ClearError where one has another writer."""
+    for folder in folders:
+        try:
+            held.enter_context(writer(folder, "leave", "clear tidy"))
+        except Busy as error:
+            raise ClearError(f"{error} Nothing is removed while a run may add to the cache.") from error
+
+
+def _distinct(folders: Iterable[Path]) -> list[Path]:
+    """Each folder once, in order: whoever locks one twice is in his own way."""
+    first: dict[Path, Path] = {}
+    for folder in folders:
+        first.setdefault(folder.resolve(), folder)
+    return list(first.values())
 
 
 def _worktrees(root: Path) -> list[Path]:
     """Other checkouts of this clone."""
     listed = output(root, "worktree", "list", "--porcelain", "-z").split("\0")
     found = [Path(line.removeprefix("worktree ")) for line in listed if line.startswith("worktree ")]
-    inside = output(root, "rev-parse", "--show-prefix").strip()
-    return [folder / inside for folder in found[1:] if (folder / inside / ".dvc").is_dir()]
+    top, inside = output(root, "rev-parse", "--show-toplevel", "--show-prefix").split("\n")[:2]
+    others = [folder / inside for folder in found if folder.resolve() != Path(top).resolve()]
+    return [folder for folder in others if (folder / ".dvc").is_dir()]
 
 
-def _scratch(root: Path) -> list[Path]:
+def _copies(scratch: Path) -> list[Path]:
     """Copies and clones in which runs work."""
-    private = home() if root.resolve() == Path.cwd() else root / ".clear"
-    return sorted(file.parent for file in private.glob(f"scratch/**/{LOCK}") if (file.parent / ".dvc").is_dir())
+    return sorted(folder.parent for folder in scratch.glob("**/.dvc") if folder.is_dir())
 
 
 def _revisions(root: Path) -> dict[str, list[str]]:
@@ -143,25 +167,26 @@ def _revisions(root: Path) -> dict[str, list[str]]:
     for name in remotes:
         heads = f"+refs/heads/*:refs/remotes/{name}/*"
         pulls = [f"+refs/{kind}/*/head:{_PULLS}/{name}/{kind}/*" for kind in ("pull", "merge-requests")]
-        done = git(root, "fetch", "--prune", "--tags", "--quiet", name, heads, *pulls)
+        tags = f"+refs/tags/*:{_TAGS}/{name}/*"
+        done = git(root, "fetch", "--prune", "--no-tags", name, heads, tags, *pulls)
         if done.status:
             raise ClearError(
                 f"git's remote {name} does not say what is needed there: {done.said}; repeat when it answers, or "
                 "`git remote remove` it."
             )
     kinds = {
-        "tags": "refs/tags",
-        "branches": "refs/heads",
-        "branches of others": "refs/remotes",
-        "pull requests": _PULLS,
-        "experiments": "refs/exps",
+        "tags": ("refs/tags", _TAGS),
+        "branches": ("refs/heads",),
+        "branches of others": ("refs/remotes",),
+        "pull requests": (_PULLS,),
+        "experiments": ("refs/exps",),
     }
-    return {what: _commits(root, where) for what, where in kinds.items()}
+    return {what: _commits(root, *where) for what, where in kinds.items()}
 
 
-def _commits(root: Path, where: str) -> list[str]:
+def _commits(root: Path, *where: str) -> list[str]:
     """The commits of the references below `where`; tags may be of something else."""
-    listed = output(root, "for-each-ref", "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname)", where)
+    listed = output(root, "for-each-ref", "--format=%(objecttype) %(*objecttype) %(objectname) %(*objectname)", *where)
     found = []
     for words in (line.split(" ") for line in listed.splitlines()):
         kind, peeled, name, target = words
@@ -218,13 +243,18 @@ def _stores(repo: "Repo", remote: bool) -> list[tuple[str, "HashFileDB"]]:
 def _named(root: Path, commits: Iterable[str]) -> set[str]:
     """The hashes of outputs in the dvc.lock and .dvc files of a folder as it is and of commits; a folder's is that of
     its list."""
-    listed = git(root, "ls-files", "-z", "--cached", "--others")  # of a folder outside git there is no list
-    files = {root / name for name in [*listed.text.split("\0"), LOCK] if _names_data(name)}
+    listed = git(root, "ls-files", "-z", "--cached", "--others")
+    names = (
+        listed.text.split("\0")
+        if not listed.status
+        else [file.relative_to(root).as_posix() for file in root.rglob("*.dvc")]
+    )
+    files = {root / name for name in [*names, LOCK] if _names_data(name)}
     texts = [file.read_bytes() for file in files if file.is_file()]
     blobs: set[str] = set()
     for commit in commits:
         blobs |= {blob for path, blob in tracked(root, commit).items() if _names_data(path)}
-    found = contents_of(root, blobs)
+    found = contents_of(root, blobs) if blobs else {}  # a copy may be outside git
     if len(found) < len(blobs):
         raise ClearError("this clone lacks files of commits that are needed (a partial clone?); `git fetch` them.")
     return set().union(*(_outputs(text) for text in {*texts, *found.values()}))

@@ -137,6 +137,6 @@ def read_metrics(data: Path) -> dict[str, dict]:
             continue
         try:
             found[name] = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no JSON, or no text
             raise ClearError(f"{file}: not valid JSON ({error}); run `dvc repro {name}`.") from error
     return found

@@ -18,6 +18,7 @@ from clear.data.records import file_sha256
 from clear.errors import ClearError, quoted
 from clear.model import release
 from clear.model.checkpoint import fingerprint, read_config
+from clear.model.checkpoint.config import json_object
 from clear.project.compare.load import read_lock
 from clear.project.git import NoGit, git
 from clear.project.results import parse
@@ -167,7 +168,7 @@ def _board(wishes: Wishes) -> tuple[dict, str]:
         return {}, ""
     if not wishes.scores.is_file():
         raise ClearError(f"--scores {wishes.scores}: no such file; name the JSON of `clear score`.")
-    board = _read(wishes.scores)
+    board = json_object(wishes.scores, "name the JSON of `clear score`")
     if not {"models", "benchmarks", "notes"} <= board.keys():
         raise ClearError(
             f"{wishes.scores}: no leaderboard; make it with `clear score … --published --json {wishes.scores}`."

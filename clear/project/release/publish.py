@@ -6,6 +6,7 @@ against the version that is in the stage the release is meant for. Putting a for
 refused, because that is what one does while something is wrong.
 """
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def release(
     """Write and commit the cards of a model, tag that commit as a version of it, and return what there is to say.
 
     `because` is a person's reason to release although the gate cannot decide (another benchmark or profile); it does
-    not help where the gate fails. With `push` commit and tag go to the remote of the branch, both or neither.
+    not help where the gate fails. With `push` branch and tag go to the remote, both or neither.
     Raises ClearError for the first obstacle, with its remedy; nothing is written then.
     """
     entry = registry.artifact(root, model)
@@ -92,13 +93,16 @@ def judge(root: Path, model: str, stage: str, version: str, because: str = "") -
         )
     current = registry.in_stage(root, model, stage)
     if current == version:
-        raise ClearError(f"{model} {version} is in {stage} already.")
+        raise ClearError(
+            f"{model} {version} is in {stage} already, by the tags of this clone; `git fetch --tags` brings those of "
+            "others."
+        )
     former = {event.version for event in registry.history(root, model) if event.stage == stage}
     if version in former:
         reason = "It has been there before."
     else:
         reason = _require_gate(root, entry, known[version], stage, known, because)
-    return f"{model} {version} is in {stage}" + (f", in place of {current}" if current else ""), reason
+    return f"{model} {version} is in {stage}" + (f", in place of {_called(current)}" if current else ""), reason
 
 
 def _require_clean(root: Path) -> None:
@@ -145,27 +149,41 @@ def _require_pushed(root: Path) -> None:
 
 def _require_gate(root: Path, entry: Artifact, commit: str, stage: str, known: dict[str, str], because: str) -> str:
     """What the gate said about a commit, in one sentence; raises ClearError unless it passes, or cannot decide and a
-    person did. Where the stage is empty, the commit is its own base: that leaves the rules about the data."""
+    person did. Where the stage is empty, or has a version that is none any more, the commit is its own base: that
+    leaves the rules about the data."""
     current = registry.in_stage(root, entry.name, stage)
-    if current and current not in known:
-        raise ClearError(f"{entry.name} {current} is in {stage} but not a release; `git fetch --tags` and repeat.")
-    base = read_side(root, known[current] if current else commit)
+    base = read_side(root, known.get(current, commit))
     head = read_side(root, commit)
     policy, _ = policy_of(base, head)
     verdict = decide_under(replace(policy, model=evaluated(entry)), base, head)
-    against = f"{entry.name} {current}" if current else f"no version, since {stage} is empty"
+    withdrawn = bool(current) and current not in known
+    against = f"{entry.name} {_called(current)}" if current else f"no version, since {stage} is empty"
+    against += ", which is no release here" if withdrawn else ""
+    decided = f"The gate cannot decide against {against}; decided by a person: {' '.join(because.split())}"
+    if verdict.status == PASSED and withdrawn:
+        if because.strip():
+            return decided
+        raise Undecided(
+            f"the gate cannot decide against {against} though it is in {stage}; `git fetch --tags` brings it if others "
+            "have it, else a person decides, with `--because REASON`."
+        )
     if verdict.status == PASSED:
         return f"The gate passes against {against}: {verdict.sentence if current else verdict.rules[2].reason + '.'}"
-    command = f"`clear gate {known[current][:10] if current else 'HEAD'} {commit[:10]}` shows all rules"
+    command = f"`clear gate {known.get(current, 'HEAD')[:10]} {commit[:10]}` shows all rules"
     if verdict.status == NOT_COMPARABLE:
         if because.strip():
-            return f"The gate cannot decide against {against}; decided by a person: {' '.join(because.split())}"
+            return decided
         raise Undecided(
             f"the gate cannot decide against {against}: {verdict.sentence} {command}; a person decides, with "
             "`--because REASON`."
         )
     broken = next(rule for rule in verdict.rules if rule.kept is False)
     raise ClearError(f"the gate does not pass against {against}: {broken.name}: {broken.reason}; {command}.")
+
+
+def _called(version: str) -> str:
+    """A version for readers; GTO has the commit in its place where its tag is gone."""
+    return f"commit {version[:10]}" if re.fullmatch("[0-9a-f]{40}", version) else version
 
 
 def evaluated(entry: Artifact) -> str:
@@ -191,16 +209,63 @@ def _commit(root: Path, files: list[Path], message: str) -> None:
         raise ClearError(f"git refuses to commit the cards: {done.said}; correct that and repeat.")
 
 
+def fetch_tags(root: Path) -> bool:
+    """Fetch the tags of others; False where there is no remote to ask. Raises ClearError with git's reason."""
+    where = remote(root)
+    if not where:
+        return False
+    done = git(root, "fetch", "--tags", where)
+    if not done.status:
+        return True
+    refusals = [line for line in done.error_lines() if line.startswith("!")]
+    names = [match[1] for line in refusals if (match := re.search(r"(\S+) +-> ", line))]
+    clashing = [name for name in names if not git(root, "rev-parse", "-q", "--verify", f"refs/tags/{name}").status]
+    if clashing:
+        listed = " ".join(f"'{name}'" for name in clashing)
+        raise ClearError(
+            f"{where} and this clone have different tags named {listed}; if those of {where} count, delete these with "
+            f"`git tag -d {listed}` and repeat."
+        )
+    raise ClearError(
+        f"`git fetch --tags {where}` failed: {' | '.join(refusals) or done.said}; correct that and repeat."
+    )
+
+
+def remote(root: Path) -> str:
+    """The remote that tags come from and go to: origin, else that of the branch, else the only one; "" for none."""
+    names = output(root, "remote").split()
+    tracked = git(root, "config", f"branch.{_branch(root)}.remote").text.strip()  # "." for a local branch
+    return next((name for name in ("origin", tracked) if name in names), names[0] if len(names) == 1 else "")
+
+
+def _branch(root: Path) -> str:
+    return git(root, "symbolic-ref", "--short", "-q", "HEAD").text.strip()
+
+
 def _published(root: Path, tag: str, push: bool, branch: bool) -> str:
-    """Push a tag, and with `branch` the branch it is on; or say how."""
-    here = git(root, "symbolic-ref", "--short", "-q", "HEAD").text.strip()
-    where = git(root, "config", f"branch.{here}.remote").text.strip() if here else ""
+    """Push a tag that was just made, and with `branch` the branch it is on; or say how. A tag that is refused is
+    deleted: it would hide the one that others have."""
+    here, where = _branch(root), remote(root) or "origin"
     refs = [*([here] if branch and here else []), tag]
-    words = ["push", "--atomic", where or "origin", *refs]
+    words = ["push", "--atomic", where, *refs]
     command = f"git {' '.join(words)}".replace("#", "\\#")
     if not push:
         return f"others see it after: {command}"
     done = git(root, *words)
-    if done.status:
-        raise ClearError(f"{tag} is made here, but `{command}` failed: {done.said}; repeat that command.")
-    return f"pushed: {' '.join(refs)}"
+    if not done.status:
+        return f"pushed: {' '.join(refs)}"
+    name = re.escape(tag)
+    refused = re.search(rf"! .*{name} -> {name} \((?!atomic)(.*?)\)", done.said)  # for itself, not for the branch
+    if refused:
+        output(root, "tag", "-d", tag)
+        stays = ", while the commit of the cards stays" if branch else ""
+        deleted = f"{where} refuses {tag} ({refused[1]}), so that it is deleted here and does not count{stays}"
+        if "already exists" in refused[1]:
+            raise ClearError(
+                f"{deleted}: somebody else has released or assigned meanwhile; `git fetch --tags {where}` shows what, "
+                "then repeat if it is still wanted."
+            )
+        raise ClearError(f"{deleted}: {done.said}; `git fetch --tags {where}` and repeat once it accepts it.")
+    behind = "(fetch first)" in done.said or "(non-fast-forward)" in done.said
+    first = f"`git pull --no-rebase {where} {here}`, then " if behind else ""
+    raise ClearError(f"{tag} is made here, but `{command}` failed: {done.said}; {first}repeat that command.")
