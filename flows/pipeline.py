@@ -132,7 +132,8 @@ def tools(say: Callable[[str], None]) -> Tools:
     def reproduce_all(folder: Path, stages: list[str] | None) -> None:
         pipeline(str(folder), stages, "wait")
 
-    return Tools(lambda arguments, folder: command(arguments, folder), reproduce_all, run, say, announce_refused)
+    told = (announce_refused, announce_gate)
+    return Tools(lambda arguments, folder: command(arguments, folder), reproduce_all, run, say, *told)
 
 
 def aside(home: Path, when_busy: str, run: Callable[[Tools], Outcome], artifact: str) -> State:
@@ -147,7 +148,6 @@ def aside(home: Path, when_busy: str, run: Callable[[Tools], Outcome], artifact:
         logger.warning(str(busy))
         return Cancelled(message=str(busy))
     logger.info(outcome.message)
-    announce_gate(outcome)
     if outcome.body:
         create_markdown_artifact(outcome.body, artifact, outcome.message)
     return Completed(name=outcome.state, message=outcome.message, data=asdict(outcome))

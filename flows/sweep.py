@@ -25,21 +25,31 @@ from flows.service.announce import announce
 MINUTES = 10.0
 
 
-def sweep(compute: Compute, minutes: float = MINUTES, say: Callable[[str], None] = print) -> list[str]:
-    """End the jobs of the stack that have no owner; returns their ids."""
+def sweep(
+    compute: Compute,
+    minutes: float = MINUTES,
+    say: Callable[[str], None] = print,
+    tell: Callable[[list[str]], object] = lambda ended: None,
+) -> list[str]:
+    """End the jobs of the stack that have no owner; returns their ids. `tell` hears of them even where another job
+    cannot be ended, which is raised once all were tried."""
     account = batch.account(compute)
     store = Store(account.s3, account.outputs["Bucket"])
     leases = store.names("leases/")
     ended, failed = [], []
-    for job in _jobs(account, compute.stack):
-        try:
-            if reason := _orphaned(job, leases, store, minutes):
-                say(f"ending job {job['jobId']} ({job['jobName']}): {reason}")
-                batch.terminate(account.batch, job["jobId"], f"swept: {reason}")
-                ended.append(job["jobId"])
-        except ClearError as error:  # the others are paid for as well
-            say(f"job {job['jobId']} is not ended: {error}")
-            failed.append(error)
+    try:
+        for job in _jobs(account, compute.stack):
+            try:
+                if reason := _orphaned(job, leases, store, minutes):
+                    say(f"ending job {job['jobId']} ({job['jobName']}): {reason}")
+                    batch.terminate(account.batch, job["jobId"], f"swept: {reason}")
+                    ended.append(job["jobId"])
+            except ClearError as error:  # the others are paid for as well
+                say(f"job {job['jobId']} is not ended: {error}")
+                failed.append(error)
+    finally:
+        if ended:
+            tell(ended)
     if failed:
         raise failed[0]
     return ended
@@ -89,11 +99,11 @@ def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
         get_run_logger().info(line)
         lines.append(line)
 
-    ended = sweep(settings.load(folder), minutes, say)
-    if ended:
+    def tell(ended: list[str]) -> None:
         count = f"{len(ended)} {'job' if len(ended) == 1 else 'jobs'}"
         announce("swept", f"{count} without an owner ended", "; ".join(lines), "python -m flows.sweep")
-    return ended
+
+    return sweep(settings.load(folder), minutes, say, tell)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,7 +3,9 @@
 The work is `clear watch`, run in the workspace under the supervisor that ends it with the flow; the page and the
 history stay in that folder's data/watch. Prefect gets numbers alone: an artifact without pictures and names of files,
 the state Drifted, NoDrift or TooFew, and where the pictures have changed an announcement, for the alerts to send. A
-change that lasts is announced on its first night; the state says it every night.
+change that lasts is announced once; the state says it every night. What was announced is in a file of its own,
+`announced` beside the history: a person's `clear watch` adds to the history too, and a run may be killed before it
+announces.
 """
 
 import argparse
@@ -14,8 +16,10 @@ from typing import Any
 
 from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
+from prefect.logging.loggers import LoggingAdapter
 from prefect.states import Completed
 
+from clear.data.io import write_text
 from clear.drift.night import DRIFTED
 from clear.errors import UNDECIDED, ClearError, say
 from flows.dvc_commands import environment
@@ -59,15 +63,23 @@ def watch(
         said = lines[-1].removeprefix("error: ") if lines else f"`clear watch` ended with status {status}"
         raise ClearError(said)
     night = json.loads((folder / page).with_name("night.json").read_text())
+    if night["verdict"] == DRIFTED:
+        _announce_once(night, page, (folder / page).parent.with_name("announced"), logger)
     create_markdown_artifact((folder / page).with_name("night.md").read_text(), "watch", f"{place}: {night['verdict']}")
-    if night["verdict"] == DRIFTED and night["begun"] not in ("", night["night"]):
-        logger.info("announced on %s, when these pictures began to be like this.", night["begun"])
-    elif night["verdict"] == DRIFTED:
-        because = (night["proposal"] or {}).get("because", "")
-        announce("drift", f"the pictures of {night['night']} have changed", f"{night['message']}; {because}", page)
     logger.info("%s: %s. Report: %s", night["verdict"], night["message"], page)
     told = {name: night[name] for name in ("night", "verdict", "message")}
     return Completed(name=night["verdict"], message=night["message"], data=told | {"page": page})
+
+
+def _announce_once(night: dict[str, Any], page: str, file: Path, logger: LoggingAdapter) -> None:
+    """Announce a change unless `file` has the night it began, which is written there once a server has been told."""
+    begun = night["begun"] or night["night"]
+    if file.exists() and file.read_text().strip() == begun:
+        logger.info("these pictures have been like this since %s, which has been announced.", begun)
+        return
+    because = (night["proposal"] or {}).get("because", "")
+    if announce("drift", f"the pictures of {night['night']} have changed", f"{night['message']}; {because}", page):
+        write_text(file, f"{begun}\n")
 
 
 def main(arguments: list[str] | None = None) -> int:

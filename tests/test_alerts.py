@@ -205,6 +205,7 @@ def test_why_a_target_failed_is_said_without_its_address():
         (Outcome("Retrained on fog: the gate FAILS (retrain/fog-1)", "Proposed", "retrain/fog-1"), True),
         (Outcome("Retrained on fog: the gate passes (retrain/fog-1)", "Proposed", "retrain/fog-1"), False),
         (Outcome("retrain/fog-1 waits (Retrained on fog: the gate FAILS)", "WaitsForReview", "retrain/fog-1"), False),
+        (Outcome("x waits (… the gate FAILS)", "WaitsForReview", "retrain/fog-1", first=True), True),
         (Outcome("nothing new", "NothingNew"), False),
     ],
 )

@@ -2,16 +2,11 @@
 
 import json
 import os
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
-import textwrap
-import threading
 
 import pytest
-from dvc.repo import Repo
 
 from clear.bench import predictions
 from clear.errors import ClearError
@@ -20,77 +15,14 @@ from clear.project.compare.verdict import decide
 from clear.project.retrain import intake, run
 from clear.project.retrain import request as pull_request
 from clear.project.retrain.reproduce import reproduce
-from clear.project.scratch import write_params
+from clear.project.retrain.run import retrain
 from clear.sources.incoming import sets
 from tests.conftest import ROOT, git
-from tests.helpers.forge import Forge
-from tests.helpers.incoming_sets import put
 from tests.helpers.processes import run_dvc
-from tests.helpers.retraining import CODE, STAGES, incoming_rows, look, tools, trees, untouched
+from tests.helpers.retraining import incoming_rows, look, tools, trees, untouched
 from tests.revisions import rows_of
 
-
-@pytest.fixture(scope="module")
-def _trained(tmp_path_factory):
-    """A small project with a model, committed; its data is in a DVC remote and its branches in a git remote."""
-    folder = tmp_path_factory.mktemp("trained")
-    project, origin, remote = folder / "project", folder / "origin.git", folder / "remote"
-    project.mkdir()
-    git(folder, "init", "-q", "-b", "main", "project")
-    git(folder, "init", "-q", "--bare", "-b", "main", "origin.git")
-    with Repo.init(str(project)) as repo, repo.config.edit("local") as own:
-        own["core"]["remote"], own["remote"]["storage"] = "storage", {"url": str(remote)}
-    (project / "dvc.yaml").write_text(STAGES.format(python=shlex.quote(sys.executable)).lstrip())
-    (project / ".gitignore").write_text("/data/degraded\n/data/bench/\n/data/models/\n/.clear/\n/data/report/\n")
-    write_params(project / "params.yaml")
-    for name in ("code", "data/incoming"):
-        (project / name).mkdir(parents=True)
-    (project / "data/incoming/README.md").write_text("sets\n")
-    for name, code in CODE.items():
-        (project / f"code/{name}.py").write_text(textwrap.dedent(code).lstrip())
-    benchmark = rows_of()
-    for name, rows in {"plain": [], "before": incoming_rows(20), "after": incoming_rows(50)}.items():
-        predictions.write(project / f"code/{name}.parquet", benchmark + rows)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(ROOT))
-        patch.chdir(project)
-        with Repo() as repo:
-            repo.reproduce()
-            git(project, "add", "-A")
-            git(project, "commit", "-q", "-m", "trained")
-            repo.push()
-    shutil.rmtree(project / "data/bench")  # no pictures here, so nothing to show them from
-    git(project, "remote", "add", "origin", str(origin))
-    git(project, "push", "-q", "origin", "main")
-    return folder
-
-
-@pytest.fixture
-def trained(_trained, tmp_path, monkeypatch):
-    """A copy of the small project, which is also the working directory, with a new set `fog` under data/incoming."""
-    folder = tmp_path / "trained"
-    subprocess.run(["cp", "-r", str(_trained), str(folder)], check=True)
-    project = folder / "project"
-    git(project, "remote", "set-url", "origin", str(folder / "origin.git"))
-    with Repo(str(project)) as repo, repo.config.edit("local") as own:
-        own["remote"]["storage"]["url"] = str(folder / "remote")
-    put(project / "data/incoming/fog", range(6))
-    monkeypatch.chdir(project)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    for name in ("GITHUB_TOKEN", "GITHUB_API_URL", "GITHUB_REPOSITORY"):
-        monkeypatch.delenv(name, raising=False)
-    return project
-
-
-@pytest.fixture
-def forge(monkeypatch):
-    """A running forge, configured as a user would."""
-    with Forge() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name, value in {"TOKEN": "t0ken", "API_URL": server.url, "REPOSITORY": "team/clear"}.items():
-            monkeypatch.setenv(f"GITHUB_{name}", value)
-        yield server
-        server.shutdown()
+pytest_plugins = ["tests.helpers.retraining"]
 
 
 def test_without_news_it_ends_at_once_and_news_without_a_remote_asks_for_one(trained):
@@ -181,6 +113,7 @@ def test_a_new_set_becomes_a_branch_with_both_models_on_the_new_benchmark_and_on
     again, said = look(trained)
     assert again.url == outcome.url and len(forge.requests) == 1
     assert (outcome.state, again.state) == ("Proposed", "WaitsForReview")
+    assert not [one for one in said if one.startswith("proposed")], said
     assert again.message == f"{branch} waits for review (Retrained on fog: the gate passes)"
     assert not [one for one in said if one.startswith("dvc")], said
     git(trained, "branch", "-q", "-D", branch)
@@ -224,13 +157,17 @@ def test_a_gate_that_fails_makes_a_draft_and_a_forge_that_refuses_is_one_line(tr
     with pytest.raises(ClearError, match=r"answers 403 .*right to write pull requests and run again: the branch is"):
         look(trained)
     monkeypatch.setenv("GITHUB_TOKEN", "wrong")
+    said: list[str] = []
     with pytest.raises(ClearError, match=r"answers 401 .*check GITHUB_TOKEN"):
-        look(trained)
+        retrain(trained, tools(said))
+    assert not [one for one in said if one.startswith("proposed")], said
     monkeypatch.setenv("GITHUB_TOKEN", "t0ken")
     forge.refuse = 0
     outcome, said = look(trained)
     assert "the gate FAILS" in outcome.message and forge.requests[0]["draft"] is True
     assert "dvc push" not in said
+    assert outcome.state == "WaitsForReview" and said[-1] == f"proposed: {outcome.branch}", "the first to open it"
+    assert not [one for one in look(trained)[1] if one.startswith("proposed")]
 
 
 @pytest.mark.slow
@@ -358,5 +295,5 @@ def test_a_url_of_a_forge_is_read_from_origin(trained, monkeypatch):
     with pytest.raises(ClearError, match="set GITHUB_REPOSITORY to owner/name"):
         pull_request.repository(trained)
     monkeypatch.delenv("GITHUB_TOKEN", raising=False)
-    assert pull_request.propose(trained, "b", "main", "t", "x") == ""
+    assert pull_request.propose(trained, "b", "main", "t", "x") == ("", False)
     assert intake.default_remote(trained) == "storage"

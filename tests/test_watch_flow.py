@@ -32,10 +32,11 @@ NIGHT = {
 @pytest.fixture
 def told(monkeypatch, tmp_path):
     """Run the flow on a command that ends with a status and, unless `night` is None, writes it; returns its last state
-    and what was told."""
+    and what was told. `server` is what listens to announcements, `artifact` what Prefect says of an artifact."""
 
-    def run(status: int, night: dict | None, lines: list[str], **parameters):
-        heard = {"artifacts": [], "events": [], "commands": []}
+    def run(status: int, night: dict | None, lines: list[str], server=True, artifact=None, heard=None, **parameters):
+        heard = {} if heard is None else heard
+        heard |= {"artifacts": [], "events": [], "commands": []}
 
         def command(arguments, folder, environment, say, lock=None):
             heard["commands"].append(arguments)
@@ -49,8 +50,8 @@ def told(monkeypatch, tmp_path):
 
         monkeypatch.setattr(flow.children, "run", command)
         monkeypatch.setattr(flow, "get_run_logger", lambda: logging.getLogger("test"))
-        monkeypatch.setattr(flow, "create_markdown_artifact", lambda *given: heard["artifacts"].append(given))
-        monkeypatch.setattr(flow, "announce", lambda *given: heard["events"].append(given))
+        monkeypatch.setattr(flow, "create_markdown_artifact", artifact or (lambda *it: heard["artifacts"].append(it)))
+        monkeypatch.setattr(flow, "announce", lambda *given: heard["events"].append(given) or server)
         return flow.watch.fn(str(tmp_path), **parameters), heard
 
     return run
@@ -70,8 +71,28 @@ def test_a_night_that_drifted_is_a_state_an_artifact_and_one_event(told):
 
 
 def test_a_change_that_lasts_is_announced_once_and_a_state_every_night(told):
-    state, heard = told(1, NIGHT | {"begun": "2025-12-24"}, [], place="/data/traffic")
-    assert state.name == "Drifted" and heard["events"] == [] and len(heard["artifacts"]) == 1
+    for tonight, events in (("2026-01-01", 1), ("2026-01-01", 0), ("2026-01-02", 0)):
+        state, heard = told(1, NIGHT | {"night": tonight}, [], place="/data/traffic")
+        assert state.name == "Drifted" and len(heard["events"]) == events and len(heard["artifacts"]) == 1
+    _, heard = told(1, NIGHT | {"night": "2026-01-09", "begun": "2026-01-09"}, [], place="/data/traffic")
+    assert len(heard["events"]) == 1, "another change"
+
+
+def test_a_change_that_nobody_was_told_of_is_announced_later(told):
+    """A person's `clear watch` has found it first, a run had no server, an artifact failed."""
+    later = NIGHT | {"night": "2026-01-02"}
+    for _ in range(2):
+        _, heard = told(1, NIGHT, [], server=False, place="/data/traffic")
+        assert len(heard["events"]) == 1
+
+    def fails(*given):
+        raise RuntimeError("Failed to reach API")
+
+    heard = {}
+    with pytest.raises(RuntimeError, match="Failed to reach API"):
+        told(1, later, [], artifact=fails, heard=heard, place="/data/traffic")
+    assert len(heard["events"]) == 1, "before the artifact"
+    assert told(1, later, [], place="/data/traffic")[1]["events"] == []
 
 
 @pytest.mark.parametrize(("verdict", "status"), [("NoDrift", 0), ("TooFew", 2)])
@@ -104,3 +125,8 @@ def test_a_real_run_on_a_server_ends_as_drifted_with_an_event(server, tmp_path):
     assert found[0]["payload"]["said"].startswith("60 pictures have changed")
     assert (root / found[0]["payload"]["look"]).is_file()
     assert run["id"] in str(found[0]["related"]), "a message can say which run it was"
+    (announced,) = (root / "data/watch").glob("*/announced")
+    assert (
+        announced.read_text().strip()
+        == json.loads(next((root / "data/watch").glob("*/*/night.json")).read_text())["begun"]
+    )

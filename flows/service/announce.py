@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefect.events import emit_event
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 
 if TYPE_CHECKING:
     from clear.project.retrain.run import Outcome
@@ -16,16 +17,18 @@ ROOM = 2000
 """Characters of a message that are sent."""
 
 
-def announce(kind: str, subject: str, said: str, look: str) -> None:
-    """Emit the event of that kind for the run in progress; infra/alerts.yaml has the message.
+def announce(kind: str, subject: str, said: str, look: str) -> bool:
+    """Emit the event of that kind for the run in progress; infra/alerts.yaml has the message. Returns whether a server
+    that lasts has been told: the temporary one of a command line ends with it.
 
     `subject` says what happened, `said` is the line with the reason, `look` the command to look further. Prefect adds
     run, flow and deployment by itself.
     """
     if flow_run.id is None:  # called as a function
-        return
+        return False
     about = {"prefect.resource.id": f"clear.{kind}.{flow_run.id}"}
-    emit_event(f"clear.alert.{kind}", about, payload={"subject": subject, "said": said[:ROOM], "look": look})
+    sent = emit_event(f"clear.alert.{kind}", about, payload={"subject": subject, "said": said[:ROOM], "look": look})
+    return sent is not None and PREFECT_API_URL.value() is not None
 
 
 def announce_refused(name: str, problem: str) -> None:
@@ -35,9 +38,9 @@ def announce_refused(name: str, problem: str) -> None:
 
 
 def announce_gate(outcome: "Outcome") -> None:
-    """What a run proposes does not pass the gate; said once, as a proposal that waits for review is another outcome."""
+    """What a run proposes does not pass the gate; said once, by the run that has made it public."""
     from clear.project.retrain.request import STATES
 
-    if outcome.state == "Proposed" and STATES[1] in outcome.message:
+    if (outcome.first or outcome.state == "Proposed") and STATES[1] in outcome.message:
         look = f"clear gate {outcome.branch}~1 {outcome.branch}"
         announce("gate-failed", f"{flow_run.flow_name}: the gate fails", outcome.message, look)

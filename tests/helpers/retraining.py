@@ -1,13 +1,24 @@
 """A small project that retrains: its stages are a few lines each, its tools plain commands."""
 
+import shlex
+import shutil
 import subprocess
 import sys
+import textwrap
+import threading
 from pathlib import Path
 
+import pytest
+from dvc.repo import Repo
+
+from clear.bench import predictions
 from clear.data.records import INCOMING
 from clear.errors import ClearError
-from clear.project.retrain.run import Tools, retrain
-from tests.conftest import git
+from clear.project.retrain.run import Outcome, Tools, retrain
+from clear.project.scratch import write_params
+from tests.conftest import ROOT, git
+from tests.helpers.forge import Forge
+from tests.helpers.incoming_sets import put
 from tests.revisions import rows_of
 
 STAGES = """
@@ -114,7 +125,10 @@ def tools(said: list[str]) -> Tools:
     def refused(name: str, problem: str) -> None:
         said.append(f"refused: {name}: {problem}")
 
-    return Tools(dvc=dvc, reproduce=reproduce, run=run, say=said.append, refused=refused)
+    def proposed(outcome: Outcome) -> None:
+        said.append(f"proposed: {outcome.branch}")
+
+    return Tools(dvc=dvc, reproduce=reproduce, run=run, say=said.append, refused=refused, proposed=proposed)
 
 
 def look(project: Path, **options):
@@ -131,3 +145,66 @@ def trees(project: Path, branch: str) -> list[str]:
 def untouched(project: Path) -> None:
     assert git(project, "status", "--porcelain") == "?? data/incoming/fog/\n"
     assert git(project, "branch", "--show-current").strip() == "main"
+
+
+@pytest.fixture(scope="module")
+def _trained(tmp_path_factory):
+    """A small project with a model, committed; its data is in a DVC remote and its branches in a git remote."""
+    folder = tmp_path_factory.mktemp("trained")
+    project, origin, remote = folder / "project", folder / "origin.git", folder / "remote"
+    project.mkdir()
+    git(folder, "init", "-q", "-b", "main", "project")
+    git(folder, "init", "-q", "--bare", "-b", "main", "origin.git")
+    with Repo.init(str(project)) as repo, repo.config.edit("local") as own:
+        own["core"]["remote"], own["remote"]["storage"] = "storage", {"url": str(remote)}
+    (project / "dvc.yaml").write_text(STAGES.format(python=shlex.quote(sys.executable)).lstrip())
+    (project / ".gitignore").write_text("/data/degraded\n/data/bench/\n/data/models/\n/.clear/\n/data/report/\n")
+    write_params(project / "params.yaml")
+    for name in ("code", "data/incoming"):
+        (project / name).mkdir(parents=True)
+    (project / "data/incoming/README.md").write_text("sets\n")
+    for name, code in CODE.items():
+        (project / f"code/{name}.py").write_text(textwrap.dedent(code).lstrip())
+    benchmark = rows_of()
+    for name, rows in {"plain": [], "before": incoming_rows(20), "after": incoming_rows(50)}.items():
+        predictions.write(project / f"code/{name}.parquet", benchmark + rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ROOT))
+        patch.chdir(project)
+        with Repo() as repo:
+            repo.reproduce()
+            git(project, "add", "-A")
+            git(project, "commit", "-q", "-m", "trained")
+            repo.push()
+    shutil.rmtree(project / "data/bench")  # no pictures here, so nothing to show them from
+    git(project, "remote", "add", "origin", str(origin))
+    git(project, "push", "-q", "origin", "main")
+    return folder
+
+
+@pytest.fixture
+def trained(_trained, tmp_path, monkeypatch):
+    """A copy of the small project, which is also the working directory, with a new set `fog` under data/incoming."""
+    folder = tmp_path / "trained"
+    subprocess.run(["cp", "-r", str(_trained), str(folder)], check=True)
+    project = folder / "project"
+    git(project, "remote", "set-url", "origin", str(folder / "origin.git"))
+    with Repo(str(project)) as repo, repo.config.edit("local") as own:
+        own["remote"]["storage"]["url"] = str(folder / "remote")
+    put(project / "data/incoming/fog", range(6))
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    for name in ("GITHUB_TOKEN", "GITHUB_API_URL", "GITHUB_REPOSITORY"):
+        monkeypatch.delenv(name, raising=False)
+    return project
+
+
+@pytest.fixture
+def forge(monkeypatch):
+    """A running forge, configured as a user would."""
+    with Forge() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {"TOKEN": "t0ken", "API_URL": server.url, "REPOSITORY": "team/clear"}.items():
+            monkeypatch.setenv(f"GITHUB_{name}", value)
+        yield server
+        server.shutdown()

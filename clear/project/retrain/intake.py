@@ -30,11 +30,13 @@ QUARANTINE = "quarantine"
 
 @dataclass(frozen=True)
 class Source:
-    """Where sets are looked for. `bucket` and `prefix` are "" for a folder; `mirror` holds what came from S3."""
+    """Where sets are looked for; `named` is the user's word for it. `bucket` and `prefix` are "" for a folder, `mirror`
+    holds what came from S3."""
 
     workspace: Path
     folder: Path
     mirror: Path
+    named: str
     bucket: str = ""
     prefix: str = ""
 
@@ -45,11 +47,11 @@ class Source:
             folder = (workspace / incoming).resolve()
             if not folder.is_dir():
                 raise ClearError(f"incoming = {incoming}: neither a folder of {workspace} nor an s3://bucket/prefix.")
-            return Source(workspace, folder, mirror)
+            return Source(workspace, folder, mirror, incoming)
         bucket, _, prefix = incoming.removeprefix("s3://").strip("/").partition("/")
         if not bucket or not prefix:
             raise ClearError(f"incoming = {incoming}: name a prefix too, such as s3://bucket/incoming.")
-        return Source(workspace, mirror, mirror, bucket, prefix)
+        return Source(workspace, mirror, mirror, incoming, bucket, prefix)
 
     def fetch(self, dvc: Callable[[list[str], Path], object], say: Callable[[str], None]) -> Path:
         """Bring what is missing of every set and return the folder with the sets."""

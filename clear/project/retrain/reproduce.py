@@ -12,7 +12,7 @@ from pathlib import Path
 
 from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
-from clear.project.retrain.run import Outcome, Tools, bring_raw, commit_all, git, newest
+from clear.project.retrain.run import Outcome, Tools, bring_raw, commit_all, fetch_branches, git, newest, proposal
 from clear.project.scratch import clone
 
 BRANCHES = "reproduce"
@@ -27,6 +27,7 @@ def reproduce(workspace: Path, tools: Tools, target: str = "") -> Outcome:
     into = target or git(workspace, "branch", "--show-current") or "main"
     commit = newest(workspace, into)
     branch = f"{BRANCHES}/{commit[:10]}"
+    fetch_branches(workspace, f"{BRANCHES}/*")
     if request.ref_of(workspace, branch):
         return finish(workspace, branch, commit, into, tools, waiting=True)
     copy = workspace / ".clear" / "scratch" / "reproduce" / "copy"
@@ -46,6 +47,7 @@ def reproduce(workspace: Path, tools: Tools, target: str = "") -> Outcome:
     else:
         tools.dvc(["push"], copy)
     git(copy, "push", "--quiet", "--no-verify", str(workspace), f"{branch}:{branch}")
+    fetch_branches(workspace, f"{BRANCHES}/*")  # another machine may have been faster
     outcome = finish(workspace, branch, commit, into, tools)
     shutil.rmtree(copy)
     return outcome
@@ -66,6 +68,4 @@ def _current(copy: Path) -> str:
 def finish(workspace: Path, branch: str, commit: str, into: str, tools: Tools, waiting: bool = False) -> Outcome:
     """Publish the branch; with `waiting`, one that an earlier run has made."""
     title, body = request.reproduced(workspace, branch, into, commit)
-    url = request.publish(workspace, branch, into, title, body, tools.say)
-    said = f"{branch} waits for review ({title})" if waiting else f"{title} ({branch})"
-    return Outcome(said, "WaitsForReview" if waiting else "Proposed", branch, body, url)
+    return proposal(workspace, branch, into, title, body, tools, {}, waiting)

@@ -146,40 +146,72 @@ def ref_of(workspace: Path, branch: str) -> str:
     return next(iter(output(workspace, "for-each-ref", "--format=%(refname)", *patterns).split()), "")
 
 
-def publish(workspace: Path, branch: str, target: str, title: str, text: str, say: Callable[[str], None]) -> str:
+def publish(
+    workspace: Path,
+    branch: str,
+    target: str,
+    title: str,
+    text: str,
+    say: Callable[[str], None],
+    waiting: bool = False,
+) -> tuple[str, bool]:
     """Push a branch to `origin`, write the pull request's text below data/report and open the request where it can be.
 
-    `target` is "" for the branch that is checked out. Every part is looked up first, so that repeating it changes
-    nothing. Returns the request's address, or "".
+    `target` is "" for the branch that is checked out; `waiting` says that an earlier run has made the branch. Every
+    part is looked up first, so that repeating it changes nothing. Returns the request's address, or "", and whether it
+    is this call that has made the branch public, which is true of one call only.
     """
-    ref = ref_of(workspace, branch)
-    if "origin" in output(workspace, "remote").split() and ref.startswith("refs/heads/"):
-        output(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
+    origin = "origin" in output(workspace, "remote").split()
+    pushed = origin and _push(workspace, branch, waiting, say)
     file = workspace / "data" / "report" / branch / "pull_request.md"
+    known = file.exists()
     write_text(file, f"# {title}\n\n{text}")
     say(f"the pull request's text: {file}")
     into = target or output(workspace, "branch", "--show-current").strip() or "main"
-    url = propose(workspace, branch, into, title, text)
+    url, opened = propose(workspace, branch, into, title, text)
     say(f"pull request: {url}" if url else "no GITHUB_TOKEN is set: no pull request is opened.")
-    return url
+    if url and waiting:
+        return url, opened
+    return url, pushed or opened if origin else not (waiting and known)
 
 
-def propose(workspace: Path, branch: str, target: str, title: str, text: str) -> str:
-    """Open the pull request unless the branch has had one; returns its address, or "" where no token is configured.
+def _push(workspace: Path, branch: str, waiting: bool, say: Callable[[str], None]) -> bool:
+    """Push the workspace's own branch to `origin`, as it was when last fetched; whether there was something to push.
+
+    A branch that `origin` has is the reviewers', who may add to it or rebase it: only a run that has just continued it
+    pushes to it.
+    """
+    ref, there = ref_of(workspace, branch), f"refs/remotes/origin/{branch}"
+    if not ref.startswith("refs/heads/"):
+        return False
+    if git(workspace, "rev-parse", "--verify", "--quiet", there).status == 0:
+        ahead = output(workspace, "rev-list", "--max-count=1", ref, f"^{there}")
+        if waiting or not ahead:
+            return False
+        if git(workspace, "merge-base", "--is-ancestor", there, ref).status:
+            say(f"origin has another {branch}, which is left as it is.")
+            return False
+    output(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
+    return True
+
+
+def propose(workspace: Path, branch: str, target: str, title: str, text: str) -> tuple[str, bool]:
+    """Open the pull request unless the branch has had one; returns its address, or "" where no token is configured,
+    and whether it was opened now.
 
     It is a draft unless the gate passes. Raises ClearError with what the forge says where it refuses.
     """
     token = os.environ.get("GITHUB_TOKEN", "")
     if not token:
-        return ""
+        return "", False
     api, name = repository(workspace)
     asked = f"{api}/repos/{name}/pulls"
     owner = name.partition("/")[0]
     there = _call("GET", asked, token, params={"head": f"{owner}:{branch}", "state": "all"})
     if there:
-        return there[0]["html_url"]
+        return there[0]["html_url"], False
     content = {"title": title, "head": branch, "base": target, "body": text, "draft": STATES[0] not in title}
-    return _call("POST", asked, token, json=content)["html_url"]
+    return _call("POST", asked, token, json=content)["html_url"], True
 
 
 def _call(method: str, url: str, token: str, **content):

@@ -26,6 +26,7 @@ from typing import Literal
 from clear.errors import ClearError
 from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
+from clear.project.retrain.stages import incumbent_of, measuring, stage_names
 from clear.project.scratch import clone, link
 from clear.sources.incoming import IncomingSet, present, sets
 
@@ -33,7 +34,6 @@ BRANCHES = "retrain"
 STEPS = ("data", "incumbent", "retrained")
 STEP, SET = "Retrain-Step: ", "Retrain-Set: "
 DEGRADE = "data/metrics/degrade.json"
-MODELS = "data/models/"
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class Tools:
 
     `dvc` runs a DVC command in a folder and raises where it fails. `reproduce` reproduces the named stages of a folder
     (None: all), each alone and in order. `run` runs any command and returns (exit status, last lines). `refused` is
-    told of each set that goes to quarantine, and why, at once: what follows takes hours and may fail.
+    told of each set that goes to quarantine, and why, and `proposed` of what a run is the first to make public: both at
+    once, because what follows takes hours and may fail.
     """
 
     dvc: Callable[[list[str], Path], object]
@@ -50,11 +51,13 @@ class Tools:
     run: Callable[[list[str], Path], tuple[int, list[str]]]
     say: Callable[[str], None]
     refused: Callable[[str, str], object] = lambda name, problem: None
+    proposed: Callable[["Outcome"], object] = lambda outcome: None
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a check: `message` says it in a line, `state` in a word; `branch` is "" if nothing was trained."""
+    """What became of a check: `message` says it in a line, `state` in a word; `branch` is "" if nothing was trained.
+    `first`: this run has made the branch public, even if an earlier one has trained it."""
 
     message: str
     state: Literal["NothingNew", "WaitsForReview", "Quarantined", "Proposed"]
@@ -62,6 +65,7 @@ class Outcome:
     body: str = ""
     url: str = ""
     quarantined: dict[str, str] = field(default_factory=dict)
+    first: bool = False
 
 
 def retrain(
@@ -99,21 +103,40 @@ def retrain(
         said = f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}"
         said += f"; {', '.join(new.name for new in growing)} may still be copied" if growing else ""
         return Outcome(f"{said}.", "NothingNew")
-    fetch_branches(workspace)
-    waiting = branches(workspace, commit)
-    for branch, names in waiting.items():
+    fetch_branches(workspace, f"{BRANCHES}/*")
+    troubles = []
+    for branch, names in branches(workspace, commit).items():
         if {(new.name, new.fingerprint) for new in news} & names:
             tools.say(f"{branch} has been trained and waits for review.")
-            finished = finish(workspace, branch, commit, target, tools, waiting=True)
             news = [new for new in news if (new.name, new.fingerprint) not in names]
-            if not news:
-                return finished
+            try:
+                outcome = finish(workspace, branch, commit, target, tools, waiting=True)
+            except ClearError as error:  # no reason not to train on what is new
+                tools.say(f"{branch} cannot be published: {error}")
+                troubles.append(error)
+    if news:
+        outcome = learn(workspace, news, source, home / "copy", commit, trained, target, tools)
+    if troubles:
+        raise troubles[0]
+    return outcome
+
+
+def learn(
+    workspace: Path,
+    news: list[IncomingSet],
+    source: intake.Source,
+    copy: Path,
+    commit: str,
+    trained: dict[str, str],
+    target: str,
+    tools: Tools,
+) -> Outcome:
+    """Check new sets, train on the good ones and propose the result; `trained` is what the commit was trained with."""
     if intake.default_remote(workspace) is None:
         raise ClearError(
             f"{', '.join(new.name for new in news)}: new, but there is no default DVC remote to share data and models "
             "through; set it with `make remote BUCKET=bucket/prefix`."
         )
-    copy = home / "copy"
     refused = {}
     if not resumable(copy, commit, branch_name(news)):
         clone(workspace, commit, copy)
@@ -122,7 +145,7 @@ def retrain(
         if "source" in stage_names(copy):  # a picture that a split already holds has to stay there
             tools.reproduce(copy, ["source"])
         for new in [*news]:
-            bring(folder / new.name, copy)
+            bring(source.folder / new.name, copy)
             if not new.faults and not same(new, copy):
                 news.remove(new)
                 restore(copy, new.name, trained.get(new.name, ""))
@@ -137,10 +160,11 @@ def retrain(
         if not news:
             shutil.rmtree(copy)
             if not refused:
-                return Outcome(f"nothing trained: what is new in {incoming} still changes.", "NothingNew")
+                return Outcome(f"nothing trained: what is new in {source.named} still changes.", "NothingNew")
             return Outcome(f"nothing trained: {_quarantined(refused)}.", "Quarantined", quarantined=refused)
     branch = branch_name(news)
     train(workspace, copy, branch, commit, news, tools)
+    fetch_branches(workspace, f"{BRANCHES}/*")  # another machine may have been faster
     outcome = finish(workspace, branch, commit, target, tools, refused=refused)
     shutil.rmtree(copy)
     return outcome
@@ -186,10 +210,28 @@ def finish(
     commits = {step: sha for sha, step, _ in _history(workspace, f"{commit}..{ref}") if step}
     names = sorted({name for _, _, about in _history(workspace, f"{commit}..{ref}") for name, _ in about})
     title, body = request.body(workspace, branch, names, commits["incumbent"], commits["retrained"])
-    url = request.publish(workspace, branch, target, title, body, tools.say)
-    said = f"{branch} waits for review ({title})" if waiting else f"{title} ({branch})"
+    return proposal(workspace, branch, target, title, body, tools, refused or {}, waiting)
+
+
+def proposal(
+    workspace: Path,
+    branch: str,
+    target: str,
+    title: str,
+    body: str,
+    tools: Tools,
+    refused: dict[str, str],
+    waiting: bool,
+) -> Outcome:
+    """Make a branch public and tell of it where no run has before."""
+    url, first = request.publish(workspace, branch, target, title, body, tools.say, waiting)
+    waits = waiting or not first
+    said = f"{branch} waits for review ({title})" if waits else f"{title} ({branch})"
     said += f"; {_quarantined(refused)}" if refused else ""
-    return Outcome(said, "WaitsForReview" if waiting else "Proposed", branch, body, url, refused or {})
+    outcome = Outcome(said, "WaitsForReview" if waits else "Proposed", branch, body, url, refused, first)
+    if first:
+        tools.proposed(outcome)
+    return outcome
 
 
 def _quarantined(refused: dict[str, str]) -> str:
@@ -212,22 +254,18 @@ def known(workspace: Path, commit: str) -> dict[str, str]:
         raise ClearError(f"{commit[:10]}:{DEGRADE} is damaged ({error!r}); `dvc repro degrade`, commit it.") from error
 
 
-def fetch_branches(workspace: Path, names: str = f"{BRANCHES}/*") -> bool:
-    """Learn of branches that another clone has pushed; whether there is an `origin` to ask. Raises ClearError where it
-    does not answer."""
+def fetch_branches(workspace: Path, names: str) -> bool:
+    """Learn of branches that another clone has pushed or deleted; whether there is an `origin` to ask. Raises
+    ClearError where it does not answer."""
     if "origin" not in git(workspace, "remote").split():
         return False
-    git(workspace, "fetch", "--quiet", "origin", f"+refs/heads/{names}:refs/remotes/origin/{names}")
+    git(workspace, "fetch", "--quiet", "--prune", "origin", f"+refs/heads/{names}:refs/remotes/origin/{names}")
     return True
 
 
 def newest(workspace: Path, branch: str) -> str:
     """The commit of a branch at `origin` as of now, or of the workspace's own where there is no `origin`."""
-    if fetch_branches(workspace, branch):
-        fetch_branches(workspace, f"{BRANCHES}/*")
-        ref = f"refs/remotes/origin/{branch}"
-    else:
-        ref = f"refs/heads/{branch}"
+    ref = f"refs/remotes/origin/{branch}" if fetch_branches(workspace, branch) else f"refs/heads/{branch}"
     done = ask_git(workspace, "rev-parse", "--verify", "--end-of-options", f"{ref}^{{commit}}")
     if done.status:
         raise ClearError(f"{workspace}: there is no branch {branch}; name one as `target`.")
@@ -345,47 +383,3 @@ def restore(copy: Path, name: str, fingerprint: str) -> None:
     if here.get(name) != (fingerprint or None):
         shutil.rmtree(target, ignore_errors=True)
         target.with_name(f"{name}.dvc").unlink(missing_ok=True)
-
-
-def stage_names(copy: Path) -> list[str]:
-    """The stages of dvc.yaml, dependencies first."""
-    return [stage.name for stage in _ordered(copy)]
-
-
-def measuring(copy: Path, stage: str) -> list[str]:
-    """The stages to run so that `stage` measures the model that is there: its data, but nothing that trains."""
-    ordered = _ordered(copy)
-    makers = {out.fs_path: node.name for node in ordered for out in node.outs}
-    deps = {node.name: [dep.fs_path for dep in node.deps] for node in ordered}
-    wanted, needed = [stage], set()
-    while wanted:
-        needed.add(name := wanted.pop())
-        read = [path for path in deps[name] if path in makers and not _is_model(path, copy)]
-        wanted += [makers[path] for path in read if makers[path] not in needed]
-    return [node.name for node in ordered if node.name in needed]
-
-
-def incumbent_of(copy: Path, model: str) -> Path:
-    """The model folder that a model's evaluation reads. Raises ClearError if there is no such evaluation."""
-    for stage in _ordered(copy):
-        if stage.name == f"evaluate@{model}":
-            for dep in stage.deps:
-                if _is_model(dep.fs_path, copy):
-                    return Path(dep.fs_path)
-    raise ClearError(f"{copy}/dvc.yaml: no stage evaluate@{model} that reads {MODELS}…; see gate.model in params.yaml.")
-
-
-def _is_model(path: str, copy: Path) -> bool:
-    return path.startswith(f"{copy}/{MODELS}")
-
-
-def _ordered(copy: Path) -> list:
-    import networkx
-    from dvc.repo import Repo
-    from dvc.stage import PipelineStage
-
-    with Repo(str(copy)) as repo:
-        graph = networkx.reverse_view(repo.index.graph)
-        # Data added with `dvc add` is a stage to DVC, without a name.
-        ordered = networkx.lexicographical_topological_sort(graph, key=lambda stage: getattr(stage, "name", "") or "")
-        return [stage for stage in ordered if isinstance(stage, PipelineStage)]
