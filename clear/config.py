@@ -79,8 +79,6 @@ def _check_grpo(grpo: Grpo, name: str) -> None:
     if len(grpo.sde_range) != 2 or grpo.sde_range[0] > grpo.sde_range[1]:
         raise ClearError(f"params: {name}.sde_range = {list(grpo.sde_range)} must be two shares, the lower one first.")
     image = grpo.image_weight or grpo.velocity_weight
-    if not (grpo.text_weight or image):
-        raise ClearError(f"params: {name}: text_weight, image_weight and velocity_weight are 0, so nothing is learned.")
     if image and not grpo.sigma:
         raise ClearError(
             f"params: {name}.sigma = 0 makes rollouts without noise, which image_weight and velocity_weight score; "

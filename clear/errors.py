@@ -14,13 +14,10 @@ import os
 import re
 import reprlib
 import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
-
-from clear import interruption
 
 _REMEDIES = {
     "check the permissions, or name another place": (errno.EACCES, errno.EPERM, errno.EROFS),
@@ -73,12 +70,9 @@ def judging() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        refused = refusal(error)
-        if refused is None:
-            if interruption.came(error):
-                raise
-            traceback.print_exc()  # a fault of ours is no judgement either
-            raise SystemExit(UNDECIDED) from error
+        if (refused := refusal(error)) is None:
+            error.status = UNDECIDED  # a fault of ours is no judgement either
+            raise
         refused.status = UNDECIDED
         raise refused from error
 

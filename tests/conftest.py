@@ -60,8 +60,8 @@ def _own_home(monkeypatch):
 def git(folder: Path, *arguments: str) -> str:
     """Run git in `folder` as a made-up author and return its output."""
     identity = ["-c", "user.name=test", "-c", "user.email=test@localhost", "-c", "commit.gpgsign=false"]
-    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
-    return done.stdout
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, check=True)
+    return done.stdout.decode(errors="replace")  # files may be of any bytes
 
 
 STAGES = """

@@ -59,7 +59,6 @@ def test_a_wrong_value_is_refused_by_its_full_name(tiny, section, key, value, na
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ("grpo.text_weight=0 grpo.image_weight=0 grpo.velocity_weight=0", "so nothing is learned"),
         ("grpo.reward_accuracy=0 grpo.reward_format=0 grpo.reward_direct=0", "every reward_… is 0"),
         ("grpo.stop_after=1 grpo.holdout_every=0", "grpo.stop_after = 1 needs measurements; raise holdout_every"),
         ("grpo.restore=always sampling.max_restorations=0", "grpo.restore = always needs sampling.max_restorations"),

@@ -68,7 +68,7 @@ def test_a_full_queue_says_when_to_try_again(strict):
 
 def test_a_streamed_request_is_held_until_it_ends(folder, tmp_path):
     image = picture(size=(150, 150))
-    streamed = asking(image=image, max_tokens=TOKENS, stream=True, clear={"restore": "plain"})
+    streamed = asking(image=image, max_tokens=TOKENS, n=8, stream=True, clear={"restore": "plain"})
     room = len(json.dumps(streamed)) * 3 // 2
     environment = patched(tmp_path, f"import clear.serve.app\nclear.serve.app.HELD = {room}\n")
 

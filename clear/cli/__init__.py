@@ -9,6 +9,7 @@ import atexit
 import locale
 import os
 import sys
+import traceback
 from typing import NoReturn
 
 import typer
@@ -73,9 +74,12 @@ def main() -> None:
     except BaseException as error:
         if interruption.came(error):
             _interrupted()
-        if (refused := refusal(error)) is None:
+        if (refused := refusal(error)) is not None:
+            _refuse(refused)
+        if not hasattr(error, "status"):
             raise
-        _refuse(refused)
+        traceback.print_exc()
+        sys.exit(error.status)
     finally:
         atexit.register(interruption.ignore)
 

@@ -137,7 +137,7 @@ def _both(prompt: Sequence[Segment], path: Sequence[Segment], direct: Text, apar
     """A prompt with branches none of which sees another: a path with a restoration, and the direct reply; of the path,
     what only the velocity needs is `apart` if wished."""
     path = _velocity_apart(path) if apart else [replace(part, branch=1) for part in path]
-    return [*prompt, *path, replace(direct, branch=3)]
+    return [*prompt, *path, replace(direct, branch=path[-1].branch + 1)]
 
 
 def _direct(data: TraceData, n: int, decided: bool) -> Text:
