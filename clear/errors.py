@@ -71,7 +71,7 @@ def judging() -> Iterator[None]:
         yield
     except Exception as error:
         if (refused := refusal(error)) is None:
-            error.status = UNDECIDED  # a fault of ours is no judgement either
+            error.undecided = True  # a fault of ours is no judgement either
             raise
         refused.status = UNDECIDED
         raise refused from error

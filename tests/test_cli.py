@@ -339,6 +339,19 @@ def test_a_fault_of_the_program_is_no_judgement(project, clear, monkeypatch):
     assert status == UNDECIDED and "ZeroDivisionError" in errors
 
 
+def test_a_library_s_error_has_python_s_own_status_whatever_it_calls_status(project, fake_stage, monkeypatch):
+    class Answered(Exception):
+        status = 0
+
+    def stage(config):
+        raise Answered
+
+    fake_stage("degrade", stage)
+    monkeypatch.setattr(sys, "argv", ["clear", "degrade"])
+    with pytest.raises(Answered):
+        cli.main()
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [

@@ -15,9 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
-from clear.data.io import replacing
+from clear.data.io import reading_parquet, replacing
 from clear.data.records import CLEAN, EXTRA, INCOMING
-from clear.errors import ClearError, one_line
+from clear.errors import ClearError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -97,11 +97,9 @@ def _read(path: Path, part: str) -> "pd.DataFrame":
     remedy = f"run `dvc repro evaluate@{path.stem}`"
     if not path.exists():
         raise ClearError(f"{path} is not here; {remedy}, or `git checkout` it.")
-    try:
-        table = pq.ParquetFile(path).read().replace_schema_metadata()  # pandas' own may be damaged, too
+    with reading_parquet(path, remedy), pq.ParquetFile(path) as file:
+        table = file.read().replace_schema_metadata()  # pandas' own may be damaged, too
         table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ClearError(f"{path}: not a readable Parquet file ({one_line(error)}); {remedy}.") from error
     for column in SCHEMA:
         if column.name not in table.column_names:
             raise ClearError(f"{path}: column '{column.name}' is missing; {remedy}.")

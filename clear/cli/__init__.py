@@ -18,7 +18,7 @@ from clear import interruption
 from clear.cli import benchmark, incoming, pipeline, project, registry, review, use
 from clear.cli import watch as watching
 from clear.data.ports import spare_loopback
-from clear.errors import ClearError, fail, refusal, say
+from clear.errors import UNDECIDED, ClearError, fail, refusal, say
 
 TOOLS, PIPELINE = "Commands", "Pipeline stages (normally run by `dvc repro`)"
 
@@ -76,10 +76,10 @@ def main() -> None:
             _interrupted()
         if (refused := refusal(error)) is not None:
             _refuse(refused)
-        if not hasattr(error, "status"):
+        if not getattr(error, "undecided", False):
             raise
         traceback.print_exc()
-        sys.exit(error.status)
+        sys.exit(UNDECIDED)
     finally:
         atexit.register(interruption.ignore)
 

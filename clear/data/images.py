@@ -119,8 +119,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
         if array.dtype != np.uint16:
             raise ClearError(f"{name}: pixels are {array.dtype}, expected 8 or 16 bits; convert it, or remove it.")
         if array.ndim == 2:
-            opaque = np.full_like(array, 2**16 - 1) if clear is None else (array != clear) * np.uint16(2**16 - 1)
-            array = np.stack([array, array, array, opaque], axis=2)
+            opaque = () if clear is None else (array, array, (array != clear) * np.uint16(2**16 - 1))
+            array = np.stack([array, *opaque], axis=2)
         else:
             array = array[:, :, [2, 1, 0, 3][: array.shape[2]]]
         array = _over_white(array)

@@ -2,7 +2,7 @@
 
 Without the second step a file system may rename first and write later, and a crash of the machine in between leaves an
 empty file under the final name. git and DVC ignore the other name (`*.partial`). JSON is written so that equal values
-give equal bytes. Also the form of tables in plain text.
+give equal bytes. Also the form of tables in plain text, and what is said of a Parquet file that is none.
 """
 
 import json
@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from clear.errors import ClearError, naming
+from clear.errors import ClearError, naming, one_line
 
 
 @contextmanager
@@ -110,3 +110,14 @@ def _rounded(value):
     if isinstance(value, list | tuple):
         return [_rounded(v) for v in value]
     return value
+
+
+@contextmanager
+def reading_parquet(file: Path, remedy: str) -> Iterator[None]:
+    """Raise ClearError with the remedy where `file` turns out in the block to be no Parquet file, or a damaged one."""
+    import pyarrow as pa
+
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError) as error:  # the latter of names and metadata that are no text
+        raise ClearError(f"{file}: not a readable Parquet file ({one_line(error)}); {remedy}.") from error

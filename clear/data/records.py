@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.data.io import sync
-from clear.errors import ClearError, naming, one_line
+from clear.data.io import reading_parquet, sync
+from clear.errors import ClearError, naming
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
     import pyarrow as pa
@@ -255,15 +255,10 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
 
 def open_shard(file: Path) -> "pq.ParquetFile":
     """Open one shard. Raises ClearError naming it if it is not a Parquet file."""
-    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
+    with reading_parquet(file, "remake or `dvc pull` it"):
         return pq.ParquetFile(file)
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ClearError(
-            f"{file}: not a readable Parquet file ({one_line(error)}); remake or `dvc pull` it."
-        ) from error
 
 
 _EMPTY_ROW = to_row(Sample(id="", source="", split="", image=b"", image_sha256=""))

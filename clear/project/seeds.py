@@ -9,16 +9,15 @@ of clear/project/ablations.py. Each file says in its metadata what it was made u
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.bench.models import MODELS
 from clear.config import PARAMS, read_yaml
-from clear.data.io import replacing, write_text
+from clear.data.io import reading_parquet, replacing, write_text
 from clear.data.workspace import home
-from clear.errors import ClearError, one_line
+from clear.errors import ClearError
 from clear.project import check, scratch
 from clear.project.compare.load import LOCK, outputs, read_lock
 from clear.report import seeds
@@ -96,17 +95,6 @@ def collect(folder: Path, target: Path, models: Sequence[str], made: dict[str, s
         pq.write_table(table, partial, compression="zstd", compression_level=19)
 
 
-@contextmanager
-def _reading(file: Path) -> Iterator[None]:
-    """Raise ClearError where `file` turns out to be no Parquet file in the block."""
-    import pyarrow as pa
-
-    try:
-        yield
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ClearError(f"{file}: not a readable Parquet file ({one_line(error)}); {_AGAIN}.") from error
-
-
 def _rows(file: Path, models: int) -> "pd.DataFrame":
     """The rows of a file of `collect`, which are of so many models.
 
@@ -116,7 +104,7 @@ def _rows(file: Path, models: int) -> "pd.DataFrame":
 
     from clear.bench.predictions import SCHEMA
 
-    with _reading(file):
+    with reading_parquet(file, _AGAIN):
         frame = pq.read_table(file).to_pandas()
     for column in (*SCHEMA.names, "model"):
         if column not in frame and column not in DROPPED:
@@ -132,7 +120,7 @@ def about(file: Path) -> dict[str, str]:
     """What a file of `collect` was made under, {} where there is none. Raises ClearError for one that is damaged."""
     import pyarrow.parquet as pq
 
-    with _reading(file):
+    with reading_parquet(file, _AGAIN):
         found = (pq.read_schema(file).metadata or {}) if file.exists() else {}
     texts = {key.decode(): value.decode() for key, value in found.items()}
     return {key.removeprefix(_ABOUT): text for key, text in texts.items() if key.startswith(_ABOUT)}

@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clear.data.io import replacing
-from clear.errors import ClearError, one_line
+from clear.data.io import reading_parquet, replacing
+from clear.errors import ClearError
 from clear.reasoning.grammar import Trace
 
 FILE = "traces.parquet"
@@ -85,15 +85,11 @@ def read_traces(folder: Path | str) -> Iterator[TraceRow]:
     path = Path(folder) / FILE
     if not path.exists():
         raise ClearError(f"{path} is missing; run `dvc repro traces`.")
-    try:
-        with pq.ParquetFile(path) as table:
-            for name in _SCHEMA.names:
-                if name not in table.schema_arrow.names:
-                    raise ClearError(f"{path}: column '{name}' is missing; remake it with `dvc repro traces`.")
-            for batch in table.iter_batches(batch_size=_BATCH, columns=_SCHEMA.names):
-                batch.validate(full=True)
-                yield from (TraceRow(**row) for row in batch.to_pylist())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise ClearError(
-            f"{path}: not a readable Parquet file ({one_line(error)}); remake it with `dvc repro traces`."
-        ) from error
+    remedy = "remake it with `dvc repro traces`"
+    with reading_parquet(path, remedy), pq.ParquetFile(path) as table:
+        for name in _SCHEMA.names:
+            if name not in table.schema_arrow.names:
+                raise ClearError(f"{path}: column '{name}' is missing; {remedy}.")
+        for batch in table.iter_batches(batch_size=_BATCH, columns=_SCHEMA.names):
+            batch.validate(full=True)
+            yield from (TraceRow(**row) for row in batch.to_pylist())

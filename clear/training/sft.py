@@ -75,16 +75,18 @@ class TraceData:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def _asked(self, n: int) -> tuple[ImageBank, int, Sequence[int], Sequence[int]]:
+        """Trace n as `pictured` and `outlined` take it."""
+        bank = self.clean if self.rows[n].severity == CLEAN else self.shown
+        return bank, self.image[n], self.system, self.question[n]
+
     def prompt(self, n: int) -> Prompt:
         """The prompt of trace n, as inference would make it."""
-        bank, i = self.clean if self.rows[n].severity == CLEAN else self.shown, self.image[n]
-        return pictured(bank, i, self.system, self.question[n])
+        return pictured(*self._asked(n))
 
     def positions(self, n: int) -> int:
         """Rope positions of trace n with its replies and, where it restores, its restoration."""
-        bank = self.clean if self.rows[n].severity == CLEAN else self.shown
-        prompt = outlined(bank, self.image[n], self.system, self.question[n])
-        second = self.reply_2[n]
+        prompt, second = outlined(*self._asked(n)), self.reply_2[n]
         return prompt.positions + len(self.reply_1[n]) + 2 + (0 if second is None else 1 + len(second) + 2)
 
     def open_row(self, n: int, contents: Contents, drop_vit: bool = False, *drop_texts: bool) -> list[Segment]:

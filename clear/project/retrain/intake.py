@@ -143,8 +143,8 @@ class Source:
             there = {item["Key"] for item in aws.listed(client, self.bucket, f"{target}/{name}")}
             kept, told = name, f"{target}/{name}.report/refused.json"
             if any(key.startswith(f"{target}/{name}/") for key in there):  # an earlier version, or half of this one
-                before = json.loads(aws.content(client, self.bucket, told)) if told in there else {}
-                if before.get("fingerprint") != incoming.fingerprint:
+                before = aws.content(client, self.bucket, told) if told in there else b""
+                if incoming.fingerprint.encode() not in before:
                     kept = f"{name}-{incoming.fingerprint[:8]}"
             for file in sorted(path for path in report.rglob("*") if path.is_file()):
                 client.upload_file(str(file), self.bucket, f"{target}/{kept}.report/{file.relative_to(report)}")

@@ -184,7 +184,11 @@ def _step(checkpoint: Path) -> int:
 
 
 def _damaged(checkpoint: Path) -> Path | None:
-    """The first file of a complete checkpoint that its marker knows and that is gone or another one."""
-    text = (checkpoint / _COMPLETE).read_text()
-    files = ((checkpoint / name, digest) for name, digest in json.loads(text or "{}").items())
+    """The first file of a complete checkpoint that its marker knows and that is gone or another one, or the marker."""
+    marker = checkpoint / _COMPLETE
+    try:
+        known = dict(json.loads(marker.read_text() or "{}"))
+    except (ValueError, TypeError):
+        return marker
+    files = ((checkpoint / name, digest) for name, digest in known.items())
     return next((file for file, digest in files if not file.is_file() or file_sha256(file) != digest), None)
