@@ -77,8 +77,10 @@ def test_a_streamed_request_is_held_until_it_ends(folder, tmp_path):
 
     with serving(folder, "--rows", "1", environment=environment) as server:
         with server.http.stream("POST", "/v1/chat/completions", json=streamed) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # kept: the end of this generator would hang up
+            next(lines)
             assert status() == 429, "there is room for one of them"
+            server.wait_for("clear_batch_rows", 1)  # 0 would be true before the batch has taken the first of them
         server.wait_for("clear_batch_rows", 0)  # the client has hung up
         assert status() == 200
         assert events(server.ask(streamed)) and status() == 200
