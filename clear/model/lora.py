@@ -58,6 +58,7 @@ from clear.schema import Lora
 ADAPTER, ADAPTER_CONFIG, BASE = "adapter_model.safetensors", "adapter_config.json", "base.json"
 TRAINED, REFERENCE = "default", "reference"
 """peft's names of the adapter that is trained and of its frozen copy."""
+AGAIN = "run the stage that makes it again"
 PREFIX = "base_model.model."
 """What PeftModel puts before a parameter's name; kept in the files so that peft itself can read them."""
 
@@ -91,13 +92,12 @@ def target_pattern(targets: Sequence[str], experts: str) -> str:
 
 def _check_targets(model: Bagel, targets: Sequence[str]) -> None:
     layer = model.language_model.model.layers[0]
-    known = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    linear = {name.rpartition(".")[2] for name, part in layer.named_modules() if isinstance(part, nn.Linear)}
+    known = {name for name in linear if not name.endswith("_moe_gen")}
     for target in targets:
-        if target not in known or target.endswith("_moe_gen"):
-            allowed = ", ".join(sorted(name for name in known if not name.endswith("_moe_gen")))
-            raise ClearError(
-                f"params: lora.targets: {target!r} is not a linear layer of the decoder; choose {allowed}."
-            )
+        if target not in known:
+            what = f"params: lora.targets: {target!r} is not a linear layer of the decoder"
+            raise ClearError(f"{what}; choose {', '.join(sorted(known))}.")
 
 
 def attach(model: Bagel, lora: Lora) -> Bagel:
@@ -191,18 +191,20 @@ def save_adapter(
     write_folder(folder, writers, {BRIDGE} - writers.keys())
 
 
-def _read(file: Path) -> dict:
-    if not file.exists():
-        raise ClearError(f"{file} is missing; an adapter folder needs it, run the stage that makes it again.")
-    return json_object(file, "run the stage that makes it again")
+def _base(folder: Path | str) -> dict:
+    """What an adapter folder says of its base, each field of its type. Raises ClearError."""
+    file = Path(folder) / BASE
+    known = {"bridge": "direct", "quantised": "", "rest": None} | json_object(file, AGAIN)
+    for key, kind in {"folder": str, "files": dict, "bridge": str, "quantised": str, "rest": str | None}.items():
+        if not isinstance(known.get(key), kind):
+            raise ClearError(f"{file}: {key!r} cannot be {known.get(key)!r:.60}; {AGAIN}.")
+    return known
 
 
 def _is_recorded(path: Path, record: dict[str, Any]) -> bool:
     """Whether a file is the one of a `fingerprint`: by its hash, or for a large one by its size and samples."""
     if not (isinstance(record, dict) and isinstance(record.get("bytes"), int) and "sha256" in record):
-        raise ClearError(
-            f"the adapter's record of {path} lacks 'bytes' and 'sha256'; run the stage that made it again."
-        )
+        raise ClearError(f"the record of {path} lacks 'bytes' and 'sha256'; run the adapter's stage again.")
     if not path.is_file() or path.stat().st_size != record["bytes"]:
         return False
     if record["bytes"] <= HASHED_ON_LOAD:
@@ -212,13 +214,13 @@ def _is_recorded(path: Path, record: dict[str, Any]) -> bool:
 
 def rest_of(folder: Path | str, base: Path | str, rest: Path | str | None) -> Path | str | None:
     """The folder that completes the weights `base` of an adapter folder: `rest`, or the one that the adapter names."""
-    known = _read(Path(folder) / BASE).get("rest")
+    known = _base(folder)["rest"]
     return rest if known is None or (rest is not None and Path(rest) != Path(base)) else known
 
 
 def quantisation_of(folder: Path | str) -> str:
     """The type of the quantised layers that an adapter folder was trained on, "" if they were exact."""
-    found = _read(Path(folder) / BASE).get("quantised", "")
+    found = _base(folder)["quantised"]
     if found not in ("", *quantised.KINDS):
         raise ClearError(f"{Path(folder) / BASE}: quantised = {found!r} is unknown here; run its stage again.")
     return found
@@ -228,25 +230,21 @@ def base_of(folder: Path | str, base: Path | str | None = None, rest: Path | str
     """The folder (or weight file) an adapter folder belongs to (`base` overrides where it lies), checked.
 
     `rest` overrides where the folder lies that completes weights alone.
-    Raises ClearError if it is absent or its files are not those the adapter was trained on, as far as
-    that shows without reading a large file whole.
+    Raises ClearError if it is absent or its files are not those the adapter was trained on, as far as that shows
+    without reading a large file whole.
     """
-    known = _read(Path(folder) / BASE)
+    known = _base(folder)
+    found, files = Path(base or known["folder"]), known["files"]
     try:
-        found, files = Path(base or known["folder"]), dict(known["files"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise ClearError(f"{Path(folder) / BASE} has no 'folder' and 'files'; run its stage again.") from error
-    place, _ = named_file(found)
-    if not place.is_dir():
-        raise ClearError(
-            f"{folder} adapts the weights in {found}, which is not here; name their folder in model.checkpoint."
-        )
-    parts = places(found, rest_of(folder, found, rest))
-    for name, expected in files.items():
-        if not _is_recorded(parts.file(name), expected):
-            raise ClearError(
-                f"{parts.file(name)} is not the file that {folder} was trained on; restore it, or train again."
-            )
+        if not named_file(found)[0].is_dir():
+            what = f"{folder} adapts the weights in {found}, which is not here"
+            raise ClearError(f"{what}; name their folder in model.checkpoint.")
+        parts = places(found, rest_of(folder, found, rest))
+        others = [file for name, record in files.items() if not _is_recorded(file := parts.file(name), record)]
+    except OSError as error:  # a path that is too long to be one
+        raise ClearError(f"{Path(folder) / BASE}: {error}; {AGAIN}.") from error
+    if others:
+        raise ClearError(f"{others[0]} is not the file that {folder} was trained on; restore it, or train again.")
     weights = model_file(found)
     if weights.name not in files and not is_adapter(found):
         raise ClearError(f"{weights} is not what {folder} was trained on, but {', '.join(files)}; name that file.")
@@ -278,7 +276,7 @@ def load_model(
     if is_adapter(weights):
         raise ClearError(f"{folder} adapts {weights}, which is an adapter itself; merge that one first (clear merge).")
     model, vae, tokenizer = load_bagel(weights, dtype, device, rest_of(folder, weights, rest), kind)
-    bridged = _read(folder / BASE).get("bridge", "direct")
+    bridged = _base(folder)["bridge"]
     model.config = replace(model.config, bridge=bridged)
     if bridged == "mlp":
         with without_weights():
@@ -286,7 +284,7 @@ def load_model(
         load_weights(bridge, folder / BRIDGE, torch.float32, device)
         model.bridge = bridge
     try:
-        settings = LoraConfig(**{k: v for k, v in _read(folder / ADAPTER_CONFIG).items() if k in _FIELDS})
+        settings = LoraConfig(**{k: v for k, v in json_object(folder / ADAPTER_CONFIG, AGAIN).items() if k in _FIELDS})
     except (TypeError, ValueError) as error:
         raise ClearError(f"{folder / ADAPTER_CONFIG} is not a LoRA configuration ({error}).") from error
     settings.inference_mode = False
@@ -302,7 +300,7 @@ _FIELDS = ("r", "lora_alpha", "lora_dropout", "target_modules", "bias")
 def _adopt(model: nn.Module, file: Path) -> None:
     """Copy the adapter weights of a file into the model. Raises ClearError on any key or shape mismatch."""
     if not file.exists():
-        raise ClearError(f"{file} is missing; run the stage that makes it again.")
+        raise ClearError(f"{file} is missing; {AGAIN}.")
     expected = {PREFIX + k: v for k, v in _adapter_state(model).items()}
     check_entries(
         file,

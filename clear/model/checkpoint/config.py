@@ -266,9 +266,11 @@ def read_json(folder: Path, name: str, required: bool = True) -> dict:
 
 
 def json_object(path: Path, remedy: str) -> dict:
-    """The object that a JSON file holds. Raises ClearError with the remedy for what is none."""
+    """The object that a JSON file holds. Raises ClearError with the remedy for what is none, and for an absent file."""
     try:
         content = json.loads(read_text(path))
+    except FileNotFoundError as error:
+        raise ClearError(f"{path} is missing; {remedy}.") from error
     except (ValueError, RecursionError) as error:  # also a number of thousands of digits, and nesting without end
         raise ClearError(f"{path} is not JSON ({error}); {remedy}.") from error
     if not isinstance(content, dict):
