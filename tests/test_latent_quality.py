@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from clear.config import compose, from_dict
+from clear.model import images
 from clear.model.bagel import GENERATION
 from clear.model.tokenizer import encode
 from clear.reasoning.answering import Answerer
@@ -76,6 +77,19 @@ def test_scores_are_those_of_the_clean_picture_or_none(answerer):
         assert vit[n] == pytest.approx(max(0, expected.item()), abs=1e-5)
         close, whole, local = latent_similarities(bank.latents[0], bank.latents[n])
         assert both[n] == pytest.approx(0.2 * close + 0.2 * whole + 0.3 * local + 0.3 * vit[n], abs=1e-5)
+
+
+def test_restored_pictures_are_decoded_no_more_at_once_than_images_are_encoded(answerer, monkeypatch):
+    rows, columns = 3, 4
+    patch, channels = answerer.config.model.latent_patch, answerer.vae.config.z_channels
+    latents = torch.randn(5, rows * columns, patch**2 * channels, generator=torch.Generator().manual_seed(3))
+    whole, sizes = answerer.pictures(latents, (rows, columns)), []
+    decode = answerer.vae.decode
+    monkeypatch.setattr(answerer.vae, "decode", lambda z: sizes.append(len(z)) or decode(z))
+    monkeypatch.setattr(images, "AUTOENCODER_PIXELS", 2 * whole[0].shape[0] * whole[0].shape[1] + 1)
+    parts = answerer.pictures(latents, (rows, columns))
+    assert sizes == [2, 2, 1] and len(parts) == 5
+    assert all(np.abs(a.astype(int) - b).max() <= 1 for a, b in zip(whole, parts, strict=True))
 
 
 def _bank(count: int) -> SimpleNamespace:

@@ -22,7 +22,7 @@ from clear.data.records import write_samples
 from clear.degradation.build import degraded_samples
 from clear.errors import ClearError
 from clear.model import images, latents
-from clear.model.images import ENCODE_IMAGES, ImageBank
+from clear.model.images import AUTOENCODER_IMAGES, ImageBank
 from clear.model.latents import LatentStore
 from clear.model.vae import AutoEncoder, VaeConfig
 from clear.sources.scenes.render import scenes
@@ -113,7 +113,7 @@ def test_a_bank_without_room_reads_the_same_latents_from_the_store_or_makes_them
     assert sum(one.nbytes for one in bank.latents._kept if one is not None) <= images.KEPT_BYTES
     for file in files(tmp_path):
         file.unlink()
-    assert same(plain, bank) and encoded == [ENCODE_IMAGES] * sum(one is None for one in bank.latents._kept)
+    assert same(plain, bank) and encoded == [AUTOENCODER_IMAGES] * sum(one is None for one in bank.latents._kept)
     encoded.clear()
     assert same(plain, bank) and encoded == [], "they are kept again"
 
@@ -137,7 +137,7 @@ def test_only_what_is_missing_is_encoded(tmp_path, encoded, alone):
     plain = alone(shown, vae)
     encoded.clear()
     assert same(plain, ImageBank(shown, SIZE).encode(vae, LatentStore(tmp_path, vae)))
-    assert encoded == [ENCODE_IMAGES] * 3, "10 pictures of one shape and 20 of the other, in full batches"
+    assert encoded == [AUTOENCODER_IMAGES] * 3, "10 pictures of one shape and 20 of the other, in full batches"
 
 
 def test_latents_that_may_have_other_bits_are_made_anew(tmp_path, encoded, alone, monkeypatch, threads):
@@ -179,7 +179,7 @@ def test_a_damaged_file_is_noticed_and_made_again(tmp_path, encoded, harm):
     file.write_bytes({"flipped": bytes(flipped), "cut": whole[:-4], "empty": b"", "zeros": bytes(len(whole))}[harm])
     encoded.clear()
     assert same(plain, ImageBank(shown, SIZE).encode(vae, LatentStore(tmp_path, vae)))
-    assert encoded == [ENCODE_IMAGES] and file.read_bytes() == whole
+    assert encoded == [AUTOENCODER_IMAGES] and file.read_bytes() == whole
 
 
 def test_several_at_once_give_the_same_bits_and_leave_whole_files(tmp_path, alone):
@@ -293,7 +293,7 @@ def test_every_stage_reads_what_another_has_encoded(tmp_path, monkeypatch, encod
     for folder in ("degraded/rl", "degraded/validation", "bench/degraded"):
         write_samples(Path("data") / folder, samples)
     traces.run(config)
-    assert encoded == [ENCODE_IMAGES] * 2, "the degraded and the clean pictures"
+    assert encoded == [AUTOENCODER_IMAGES] * 2, "the degraded and the clean pictures"
     start = incoming("data/models/base", config, config)
     data = trace_data(start, config)
     bridge._decisions(start, config, StageRun("bridge", config, (), tmp_path / "checkpoints"))
@@ -303,7 +303,7 @@ def test_every_stage_reads_what_another_has_encoded(tmp_path, monkeypatch, encod
     assert len(task.prompts) == sum(len(s.questions) for s in samples) and len(task.prompts[0].patches)
     answer(under_test("grpo", config), samples)
     answer(under_test("base", config), samples)
-    assert encoded == [ENCODE_IMAGES] * 2
+    assert encoded == [AUTOENCODER_IMAGES] * 2
     assert same(data.shown, alone([s.seen for s in samples], start.vae, config.model))
     assert same(data.clean, alone([s.image for s in samples], start.vae, config.model))
     assert json.loads(Path("data/metrics/traces.json").read_text())["traces"] == 8

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from clear.model.latents import LatentStore
 
 MAX_PIXELS = 14 * 14 * 9 * 1024
-ENCODE_IMAGES, ENCODE_PIXELS = 16, 2**20
-"""The autoencoder reads at most so many images at once, and so many pixels (but always one image)."""
+AUTOENCODER_IMAGES, AUTOENCODER_PIXELS = 16, 2**20
+"""The autoencoder encodes or decodes at most so many images at once, and so many pixels (but always one image)."""
 
 KEPT_BYTES = 2**30
 """Decoded pixels that one bank keeps: 270 images of 1024 px, or all that the small profiles have. As much
@@ -147,9 +147,9 @@ def to_uint8(image: Tensor) -> np.ndarray:
     return ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
 
 
-def encode_batch(height: int, width: int) -> int:
-    """How many images of this size (px) the autoencoder reads at once."""
-    return max(1, min(ENCODE_IMAGES, ENCODE_PIXELS // (height * width)))
+def autoencoder_batch(height: int, width: int) -> int:
+    """How many images of this size (px) the autoencoder encodes or decodes at once."""
+    return max(1, min(AUTOENCODER_IMAGES, AUTOENCODER_PIXELS // (height * width)))
 
 
 class Latents(Sequence["Tensor | None"]):
@@ -288,7 +288,7 @@ class ImageBank:
             else:
                 kept.put(i, self._tokens(z), KEPT_BYTES)
         for (h, w), members in groups.items():
-            step = encode_batch(h, w)
+            step = autoencoder_batch(h, w)
             for start in range(0, len(members), step):
                 chunk = members[start : start + step]
                 for i, latent in zip(chunk, self._encoded(vae, chunk, step if store else 0), strict=True):
@@ -309,7 +309,7 @@ class ImageBank:
         """Tokens of an image that were not kept in memory; if they left the store as well, encoded as before."""
         z = store.read(self._digests[i])
         if z is None:
-            (z,) = self._encoded(vae, [i], encode_batch(*self._sizes[i][0]))
+            (z,) = self._encoded(vae, [i], autoencoder_batch(*self._sizes[i][0]))
             store.write(self._digests[i], z)
         return self._tokens(z)
 

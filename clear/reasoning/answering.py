@@ -18,7 +18,7 @@ from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import Bagel
 from clear.model.flow import Guidance
-from clear.model.images import ImageBank, check_geometry, to_uint8, vit_patches
+from clear.model.images import ImageBank, autoencoder_batch, check_geometry, to_uint8, vit_patches
 from clear.model.latents import LatentStore
 from clear.model.offload import wait_in_host_memory
 from clear.model.runtime import autocast, device, stored
@@ -236,8 +236,10 @@ class Answerer:
     def pictures(self, latents: Tensor, grid: tuple[int, int]) -> list[np.ndarray]:
         """Latents (B, N, C) of one grid to uint8 pictures (H, W, 3), in float32 wherever they are asked for."""
         z = unpatchify(latents.float(), grid, self.config.model.latent_patch)
+        height, width = (self.vae.config.downsample * side for side in z.shape[-2:])
         with torch.autocast(z.device.type, enabled=False):
-            return [to_uint8(image) for image in self.vae.decode(z)]
+            parts = z.split(autoencoder_batch(height, width))
+            return [to_uint8(image) for part in parts for image in self.vae.decode(part)]
 
     def reencode(self, latents: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
         """Decode-reencode (the bridge's alternative): latents (B, N, C) → ViT patches (B, M, F) and their grid."""

@@ -15,7 +15,7 @@ from clear.data.io import aligned
 from clear.model import flex
 from clear.model.bagel import GENERATION, BagelConfig, frozen
 from clear.model.flow import Guidance
-from clear.model.images import encode_batch
+from clear.model.images import autoencoder_batch
 from clear.model.mot import LlmConfig, one_kernel
 from clear.model.offload import AHEAD
 from clear.model.quantised import PIECE
@@ -170,7 +170,7 @@ def packed_rows(traces: int, length: int, budget: int, limit: int) -> tuple[int,
 def encode_workspace(config: Config) -> int:
     """Encoding images with the autoencoder: three full-resolution feature maps of its first width, float32."""
     m = config.model
-    return 3 * 4 * encode_batch(m.vae_size, m.vae_size) * m.vae_channels * m.vae_size**2
+    return 3 * 4 * autoencoder_batch(m.vae_size, m.vae_size) * m.vae_channels * m.vae_size**2
 
 
 def estimate(config: Config, stage: str, vocab: int = BAGEL_VOCABULARY, gpus: int = 1) -> Estimate:
