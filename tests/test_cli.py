@@ -323,6 +323,16 @@ def test_results_without_a_run_say_what_to_do(project, clear):
     assert code == 1 and "make repro" in stderr
 
 
+@pytest.mark.parametrize("command", ["results", "results --markdown", "incoming list", "incoming list --json"])
+def test_a_folder_that_is_no_workspace_is_named(tmp_path, clear, monkeypatch, command):
+    """`results` advised hours of training, and `incoming list` found an empty project."""
+    monkeypatch.chdir(tmp_path)
+    status, stdout, stderr = clear(*command.split())
+    assert (status, stdout) == (1, "")
+    assert stderr.startswith(f"error: {tmp_path / 'params.yaml'} is not here; run this from the project's folder")
+    assert len(stderr.splitlines()) == 1 and "make repro" not in stderr and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("closed", [">&-", "2>&-", "<&-", "<&- >&- 2>&-"])
 def test_a_stream_that_is_closed_changes_no_verdict(tmp_path, closed):
     """Python then has none, and a traceback's status 1 means worse, or changed."""

@@ -292,3 +292,24 @@ def test_both_cards_know_every_source_and_count_what_it_writes(kind):
     assert f"Source `{kind}`: " in text and "| sft | 4 | 5 |" in text
     assert "| dark | 1 / 0 / 2 | 0 |" in text and "| fog | 6 | 0 |" in text
     assert "training data" in card.render(card.Facts(name="m", config=config, license="other"))
+    assert "apart from MMD-Bench" not in text
+
+
+def test_the_data_card_counts_incoming_sets_where_they_are_taught_and_where_they_are_asked_about():
+    came = {"rows": 20, "rejected": 1, "sft": 9, "rl": 3, "bench": 4, "fingerprint": "f", "paired": 0, "questions": 16}
+    cells = {"dark": {level: {"images": 7, "questions": 21} for level in ("low", "mid", "high")}}
+    metrics = {
+        "degrade": {
+            "images": {"sft": {"dark": {"low": 1}}, "rl": {}, "validation": {"dark": {"mid": 5}}},
+            "incoming": {"sets": {"road": came, "dark": came | {"sft": 0, "rl": 2}}},
+        },
+        "mmd_bench": {
+            "degraded": {"cells": cells},
+            "incoming": {"road": {"images": 4, "questions": 8}, "dark": {"images": 0, "questions": 0}},
+        },
+    }
+    text = data_card.render(data_card.DataFacts("grpo@v1.0.0", from_dict(compose([])), metrics))
+    assert "| damage | fine-tuning | GRPO | held out | MMD-Bench | apart from MMD-Bench |" in text
+    assert "| dark | 1 / 0 / 0 | 0 | 0 / 5 / 0 | 7 / 7 / 7 | 0 |" in text
+    assert "| incoming/road | 9 | 3 | 0 | 0 | 4 |" in text and "| incoming/dark | 0 | 2 | 0 | 0 | 0 |" in text
+    assert "no figure of MMD-Bench counts it" in text

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import pytest
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data.images import encode_image
+from clear.data.io import write_text
 from clear.data.records import read_samples, write_samples
 from clear.errors import ClearError
 from clear.report import calling, render, tables
@@ -55,8 +57,6 @@ def make(data, out, records=None, drawn=False) -> tuple[str, str, dict]:
 
 
 def copy(data, target):
-    import shutil
-
     return shutil.copytree(data, target / "data")
 
 
@@ -103,11 +103,31 @@ def test_a_missing_model_is_said_first_and_is_in_no_table(filled, tmp_path):
     assert tracked["claims"]["hard_gain"]["held"]
 
 
-def test_nothing_but_configuration_still_gives_an_honest_report(tmp_path):
-    text, _, tracked = make(tmp_path / "data", tmp_path / "out")
+def test_neither_the_base_nor_clear_still_gives_an_honest_report(filled, tmp_path):
+    data = tmp_path / "data"
+    (data / "predictions").mkdir(parents=True)
+    (data / "predictions/sft.parquet").write_bytes((filled / "predictions/sft.parquet").read_bytes())
+    text, _, tracked = make(data, tmp_path / "out")
     assert "cannot be said from this run" in text.splitlines()[2]
-    assert "Incomplete: 6 of 6 models" in text.splitlines()[4]
+    assert "Incomplete: 5 of 6 models" in text.splitlines()[4]
     assert tracked["not_measured"] == len(tracked["claims"]) and tracked["held"] == 0
+
+
+def test_without_any_predictions_nothing_is_overwritten(filled, tmp_path, project, clear):
+    """In a folder of another use, or a fresh one, an empty report took the place of the committed results."""
+    before = {"report.json": '{"claims": {}}\n', "summary.json": "{}\n", "accuracy.csv": "model,level\n"}
+    for name, text in before.items():
+        write_text(project / "data/results" / name, text)
+    page = project / "data/report/tiny/plots/old.png"
+    write_text(page, "of an earlier report")
+    shutil.copytree(filled / "plots", project / "data/plots")  # trained, and not evaluated yet
+    status, stdout, stderr = clear("report")
+    assert (status, stdout) == (1, "") and len(stderr.splitlines()) == 1
+    assert stderr.startswith(f"error: {project / 'data/predictions'}: no predictions here, expected <model>.parquet of")
+    assert all(model in stderr for model in MODELS) and "`dvc repro evaluate`" in stderr
+    assert {name: (project / "data/results" / name).read_text() for name in before} == before and page.exists()
+    shutil.copytree(filled / "predictions", project / "data/predictions", ignore=lambda *_: ["grpo.parquet"])
+    assert set(report.read_frames(project / "data")) == {*MODELS} - {"grpo"}, "some are enough"
 
 
 def test_no_run_records_empty_curves_and_no_kept_pictures(filled, tmp_path):

@@ -75,6 +75,33 @@ def test_no_pair_that_is_right_at_hard_is_a_robustness_of_nought(tmp_path):
     assert pair == ["pair", "100.00", "0.00", "0.00"]
 
 
+@pytest.mark.parametrize("model", ["MMBench-x", "MMVP-tuned", "CV-Bench-7B", "MM-Vet-x", "R-Bench-Dis-x", "x-mmbench"])
+@pytest.mark.parametrize("bench", ["MMStar", "RealWorldQA_dark_HIGH", "My-Bench"])
+def test_a_model_that_is_called_after_a_benchmark_has_no_rule_of_it(tmp_path, model, bench):
+    """Its row was scored by rotations or pairs, refused without a judge or a number, or taken for damaged."""
+    rows = [mcq(f"x{n}", n != 1, source="s", category="c") for n in range(3)]
+    plain, odd = (scores.score(scores.read_predictions(put(tmp_path, name, **{bench: rows}))) for name in ("M", model))
+    same, found = (scores.summary(frame)["benchmarks"] for frame in (plain, odd))
+    name = f"{model}_{bench.removesuffix('_dark_HIGH')}"
+    assert found == {name: same[f"M_{name.removeprefix(f'{model}_')}"]}
+    assert set(odd["benchmark"]) == {name.removeprefix(f"{model}_")}
+
+
+def test_the_rules_of_a_benchmark_are_found_behind_any_model_and_without_one(tmp_path):
+    rows = [mcq(1, True), mcq(1000001, False), mcq(2, True)]
+    (tmp_path / "MMVP-x").mkdir()
+    for name in ("MMBench_DEV_EN_V11", "MMVP-x_MMBench_DEV_EN_V11", "MMVP-x/MMVP-x_MMBench_DEV_EN_V11"):
+        (tmp_path / f"{name}.tsv").write_bytes(put(tmp_path, "M", MMStar=rows)[0].read_bytes())
+        frame = scores.score(scores.read_predictions([tmp_path / f"{name}.tsv"]))
+        (found,) = scores.summary(frame)["benchmarks"].values()
+        assert found["circular"] is True and found["levels"]["clean"]["score"] == 0.5, name
+        assert set(frame["bench"]) == {name.split("/")[-1]} and set(frame["benchmark"]) == {"MMBench_DEV_EN_V11"}
+    # A column names the benchmark alone: no model's name with another benchmark behind it.
+    where = {"bench": "MMVP_MMStar", "corruption": "clean", "severity": "clean", "model": "M"}
+    frame = scores.read_predictions(put(tmp_path, "M", Tables=[row | where for row in rows]))
+    assert set(frame["benchmark"]) == {"MMVP_MMStar"}
+
+
 @pytest.mark.parametrize("option", ["--json", "--rows", "--markdown", "--html"])
 def test_a_folder_in_place_of_an_output_is_refused_before_the_work(tmp_path, clear, monkeypatch, option):
     monkeypatch.chdir(tmp_path)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -307,6 +308,46 @@ def test_an_ablation_of_another_seed_begins_where_that_seed_ended_and_is_pooled(
     assert "| CLEAR | 1, 2 |" in row and f"{100 * (hard[0] - hard[1]):+.1f} [" in row
     ablations.run(folder, ["grpo_text"], seed=2)
     assert len(runs) == 3, "what is there does not run again"
+
+
+def test_runs_of_one_name_and_different_changes_are_not_pooled(home, monkeypatch):
+    """An entry of ablations.yaml was edited between two seeds, and the page averaged over both without a word."""
+    folder, _, _ = home
+    seeds.run(folder, [1, 2])
+    ablations.run(folder, ["grpo_kl10"], seed=2)
+    listed = ablations.listed()
+    for edited, said in (
+        ({"changes": ("grpo.beta=0.2",)}, "grpo with grpo.beta=0.2"),
+        ({"changes": ()}, "grpo with nothing changed"),
+        ({"model": "bridge"}, "bridge with grpo.beta=0.1"),
+    ):
+        one = replace(listed["grpo_kl10"], **edited)
+        monkeypatch.setattr(ablations, "listed", lambda one=one: {"grpo_kl10": one})
+        page_before = (folder / seeds.PAGE).read_text()
+        pair = rf"grpo_kl10\.parquet: {said}, but grpo_kl10\.2\.parquet: grpo with grpo.beta=0.1; runs of different .*"
+        with pytest.raises(ClearError, match=pair + r"cannot be pooled as grpo_kl10\. Delete the file"):
+            ablations.run(folder, ["grpo_kl10"], seed=1)
+        assert (folder / seeds.PAGE).read_text() == page_before
+    (folder / seeds.ABLATIONS / "grpo_kl10.2.parquet").unlink()
+    assert "| `grpo_kl10`" in seeds.render(folder).read_text(), "the remedy"
+    # Nothing is said of an old file that does not note its changes, nor of one that is compared with no other.
+    file = folder / seeds.ABLATIONS / "grpo_kl10.parquet"
+    file.unlink()
+    monkeypatch.setattr(ablations, "listed", lambda: listed)
+    ablations.run(folder, ["grpo_kl10"], seed=1)
+    noted = {f"clear.{key}": text for key, text in seeds.about(file).items()}
+    for name, different in (
+        ("grpo_kl10.2", {"clear.seed": "2", "clear.changes": None}),
+        ("grpo_kl10.3", {"clear.seed": "3", "clear.setting": "another", "clear.changes": "grpo.beta=0.3"}),
+    ):
+        kept = {key: text for key, text in (noted | different).items() if text is not None}
+        seed = 2 if name.endswith("2") else 1
+        rows = pd.read_parquet(folder / seeds.FOLDER / f"{seed}.parquet")
+        table = pa.Table.from_pandas(rows[rows["model"] == "grpo"], preserve_index=False)
+        pq.write_table(table.replace_schema_metadata(kept), file.with_name(f"{name}.parquet"))
+    text = seeds.render(folder).read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| `grpo_kl10`"))
+    assert "| CLEAR | 1, 2 |" in row and "left out: grpo_kl10." in text
 
 
 def test_kinds_of_damage_that_no_training_met_are_asked_about_alone(home, monkeypatch):

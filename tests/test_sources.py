@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from clear.bench.scoring import is_correct
 from clear.data.records import read_samples
 from clear.data.rejects import Reject
 from clear.errors import ClearError
@@ -145,6 +146,28 @@ def test_options_are_found_where_lines_list_them():
     assert options_in("Which?\nA. red one\nB) blue\n(C) green\nAnswer with the letter.") == ("red one", "blue", "green")
     assert options_in("A. Einstein was born when?") == ()
     assert options_in("Which?\nB. red\nC. blue") == ()
+
+
+@pytest.mark.parametrize(
+    ("gold", "answer", "listed"),
+    [
+        ("Answer: B", "B", True),
+        ("answer : (B).", "(B).", True),
+        ("Answer: blue", "blue", True),
+        ("B", "B", True),
+        ("Answer: green", "Answer: green", False),
+        ("Answer:", "Answer:", False),
+        ("It is blue, the answer: B", "It is blue, the answer: B", False),
+    ],
+)
+def test_an_answer_that_names_an_option_after_the_word_answer_is_multiple_choice(gold, answer, listed):
+    """Asked with its options, it was free: the letter alone, as every other question asks for, was wrong."""
+    turns = [{"from": "human", "value": "<image>\nWhich?\nA. red\nB. blue"}, {"from": "gpt", "value": gold}]
+    (asked,) = llava_onevision._questions("i", "s", turns)
+    assert (asked.answer, asked.options) == (answer, ("red", "blue") if listed else ())
+    assert is_correct("B", asked) is is_correct("blue", asked) is listed
+    (free,) = llava_onevision._questions("i", "s", [turns[0] | {"value": "What does the sign say?"}, turns[1]])
+    assert (free.answer, free.options) == (gold, ()), "nothing is taken from a free answer"
 
 
 def test_lmudata_reads_every_kind_of_row_as_vlmevalkit_does(tmp_path):

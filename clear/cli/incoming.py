@@ -15,8 +15,10 @@ def list_sets(as_json: Annotated[bool, typer.Option("--json", help="Machine-read
     import json
     from dataclasses import asdict
 
+    from clear.data.workspace import profile
     from clear.sources.incoming import FOLDER, sets
 
+    profile()  # else a folder that is no workspace would pass for one without sets
     found = sets()
     if as_json:
         say(json.dumps({"sets": [asdict(one) for one in found]}, indent=1))

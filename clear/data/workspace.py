@@ -26,7 +26,7 @@ from typing import Any
 
 from clear.config import PARAMS
 from clear.data.io import write_json
-from clear.errors import ClearError
+from clear.errors import ClearError, shown
 from clear.schema import Config
 
 
@@ -44,7 +44,9 @@ def profile(workspace: Path | str = "") -> str:
 
     file = Path(workspace) / PARAMS
     if not file.exists():
-        raise ClearError(f"{file} is not here; run this from the project's folder, or `make params` to compose it.")
+        raise ClearError(
+            f"{shown(file.absolute())} is not here; run this from the project's folder, or `make params` to compose it."
+        )
     try:
         name = yaml.safe_load(file.read_text())["profile"]
     except (yaml.YAMLError, KeyError, TypeError, ValueError) as error:

@@ -19,7 +19,11 @@ HEADER = ("model", *LEVELS, "average", "restores clean", "restores high")
 
 
 def render(workspace: Path) -> str:
-    """The table of the evaluations under `workspace`, and where the report is. Raises ClearError if there are none."""
+    """The table of the evaluations under `workspace`, and where the report is.
+
+    Raises ClearError if there are none, and for a folder that is no workspace: no training would mend that.
+    """
+    profile(workspace)
     files = {model: workspace / "data/metrics" / f"evaluate_{model}.json" for model in MODELS}
     files = {model: file for model, file in files.items() if file.exists()}
     if not files:
@@ -42,7 +46,8 @@ def render(workspace: Path) -> str:
 def markdown(workspace: Path) -> str:
     """The tables of README: every model at every level, then the paired comparisons, from figures alone.
 
-    A test compares README with them. Raises ClearError where a model was not evaluated or there is no report.
+    A test compares README with them. Raises ClearError where a model was not evaluated or there is no report, and as
+    `render`.
     """
     from clear.report.claims import COMPARISONS, NAMES
     from clear.report.claims import LEVELS as SHOWN
@@ -54,6 +59,7 @@ def markdown(workspace: Path) -> str:
             raise ClearError(f"{file} is not here; run `make repro`.")
         return parse(file.read_text(), str(file))
 
+    profile(workspace)
     rows = []
     for model in MODELS:
         metrics = figures(f"evaluate_{model}")

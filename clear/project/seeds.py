@@ -163,8 +163,8 @@ def _section(params: dict, path: Sequence[str]) -> dict:
 
 
 def render(workspace: Path) -> Path:
-    """Write the page from every seed in the folder. Raises ClearError for none, where their settings differ, and for a
-    file that is none of `collect`."""
+    """Write the page from every seed in the folder. Raises ClearError for none, where their settings differ, where the
+    files of one ablation were made with different changes, and for a file that is none of `collect`."""
     files = sorted((workspace / FOLDER).glob("*.parquet"), key=_seed_of)
     if not files:
         raise ClearError(f'{FOLDER}: no seed here; run `make results SEEDS="1 2 3"`.')
@@ -178,6 +178,7 @@ def render(workspace: Path) -> Path:
         )
     frames = {int(file.stem): _rows(file, len(MODELS)) for file in files}
     ablations, others = {}, {}
+    changed: dict[tuple[bool, str, str], tuple[Path, str]] = {}
     for file in sorted((workspace / ABLATIONS).glob("*.parquet")):
         if not re.fullmatch(r"\w+(\.-?[0-9]+)?", file.stem):
             raise ClearError(
@@ -191,11 +192,24 @@ def render(workspace: Path) -> Path:
         former = of.get(name)
         if former and former.setting != setting:
             name, former = file.stem, None
-        runs = (former.frames if former else {}) | {seed: _rows(file, 1)}
+        rows = _rows(file, 1)
+        if made := _change(rows["model"].iloc[0], said.get("changes")):
+            first, other = changed.setdefault((of is others, name, setting), (file, made))
+            if made != other:
+                raise ClearError(
+                    f"{file}: {made}, but {first.name}: {other}; runs of different changes cannot be pooled as {name}. "
+                    "Delete the file that is not of clear/conf/ablations.yaml and run `make ablations` for its seed."
+                )
+        runs = (former.frames if former else {}) | {seed: rows}
         of[name] = seeds.Ablation(said.get("what", ""), runs, against, setting, kinds)
     page = workspace / PAGE
     write_text(page, seeds.page(frames, ablations, others))
     return page
+
+
+def _change(model: str, changes: str | None) -> str:
+    """What an ablation's file was made with, to be compared and shown; "" for an old file that does not say."""
+    return "" if changes is None else f"{model} with {' '.join(sorted(changes.split())) or 'nothing changed'}"
 
 
 def _seed_of(file: Path) -> int:

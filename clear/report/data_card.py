@@ -14,6 +14,7 @@ from clear.schema import Config
 
 _DAMAGED = tuple(level for level in SEVERITIES if level != CLEAN)
 _COLUMNS = {"sft": "fine-tuning", "rl": "GRPO", "validation": "held out"}
+_APART = "apart from MMD-Bench"
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,19 @@ def _all(questions: int | dict[str, int]) -> int:
 
 def _damage(facts: DataFacts) -> str:
     """Pictures of each kind of damage at low / mid / hard, or of no level, by what they are for."""
-    counts = {title: facts.metrics.get("degrade", {}).get("images", {}).get(split) for split, title in _COLUMNS.items()}
-    cells = facts.metrics.get("mmd_bench", {}).get("degraded", {}).get("cells", {})
+    degrade, bench = (facts.metrics.get(stage, {}) for stage in ("degrade", "mmd_bench"))
+    sets = degrade.get("incoming", {}).get("sets", {})
+    counts = {
+        title: degrade.get("images", {}).get(split, {})
+        | {f"{INCOMING}/{name}": {INCOMING: came[split]} for name, came in sets.items() if came.get(split)}
+        for split, title in _COLUMNS.items()
+    }
+    cells = bench.get("degraded", {}).get("cells", {})
     counts["MMD-Bench"] = {
         kind: {level: cell["images"] for level, cell in levels.items()} for kind, levels in cells.items()
+    }
+    counts[_APART] = {
+        f"{INCOMING}/{name}": {INCOMING: came["images"]} for name, came in bench.get("incoming", {}).items()
     }
     counts = {title: found for title, found in counts.items() if found}
     kinds = sorted({kind for found in counts.values() for kind in found})
@@ -91,10 +101,12 @@ def _damage(facts: DataFacts) -> str:
         return " / ".join(str(levels.get(level, 0)) for level in _DAMAGED)
 
     rows = [[kind.replace("_", " "), *(cell(found.get(kind, {})) for found in counts.values())] for kind in kinds]
-    version = facts.metrics.get("degrade", {}).get("protocol_version")
+    version = degrade.get("protocol_version")
     caption = "Pictures at low / mid / hard; one number where the pictures came with their damage." + (
         f" Protocol {version}." if version else ""
     )
+    if _APART in counts:
+        caption += " What is apart from MMD-Bench every model was asked about, too; no figure of MMD-Bench counts it."
     return Table(["damage", *counts], rows, caption).markdown()
 
 

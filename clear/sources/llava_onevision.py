@@ -22,6 +22,8 @@ from clear.sources.rows import Row, options_in, question
 _HUMAN, _ASSISTANT = ("human", "user"), ("gpt", "assistant")
 _KEYS = ("from", "role"), ("value", "content")
 _BATCH = 32
+_LEAD = re.compile(r"^\s*answer\s*:\s*(?=\S)", re.IGNORECASE)
+"""What may stand before the right option: "Answer: B"."""
 
 
 def files(path: Path) -> list[Path]:
@@ -133,9 +135,12 @@ def _questions(id: str, subset: str, turns: object) -> tuple[Question, ...]:
         if shows:
             raise Unusable("conversation", f"turn {number + 1} answers with an image, expected a text")
         text = text.replace("<image>", "").strip()
-        made = question(f"{id}-{number // 2}", subset, text, answer, options_in(text))
-        if isinstance(made, str) and "options" in made:  # a list that only looks like options
-            made = question(f"{id}-{number // 2}", subset, text, answer)
+        options = options_in(text)
+        # At last as a free answer: what names none of the options may be that of a list that only looks like options.
+        for gold, listed in ((answer, options), (_LEAD.sub("", answer), options), (answer, ())):
+            made = question(f"{id}-{number // 2}", subset, text, gold, listed)
+            if not isinstance(made, str) or "options" not in made:
+                break
         if isinstance(made, str):
             raise Unusable("conversation", f"turn {number}: {made}")
         found.append(made)

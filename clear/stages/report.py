@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from clear.bench import predictions
 from clear.bench.models import MODELS
 from clear.data.io import write_json
-from clear.errors import ClearError
+from clear.errors import ClearError, shown
 from clear.schema import Config
 
 if TYPE_CHECKING:
@@ -29,7 +29,8 @@ METRICS = ("source", "degrade", "mmd_bench", "validate", "base", "traces", "sft"
 def run(config: Config, data: Path = Path("data")) -> None:
     """Make the report of the workspace. Raises ClearError for inputs that are damaged or do not belong together.
 
-    Absent inputs do not stop it: a model without predictions is named in the first lines, its claims are not measured.
+    Some absent inputs do not stop it: a model without predictions is named in the first lines, its claims are not
+    measured. Without the predictions of any model it raises ClearError before anything is written.
     """
     from clear.data.workspace import report_dir, run_records
     from clear.report import calling, gallery, render
@@ -38,6 +39,12 @@ def run(config: Config, data: Path = Path("data")) -> None:
 
     bootstrap = Bootstrap(config.evaluate.confidence, config.evaluate.bootstrap, config.seed)
     frames = read_frames(data)
+    if not frames:
+        raise ClearError(
+            f"{shown((data / 'predictions').absolute())}: no predictions here, expected <model>.parquet of "
+            f"{', '.join(MODELS)}; run this in the project's folder, or `dvc repro evaluate` to make them. No report "
+            "was written."
+        )
     claims, called = evaluate(frames, bootstrap), calling.figures(frames, bootstrap)
     records = {stage: record for stage, record in run_records().items() if stage != "report"}
     inputs = render.Inputs(

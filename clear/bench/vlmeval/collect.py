@@ -5,7 +5,6 @@ Models are compared on questions that all of them were asked and have a verdict 
 reported by name; tables that share nothing, or ask different things under one index, are rejected.
 """
 
-import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,26 +27,10 @@ def models_of(files: Sequence[Path]) -> list[str]:
     for file in map(Path, files):
         header, rows = tables.read(file, skip=("", "image", "image_path"))
         if "model" in header:
-            found |= dict.fromkeys(_tidy(row.cells["model"]) for row in rows)
+            found |= dict.fromkeys(names.tidy(row.cells["model"]) for row in rows)
         else:
-            found[_named(file)[0]] = None
+            found[names.of_file(file)[0]] = None
     return list(found)
-
-
-def _named(file: Path) -> tuple[str, str]:
-    """(model, benchmark) by the name of a file; the benchmark is "" where the name is none of predictions."""
-    try:
-        bench, *_ = names.parsed(file.stem)
-    except ClearError:
-        bench = file.stem
-    model, bench = names.of_model(bench, file.absolute().parent.name)
-    return _tidy(model), bench
-
-
-def _tidy(name: str) -> str:
-    """A name in one line and one form, so that two that look alike are one."""
-    text = " ".join(unicodedata.normalize("NFC", name).split())
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def read(files: Sequence[Path], manifest: Path | None = None) -> "pd.DataFrame":
@@ -78,9 +61,9 @@ def read(files: Sequence[Path], manifest: Path | None = None) -> "pd.DataFrame":
 
 def _file(path: Path) -> "pd.DataFrame":
     frame = scores.read_file(path)
-    model, _ = _named(path)
+    model, _ = names.of_file(path)
     if "model" in frame:
-        frame["model"] = frame["model"].map(_tidy)
+        frame["model"] = frame["model"].map(names.tidy)
         empty = frame[frame["model"] == ""]
         if len(empty):
             raise ClearError(f"{path}: index {empty['index'].iloc[0]}: the column model is empty.")
@@ -91,13 +74,7 @@ def _file(path: Path) -> "pd.DataFrame":
         )
     else:
         frame["model"] = model
-    folder = path.absolute().parent.name
-    split = {bench: names.of_model(bench, folder) for bench in frame["bench"].unique()}
-    # A column `bench` may name the benchmark alone, which then is not a model's name with another one's behind it.
-    frame["bench"] = [
-        split[bench][1] if _tidy(split[bench][0]) in (model, of) else bench
-        for bench, of in zip(frame["bench"], frame["model"], strict=True)
-    ]
+    frame["bench"] = frame["benchmark"]
     return frame.assign(file=str(path), restored=_restored(path, frame["index"].tolist()))
 
 

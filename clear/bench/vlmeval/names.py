@@ -7,6 +7,9 @@ anything else (a result of VLMEvalKit, a level that does not exist) is rejected,
 """
 
 import re
+import unicodedata
+from collections.abc import Collection
+from pathlib import Path
 
 from clear.data.records import CLEAN
 from clear.degradation.corruptions import CORRUPTIONS
@@ -62,7 +65,7 @@ _MORE = re.compile(
 
 
 def family(bench: str) -> str:
-    """mmbench, mmvet, mmvp, cvbench or plain."""
+    """mmbench, mmvet, mmvp, cvbench or plain, by a benchmark's name without a model's (`alone`)."""
     return next((name for name, found in FAMILIES.items() if re.search(found, bench, re.IGNORECASE)), "plain")
 
 
@@ -111,6 +114,31 @@ def of_model(bench: str, folder: str) -> tuple[str, str]:
         return folder, bench[len(folder) + 1 :]
     match = _MODEL_AND_BENCH.fullmatch(bench)
     return (match["model"], match["bench"]) if match else ("", bench)
+
+
+def of_file(file: Path) -> tuple[str, str]:
+    """(model, benchmark) by the name of a file; the benchmark is "" where the name is none of predictions."""
+    try:
+        bench, *_ = parsed(file.stem)
+    except ClearError:
+        bench = file.stem
+    model, bench = of_model(bench, file.absolute().parent.name)
+    return tidy(model), bench
+
+
+def alone(bench: str, folder: str, models: Collection[str]) -> str:
+    """A benchmark's name without that of a model, if one of `models` (tidy) stands in front, as `of_model` reads it.
+
+    A column `bench` may name the benchmark alone, which then is not a model's name with another one's behind it.
+    """
+    model, found = of_model(bench, folder)
+    return found if tidy(model) in models else bench
+
+
+def tidy(name: str) -> str:
+    """A name in one line and one form, so that two that look alike are one."""
+    text = " ".join(unicodedata.normalize("NFC", name).split())
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def is_degraded(name: str) -> bool:

@@ -46,12 +46,13 @@ OWN = "own"
 
 
 def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
-    """The rows of all files, all cells as text, with the columns bench, corruption, severity and gold.
+    """The rows of all files, all cells as text, with the columns bench, corruption, severity, benchmark and gold.
 
-    `gold` is the letter of the right option, "" for a free answer. Raises ClearError naming the file, and the row where
-    there is one, for a missing column, answer or level, a repeated index, one that is not a number where groups are
-    found by it, an answer that names no option, a name that is not that of a benchmark, and for two files of the same
-    rows.
+    `bench` has the model's name in front, as the files have; `benchmark` has not, and by it a benchmark's rules are
+    found. `gold` is the letter of the right option, "" for a free answer. Raises ClearError naming the file, and the
+    row where there is one, for a missing column, answer or level, a repeated index, one that is not a number where
+    groups are found by it, an answer that names no option, a name that is not that of a benchmark, and for two files of
+    the same rows.
     """
     import pandas as pd
 
@@ -66,13 +67,14 @@ def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
 def damaged_as_hard(frame: "pd.DataFrame") -> "pd.DataFrame":
     """`frame` with a benchmark that is damaged as published (R-Bench-Dis) at level hard, as corruption OWN."""
     levels = frame.groupby("bench")["severity"].agg(set)
-    own = [bench for bench, found in levels.items() if names.DAMAGED.search(bench) and found == {CLEAN}]
+    alone = dict(zip(frame["bench"], frame["benchmark"], strict=True))
+    own = [bench for bench, found in levels.items() if names.DAMAGED.search(alone[bench]) and found == {CLEAN}]
     frame.loc[frame["bench"].isin(own), ["corruption", "severity"]] = OWN, HARD
     return frame
 
 
 def read_file(path: Path) -> "pd.DataFrame":
-    """The rows of one file, as `read_predictions`; `bench` still has the model's name in front."""
+    """The rows of one file, as `read_predictions`."""
     import pandas as pd
 
     header, rows = tables.read(path, skip=("", "image", "image_path"))
@@ -98,12 +100,23 @@ def read_file(path: Path) -> "pd.DataFrame":
         if len(odd):
             what = f"is not one of {', '.join(known)}" if known else "is empty"
             raise ClearError(f"{path}: index {odd['index'].iloc[0]}: {column} {odd[column].iloc[0]!r} {what}.")
-    for index in frame["index"][frame["bench"].map(names.family).isin(GROUPED)]:
+    frame["benchmark"] = _alone(path, frame)
+    for index in frame["index"][frame["benchmark"].map(names.family).isin(GROUPED)]:
         try:
             names.number(index)
         except ClearError as error:
             raise ClearError(f"{path}: {error}") from error
     return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
+
+
+def _alone(path: Path, frame: "pd.DataFrame") -> list[str]:
+    """The benchmark of every row without the model's name, by which no rule may be found: a model may be called after a
+    benchmark."""
+    folder, (named, _) = path.absolute().parent.name, names.of_file(path)
+    models = frame["model"].map(names.tidy) if "model" in frame else [named] * len(frame)
+    pairs = list(zip(frame["bench"], models, strict=True))
+    found = {(bench, model): names.alone(bench, folder, (named, model)) for bench, model in dict.fromkeys(pairs)}
+    return [found[pair] for pair in pairs]
 
 
 def _without(column: str) -> str:
@@ -145,7 +158,7 @@ def score(frame: "pd.DataFrame", judge: "Client | None" = None, progress: Callab
     frame = frame.reset_index(drop=True).copy()
     said = [answer_in(text) for text in frame["prediction"]]
     options = [options_of(row) for row in frame.to_dict("records")]
-    kinds = [names.family(bench) for bench in frame["bench"]]
+    kinds = [names.family(bench) for bench in frame["benchmark"]]
     values, how, reject, extracted = np.zeros(len(frame)), ["unmatched"] * len(frame), [""] * len(frame), list(said)
     for n, (answer, gold) in enumerate(zip(frame["answer"], frame["gold"], strict=True)):
         if kinds[n] == "mmvet":
@@ -190,12 +203,13 @@ def summary(frame: "pd.DataFrame") -> dict:
     """
     benches: dict[str, dict] = {}
     for bench, rows in frame.groupby("bench", sort=True):
-        groups = grouping(bench, rows)
+        alone = rows.benchmark.iloc[0]
+        groups = grouping(alone, rows)
         levels = {level: _level(rows[rows.severity == level], groups) for level in present(rows.severity)}
         by_severity = {level: cell["score"] for level, cell in levels.items() if cell["score"] is not None}
         damaged = bool((rows.corruption == OWN).all())
         benches[bench] = {"levels": levels, "robustness": robustness(by_severity), "damaged": damaged}
-        if names.family(bench) == "mmbench":
+        if names.family(alone) == "mmbench":
             benches[bench]["circular"] = groups is not None
     average = {}
     for level in present(frame.severity):
@@ -265,7 +279,7 @@ def _cell(rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> 
     if groups:
         name, of = groups
         figures[name], figures["incomplete"] = _groups(rows, of, name == "pair")
-    if names.family(rows.bench.iloc[0]) == "cvbench":
+    if names.family(rows.benchmark.iloc[0]) == "cvbench":
         for key, column in (("by_source", "source"), ("by_category", "category")):
             if column in rows and (rows[column] != "").all():
                 figures[key] = {name: _mean(part.score) for name, part in rows.groupby(column, sort=True)}
@@ -320,6 +334,6 @@ def table(summarised: dict) -> str:
         if part["damaged"]:
             notes.append(f"{bench}: damaged as published; it counts as hard and in no robustness")
         if count := sum(cell["incomplete"] for cell in part["levels"].values()):
-            what = "pairs of which one half" if names.family(bench) == "mmvp" else "questions of which the first row"
+            what = "questions of which the first row" if "circular" in part else "pairs of which one half"
             notes.append(f"{bench}: {count} {what} is missing; they are in no figure of pairs or rotations")
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:], *notes])
