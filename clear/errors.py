@@ -55,13 +55,14 @@ def without_secrets(text: object, *more: str) -> str:
 
 
 class ClearError(Exception):
-    """Bad input or workspace state. `str(error)` is a complete sentence with the remedy, and has no secret in it."""
+    """Bad input or workspace state. `str(error)` is a complete sentence with the remedy, on one line that can be
+    printed, whatever names from outside are in it, and has no secret in it."""
 
     status = 1
     """Exit status of the command that it ends."""
 
     def __init__(self, *said: object) -> None:
-        super().__init__(*map(without_secrets, said))
+        super().__init__(*(printable(_on_one_line(without_secrets(text))) for text in said))
 
 
 @contextmanager
@@ -109,6 +110,10 @@ def quoted(value: object) -> str:
 def one_line(error: BaseException) -> str:
     """What an error of a library says, on one line."""
     return " ".join(str(error).split())
+
+
+def _on_one_line(text: str) -> str:
+    return " ".join(filter(None, map(str.strip, text.splitlines())))
 
 
 def refusal(error: BaseException) -> ClearError | None:
