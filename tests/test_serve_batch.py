@@ -48,9 +48,9 @@ def _pictures() -> list[bytes]:
 def _row(answerer: Answerer, picture: bytes | None, question: str, wish: Wish) -> Row:
     """A row as the server makes one, its picture decoded by itself."""
     content = [{"type": "text", "text": question}]
-    found, _ = Reader(answerer, Settings("m")).conversation(
-        ChatRequest(messages=[{"role": "user", "content": content}]),
-    )
+    reader = Reader(answerer, Settings("m"))
+    texts, _ = reader.texts(ChatRequest(messages=[{"role": "user", "content": content}]))
+    found = reader.conversation(texts)
     bank = None if picture is None else answerer.bank([picture], ["p"])
     return Row(0, conversation=Conversation(found.system, found.question, bank), wish=wish, changed=lambda: None)
 

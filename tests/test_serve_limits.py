@@ -1,17 +1,25 @@
 """`clear serve` within limits: a key, a full queue, little time, no private address, and what ends with the server."""
 
-import json
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import openai
 import pytest
 
-from tests.serving import TOKENS, asking, events, make_workspace, patched, picture, serving, with_url
+from clear.config import compose, from_dict
+from clear.data.images import encode_image
+from clear.model.images import ImageBank
+from clear.serve.app import HELD
+from clear.serve.batch import ID, Conversation
+from clear.serve.settings import Settings
+from tests.serving import TOKENS, Server, asking, events, make_workspace, patched, picture, serving, with_url
 
 
 @pytest.fixture(scope="module")
@@ -66,24 +74,61 @@ def test_a_full_queue_says_when_to_try_again(strict):
     assert never.status_code == 400 and never.json()["error"]["param"] == "n", "three choices never fit a queue of two"
 
 
+FLAT = encode_image(np.zeros((48, 48, 3), np.uint8))
+"""A picture of a hundred bytes that decodes to 14 kB in the model's two sizes."""
+
+
+def _streamed(image: bytes, **more) -> dict:
+    """A request that takes long, once it has begun."""
+    return asking(image=image, max_tokens=TOKENS, n=8, stream=True, clear={"restore": "plain"}) | more
+
+
+@contextmanager
+def _begun(server: Server, body: dict) -> Iterator[None]:
+    """While a streamed answer has begun."""
+    with server.http.stream("POST", "/v1/chat/completions", json=body) as response:
+        assert response.status_code == 200
+        lines = response.iter_lines()  # kept: the end of this generator would hang up
+        next(lines)
+        yield
+
+
 def test_a_streamed_request_is_held_until_it_ends(folder, tmp_path):
-    image = picture(size=(150, 150))
-    streamed = asking(image=image, max_tokens=TOKENS, n=8, stream=True, clear={"restore": "plain"})
-    room = len(json.dumps(streamed)) * 3 // 2
-    environment = patched(tmp_path, f"import clear.serve.app\nclear.serve.app.HELD = {room}\n")
+    streamed = _streamed(FLAT)
+    environment = patched(tmp_path, "import clear.serve.app\nclear.serve.app.HELD = 20_000\n")
 
     def status() -> int:
-        return server.ask(image=image, max_tokens=2).status_code
+        return server.ask(image=FLAT, max_tokens=2).status_code
 
     with serving(folder, "--rows", "1", environment=environment) as server:
-        with server.http.stream("POST", "/v1/chat/completions", json=streamed) as response:
-            lines = response.iter_lines()  # kept: the end of this generator would hang up
-            next(lines)
-            assert status() == 429, "there is room for one of them"
+        with _begun(server, streamed):
+            assert status() == 429, "there is room for the pixels of one of them"
             server.wait_for("clear_batch_rows", 1)  # 0 would be true before the batch has taken the first of them
         server.wait_for("clear_batch_rows", 0)  # the client has hung up
         assert status() == 200
         assert events(server.ask(streamed)) and status() == 200
+
+
+def test_a_request_that_waits_holds_its_pixels_and_not_the_file(folder, tmp_path):
+    noise = picture(size=(150, 150))  # 90 kB to send, 14 kB decoded
+    environment = patched(tmp_path, "import clear.serve.app\nclear.serve.app.HELD = 110_000\n")
+    with serving(folder, "--rows", "1", environment=environment) as server:
+        with _begun(server, _streamed(noise)), _begun(server, _streamed(noise)):
+            pass  # and so did the second one
+        server.wait_for("clear_queue_rows", 0)
+        with _begun(server, _streamed(FLAT, stop="x" * 60_000)):
+            assert server.ask(image=noise, max_tokens=2).status_code == 429, "stop texts are held too"
+            with _begun(server, _streamed(FLAT)):
+                pass
+
+
+def test_the_queue_of_the_defaults_fits_into_what_is_held():
+    """Of pictures as large as the largest profile decodes them."""
+    config = from_dict(compose(["profile=bagel_7b_lora"]))
+    conversation = Conversation((), (1, 2), ImageBank([picture(size=(1200, 1200))], config.model))
+    assert conversation.held == 3 * (1024**2 + 518**2) + 2 * ID
+    waiting = Settings("m").queue + config.sampling.batch
+    assert waiting * conversation.held < 0.7 * HELD, "the rest is for what is being received and decoded"
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Where `clear serve` may fetch a picture from: real servers on two addresses, one of which plays the internet."""
 
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -94,6 +95,53 @@ def test_a_server_that_always_has_a_little_more_is_left(servers, part, monkeypat
     assert time.monotonic() - began < 3
 
 
+@pytest.fixture
+def shut(monkeypatch) -> Iterator[threading.Event]:
+    """What opens a resolver that answers no question about slow.name until then, or for 5 s."""
+    gate, real = threading.Event(), socket.getaddrinfo
+
+    def resolve(host, port, *more, **named):
+        if host == "slow.name":
+            gate.wait(5)
+            return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (INTERNET, port))]
+        return real(host, port, *more, **named)
+
+    monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    monkeypatch.setattr(pictures, "SECONDS", 0.3)
+    yield gate
+    gate.set()
+
+
+def _lookups() -> int:
+    return sum(thread.name == "lookup" for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize(("whole", "said"), [(30, "the name slow.name was not resolved within 0.3 s"), (0.1, "0.1 s")])
+def test_a_name_that_takes_long_to_resolve_is_left(shut, monkeypatch, whole, said):
+    monkeypatch.setattr(pictures, "WHOLE", whole)
+    began = time.monotonic()
+    with pytest.raises(ApiError, match=said) as refused:
+        _get("http://slow.name/p.png")
+    assert time.monotonic() - began < 2 and refused.value.status == 400
+
+
+def test_only_so_many_names_are_resolved_at_once(servers, shut, monkeypatch):
+    monkeypatch.setattr(pictures, "_lookups", threading.BoundedSemaphore(2))
+    port = servers[INTERNET].server_address[1]
+    statuses = []
+    for _ in range(4):
+        with pytest.raises(ApiError) as refused:
+            _get(f"http://slow.name:{port}/p.png")
+        statuses.append(refused.value.status)
+    assert statuses == [400, 400, 503, 503] and refused.value.headers["Retry-After"] and _lookups() == 2
+    shut.set()
+    until = time.monotonic() + 5
+    while _lookups():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    assert _get(f"http://slow.name:{port}/p.png") == picture(), "they have ended, also those nobody waited for"
+
+
 def test_nothing_private_is_asked_also_after_a_redirect(servers):
     internet, here = servers[INTERNET], servers[HERE]
     for url in (
@@ -108,8 +156,6 @@ def test_nothing_private_is_asked_also_after_a_redirect(servers):
 
 
 def test_a_name_with_one_private_address_among_public_ones_is_refused(servers, monkeypatch):
-    import socket
-
     internet, here = servers[INTERNET], servers[HERE]
     port = internet.server_address[1]
     both = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in (INTERNET, HERE)]
@@ -121,8 +167,6 @@ def test_a_name_with_one_private_address_among_public_ones_is_refused(servers, m
 
 def test_the_connection_goes_to_the_address_that_was_checked(servers, monkeypatch):
     """A name that resolves to another address the second time (DNS rebinding) gains nothing."""
-    import socket
-
     internet, here = servers[INTERNET], servers[HERE]
     port, calls = internet.server_address[1], []
     real = socket.getaddrinfo
@@ -271,3 +315,49 @@ def test_restored_pictures_are_encoded_beside_the_other_requests(fetching, strea
             pauses.append(time.monotonic() - began)
             time.sleep(0.02)
     assert "data:image/png;base64," in answer.result().text and max(pauses) < 1.5
+
+
+FEW = """
+import socket, time
+import clear.serve.app, clear.serve.pictures
+real = socket.getaddrinfo
+def resolve(host, *more, **named):
+    if host == "slow.name":
+        time.sleep(120)
+    return real(host, *more, **named)
+socket.getaddrinfo = resolve
+clear.serve.app.FETCHERS = 2
+clear.serve.pictures.SECONDS = 0.5
+clear.serve.pictures.fetch.__defaults__ = (lambda address: True,)
+"""
+"""A server that takes every address for public, fetches two pictures at once, and resolves one name slowly."""
+
+
+def test_more_pictures_than_the_queue_has_places_wait_for_no_turn(servers, tmp_path):
+    make_workspace(tmp_path)
+    body = with_url(_url(servers[INTERNET], "/shut")) | {"max_tokens": 2}
+    code = FEW.replace("SECONDS = 0.5", "SECONDS = 30")
+    options = "--fetch-pictures", "--queue", "3"
+    with serving(tmp_path, *options, environment=patched(tmp_path, code)) as server, ThreadPoolExecutor(9) as pool:
+        answers = [pool.submit(server.ask, body) for _ in range(9)]
+        try:
+            until = time.monotonic() + 8
+            while sum(answer.done() for answer in answers) < 4 and time.monotonic() < until:
+                time.sleep(0.02)
+            refused = [answer.result() for answer in answers if answer.done()]
+            assert [answer.status_code for answer in refused] == [429] * 4, "two are fetched, three wait"
+            assert int(refused[0].headers["Retry-After"]) >= 1
+        finally:
+            servers[INTERNET].gate.set()
+        assert sorted(answer.result().status_code for answer in answers) == [200] * 5 + [429] * 4
+
+
+def test_a_resolver_that_hangs_delays_neither_the_answer_nor_the_end(tmp_path):
+    make_workspace(tmp_path)
+    with serving(tmp_path, "--fetch-pictures", environment=patched(tmp_path, FEW)) as server:
+        began = time.monotonic()
+        for _ in range(3):  # more than are fetched at once
+            response = server.http.post("/v1/chat/completions", json=with_url("http://slow.name/p.png"), timeout=10)
+            assert response.status_code == 400 and "slow.name was not resolved" in response.text
+        server.process.terminate()
+        assert server.process.wait(20) == 0 and time.monotonic() - began < 20

@@ -38,14 +38,17 @@ DECODERS = 4
 """Pictures that are decoded at once: each may take as much memory as its pixels."""
 
 FETCHERS = 16
-"""Pictures that are fetched at once: a slow server may keep each of these waiting, and nothing else."""
+"""Pictures that are fetched at once, all perhaps from slow servers; as many more may wait as the queue has places."""
 
-HELD = 2**29
-"""Bytes of requests and fetched pictures that are held at once, whoever sends them; beyond, a new request is told to
-try again."""
+HELD = 3 * 2**29
+"""Bytes of requests, fetched and decoded pictures that are held at once, whoever sends them; beyond, a request is told
+to try again. A picture decoded to BAGEL's sizes takes at most 4 MB, so a full default queue of them 1 GiB."""
 
 LONG = 2**18
 """Bytes of a body that is parsed beside the event loop, so that other requests do not wait for it."""
+
+LONG_TEXT = 2**16
+"""Characters of a conversation, 0.1 s of tokenising. Longer ones wait for each other, not in asyncio's few threads."""
 
 PAGE = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 """What the page may load and run: its own style."""
@@ -62,9 +65,11 @@ class Service:
     worker: Worker
     metrics: Metrics
     held: int = 0
+    fetching: int = 0  # requests whose picture is being fetched, or waits for it
     # Threads of their own, not asyncio's few, which all requests need. One whose request is over is still counted.
     fetchers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(FETCHERS, "fetch"))
     decoders: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(DECODERS, "decode"))
+    readers: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "read"))
 
     def require_ready(self) -> None:
         """Raise ApiError (503) while no request can be answered, and (429) where none can wait."""
@@ -90,24 +95,35 @@ class Service:
     async def submit(self, asked: ChatRequest, claim: "Claim", wake: Callable[[], None]) -> None:
         """Make the rows of a request, which wait in the queue from now on. Raises ApiError (400, 429, 503)."""
         reader, loop = self.worker.reader, asyncio.get_running_loop()
-        conversation, picture = await asyncio.to_thread(reader.conversation, asked)
+        texts, picture = await asyncio.to_thread(reader.texts, asked)
+        pool = self.readers if sum(map(len, texts)) > LONG_TEXT else None  # asyncio's own
+        conversation = await loop.run_in_executor(pool, reader.conversation, texts)
         wishes = reader.wishes(asked, picture is not None)
         if len(wishes) > self.settings.queue:
             raise ApiError(400, f"n: {len(wishes)} answers, the queue of this server takes {self.settings.queue}.", "n")
         if picture is not None:
-            data = None
-            if picture.remote:
-                data = await loop.run_in_executor(self.fetchers, self._fetch, picture)
-                claim.hold(len(data))
+            data = await self._fetched(picture, claim) if picture.remote else None
             await loop.run_in_executor(self.decoders, reader.decode, conversation, picture, data)
-        rows = [
-            Row(0, conversation=conversation, wish=wish, changed=wake, streams=bool(asked.stream)) for wish in wishes
-        ]
+        streams = bool(asked.stream)
+        rows = [Row(0, conversation=conversation, wish=wish, changed=wake, streams=streams) for wish in wishes]
+        claim.keep(rows[0].held)  # the request itself, and its encoded picture, are dropped now
         try:
             self.worker.submit(rows)
         except Full as error:
             raise _full(error.wait) from error
         claim.rows = rows
+
+    async def _fetched(self, picture: Picture, claim: "Claim") -> bytes:
+        """The bytes of a remote picture, counted in the claim. Raises ApiError (400, 429, 503)."""
+        if self.fetching >= FETCHERS + self.settings.queue:
+            raise _full(self.worker.retry_after)
+        self.fetching += 1
+        try:
+            data = await asyncio.get_running_loop().run_in_executor(self.fetchers, self._fetch, picture)
+        finally:
+            self.fetching -= 1
+        claim.hold(len(data))
+        return data
 
     def _fetch(self, picture: Picture) -> bytes:
         self.require_ready()  # its turn may come when the server stops
@@ -128,6 +144,10 @@ class Claim:
         self.service.held += size
         if self.service.held > HELD:
             raise _full(self.service.worker.retry_after)
+
+    def keep(self, size: int) -> None:
+        """Give all bytes back but so many, or take as many. Raises as `hold`."""
+        self.hold(size - self.held)
 
     def end(self) -> None:
         """Give the bytes back, and let the rows leave the batch."""
@@ -209,8 +229,10 @@ def create(settings: Settings, worker: Worker, metrics: Metrics) -> FastAPI:
                 event, wake = _waker()
                 await service.submit(asked, claim, wake)
                 head = (f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), settings.name)
-                if asked.stream:
-                    usage = asked.stream_options is not None and asked.stream_options.include_usage
+                stream, options = asked.stream, asked.stream_options
+                del asked  # not held while its rows wait
+                if stream:
+                    usage = options is not None and options.include_usage
                     events = _events(claim.rows, event, head, usage, deadline, service, began)
                     streamed = True
                     return _Stream(events, claim)

@@ -8,6 +8,7 @@ A row that asks for a restoration is set aside until no other row decodes, or fo
 at nearly the same time denoise as one batch.
 """
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -36,6 +37,10 @@ ROOM = 64
 """Places per row that a cache gets beyond its longest row when rows join; it grows by itself from there."""
 
 
+ID = 36
+"""Bytes of a token id: an integer of Python and its place in a tuple."""
+
+
 @dataclass(eq=False)
 class Conversation:
     """What one request asks, shared by its choices: token ids, and the decoded picture if there is one."""
@@ -50,6 +55,15 @@ class Conversation:
         """Tokens of the prompt, the picture's included."""
         texts = self.system, self.question
         return length((Prompt(*texts) if self.bank is None else outlined(self.bank, 0, *texts)).segments())
+
+    @property
+    def held(self) -> int:
+        """Bytes of the token ids, and of the decoded picture in the sizes of the autoencoder and of the ViT."""
+        ids = ID * (len(self.system) + len(self.question))
+        if self.bank is None:
+            return ids
+        rows, columns = self.bank.vit_grid(0)
+        return ids + self.bank.uint8(0).nbytes + 3 * rows * columns * self.bank.size.vit_patch**2
 
     def prepare(self, answerer: Answerer) -> None:
         """Encode the picture, once for all choices."""
@@ -100,6 +114,11 @@ class Row(Trajectory):
     said: int = 0
     since: int = 0
     generator: torch.Generator | None = None
+
+    @property
+    def held(self) -> int:
+        """Bytes that the row takes while it waits; the choices of a request share them."""
+        return self.conversation.held + sum(map(sys.getsizeof, self.wish.stop))
 
     def end(self, finish: str, failure: str = "") -> None:
         """Record how the row ended and tell its request."""

@@ -10,7 +10,9 @@ import base64
 import ipaddress
 import re
 import socket
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from io import BytesIO
 from urllib.parse import urljoin, urlsplit
 
@@ -19,10 +21,15 @@ from clear.serve.errors import ApiError
 
 REDIRECTS = 3
 SECONDS = 10.0
-"""Of a fetch: to connect, and between two pieces of the answer."""
+"""Of a fetch: to resolve the name, to connect, and between two pieces of the answer."""
 
 WHOLE = 30.0
 """Seconds of a whole fetch, also of a server that sends a byte now and then: it holds one of few threads."""
+
+LOOKUPS = 32
+"""Names that are resolved at once, with those that nobody waits for any more: nothing ends a lookup but its answer."""
+
+_lookups = threading.BoundedSemaphore(LOOKUPS)
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 """Addresses that a gateway translates to the IPv4 address in their last 32 bits."""
@@ -67,7 +74,10 @@ def is_public(address: str) -> bool:
 
 
 def fetch(url: str, most: int, param: str, public: Callable[[str], bool] = is_public) -> bytes:
-    """The at most `most` bytes behind an http(s) URL whose every address is `public`. Raises ApiError (400)."""
+    """The at most `most` bytes behind an http(s) URL whose every address is `public`, within WHOLE seconds.
+
+    Raises ApiError (400) for a picture that cannot be had, and (503) while LOOKUPS names are being resolved.
+    """
     import httpx
 
     try:
@@ -83,7 +93,7 @@ async def _fetch(url: str, most: int, param: str, public: Callable[[str], bool])
 
     async with httpx.AsyncClient(timeout=SECONDS, trust_env=False, follow_redirects=False) as client:
         for _ in range(REDIRECTS + 1):
-            response = await client.send(_request(client, url, param, public), stream=True)
+            response = await client.send(await _request(client, url, param, public), stream=True)
             try:
                 if response.has_redirect_location:  # any 3xx `is_redirect`, also a 304
                     url = urljoin(url, response.headers["location"])
@@ -101,14 +111,13 @@ async def _fetch(url: str, most: int, param: str, public: Callable[[str], bool])
     raise ApiError(400, f"{param}: more than {REDIRECTS} redirects.", param)
 
 
-def _request(client, url: str, param: str, public: Callable[[str], bool]):
+async def _request(client, url: str, param: str, public: Callable[[str], bool]):
     """The request for a URL, addressed to an address that was checked."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise ApiError(400, f"{param}: only http and https can be fetched.", param)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    found = socket.getaddrinfo(parts.hostname, port, type=socket.SOCK_STREAM)
-    addresses = list(dict.fromkeys(entry[4][0] for entry in found))
+    addresses = await _addresses(parts.hostname, port, param)
     if not all(public(address.partition("%")[0]) for address in addresses):
         raise ApiError(400, f"{param}: {parts.hostname} is not a public address; send a data URL.", param)
     chosen = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
@@ -117,3 +126,33 @@ def _request(client, url: str, param: str, public: Callable[[str], bool]):
     return client.build_request(
         "GET", target, headers={"Host": host, "Accept": "image/*"}, extensions={"sni_hostname": parts.hostname}
     )
+
+
+async def _addresses(host: str, port: int, param: str) -> list[str]:
+    """The addresses of a name. Raises ApiError (400) without an answer within SECONDS, and (503) as `fetch`.
+
+    The system's resolver cannot be interrupted: each name has a thread, which is left to end when the answer comes.
+    It is a daemon, so that the end of the process does not wait for it either.
+    """
+    if not _lookups.acquire(blocking=False):
+        what = f"{param}: {LOOKUPS} names of pictures are being resolved; try again later."
+        raise ApiError(503, what, param, headers={"Retry-After": "10"})
+    answer: Future[list] = Future()
+    answer.set_running_or_notify_cancel()  # from now on nobody cancels it, and its result can be set
+
+    def look_up() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        except Exception as error:
+            _lookups.release()
+            answer.set_exception(error)
+        else:
+            _lookups.release()
+            answer.set_result(found)
+
+    threading.Thread(target=look_up, name="lookup", daemon=True).start()
+    try:
+        found = await asyncio.wait_for(asyncio.wrap_future(answer), SECONDS)
+    except TimeoutError as error:
+        raise ApiError(400, f"{param}: the name {host} was not resolved within {SECONDS:g} s.", param) from error
+    return list(dict.fromkeys(entry[4][0] for entry in found))

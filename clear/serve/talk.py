@@ -6,7 +6,7 @@ Turns follow each other as texts. A system message is appended to the profile's 
 
 import copy
 import secrets
-import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from clear.errors import ClearError
@@ -34,26 +34,57 @@ class Picture:
         return self.url.lower().startswith(("http://", "https://"))
 
 
+class _Shared:
+    """A copy of a tokenizer that several threads use at once, and that holds up none of the others.
+
+    `Tokenizer.encode` keeps the GIL until it is done, microseconds for each character; `encode_batch` releases it.
+    Setting `encode_special_tokens` waits, with the GIL, until no thread encodes, so it is set once, here: what
+    clear/model/tokenizer.py sets before every text is an attribute of this object only.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self._own = copy.deepcopy(tokenizer)
+        self._own.encode_special_tokens = True
+        # In characters. In a byte-level vocabulary each stands for a byte, and a character of a text has at least one.
+        self.longest = max(map(len, self._own.get_vocab()))
+
+    def __getattr__(self, name: str):
+        return getattr(self._own, name)
+
+    def encode(self, text: str, add_special_tokens: bool):
+        return self._own.encode_batch([text], add_special_tokens=add_special_tokens)[0]
+
+
 class Reader:
     """Reads requests for one model; safe to use from several threads."""
 
     def __init__(self, answerer: Answerer, settings: Settings) -> None:
         self.answerer, self.settings = answerer, settings
-        # The model's thread decodes with its own: a tokenizer that is in use elsewhere refuses to be set up.
-        self._tokenizer, self._speaker = (copy.deepcopy(answerer.tokenizer) for _ in range(2))
-        self._turn = threading.Lock()
+        self._tokenizer = _Shared(answerer.tokenizer)
 
-    def conversation(self, request: ChatRequest) -> tuple[Conversation, Picture | None]:
-        """The tokenised texts of a request, and its picture, which is still to be fetched (if remote) and decoded.
+    def texts(self, request: ChatRequest) -> tuple[list[str], Picture | None]:
+        """The system text (or "") and the turns of a request, and its picture, still to be fetched and decoded.
 
-        Raises ApiError (400) for what the model cannot read.
+        Raises ApiError (400) for what the model cannot read, and for texts that are too long whichever tokens they
+        have: no token is longer than the vocabulary's longest. White space counts, also where the tokenizer drops it.
         """
         systems, turns, pictures = _messages(request.messages)
         if len(pictures) > 1:
             what = f"{pictures[1].param}: {len(pictures)} pictures in one conversation; this model reads one."
             raise ApiError(400, what, pictures[1].param, "several_images")
         own = [self.answerer.system] if self.answerer.system else []
-        system, first, *more = self._encode(["\n".join([*own, *systems]), *turns])
+        system = "\n".join([*own, *systems])
+        longest = self._tokenizer.longest
+        least = sum(2 + -(-len(text) // longest) for text in ([system] if system else []) + turns)  # with two markers
+        self._check_length(least, "at least ")
+        return [system, *turns], pictures[0] if pictures else None
+
+    def conversation(self, texts: Sequence[str]) -> Conversation:
+        """The tokenised `texts` of a request, 1 to 2 s for a million characters. Raises ApiError (400)."""
+        try:
+            system, first, *more = (encode(self._tokenizer, text) for text in texts)
+        except ClearError as error:
+            raise ApiError(400, str(error), "messages") from error
         # Further turns as the layout writes texts one after another: each between its own two markers.
         special = self.answerer.model.config.special
         question = [*first, *(token for text in more for token in (special.eos, special.bos, *text))]
@@ -63,7 +94,7 @@ class Reader:
             self.answerer.check_length(Prompt(found.system, found.question))
         except ClearError as error:
             raise ApiError(400, f"messages: {error}", "messages", "context_length_exceeded") from error
-        return found, pictures[0] if pictures else None
+        return found
 
     def fetch(self, picture: Picture) -> bytes:
         """The bytes of a remote picture, where the operator allows it. Raises ApiError (400)."""
@@ -73,15 +104,20 @@ class Reader:
         raise ApiError(400, what, picture.param)
 
     def decode(self, conversation: Conversation, picture: Picture, data: bytes | None) -> None:
-        """Put a picture into its conversation; without `data` its URL has the bytes. Raises ApiError (400)."""
+        """Put a picture into its conversation; without `data` its URL has the bytes. Raises ApiError (400).
+
+        Its pixels in the model's sizes are kept, its encoded bytes are not.
+        """
         param = picture.param
         if data is None:
             data = from_data_url(picture.url, param)
         check_pixels(data, self.settings.pixels, param)
+        images = [data]
         try:
-            conversation.bank = ImageBank([data], self.answerer.config.model, [param])
+            conversation.bank = ImageBank(images, self.answerer.config.model, [param])
         except ClearError as error:
             raise ApiError(400, str(error), param) from error
+        images[0] = b""  # the bank has kept the pixels, as they are far below its KEPT_BYTES, and reads it no more
         self._check_length(conversation.tokens)
 
     def wishes(self, request: ChatRequest, pictured: bool) -> list[Wish]:
@@ -114,20 +150,13 @@ class Reader:
         return [replace(first, seed=seed + choice) for choice in range(request.n or 1)]
 
     def spoken(self, row: Row) -> list[str]:
-        """The replies of a row as text so far; for one thread, that of the event loop."""
-        return row_texts(row, self._speaker)
+        """The replies of a row as text so far."""
+        return row_texts(row, self._tokenizer)
 
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        with self._turn:
-            try:
-                return [encode(self._tokenizer, text) for text in texts]
-            except ClearError as error:
-                raise ApiError(400, str(error), "messages") from error
-
-    def _check_length(self, tokens: int) -> None:
+    def _check_length(self, tokens: int, bound: str = "") -> None:
         most = self.settings.prompt
         if tokens > most:
-            what = f"messages: {tokens} tokens, this server reads at most {most}; shorten the conversation."
+            what = f"messages: {bound}{tokens} tokens, this server reads at most {most}; shorten the conversation."
             raise ApiError(400, what, "messages", "context_length_exceeded")
 
 
