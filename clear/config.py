@@ -6,6 +6,7 @@ wrong type or a value out of range is rejected with its full name.
 """
 
 import re
+from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -158,12 +159,31 @@ def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    def refused(key: str, reason: str) -> ClearError:
+        return ClearError(f"{origin}: key '{key}': {reason}. Allowed keys and types are in {module}.")
+
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw))
+        found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw))
     except OmegaConfBaseException as error:
-        reason = str(error).splitlines()[0]
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
-        raise ClearError(f"{origin}: key '{key}': {reason}. Allowed keys and types are in {module}.") from error
+        raise refused(key, str(error).splitlines()[0]) from error
+    for key, listed in _lists(found):
+        for one in listed:
+            if not isinstance(one, (str, int, float)):  # OmegaConf lets mappings into any list
+                raise refused(key, f"{one!r:.60} is not a value of a list")
+    return found
+
+
+def _lists(value: Any, name: str = "") -> Iterator[tuple[str, list]]:
+    """The lists in a (nested) dataclass, with their full keys."""
+    if isinstance(value, list):
+        yield name, value
+    elif is_dataclass(value):
+        for item in fields(value):
+            yield from _lists(getattr(value, item.name), f"{name}.{item.name}".lstrip("."))
+    elif isinstance(value, dict):
+        for key, one in value.items():
+            yield from _lists(one, f"{name}.{key}")
 
 
 def load(path: Path | str = PARAMS) -> Config:
