@@ -1,8 +1,9 @@
 """End jobs on AWS Batch that nobody waits for: `python -m flows.sweep`, or deployed and scheduled.
 
-A flow that is cancelled ends its job itself. One that is killed, or whose machine is lost, cannot: it no longer renews
-the job's lease in S3. A job of this project whose lease is older than `minutes` is ended. Its checkpoint stays, so that
-the stage resumes when it is requested again.
+A flow that is cancelled ends its job itself, unless another one waits for it. One that is killed, or whose machine is
+lost, cannot: it no longer renews its lease of the job (flows/batch/leases.py). A job of this stack is ended if none of
+its leases is younger than `minutes`. Its checkpoint stays, so that the stage resumes when it is requested again. What
+jobs have cost that ended without their flow is entered into the ledger while Batch still knows it.
 """
 
 import argparse
@@ -16,13 +17,12 @@ from prefect import flow, get_run_logger
 from clear.data import aws
 from clear.data.ports import spare_loopback
 from clear.errors import ClearError, fail
+from flows.batch import cost, leases, settings
 from flows.batch import job as batch
-from flows.batch import settings
+from flows.batch.leases import MINUTES
 from flows.batch.settings import Compute
 from flows.batch.store import Damaged, Store
 from flows.service.announce import announce
-
-MINUTES = 10.0
 
 
 def sweep(
@@ -35,18 +35,22 @@ def sweep(
     cannot be ended, which is raised once all were tried."""
     account = batch.account(compute)
     store = Store(account.s3, account.outputs["Bucket"])
-    leases = store.names("leases/")
     ended, failed = [], []
     try:
         for job in _jobs(account, compute.stack):
             try:
-                if reason := _orphaned(job, leases, store, minutes):
+                if reason := _orphaned(job, store, minutes):
                     say(f"ending job {job['jobId']} ({job['jobName']}): {reason}")
                     batch.terminate(account.batch, job["jobId"], f"swept: {reason}")
                     ended.append(job["jobId"])
             except ClearError as error:  # the others are paid for as well
                 say(f"job {job['jobId']} is not ended: {error}")
                 failed.append(error)
+        try:
+            cost.settle(store, account.batch)
+        except ClearError as error:
+            say(f"what ended jobs have cost is not entered: {error}")
+            failed.append(error)
     finally:
         if ended:
             tell(ended)
@@ -69,29 +73,33 @@ def _jobs(account: batch.Account, stack: str) -> list[dict]:
     return [job for job in jobs if job.get("tags", {}).get(batch.TAG) == stack]
 
 
-def _orphaned(job: dict, leases: dict[str, datetime], store: Store, minutes: float) -> str:
+def _orphaned(job: dict, store: Store, minutes: float) -> str:
     """Why a job has no owner; empty if it has one."""
-    name = f"leases/{job['jobId']}.json"
-    made = datetime.fromtimestamp(job.get("createdAt", 0) / 1000, UTC)
-    age = (datetime.now(UTC) - leases.get(name, made)).total_seconds() / 60
+    held = leases.of(store, job["jobId"])  # now: a flow may just have begun to wait for it
+    last = max(held, key=lambda name: held[name], default="")
+    age = leases.age(held[last] if last else datetime.fromtimestamp(job.get("createdAt", 0) / 1000, UTC))
     if age <= minutes:
         return ""
     try:
-        run = (store.read(name) or {}).get("flow_run") if name in leases else None
+        run = (store.read(last) or {}).get("flow_run") if last else None
     except Damaged:  # who it was is not what decides
         run = None
-    last = f"; the last was flow run {run}" if run else ""
-    return f"nobody has asked for it for {age:.0f} min{last}"
+    who = f"; the last was flow run {run}" if run else ""
+    return f"nobody has asked for it for {age:.0f} min{who}"
 
 
 @flow(name="sweep")
 def sweep_jobs(workspace: str = ".", minutes: float = MINUTES) -> list[str]:
-    """End jobs that nobody waits for; returns their ids. Without a stage in the cloud there is nothing to do."""
+    """End jobs that nobody waits for; returns their ids. Where nothing could have been submitted, AWS is not asked.
+
+    The places alone do not say that: a stage may have been moved back, or placed there by the revision of a clone.
+    """
     from flows.batch.execute import AWS_BATCH, placement
 
     folder = Path(workspace).resolve()
-    if AWS_BATCH not in placement(folder).values():
-        get_run_logger().info("no stage is placed on AWS Batch (compute.place): nothing to sweep.")
+    placed = placement(folder)
+    if AWS_BATCH not in placed.values() and not (placed and settings.load(folder).budget_usd):
+        get_run_logger().info("no stage is placed on AWS Batch and compute.budget_usd is 0: nothing to sweep.")
         return []
     lines: list[str] = []
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,12 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from clear.project.scratch import write_params
-from flows.batch import settings
+from flows.batch import execute, job, settings
+from flows.batch.notes import Inputs
 from flows.batch.store import Store
 from tests.conftest import ROOT, git
 from tests.fake_batch import FakeBatch, plain_environment
+from tests.helpers.processes import wait_until
 
 STACK = {
     "Resources": {"Storage": {"Type": "AWS::S3::Bucket", "Properties": {"BucketName": "cloud"}}},
@@ -99,6 +102,27 @@ runs.mkdir(parents=True, exist_ok=True)
 (runs / "sft.json").write_text(json.dumps({"seconds": 1.5}))
 shutil.rmtree(place)
 """
+
+
+JOB = """
+import os, signal, sys, time, boto3
+kind, request = os.environ["KIND"], os.environ["CLEAR_REQUEST"]
+key = request.split("/requests/")[1].split("/")[0]
+s3 = boto3.client("s3")
+def put(name, text):
+    s3.put_object(Bucket="cloud", Key=f"compute/{name}", Body=text.encode())
+log = f"logs/{key}/{os.environ['AWS_BATCH_JOB_ID']}-{os.environ['AWS_BATCH_JOB_ATTEMPT']}.log"
+put(log, "working\\n")
+if kind == "fails":
+    put(log, "working\\nerror: the data is bad\\nand so on\\n")
+    sys.exit(1)
+if kind == "waits" or (kind == "waits once" and os.environ["AWS_BATCH_JOB_ATTEMPT"] == "1"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
+    open("up", "w").close()
+    time.sleep(60)
+put(f"results/{key}.json", "{}")
+"""
+INPUTS = Inputs("sft", "python code/train.py", {}, {}, {"seed": 1}, {"data/metrics/sft.json": False})
 
 
 @dataclass
@@ -220,3 +244,40 @@ def compute_of(folder: Path) -> settings.Compute:
 def entry_of(folder: Path, stage: str):
     """A stage's entry of dvc.lock."""
     return yaml.safe_load((folder / "dvc.lock").read_text())["stages"][stage]
+
+
+@pytest.fixture
+def work(training, cloud):
+    """Make the work of a stage whose job behaves as `kind` says."""
+    cloud.batch.program = ["-c", JOB]
+
+    def make(kind, **changes):
+        cloud.batch.environment["KIND"] = kind
+        settings = compute_of(training)
+        for name, value in changes.items():
+            target = settings if hasattr(settings, name) else settings.jobs["default"]
+            setattr(target, name, value)
+        said = []
+        account = job.account(settings)
+        return execute._Work(
+            account, cloud.store, settings, settings.jobs["default"], INPUTS, INPUTS.key(), training, said.append, False
+        )
+
+    return make
+
+
+def running(cloud):
+    """The id of the one job that runs and waits."""
+
+    def find():
+        ids = [one for one, job in cloud.batch.jobs.items() if job["status"] == "RUNNING"]
+        return ids and list(cloud.batch.folder.glob(f"{ids[-1]}-*/up")) and ids[-1]
+
+    return wait_until(find, 60, "a running job")
+
+
+def aside(call):
+    """Call it in a thread, which is returned."""
+    thread = threading.Thread(target=call)
+    thread.start()
+    return thread

@@ -124,7 +124,7 @@ class FakeBatch:
     def _terminatejob(self, body: dict) -> dict:
         job = self.jobs.get(body["jobId"])
         if job is not None and job["status"] not in ENDED:
-            job["terminated"] = body["reason"]
+            job |= {"terminated": body["reason"], "isTerminated": True}
             self._end(job["jobId"])
         return {}
 

@@ -12,6 +12,7 @@ import pytest
 
 from clear.bench.answers import Shard, answer, answer_shard
 from clear.bench.models import UnderTest
+from clear.bench.vlmeval import respond
 from clear.config import compose, from_dict
 from clear.data.pool import code_digest, parallel
 from clear.degradation.build import degraded_samples
@@ -109,6 +110,15 @@ def benchmark():
     """Eight pictures with three questions each, clean and with five degradations: 144 questions."""
     clean = [replace(sample, questions=sample.questions[:3]) for sample in scenes("bench", 8, 3, 256, 4)]
     return clean + list(degraded_samples([(s, *cell) for s in clean for cell in CELLS[::10]], 0.4, workers=1))
+
+
+def test_a_cluster_that_an_option_names_is_not_explained_by_a_setting(tested, monkeypatch):
+    monkeypatch.setattr("clear.data.pool.CLUSTER_TIMEOUT", 1)
+    folder = respond.Folder(tested.folder, tested.config, cluster="tcp://127.0.0.1:1")
+    with pytest.raises(ClearError) as error:
+        list(folder.respond([respond.Shard(0, 0, ())]))
+    said = "--cluster 'tcp://127.0.0.1:1' cannot be reached; start `dask scheduler` and `dask worker`, or leave out "
+    assert str(error.value) == f"{said}--cluster."
 
 
 def test_a_degraded_picture_is_compared_once_for_all_questions_about_it(tested, benchmark, monkeypatch):

@@ -1,13 +1,13 @@
 """A stage on AWS Batch from the flow's side: boto3 against a local stand-in for Batch whose jobs are processes.
 
 The jobs here are stand-ins that leave a result, fail, or wait to be ended; the real job is tests/test_remote_stage.py.
+Several flows that wait for one job: tests/test_compute_waiters.py.
 """
 
 import os
 import signal
 import subprocess
 import sys
-import threading
 from datetime import UTC, datetime
 
 import boto3
@@ -19,78 +19,26 @@ from prefect.logging import disable_run_logger
 from clear.data.aws import Unreachable
 from clear.errors import ClearError
 from flows import sweep
-from flows.batch import execute
+from flows.batch import execute, leases
 from flows.batch import job as compute_batch
 from flows.batch.cost import enter, settle, spent
-from flows.batch.notes import Inputs
 from flows.batch.settings import Price
 from flows.batch.store import Damaged, Store
-from tests.cloud import compute_of, entry_of, write_compute
+from tests.cloud import aside, compute_of, entry_of, running, write_compute
 from tests.conftest import ROOT
 from tests.helpers.processes import alive, wait_until
 
 pytest_plugins = ["tests.cloud"]
 
-JOB = """
-import os, signal, sys, time, boto3
-kind, request = os.environ["KIND"], os.environ["CLEAR_REQUEST"]
-key = request.split("/requests/")[1].split("/")[0]
-s3 = boto3.client("s3")
-def put(name, text):
-    s3.put_object(Bucket="cloud", Key=f"compute/{name}", Body=text.encode())
-log = f"logs/{key}/{os.environ['AWS_BATCH_JOB_ID']}-{os.environ['AWS_BATCH_JOB_ATTEMPT']}.log"
-put(log, "working\\n")
-if kind == "fails":
-    put(log, "working\\nerror: the data is bad\\nand so on\\n")
-    sys.exit(1)
-if kind == "waits" or (kind == "waits once" and os.environ["AWS_BATCH_JOB_ATTEMPT"] == "1"):
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    open("up", "w").close()
-    time.sleep(60)
-put(f"results/{key}.json", "{}")
-"""
 REQUEST = "s3://cloud/x/requests/key/1.json"
-INPUTS = Inputs("sft", "python code/train.py", {}, {}, {"seed": 1}, {"data/metrics/sft.json": False})
-
-
-@pytest.fixture
-def work(training, cloud):
-    """Make the work of a stage whose job behaves as `kind` says."""
-    cloud.batch.program = ["-c", JOB]
-
-    def make(kind, **changes):
-        cloud.batch.environment["KIND"] = kind
-        settings = compute_of(training)
-        for name, value in changes.items():
-            target = settings if hasattr(settings, name) else settings.jobs["default"]
-            setattr(target, name, value)
-        said = []
-        account = compute_batch.account(settings)
-        return execute._Work(
-            account, cloud.store, settings, settings.jobs["default"], INPUTS, INPUTS.key(), training, said.append, False
-        )
-
-    return make
 
 
 def _submitted(cloud):
     return [body for name, body in cloud.batch.requests if name == "submitjob"]
 
 
-def _running(cloud):
-    """The id of the one job that runs and waits."""
-
-    def find():
-        ids = [one for one, job in cloud.batch.jobs.items() if job["status"] == "RUNNING"]
-        return ids and list(cloud.batch.folder.glob(f"{ids[-1]}-*/up")) and ids[-1]
-
-    return wait_until(find, 60, "a running job")
-
-
-def _aside(call):
-    thread = threading.Thread(target=call)
-    thread.start()
-    return thread
+def _waiters(cloud, count):
+    wait_until(lambda: len(cloud.store.names("leases/")) == count, 60, "the leases")
 
 
 def test_a_stage_that_fails_is_not_tried_again_and_says_why(work, cloud):
@@ -107,14 +55,14 @@ def test_spot_that_is_reclaimed_too_often_is_followed_by_on_demand(work, cloud):
 
     def reclaim_twice():
         for attempt in (1, 2):
-            job = _running(cloud)
+            job = running(cloud)
             up = cloud.batch.folder / f"{job}-{attempt}" / "up"
             wait_until(up.exists, 60, "the attempt")
             if attempt == 2:
                 cloud.batch.environment["KIND"] = "ends"
             cloud.batch.reclaim(job)
 
-    thief = _aside(reclaim_twice)
+    thief = aside(reclaim_twice)
     spent = mine.run()
     thief.join()
     first, second = cloud.batch.jobs.values()
@@ -143,7 +91,7 @@ def test_a_flow_that_is_cancelled_ends_its_job(work, cloud, reason):
 
     def say(line):
         if line == "│ working":
-            _running(cloud)
+            running(cloud)
             raise reason
 
     mine.say = say
@@ -165,13 +113,13 @@ def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, mon
         raise Unreachable("no network")
 
     with monkeypatch.context() as broken:
-        broken.setattr(execute, "lease", away)
+        broken.setattr(compute_batch, "describe", away)
         broken.setattr(execute, "PATIENCE_SECONDS", 0.5)
         with pytest.raises(Unreachable):
             first.run()
-    job = _running(cloud)
+    job = running(cloud)
     second = work("waits once")
-    thief = _aside(lambda: (wait_until(lambda: cloud.store.names("leases/"), 60, "a lease"), cloud.batch.reclaim(job)))
+    thief = aside(lambda: (_waiters(cloud, 2), cloud.batch.reclaim(job)))
     second.run()
     thief.join()
     assert second.job_id == first.job_id == job and len(_submitted(cloud)) == 1
@@ -190,9 +138,9 @@ def test_a_job_whose_flow_died_before_it_was_entered_is_counted(work, cloud, mon
             first.run()
     (name,) = cloud.store.names("ledger/")
     assert "/reserved-" in name and spent(cloud.store) == 36
-    job = _running(cloud)
+    job = running(cloud)
     second = work("waits once")
-    thief = _aside(lambda: (wait_until(lambda: cloud.store.names("leases/"), 60, "a lease"), cloud.batch.reclaim(job)))
+    thief = aside(lambda: (_waiters(cloud, 2), cloud.batch.reclaim(job)))
     second.run()
     thief.join()
     (name,) = cloud.store.names("ledger/")
@@ -260,7 +208,7 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     hour_ago = int(datetime.now(UTC).timestamp() * 1000) - 3_600_000
     for job in (old, leased, foreign):
         cloud.batch.jobs[job]["createdAt"] = hour_ago
-    execute.lease(cloud.store, leased)
+    leases.renew(cloud.store, leased, "waiter")
     cloud.batch.jobs[foreign]["tags"] = {"clear": "another stack"}
     said = []
     assert sweep.sweep(mine.compute, 10, said.append) == [old]
@@ -270,6 +218,25 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
     assert sweep.main(["--minutes", "10"]) == 0
     assert {cloud.batch.jobs[one]["status"] for one in (young, leased, foreign)} == {"RUNNABLE"}
+
+
+def test_the_sweeper_enters_what_a_job_has_cost_before_batch_forgets_it(work, cloud, monkeypatch):
+    mine = work("ends")
+
+    def away(*_):
+        raise Unreachable("no network")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(compute_batch, "describe", away)
+        broken.setattr(execute, "PATIENCE_SECONDS", 0.0)
+        with pytest.raises(Unreachable):
+            mine.run()
+    (job,) = cloud.batch.jobs.values()
+    wait_until(lambda: job["status"] == "SUCCEEDED", 60, "the end of the job")
+    assert spent(cloud.store) == 36
+    assert sweep.sweep(mine.compute) == []
+    cloud.batch.jobs.clear()
+    assert 0 < spent(cloud.store) < 1
 
 
 def test_a_job_that_cannot_be_ended_does_not_keep_the_others(work, cloud, monkeypatch):
@@ -294,7 +261,7 @@ def test_a_job_that_cannot_be_ended_does_not_keep_the_others(work, cloud, monkey
     wait_until(lambda: cloud.batch.jobs[tried[1]]["status"] == "FAILED", 10, "the end of the job")
 
 
-def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, cloud, training, tmp_path, monkeypatch):
+def test_the_sweeping_flow_asks_aws_only_where_a_job_may_be(work, cloud, training, tmp_path, monkeypatch):
     told = []
     monkeypatch.setattr(sweep, "announce", lambda *words: told.append(words))
     cloud.batch.held |= {"spot", "ondemand"}
@@ -305,6 +272,7 @@ def test_the_sweeping_flow_asks_aws_only_where_a_stage_is_placed_there(work, clo
     with disable_run_logger():
         assert sweep.sweep_jobs.fn(str(tmp_path)) == []
         assert cloud.batch.jobs[job]["status"] == "RUNNABLE"
+        write_compute(training, ["compute.budget_usd=1000"])  # all stages are here again; the job is not
         assert sweep.sweep_jobs.fn(str(training)) == [job]
         assert sweep.sweep_jobs.fn(str(training)) == []
     ((kind, subject, said, look),) = told

@@ -1,7 +1,7 @@
 """Notes between flow and job: one that has not its form is said to be damaged, and stops nothing that can go on."""
 
 import json
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from clear.errors import ClearError
 from flows import sweep
-from flows.batch import execute
+from flows.batch import execute, leases
 from flows.batch.cost import spent
 from flows.batch.notes import FORMS, Damaged, parse
 from flows.batch.request import describe
@@ -86,10 +86,10 @@ def test_a_damaged_result_of_an_earlier_job_is_thrown_away_and_the_stage_asked_f
     assert not cloud.store.names("results/")
 
 
-def test_a_damaged_lease_does_not_keep_the_sweeper_and_a_damaged_ledger_keeps_the_budget(cloud):
-    cloud.store.write("leases/j.json", [])
-    old = {"leases/j.json": datetime.now(UTC) - timedelta(minutes=60)}
-    assert sweep._orphaned({"jobId": "j"}, old, cloud.store, 10) == "nobody has asked for it for 60 min"
+def test_a_damaged_lease_does_not_keep_the_sweeper_and_a_damaged_ledger_keeps_the_budget(cloud, monkeypatch):
+    cloud.store.write("leases/j/waiter.json", [])
+    monkeypatch.setattr(leases, "age", lambda renewed: 60)
+    assert sweep._orphaned({"jobId": "j"}, cloud.store, 10) == "nobody has asked for it for 60 min"
     cloud.store.write(f"ledger/{datetime.now(UTC):%Y-%m}/j.json", {"allowed": float("nan"), "cost": None})
     with pytest.raises(Damaged, match=r"s3://cloud/compute/ledger/.*j\.json: not a note of ledger \(allowed: "):
         spent(cloud.store)

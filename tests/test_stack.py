@@ -219,6 +219,7 @@ MAY = [
 ]
 MAY_NOT = [
     ("JobRole", "s3:PutObject", f"{BUCKET}/compute/ledger/1.json", {}),  # what was spent
+    ("JobRole", "s3:PutObject", f"{BUCKET}/compute/leases/1/own.json", {}),  # who waits: it would never be swept
     ("JobRole", "s3:DeleteObject", f"{BUCKET}/dvc/files/md5/ab/cd", {}),
     ("JobRole", "s3:DeleteObject", f"{BUCKET}/compute/results/k.json", {}),
     ("JobRole", "s3:PutObject", "arn:aws:s3:::the-weights/bagel/ema.safetensors", {}),

@@ -49,17 +49,18 @@ def parallel(
     cluster: str = "",
     section: str = "degrade",
     chunk: int = CHUNK,
+    option: str = "",
 ) -> Iterator[Result]:
     """Apply `function` to every job, in order. `workers`: 0 = one per core, 1 = in this process. With `cluster`, the
     address of a Dask scheduler, its workers compute instead; the results are the same.
 
     `function` must be importable (no lambda); `chunk` jobs are sent at once. Raises what the function raises, and
     ClearError, naming the section of params, if a worker process dies, or if the cluster cannot be reached, has other
-    code or loses all its workers.
+    code or loses all its workers. `option` is that of the command which names the cluster, if no setting does.
     """
     workers = workers or os.cpu_count() or 1
     if cluster:
-        results = _clustered(function, jobs, cluster, section, chunk)
+        results = _clustered(function, jobs, cluster, option or f"{section}.cluster", chunk)
     else:
         results = _inline(function, jobs) if workers == 1 else _pooled(function, jobs, workers, section, chunk)
     return _progress(results, total, label)
@@ -246,21 +247,26 @@ def _repeat(move: Callable[[], None]) -> None:
 
 
 def _clustered(
-    function: Callable[[Job], Result], jobs: Iterable[Job], address: str, section: str, chunk: int
+    function: Callable[[Job], Result], jobs: Iterable[Job], address: str, name: str, chunk: int
 ) -> Iterator[Result]:
-    """As `_pooled`, on a Dask cluster. What a dead worker was doing is done again by another one."""
-    name = f"{section}.cluster"
+    """As `_pooled`, on a Dask cluster. What a dead worker was doing is done again by another one.
+
+    `name` is the setting or option with the address.
+    """
+    option = name.startswith("-")
+    given = f"{name} {address!r}" if option else f"{name} = {address!r}"
+    without = f"leave out {name}" if option else f'set {name} to ""'
     try:
         from distributed import Client
         from distributed.scheduler import KilledWorker
     except ImportError as error:
-        raise ClearError(f"{name} needs Dask: `pip install distributed`, or set it to '' .") from error
+        raise ClearError(f"{name} needs Dask: `pip install distributed`, or {without}.") from error
 
-    remedy = f'start `dask scheduler` and `dask worker`, or set {name} to ""'
+    remedy = f"start `dask scheduler` and `dask worker`, or {without}"
     try:
         client = Client(address, timeout=CLUSTER_TIMEOUT)
     except (OSError, TimeoutError, ValueError) as error:
-        raise ClearError(f"{name} = {address!r} cannot be reached; {remedy}.") from error
+        raise ClearError(f"{given} cannot be reached; {remedy}.") from error
     iterator, pending, code = iter(jobs), deque(), code_digest()
     with client:
         try:
@@ -273,11 +279,11 @@ def _clustered(
                     return
                 yield from _awaited(client, pending.popleft())
         except KilledWorker as error:
-            raise ClearError(f"{name} = {address!r}: workers died repeatedly: {error}") from error
+            raise ClearError(f"{given}: workers died repeatedly: {error}") from error
         except CancelledError as error:
-            raise ClearError(f"{name} = {address!r}: the scheduler is gone; {remedy}.") from error
+            raise ClearError(f"{given}: the scheduler is gone; {remedy}.") from error
         except TimeoutError as error:
-            raise ClearError(f"{name} = {address!r} has no worker; {remedy}.") from error
+            raise ClearError(f"{given} has no worker; {remedy}.") from error
         finally:
             client.cancel(list(pending))
 

@@ -62,7 +62,12 @@ def spent(store: Store, month: str | None = None) -> float:
 
 
 def settle(store: Store, batch: Any) -> None:
-    """Enter what the jobs of this month cost that have ended without their flow: cancelled, swept, or it was gone."""
+    """Enter what the jobs of this month cost that have ended without their flow: cancelled, swept, or it was gone.
+
+    Batch knows an ended job for about a week; the sweeper asks in time. One that it has forgotten stays at what it was
+    allowed. What a job says of itself (`seconds` of its result) is not used: it is that of the last attempt alone, and
+    a job must have no say in what was spent.
+    """
     for name in store.names(f"ledger/{_month()}/"):
         note = {} if Path(name).name.startswith(RESERVED) else store.read(name) or {}
         if note.get("cost") is None and "hourly" in note:

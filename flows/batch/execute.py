@@ -2,9 +2,10 @@
 
 A stage placed on AWS Batch is submitted under a name that stands for its inputs. Asking again, after a crash or from
 another run, finds the job that is queued or running, or the result that is there. While it runs, the flow shows its
-log, renews its lease (flows/sweep.py) and watches what it costs; when the flow is cancelled or fails, the job is ended.
-From spot it moves on demand where spot has no machine in time or takes it away too often. What comes back is taken over
-only if its entry of dvc.lock names exactly the requested inputs and every file has the hash in it.
+log, renews its lease (flows/batch/leases.py) and watches what it costs; when the flow is cancelled or fails, the job is
+ended unless another flow waits for it. From spot it moves on demand where spot has no machine in time or takes it away
+too often. What comes back is taken over only if its entry of dvc.lock names exactly the requested inputs and every file
+has the hash in it.
 """
 
 import hashlib
@@ -12,9 +13,10 @@ import json
 import re
 import shutil
 import time
+import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,13 @@ from clear.data.aws import Unreachable
 from clear.data.io import write_json
 from clear.data.workspace import profile
 from clear.errors import ClearError, quoted
-from flows.batch import cost, settings
+from flows.batch import cost, leases, settings
 from flows.batch import job as batch
 from flows.batch.notes import Damaged, Inputs
 from flows.batch.request import CACHED, LOCK, describe, environment_tag, send
 from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
+from flows.batch.weights import refuse_unreadable
 from flows.dvc_commands import Temporary, dvc, environment, missing_outputs, remote_of
 
 LOCAL, AWS_BATCH = "local", "aws_batch"
@@ -40,6 +43,10 @@ LOCAL, AWS_BATCH = "local", "aws_batch"
 
 class Unusable(ClearError):
     """What a job sent is not what it was asked for."""
+
+
+class Overspent(ClearError):
+    """A job has cost more than it was allowed."""
 
 
 PATIENCE_SECONDS = 900.0
@@ -137,20 +144,27 @@ class _Work:
     force: bool
     job_id: str = ""
     hours: float = 0.0
+    ended: bool = False
     before: float = 0.0
     """US dollars of the jobs before this one: those that spot took away."""
+    waiter: str = field(default_factory=lambda: str(flow_run.id or uuid.uuid4()))
+    """Whose lease it is: the flow run's, so that its next attempt renews the same one."""
 
     def run(self) -> float:
-        """Submit or find the job and wait for it; returns US dollars. The job is ended if this call ends early."""
+        """Submit or find the job and wait for it; returns US dollars. If this call ends early, the job is ended unless
+        others wait for it."""
         name = batch.job_name(self.compute.stack, self.inputs.stage, self.key)
         queued = [(spot, batch.find(self.account.batch, self.account.queue(spot), name)) for spot in (True, False)]
         spot, self.job_id = next(((spot, job_id) for spot, job_id in queued if job_id), (self.job.spot, ""))
         estimate = cost.estimate(self.compute, self.job)
         try:
             if self.job_id:
+                leases.renew(self.store, self.job_id, self.waiter)  # first: whoever leaves now must see it
                 self.say(f"stage {self.inputs.stage} is already job {self.job_id}: waiting for it")
                 self._enter(spot, estimate.allowed)  # whoever submitted it may not have come so far
             else:
+                given = self.compute.weights, self.store.bucket, self.account.weights_bucket
+                refuse_unreadable(self.inputs.stage, self.workspace, *given)
                 self.say(f"stage {self.inputs.stage} on AWS Batch, {estimate}")
                 cost.settle(self.store, self.account.batch)
                 self._submit(name, spot, estimate.allowed)
@@ -160,15 +174,22 @@ class _Work:
         except Unreachable:
             raise  # the job continues; the next attempt finds it
         except BaseException as error:
-            if self.job_id:
+            if self.job_id and not self.ended:
                 with suppress(ClearError):  # then the sweeper ends it
-                    batch.terminate(self.account.batch, self.job_id, f"its flow ended: {type(error).__name__}")
+                    self._leave(error)
             raise
         return ended
+
+    def _leave(self, error: BaseException) -> None:
+        if isinstance(error, Overspent):  # whoever else waits for it
+            batch.terminate(self.account.batch, self.job_id, str(error))
+        elif not leases.leave(self.store, self.account.batch, self.job_id, self.waiter, type(error).__name__):
+            self.say(f"job {self.job_id} is not ended: another flow waits for it")
 
     def _submit(self, name: str, spot: bool, allowed: float) -> None:
         with cost.reserved(self.store, self.compute, self.inputs.stage, self.key, allowed):
             self._send(name, spot)
+        leases.renew(self.store, self.job_id, self.waiter)
         self._enter(spot, allowed)
         self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")
 
@@ -194,6 +215,7 @@ class _Work:
         tags = {"stage": self.inputs.stage, "key": self.key}
         url = self.store.url(request)
         self.job_id = batch.submit(self.account, self.compute, self.job, image, name, spot, url, tags)
+        self.ended = False
 
     def _cached(self) -> list[str]:
         return [path for path, kind in self.inputs.kinds.items() if kind == CACHED]
@@ -206,7 +228,7 @@ class _Work:
         while True:
             try:
                 job = batch.describe(self.account.batch, self.job_id)
-                lease(self.store, self.job_id)
+                leases.renew(self.store, self.job_id, self.waiter)
                 self._show_log(shown)
                 answered = time.monotonic()
             except Unreachable as error:
@@ -220,9 +242,9 @@ class _Work:
             if job["status"] != last:
                 last = job["status"]
                 self.say(f"job {self.job_id}: {last}")
-            self.hours = batch.hours(job)
+            self.hours, self.ended = batch.hours(job), last in batch.ENDED
             spent = self.before + self.hours * price
-            if last in batch.ENDED:
+            if self.ended:
                 cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
                 self._show_log(shown)
                 if last == "SUCCEEDED":
@@ -230,23 +252,29 @@ class _Work:
                 return self._failed(job, spot, spent)
             if spot and last == "RUNNABLE" and batch.waiting(job) > self.compute.spot_wait_minutes * 60:
                 self.say(f"no spot machine within {self.compute.spot_wait_minutes:g} min: asking on demand")
-                batch.terminate(self.account.batch, self.job_id, "no spot machine in time")
+                batch.terminate(self.account.batch, self.job_id, batch.NO_SPOT)
                 cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
                 self.before = spent
                 return "on demand"
             if spent > allowed:
-                raise ClearError(
+                raise Overspent(
                     f"stage {self.inputs.stage}: job {self.job_id} has cost {spent:.2f} USD, more than the "
                     f"{allowed:.2f} it was allowed; its checkpoint is kept; raise compute.jobs.*.timeout_hours."
                 )
             time.sleep(self.compute.poll_seconds)
 
     def _failed(self, job: dict[str, Any], spot: bool, spent: float) -> str:
-        if batch.reclaimed(job) and spot:
-            self.say("spot has taken the machine away too often: asking on demand")
+        reason = job.get("statusReason") or job.get("container", {}).get("reason") or "no reason given"
+        if reason.startswith(batch.LEFT):
+            raise Temporary(
+                f"stage {self.inputs.stage}: job {self.job_id} was ended by another flow that waited for it and has "
+                "ended; the stage is submitted again."
+            )
+        if spot and (reason == batch.NO_SPOT or batch.reclaimed(job)):
+            why = reason if reason == batch.NO_SPOT else "spot has taken the machine away too often"
+            self.say(f"{why}: asking on demand")
             self.before = spent
             return "on demand"
-        reason = job.get("statusReason") or job.get("container", {}).get("reason") or "no reason given"
         kept = [line for line in self._log_end() if line.startswith("error: ")]
         raise ClearError(f"stage {self.inputs.stage}: job {self.job_id} failed: {(kept or [reason])[-1]}")
 
@@ -264,12 +292,6 @@ class _Work:
     def _log_end(self) -> list[str]:
         names = self._logs()
         return (self.store.read_bytes(names[-1]) or b"").decode(errors="replace").splitlines() if names else []
-
-
-def lease(store: Store, job_id: str) -> None:
-    """Say that somebody waits for a job."""
-    run = flow_run.id
-    store.write(f"leases/{job_id}.json", {"flow_run": run})
 
 
 def adopt(

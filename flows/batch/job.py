@@ -22,6 +22,9 @@ PREEMPTED = 75
 """Exit status of a job that was asked to leave and has kept its checkpoint."""
 RECLAIMED = "Host EC2"
 """How the reason begins that Batch gives for a job whose machine was taken away."""
+LEFT = "its flow ended"
+"""How the reason begins with which a flow that stops waiting ends its job; others may not have stopped."""
+NO_SPOT = "no spot machine in time"
 TAG = "clear"
 ENDED = ("SUCCEEDED", "FAILED")
 ACTIVE = ("SUBMITTED", "PENDING", "RUNNABLE", "STARTING", "RUNNING")
@@ -30,11 +33,15 @@ OUTPUTS = ("Bucket", "SpotQueue", "OnDemandQueue", "Repository", "JobRole", "Exe
 
 @dataclass(frozen=True)
 class Account:
-    """What the stack has made: its outputs by name, and clients."""
+    """What the stack has made: its outputs by name, and clients.
+
+    Jobs may read the stack's own bucket and `weights_bucket`, if there is one.
+    """
 
     outputs: dict[str, str]
     batch: Any
     s3: Any
+    weights_bucket: str = ""
 
     def queue(self, spot: bool) -> str:
         """The queue for machines of that kind."""
@@ -48,7 +55,9 @@ def account(compute: Compute) -> Account:
     outputs = {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
     if missing := [name for name in OUTPUTS if name not in outputs]:
         raise ClearError(f"stack {compute.stack} has no output {', '.join(missing)}; update it with `make stack`.")
-    return Account(outputs, client("batch", compute.region), client("s3", compute.region))
+    given = {item["ParameterKey"]: item.get("ParameterValue", "") for item in stack.get("Parameters", [])}
+    clients = client("batch", compute.region), client("s3", compute.region)
+    return Account(outputs, *clients, given.get("WeightsBucket", ""))
 
 
 def retry_strategy(attempts: int) -> dict[str, Any]:
@@ -196,7 +205,12 @@ def waiting(job: dict[str, Any]) -> float:
 
 
 def reclaimed(job: dict[str, Any]) -> bool:
-    """Whether a job has failed because its machine was taken away, as often as it was allowed to start."""
+    """Whether a job has failed because its machine was taken away, as often as it was allowed to start.
+
+    One that somebody has ended leaves with the same status as one that is preempted.
+    """
+    if job.get("isTerminated"):
+        return False
     last = (job.get("attempts") or [{}])[-1]
     reasons = (job.get("statusReason") or "", last.get("statusReason") or "")
     code = last.get("container", {}).get("exitCode", job.get("container", {}).get("exitCode"))

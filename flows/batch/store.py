@@ -6,7 +6,7 @@
     results/<key>.json                what came out of it; written last
     logs/<key>/<job>-<attempt>.log    what the job printed
     checkpoints/<key>/<job>/…         flows/batch/checkpoints.py
-    leases/<job>.json                 the flow run that waits for a job; flows/sweep.py ends jobs without one
+    leases/<job>/<waiter>.json        a flow run that waits for a job (flows/batch/leases.py)
     ledger/<month>/<job>.json         what a job was allowed to cost, and did
 
 `key` stands for a stage and the content of everything it reads. Downloads are checked against their hash. What AWS

@@ -25,19 +25,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from clear.data import aws
 from clear.data.ports import spare_loopback
-from clear.data.records import file_sha256
 from clear.errors import ClearError, fail, refusal, say, without_secrets
 from flows.batch.checkpoints import Keeper, forget, restore
 from flows.batch.job import PREEMPTED
 from flows.batch.notes import Inputs
 from flows.batch.request import LOCK, check_out, expand, receive
 from flows.batch.store import Store, client, split
+from flows.batch.weights import fetch_weights
 from flows.dvc_commands import NETWORK, Temporary
 from flows.service import children
 
@@ -297,43 +297,6 @@ def same_environment(folder: Path) -> None:
         raise ClearError(
             "infra/constraints.txt of the commit is not the one this image was built with; build one with `make image`."
         )
-
-
-def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> None:
-    """Bring the files of `model.checkpoint` from S3; those that the base's manifest lists must have its hashes.
-
-    Does nothing for a model trained from scratch, and where `model.checkpoint` is itself in S3: the stage fetches that.
-    Raises ClearError without an address, or for a wrong file.
-    """
-    import yaml
-
-    from clear.model.checkpoint import named_file
-
-    model = (yaml.safe_load((folder / "params.yaml").read_text()) or {}).get("model") or {}
-    if not model.get("checkpoint") or str(model["checkpoint"]).startswith("s3://"):
-        return
-    if model.get("base"):
-        raise ClearError("params: model.base is not brought to a job; make one whole folder (docs/PUBLISHED.md).")
-    if not address:
-        raise ClearError("params: model.checkpoint is set and compute.weights is not; name the weights' s3:// prefix.")
-    bucket, prefix = split(address.rstrip("/") + "/")
-    store = Store(client("s3"), bucket, prefix.rstrip("/"))
-    target, _ = named_file(folder / model["checkpoint"])
-    manifest = folder / "data/models/base/manifest.json"
-    known = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
-    names = [name for name in store.names("") if name and not name.endswith("/")]  # not the console's empty folders
-    if not names or (lacking := sorted(set(known) - set(names))):
-        raise ClearError(f"{address}: {', '.join(lacking) if names else 'nothing'} there of the base's weights.")
-    for name in names:
-        file = target / name
-        if not file.resolve().is_relative_to(target.resolve()):
-            raise ClearError(f"{address}/{name} would be written outside {target}; rename it.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with aws.explained(store.url(name)):
-            store.client.download_file(bucket, f"{store.prefix}/{name}", str(file))
-        if name in known and file_sha256(file) != known[name]["sha256"]:
-            raise ClearError(f"{address}/{name} is not the file that the base was registered with; upload that one.")
-    say(f"weights: {len(names)} files from {address}")
 
 
 def shims(work: Path) -> Path:

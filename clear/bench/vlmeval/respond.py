@@ -109,7 +109,7 @@ class Folder:
         digest = digest_of(self.folder, self.config) if self.cluster else ""
         there = replace(self, folder=self.folder.absolute(), digest=digest)
         jobs = ((there, shard) for shard in shards)
-        yield from parallel(_answer, jobs, workers=1, cluster=self.cluster, section="evaluate", chunk=1)
+        yield from parallel(_answer, jobs, workers=1, cluster=self.cluster, chunk=1, option="--cluster")
 
 
 def _answer(job: tuple[Folder, Shard]) -> list[Given]:
