@@ -14,7 +14,9 @@ from hypothesis import HealthCheck, settings
 ROOT = Path(__file__).resolve().parent.parent
 
 if "tests.helpers" not in sys.modules:  # imported a second time, as tests.conftest
-    pytest.register_assert_rewrite("tests.helpers")  # their asserts show values, as those of test modules do
+    pytest.register_assert_rewrite(
+        "tests.helpers", "tests.cloud"
+    )  # their asserts show values, as those of test modules do
 
 # On a machine that is busy with something else the first example may take a minute, which says nothing of the test.
 # The suite tries the same examples every time, so that it says something of the change and not of luck; `make test-all`

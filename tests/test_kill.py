@@ -32,9 +32,12 @@ def test_the_turns_cover_all_places_evenly(base):
     assert [trial.share(80) for trial in trials] == [10, 30, 50, 70]
 
 
-def test_a_command_that_is_begun_twice_at_once_ends_as_if_begun_once(base, tmp_path):
+def test_a_command_that_is_begun_twice_at_once_ends_as_if_begun_once(base, tmp_path, monkeypatch):
     told = tried(PARAMS, base, tmp_path / "state.json", 1, "params", ["twice"])
     assert [*told["trials"].values()] == [""] and next(iter(told["trials"])).startswith("twice 0: 0.0 s apart"), told
+    monkeypatch.setitem(WAYS, "twice", None)
+    again = tried(PARAMS, base, tmp_path / "state.json", 1, "params", ["twice"])
+    assert again["trials"] == told["trials"], "it is not tried again"
 
 
 @pytest.mark.slow

@@ -99,7 +99,7 @@ def tried(command: Command, base: Path, file: Path, turns: int, name: str, ways:
     """The state of a command after so many turns of the ways (all, if None)."""
     told = json.loads(file.read_text()) if file.exists() else _undisturbed(command, base, name)
     write_json(file, told)
-    done = {" ".join(key.split(" ", 2)[:2]) for key in told["trials"]}
+    done = {key.partition(":")[0] for key in told["trials"]}
     for turn in range(turns):
         for way in ways or WAYS:
             if f"{way} {turn}" in done:
