@@ -164,7 +164,7 @@ def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
 
     try:
         found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw))
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, OverflowError) as error:  # the latter of an integer that no float holds
         key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
         raise refused(key, str(error).splitlines()[0]) from error
     for key, listed in _lists(found):
