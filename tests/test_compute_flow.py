@@ -106,17 +106,22 @@ def test_a_flow_that_is_cancelled_ends_its_job(work, cloud, reason):
     assert 0 < spent(cloud.store) < 1 < before, "what it cost counts, not what it was allowed"
 
 
-def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, monkeypatch):
-    first = work("waits once")
+def _run_out_of_reach(mine, monkeypatch, patience):
+    """Submit a job and lose the way to AWS, for longer than `patience` seconds."""
 
     def away(*_):
         raise Unreachable("no network")
 
     with monkeypatch.context() as broken:
         broken.setattr(compute_batch, "describe", away)
-        broken.setattr(execute, "PATIENCE_SECONDS", 0.5)
+        broken.setattr(execute, "PATIENCE_SECONDS", patience)
         with pytest.raises(Unreachable):
-            first.run()
+            mine.run()
+
+
+def test_a_flow_that_comes_back_waits_for_the_job_that_is_there(work, cloud, monkeypatch):
+    first = work("waits once")
+    _run_out_of_reach(first, monkeypatch, 0.5)
     job = running(cloud)
     second = work("waits once")
     thief = aside(lambda: (_waiters(cloud, 2), cloud.batch.reclaim(job)))
@@ -222,15 +227,7 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
 
 def test_the_sweeper_enters_what_a_job_has_cost_before_batch_forgets_it(work, cloud, monkeypatch):
     mine = work("ends")
-
-    def away(*_):
-        raise Unreachable("no network")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(compute_batch, "describe", away)
-        broken.setattr(execute, "PATIENCE_SECONDS", 0.0)
-        with pytest.raises(Unreachable):
-            mine.run()
+    _run_out_of_reach(mine, monkeypatch, 0.0)
     (job,) = cloud.batch.jobs.values()
     wait_until(lambda: job["status"] == "SUCCEEDED", 60, "the end of the job")
     assert spent(cloud.store) == 36
