@@ -6,7 +6,8 @@ wrong type or a value out of range is rejected with its full name.
 """
 
 import re
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
 from functools import cache
@@ -164,14 +165,24 @@ def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
 
     try:
         found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw))
-    except (OmegaConfBaseException, OverflowError) as error:  # the latter of an integer that no float holds
-        key = getattr(error, "full_key", None) or getattr(error, "key", None) or "?"
-        raise refused(key, str(error).splitlines()[0]) from error
+    except OmegaConfBaseException as error:
+        raise refused(error.full_key or error.key or "?", str(error).splitlines()[0]) from error
+    except OverflowError as error:  # OmegaConf does not say where
+        raise refused(next(_beyond_floats(raw), "?"), str(error)) from error
     for key, listed in _lists(found):
         for one in listed:
             if not isinstance(one, (str, int, float)):  # OmegaConf lets mappings into any list
                 raise refused(key, f"{one!r:.60} is not a value of a list")
     return found
+
+
+def _beyond_floats(raw: Any, name: str = "") -> Iterator[str]:
+    """The full keys of integers that no float holds."""
+    if isinstance(raw, int) and abs(raw) > sys.float_info.max:
+        yield name
+    elif isinstance(raw, Mapping):
+        for key in raw:
+            yield from _beyond_floats(raw[key], f"{name}.{key}".lstrip("."))
 
 
 def _lists(value: Any, name: str = "") -> Iterator[tuple[str, list]]:

@@ -152,8 +152,9 @@ def test_a_job_whose_flow_died_before_it_was_entered_is_counted(work, cloud, mon
     assert name.endswith(f"/{job}.json") and spent(cloud.store) < 36
 
 
-def test_of_two_submissions_at_once_the_first_stays(work, cloud, monkeypatch):
-    cloud.batch.held |= {"spot"}
+@pytest.mark.parametrize("first_on_spot", [True, False])
+def test_of_two_submissions_at_once_the_first_stays(work, cloud, monkeypatch, first_on_spot):
+    cloud.batch.held |= {"spot", "ondemand"}
     mine = work("ends")
     real, calls = compute_batch.find, []
 
@@ -162,19 +163,10 @@ def test_of_two_submissions_at_once_the_first_stays(work, cloud, monkeypatch):
         return None if len(calls) % 2 else real(*arguments)
 
     monkeypatch.setattr(compute_batch, "find", blind_at_first)
-    given = (
-        mine.account,
-        mine.compute,
-        mine.job,
-        "image",
-        "clear-sft-key",
-        True,
-        REQUEST,
-        {},
-    )
-    first, second = (compute_batch.submit(*given) for _ in range(2))
-    assert first == second and len(_submitted(cloud)) == 2
-    loser = next(job for one, job in cloud.batch.jobs.items() if one != first)
+    given = mine.account, mine.compute, mine.job, "image", "clear-sft-key"
+    first, second = (compute_batch.submit(*given, spot, REQUEST, {}) for spot in (first_on_spot, True))
+    assert first == second and first[0] is first_on_spot and len(_submitted(cloud)) == 2
+    loser = next(job for one, job in cloud.batch.jobs.items() if one != first[1])
     wait_until(lambda: loser["status"] == "FAILED", 10, "the end of the second")
     assert len(cloud.batch.definitions) == 1, "one definition for both"
 
@@ -208,7 +200,7 @@ def test_the_sweeper_ends_what_nobody_waits_for_and_nothing_else(work, cloud):
     mine = work("ends")
     given = (mine.account, mine.compute, mine.job, "image")
     young, old, leased, foreign = (
-        compute_batch.submit(*given, f"clear-{n}", bool(n % 2), REQUEST, {}) for n in range(4)
+        compute_batch.submit(*given, f"clear-{n}", bool(n % 2), REQUEST, {})[1] for n in range(4)
     )
     hour_ago = int(datetime.now(UTC).timestamp() * 1000) - 3_600_000
     for job in (old, leased, foreign):
@@ -240,7 +232,7 @@ def test_a_job_that_cannot_be_ended_does_not_keep_the_others(work, cloud, monkey
     cloud.batch.held |= {"spot", "ondemand"}
     mine, end = work("ends"), compute_batch.terminate
     given = (mine.account, mine.compute, mine.job, "image")
-    jobs = [compute_batch.submit(*given, f"clear-{n}", True, REQUEST, {}) for n in range(2)]
+    jobs = [compute_batch.submit(*given, f"clear-{n}", True, REQUEST, {})[1] for n in range(2)]
     for job in jobs:
         cloud.batch.jobs[job]["createdAt"] = int(datetime.now(UTC).timestamp() * 1000) - 3_600_000
     tried, said = [], []
@@ -263,7 +255,7 @@ def test_the_sweeping_flow_asks_aws_only_where_a_job_may_be(work, cloud, trainin
     monkeypatch.setattr(sweep, "announce", lambda *words: told.append(words))
     cloud.batch.held |= {"spot", "ondemand"}
     mine = work("ends")
-    job = compute_batch.submit(mine.account, mine.compute, mine.job, "image", "clear-left", True, REQUEST, {})
+    _, job = compute_batch.submit(mine.account, mine.compute, mine.job, "image", "clear-left", True, REQUEST, {})
     cloud.batch.jobs[job]["createdAt"] = 0
     write_compute(tmp_path)
     with disable_run_logger():

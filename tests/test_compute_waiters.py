@@ -123,6 +123,28 @@ def test_of_two_flows_without_a_spot_machine_both_wait_for_the_same_job_on_deman
     assert first.job_id == other.work.job_id
 
 
+def test_a_flow_that_begins_while_another_gives_up_spot_shares_its_next_job(work, cloud, monkeypatch):
+    cloud.batch.held |= {"spot", "ondemand"}
+    first, others, send = work("ends", spot_wait_minutes=0.0), [], execute.send
+
+    def begin_another(*given, **more):
+        if len(cloud.batch.jobs) == 1 and not others:  # spot is given up, nothing is asked on demand yet
+            first.compute.spot_wait_minutes = 60.0
+            other = work("ends", spot_wait_minutes=60.0)
+            others.append((other, aside(other.run)))
+            wait_until(lambda: len(cloud.batch.jobs) == 2, 60, "the other flow's job")
+            cloud.batch.held.clear()
+        return send(*given, **more)
+
+    monkeypatch.setattr(execute, "send", begin_another)
+    first.run()
+    (other, thread) = others[0]
+    thread.join(60)
+    assert not thread.is_alive()
+    assert [job["status"] for job in cloud.batch.jobs.values()] == ["FAILED", "SUCCEEDED"], "one was paid for"
+    assert first.job_id == other.job_id
+
+
 def test_a_job_that_has_cost_too_much_is_ended_whoever_waits_for_it(work, cloud, monkeypatch):
     mine, others = work("waits", timeout_hours=0.02, expected_hours=0.01), []
     monkeypatch.setattr(compute_batch, "hours", lambda job: 1.0 if others else 0.0)
@@ -144,7 +166,7 @@ def test_the_sweeper_ends_a_job_only_if_no_lease_of_it_is_fresh(work, cloud, mon
     mine = work("ends")
     given = (mine.account, mine.compute, mine.job, "image")
     kept, left, older = (
-        compute_batch.submit(*given, f"clear-{n}", True, "s3://cloud/x/requests/key/1.json", {}) for n in range(3)
+        compute_batch.submit(*given, f"clear-{n}", True, "s3://cloud/x/requests/key/1.json", {})[1] for n in range(3)
     )
     now = datetime.now(UTC)
     for job in cloud.batch.jobs.values():

@@ -50,7 +50,7 @@ def _refused(text, section, key, value):
         ("grpo", "sigma", 0.0, "grpo.sigma = 0 makes rollouts without noise"),
         ("grpo", "separate_advantages", True, "leaves the image term nothing to judge by; raise grpo.reward_answer"),
         ("optimiser", "eps", 0.0, "optimiser.eps = 0.0 is outside"),
-        ("grpo", "lr", 10**400, "int too large to convert to float"),
+        ("grpo", "lr", 10**400, "key 'grpo.lr': int too large to convert to float"),
         ("model", "vae_mult", [1, {"2": 4}], "key 'model.vae_mult': {'2': 4} is not a value of a list"),
         ("lora", "targets", ["q_proj", ["k_proj"]], "key 'lora.targets': ['k_proj'] is not a value of a list"),
     ],

@@ -21,6 +21,7 @@ from clear.model.checkpoint import MODEL, fingerprint, load_bagel, quantise_fold
 from clear.model.runtime import stored
 from clear.model.vae import AutoEncoder
 from clear.reasoning.answering import Answerer
+from clear.training import load
 from clear.training.load import incoming, save, trainable
 from clear.training.loop.saved import adopt_trained, trained_state
 from tests.conftest import ROOT
@@ -353,6 +354,18 @@ def test_what_quantised_weights_cannot_do_is_refused(folder, config, monkeypatch
     config.lora.rank = 2
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ClearError, match=r"runtime.weights = nf4 is not sharded; train on one device"):
+        incoming(folder, config)
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", "{}", '{"files": ["ema.safetensors"]}', '{"files": {"ema.safetensors": 1}}']
+)
+def test_a_damaged_record_of_the_weights_under_an_adapter_is_refused(folder, config, tmp_path, monkeypatch, content):
+    monkeypatch.chdir(tmp_path)
+    load.MANIFEST.parent.mkdir(parents=True)
+    load.MANIFEST.write_text(content)
+    config.model.checkpoint = str(folder)
+    with pytest.raises(ClearError, match=r"data/models/base/manifest\.json.*; run the base stage again\."):
         incoming(folder, config)
 
 

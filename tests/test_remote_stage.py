@@ -276,7 +276,9 @@ def test_a_request_needs_committed_code_a_whole_clone_and_a_remote_in_s3(trainin
     (tmp_path / "shallow/.dvc/config.local").write_bytes((training / ".dvc/config.local").read_bytes())
     refused("git fetch --unshallow", tmp_path / "shallow")
     (training / ".dvc/config.local").write_text("[core]\n    remote = here\n['remote \"here\"']\n    url = /tmp/x\n")
-    refused("default DVC remote is /tmp/x; set it with `make remote")
+    refused("default DVC remote is /tmp/x; set it with `make remote BUCKET=cloud/dvc`")
+    (training / ".dvc/config.local").write_text("[core]\n    remote = o\n['remote \"o\"']\n    url = s3://other/dvc\n")
+    refused("the default DVC remote is s3://other/dvc, and a job may write to bucket cloud alone")
 
 
 def test_an_input_that_is_missing_or_not_what_its_stage_wrote_is_named(training):

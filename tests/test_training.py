@@ -125,6 +125,16 @@ def test_a_kill_between_the_last_step_and_the_end_of_a_phase_changes_nothing(con
     assert [row["loss"] for row in again] == [row["loss"] for row in curve]
 
 
+def test_a_curve_has_the_last_steps_too_where_the_interval_does_not_divide_them(tmp_path):
+    every = ["profile=smoke", "runtime.checkpoint_every=100", "runtime.device=cpu"]
+    weights, single = _train(from_dict(compose([*every, "runtime.log_every=1"])), tmp_path / "single")
+    found, curve = _train(from_dict(compose([*every, "runtime.log_every=5"])), tmp_path / "fives")
+    assert torch.equal(found, weights)
+    assert [row["step"] for row in curve] == [5, 10, 12]
+    last = [row["loss"] for row in single[10:]]
+    assert curve[-1]["loss"] == pytest.approx(sum(last) / len(last), abs=1e-4)
+
+
 def test_a_second_request_to_leave_is_obeyed_at_once(config, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         _train(config, tmp_path / "left", leave_at=5, twice=True)

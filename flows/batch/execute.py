@@ -32,7 +32,7 @@ from clear.errors import ClearError, quoted
 from flows.batch import cost, leases, settings
 from flows.batch import job as batch
 from flows.batch.notes import Damaged, Inputs
-from flows.batch.request import CACHED, LOCK, describe, environment_tag, send
+from flows.batch.request import CACHED, LOCK, describe, environment_tag, remote_for_jobs, send
 from flows.batch.settings import BatchJob, Compute
 from flows.batch.store import Store
 from flows.batch.weights import refuse_unreadable
@@ -154,8 +154,7 @@ class _Work:
         """Submit or find the job and wait for it; returns US dollars. If this call ends early, the job is ended unless
         others wait for it."""
         name = batch.job_name(self.compute.stack, self.inputs.stage, self.key)
-        queued = [(spot, batch.find(self.account.batch, self.account.queue(spot), name)) for spot in (True, False)]
-        spot, self.job_id = next(((spot, job_id) for spot, job_id in queued if job_id), (self.job.spot, ""))
+        spot, self.job_id = batch.find(self.account, name) or (self.job.spot, "")
         estimate = cost.estimate(self.compute, self.job)
         try:
             if self.job_id:
@@ -165,12 +164,12 @@ class _Work:
             else:
                 given = self.compute.weights, self.store.bucket, self.account.weights_bucket
                 refuse_unreadable(self.inputs.stage, self.workspace, *given)
+                remote_for_jobs(self.workspace, self.store.bucket)
                 self.say(f"stage {self.inputs.stage} on AWS Batch, {estimate}")
                 cost.settle(self.store, self.account.batch)
-                self._submit(name, spot, estimate.allowed)
+                spot = self._submit(name, spot, estimate.allowed)
             while (ended := self._follow(spot, estimate.allowed)) == "on demand":
-                spot = False
-                self._submit(name, spot, estimate.allowed - self.before)
+                spot = self._submit(name, False, estimate.allowed - self.before)
         except Unreachable:
             raise  # the job continues; the next attempt finds it
         except BaseException as error:
@@ -186,12 +185,14 @@ class _Work:
         elif not leases.leave(self.store, self.account.batch, self.job_id, self.waiter, type(error).__name__):
             self.say(f"job {self.job_id} is not ended: another flow waits for it")
 
-    def _submit(self, name: str, spot: bool, allowed: float) -> None:
+    def _submit(self, name: str, spot: bool, allowed: float) -> bool:
+        """Whether the job that is there now, this one's or another flow's, is on spot."""
         with cost.reserved(self.store, self.compute, self.inputs.stage, self.key, allowed):
-            self._send(name, spot)
+            spot = self._send(name, spot)
         leases.renew(self.store, self.job_id, self.waiter)
         self._enter(spot, allowed)
         self.say(f"job {self.job_id} in queue {self.account.queue(spot).split('/')[-1]}")
+        return spot
 
     def _enter(self, spot: bool, allowed: float) -> None:
         """The job takes the place of its reservation in the ledger."""
@@ -199,7 +200,7 @@ class _Work:
         cost.enter(self.store, self.job_id, self.inputs.stage, allowed, hourly=hourly)
         cost.release(self.store, self.key)
 
-    def _send(self, name: str, spot: bool) -> None:
+    def _send(self, name: str, spot: bool) -> bool:
         if here := [path for path in self._cached() if (self.workspace / path).exists()]:
             dvc(["push", *here], self.workspace, self.say)
         request = send(
@@ -214,8 +215,10 @@ class _Work:
         image = self.compute.image or f"{self.account.outputs['Repository']}:{environment_tag(self.workspace)}"
         tags = {"stage": self.inputs.stage, "key": self.key}
         url = self.store.url(request)
-        self.job_id = batch.submit(self.account, self.compute, self.job, image, name, spot, url, tags)
+        given = self.account, self.compute, self.job, image, name, spot, url, tags
+        spot, self.job_id = batch.submit(*given, passed=self.job_id)
         self.ended = False
+        return spot
 
     def _cached(self) -> list[str]:
         return [path for path, kind in self.inputs.kinds.items() if kind == CACHED]

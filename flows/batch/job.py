@@ -128,23 +128,41 @@ def job_name(stack: str, stage: str, key: str) -> str:
     return f"{stack}-{re.sub('[^A-Za-z0-9_-]', '-', stage)}-{key}"[:128]
 
 
-def find(batch: Any, queue: str, name: str) -> str | None:
-    """Id of the queued or running job of that name, the first submitted if there are several; None if there is none."""
-    with aws.explained(f"jobs in {queue}"):
-        listed = batch.list_jobs(jobQueue=queue, filters=[{"name": "JOB_NAME", "values": [name]}])["jobSummaryList"]
-    active = sorted((job.get("createdAt", 0), job["jobId"]) for job in listed if job["status"] in ACTIVE)
-    return active[0][1] if active else None
+def find(account: Account, name: str, passed: str = "") -> tuple[bool, str] | None:
+    """The queued or running job of that name but for the id `passed`, the first submitted if there are several: whether
+    it is on spot, and its id. None if there is none."""
+    active = []
+    for spot in (True, False):
+        queue = account.queue(spot)
+        with aws.explained(f"jobs in {queue}"):
+            named = [{"name": "JOB_NAME", "values": [name]}]
+            listed = account.batch.list_jobs(jobQueue=queue, filters=named)["jobSummaryList"]
+        listed = [job for job in listed if job["status"] in ACTIVE and job["jobId"] != passed]
+        active += [(job.get("createdAt", 0), job["jobId"], spot) for job in listed]
+    if not active:
+        return None
+    _, job_id, spot = min(active)
+    return spot, job_id
 
 
 def submit(
-    account: Account, compute: Compute, job: BatchJob, image: str, name: str, spot: bool, request: str, tags: dict
-) -> str:
-    """Submit the job of that name, or find it; returns its id.
+    account: Account,
+    compute: Compute,
+    job: BatchJob,
+    image: str,
+    name: str,
+    spot: bool,
+    request: str,
+    tags: dict,
+    passed: str = "",
+) -> tuple[bool, str]:
+    """Submit the job of that name, or find it in either queue; returns whether it is on spot, and its id.
 
-    Where two flows submit at once, both look again, and the later job is ended by the flow that submitted it.
+    `passed` is a job that was given up. Where two flows submit at once, both look again, and the later job is ended by
+    the flow that submitted it; one of them may ask on demand while the other still asks on spot.
     """
     batch, queue = account.batch, account.queue(spot)
-    if there := find(batch, queue, name):
+    if there := find(account, name, passed):
         return there
     environment = [{"name": "CLEAR_REQUEST", "value": request}]
     if compute.region:
@@ -167,11 +185,11 @@ def submit(
             tags={TAG: compute.stack, **tags},
             **overrides,
         )["jobId"]
-    first = find(batch, queue, name)
-    if first not in (None, mine):
-        terminate(batch, mine, f"submitted twice; {first} was first")
-        return first
-    return mine
+    first = find(account, name, passed)
+    if first is None or first[1] == mine:
+        return spot, mine
+    terminate(batch, mine, f"submitted twice; {first[1]} was first")
+    return first
 
 
 def describe(batch: Any, job_id: str) -> dict[str, Any] | None:

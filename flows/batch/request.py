@@ -21,7 +21,7 @@ from clear.errors import ClearError
 from clear.project.git import output
 from flows.batch.notes import Inputs
 from flows.batch.settings import COMPUTE
-from flows.batch.store import Store
+from flows.batch.store import Store, split
 from flows.dvc_commands import address
 
 if TYPE_CHECKING:
@@ -107,9 +107,9 @@ def differences(wanted: Inputs, actual: Inputs) -> list[str]:
 def send(store: Store, inputs: Inputs, key: str, workspace: Path, **more: Any) -> str:
     """Upload everything a job needs for `inputs` and return the name of its request.
 
-    Raises ClearError if code is not committed, the clone is shallow, or the DVC remote is not in S3.
+    Raises ClearError if code is not committed, the clone is shallow, or the DVC remote is not in the store's bucket.
     """
-    remote = _remote(workspace)
+    remote = remote_for_jobs(workspace, store.bucket)
     commit = _committed(workspace, inputs)
     bundle = workspace / ".clear" / f"{commit}.bundle"
     bundle.parent.mkdir(exist_ok=True)
@@ -155,7 +155,9 @@ def expand(workspace: Path, names: list[str]) -> list[str]:
     return files
 
 
-def _remote(workspace: Path) -> dict[str, Any]:
+def remote_for_jobs(workspace: Path, bucket: str) -> dict[str, Any]:
+    """What a job is told of the default DVC remote, in which its data lies. Raises ClearError unless that is in the
+    stack's `bucket`, the only one that JobRole may write to: an instance would be paid for to find out."""
     from dvc.repo import Repo
 
     with Repo(str(workspace)) as repo:
@@ -164,7 +166,12 @@ def _remote(workspace: Path) -> dict[str, Any]:
     if not str(settings.get("url", "")).startswith("s3://"):
         raise ClearError(
             f"{workspace}: a stage in the cloud reads and writes its data in S3, and the default DVC remote is "
-            f"{settings.get('url') or 'not set'}; set it with `make remote BUCKET=bucket/prefix`."
+            f"{settings.get('url') or 'not set'}; set it with `make remote BUCKET={bucket}/dvc`."
+        )
+    if (foreign := split(settings["url"])[0]) != bucket:
+        raise ClearError(
+            f"{workspace}: the default DVC remote is {settings['url']}, and a job may write to bucket {bucket} alone, "
+            f"not to {foreign}; set it with `make remote BUCKET={bucket}/dvc` and `dvc push` what the stages read."
         )
     return {key: settings[key] for key in REMOTE_KEYS if settings.get(key) is not None}
 

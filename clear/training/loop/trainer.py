@@ -134,6 +134,14 @@ class _Trainer(TrainedOnly, Trainer):
         return loader
 
 
+class LogLast(TrainerCallback):
+    """Logs the last steps of a phase as well where `log_every` does not divide them; the Trainer drops those."""
+
+    def on_step_end(self, args, state, control, **_) -> None:
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+
+
 class Progress(TrainerCallback):
     """A progress bar on a terminal; elsewhere (DVC's log, CI) one line per tenth of the steps."""
 
@@ -237,7 +245,7 @@ def optimise(
         args=args,
         train_dataset=list(range(samples)),
         data_collator=lambda batch: {"index": torch.tensor(batch)},
-        callbacks=[*average, MarkComplete(), Progress(name), run.shown(name)],
+        callbacks=[*average, LogLast(), MarkComplete(), Progress(name), run.shown(name)],
     )
     trainer.phase, trainer.rows_per_pass = f"phase {name}", run.config.runtime.rows_per_pass
     trainer.token_budget = run.config.runtime.token_budget
