@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import torch
 import yaml
 
 from clear.data.workspace import record_run, stage_run
@@ -26,7 +27,8 @@ def test_data_code_parameters_parents_and_commit_are_those_of_the_lock(project, 
     assert {*own.code, *own.inputs} == {dep["path"] for dep in lock["evaluate"]["deps"]} == {"code/lib", "data/samples"}
     assert own.inputs == {"data/samples": "source"} and own.parameters == {"seed": 20260421}
     assert own.commit.id == git(project, "rev-parse", "--short", "HEAD").strip()
-    assert "Python" in own.machine
+    instructions = torch.backends.cpu.get_cpu_capability()
+    assert "Python" in own.machine and f"torch {torch.__version__} with {instructions}" in own.machine
     names = [step.stage for step in found.steps]
     for step in found.steps:
         assert all(names.index(parent) > names.index(step.stage) for parent in step.parents)

@@ -155,13 +155,14 @@ def _peak_mb(who: int) -> float:
 
 
 def _machine() -> str:
-    """What bytes may depend on beyond code, data and parameters: processor, GPU if there is one, Python, torch."""
+    """What bytes may depend on beyond code, data and parameters: processor, GPU if there is one, Python, torch and the
+    instructions that it uses (AVX2, AVX512), since `runtime.precision: auto` goes by these."""
     torch = sys.modules.get("torch")  # not imported only to be asked
     names = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     processor = next((line.partition(":")[2].strip() for line in names if line.startswith("model name")), "")
     parts = [f"{processor or platform.machine()} × {os.cpu_count()}", f"Python {platform.python_version()}"]
     if torch is not None:
-        parts.append(f"torch {torch.__version__}")
+        parts.append(f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}")
         if torch.cuda.is_available():
             parts.insert(0, torch.cuda.get_device_name())
     return ", ".join(parts)
