@@ -79,7 +79,7 @@ def run(workspace: Path, wanted: Sequence[str], seed: int | None = None) -> Path
         about = {"setting": setting, "changes": " ".join(ablation.changes), "what": ablation.what}
         more = {"against": " ".join(ablation.against), "kinds": " ".join(ablation.kinds)}
         about |= {"seed": str(seed)} | {key: text for key, text in more.items() if text}
-        if seeds.about(file) == about:
+        if seeds.about(file) == about and seeds.models(file) == {ablation.model}:
             continue
         overrides, copy = [f"seed={seed}", *ablation.changes], f"{params['profile']}-{name}{end}"
         # With nothing changed, nothing is taken over either: it is trained again, as this machine trains.

@@ -126,6 +126,14 @@ def about(file: Path) -> dict[str, str]:
     return {key.removeprefix(_ABOUT): text for key, text in texts.items() if key.startswith(_ABOUT)}
 
 
+def models(file: Path) -> set[str]:
+    """The models whose predictions a file of `collect` holds. Raises ClearError for one that is damaged."""
+    import pyarrow.parquet as pq
+
+    with reading_parquet(file, _AGAIN):
+        return set(pq.read_table(file, columns=["model"]).to_pydict().get("model", []))
+
+
 def parameters(workspace: Path) -> dict:
     """The parameters of a workspace. Raises ClearError where it has none."""
     from omegaconf import OmegaConf
