@@ -15,7 +15,7 @@ from clear.model.tokenizer import encode
 from clear.reasoning.answering import Answerer
 from clear.serve import talk
 from clear.serve.errors import ApiError
-from clear.serve.protocol import ChatRequest
+from clear.serve.protocol import MOST_VALUES, ChatRequest, parse
 from clear.serve.settings import Settings
 from clear.serve.talk import Reader
 from tests.serving import QUESTION, Server, asking, make_workspace, patched, serving
@@ -89,6 +89,23 @@ def test_many_short_messages_are_refused_untokenised(answerer, monkeypatch):
         request = ChatRequest(messages=[{"role": "user", "content": content}] * 5000)
         with pytest.raises(ApiError, match=r"at least [0-9]+ tokens, this server reads at most 8192"):
             Reader(answerer, Settings("m")).texts(request)
+
+
+@pytest.mark.parametrize("one", [b"1,", b'"a",', b"[],", b'{"role":"user","content":"a"},'])
+@pytest.mark.parametrize("field", ["messages", "stop", "user"])
+def test_a_body_of_too_many_values_is_refused_before_it_is_parsed(monkeypatch, field, one):
+    """Parsed, ten million wrong messages held Python's lock, and so every other request, for minutes."""
+    monkeypatch.setattr(ChatRequest, "model_validate_json", None)
+    body = b'{"%s":[%s1]}' % (field.encode(), one * MOST_VALUES)
+    with pytest.raises(ApiError, match=r"the body: about [0-9,]+ values, and a request may have 65,536; send fewer\."):
+        parse(body)
+
+
+def test_of_many_wrong_messages_and_parts_the_first_ones_are_looked_at():
+    for body, most in ((b'{"messages":[%s1]}', 1), (b'{"messages":[{"role":"user","content":[%s1]}]}', 2**10 + 2)):
+        with pytest.raises(ApiError) as refused:
+            parse(body % (b"1," * (MOST_VALUES // 2)))
+        assert refused.value.__cause__.error_count() <= most
 
 
 def test_a_conversation_of_exactly_the_limit_is_read(answerer):

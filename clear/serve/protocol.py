@@ -9,12 +9,17 @@ import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
 from clear.serve.errors import ApiError
 
 MOST_CHOICES = 16
 """The largest `n`."""
+
+MOST_VALUES = 2**16
+"""The most values that a request may have, by the characters that begin or part them, those in its texts included. A
+model's context holds no conversation of more, and to parse them keeps Python's lock: ten million wrong ones, 20 MiB, for
+minutes."""
 
 _NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,),
@@ -66,7 +71,7 @@ class Message(BaseModel):
     """One turn. `developer` is OpenAI's newer word for `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part] | None = None
+    content: str | Annotated[list[Part], Field(max_length=2**10)] | None = None
 
 
 class StreamOptions(BaseModel):
@@ -89,7 +94,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1), FailFast()]
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -109,6 +114,8 @@ class ChatRequest(BaseModel):
 
 def parse(body: bytes) -> ChatRequest:
     """A request from its bytes. Raises ApiError (400) naming the field that is wrong."""
+    if (values := sum(map(body.count, (b"{", b"[", b",")))) > MOST_VALUES:
+        raise ApiError(400, f"the body: about {values:,} values, and a request may have {MOST_VALUES:,}; send fewer.")
     try:
         found = ChatRequest.model_validate_json(body)
     except ValidationError as error:
