@@ -17,9 +17,9 @@ MOST_CHOICES = 16
 """The largest `n`."""
 
 MOST_VALUES = 2**16
-"""The most values that a request may have, by the characters that begin or part them, those in its texts included. A
-model's context holds no conversation of more, and to parse them keeps Python's lock: ten million wrong ones, 20 MiB, for
-minutes."""
+"""The most values that a request may have, by the characters that begin or part them, those in its texts included. No
+model's context holds a conversation of more, and to parse them keeps Python's lock: ten million wrong ones, 20 MiB,
+did so for minutes."""
 
 _NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,),
