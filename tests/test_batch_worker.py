@@ -147,6 +147,9 @@ def test_weights_come_from_s3_and_are_those_of_the_base(cloud, tmp_path):
     manifest.write_text(json.dumps({"files": {"ae.safetensors": {"sha256": "0"}}}))
     with pytest.raises(ClearError, match=r"ae\.safetensors there"):
         worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
+    manifest.write_text(json.dumps({"files": {"ae.safetensors": {"bytes": 1}}}))
+    with pytest.raises(ClearError, match=r"base/manifest\.json: 'files' cannot be .*; run the base stage again\."):
+        worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)
     (tmp_path / "params.yaml").write_text("model: {checkpoint: weights, base: BAGEL}\n")
     with pytest.raises(ClearError, match=r"model\.base is not brought to a job"):
         worker.fetch_weights(tmp_path, "s3://cloud/bagel", print)

@@ -19,7 +19,7 @@ from clear.data.workspace import completing, latents_dir
 from clear.errors import ClearError
 from clear.model import lora
 from clear.model.bagel import FROZEN, Bagel
-from clear.model.checkpoint import fingerprint, json_object, save_bagel
+from clear.model.checkpoint import fingerprint, recorded, save_bagel
 from clear.model.images import ImageBank, check_geometry
 from clear.model.latents import LatentStore
 from clear.model.offload import wait_in_host_memory
@@ -93,12 +93,12 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
         lora.set_dropout(model, config.lora.dropout)
         weights = lora.base_of(folder, base, rest)
         rest = lora.rest_of(folder, weights, rest)
-        files = _files(Path(folder) / lora.BASE, lora.AGAIN)
+        files = recorded(Path(folder) / lora.BASE, lora.AGAIN)
     elif config.lora.rank:
         torch.manual_seed(config.seed)
         lora.attach(model, config.lora)
         given = base is not None and Path(base) == Path(folder) and MANIFEST.exists()
-        files = _files(MANIFEST, "run the base stage again") if given else fingerprint(folder, rest)
+        files = recorded(MANIFEST, "run the base stage again") if given else fingerprint(folder, rest)
     if start == "meta":
         model.to_empty(device="cpu")  # never touched, so no memory; accelerate tells parameters apart by their address
     if config.runtime.offload:
@@ -106,14 +106,6 @@ def incoming(folder: Path, config: Config, whole: bool = True) -> Incoming:
     model.language_model.gradient_checkpointing = config.runtime.gradient_checkpointing
     model.language_model.attention = config.runtime.attention
     return Incoming(model, vae.to(place), tokenizer, weights, files, rest)
-
-
-def _files(record: Path, remedy: str) -> dict[str, dict[str, Any]]:
-    """The weight files that a record names, with their sizes and hashes. Raises ClearError where it names none."""
-    files = json_object(record, remedy).get("files")
-    if not (isinstance(files, dict) and files and all(isinstance(one, dict) for one in files.values())):
-        raise ClearError(f"{record}: 'files' cannot be {files!r:.60}; {remedy}.")
-    return files
 
 
 def _check_offload(config: Config) -> None:

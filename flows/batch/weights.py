@@ -5,7 +5,6 @@ which the stage fetches by itself (clear/model/weights.py). The stack's JobRole 
 of `compute.weights` (infra/stack.yaml).
 """
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +59,7 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
     Does nothing for a model trained from scratch, and where `model.checkpoint` is itself in S3: the stage fetches that.
     Raises ClearError without an address, or for a wrong file.
     """
-    from clear.model.checkpoint import named_file
+    from clear.model.checkpoint import named_file, recorded
 
     model = _model(folder)
     if "compute.weights" not in sources(model, address):
@@ -69,7 +68,7 @@ def fetch_weights(folder: Path, address: str, say: Callable[[str], None]) -> Non
     store = Store(client("s3"), bucket, prefix.rstrip("/"))
     target, _ = named_file(folder / model["checkpoint"])
     manifest = folder / "data/models/base/manifest.json"
-    known = json.loads(manifest.read_text())["files"] if manifest.exists() else {}
+    known = recorded(manifest, "run the base stage again") if manifest.exists() else {}
     names = [name for name in store.names("") if name and not name.endswith("/")]  # not the console's empty folders
     if not names or (lacking := sorted(set(known) - set(names))):
         raise ClearError(f"{address}: {', '.join(lacking) if names else 'nothing'} there of the base's weights.")

@@ -16,7 +16,7 @@ writes every file under a temporary name and renames, so the file that the weigh
 overwritten, and a kill leaves either the old folder or one that is rejected as half-written.
 """
 
-from clear.model.checkpoint.config import json_object, load_tokenizer, read_config, special_tokens
+from clear.model.checkpoint.config import json_object, load_tokenizer, read_config, recorded, special_tokens
 from clear.model.checkpoint.format import (
     BRIDGE,
     HASHED_ON_LOAD,
@@ -59,6 +59,7 @@ __all__ = [
     "quantise_folder",
     "read_config",
     "read_header",
+    "recorded",
     "samples_sha256",
     "save_bagel",
     "save_tensors",

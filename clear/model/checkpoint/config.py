@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from clear.errors import ClearError, quoted
 from clear.model.bagel import BagelConfig
@@ -276,3 +277,13 @@ def json_object(path: Path, remedy: str) -> dict:
     if not isinstance(content, dict):
         raise ClearError(f"{path} holds a {type(content).__name__}, not a JSON object; {remedy}.")
     return content
+
+
+def recorded(record: Path, remedy: str) -> dict[str, dict[str, Any]]:
+    """The files that a JSON record names under `files`, as `fingerprint` describes them. Raises ClearError with the
+    remedy where it names none, or one without its hash."""
+    files = json_object(record, remedy).get("files")
+    entries = files.values() if isinstance(files, dict) else ()
+    if not entries or not all(isinstance(entry, dict) and isinstance(entry.get("sha256"), str) for entry in entries):
+        raise ClearError(f"{record}: 'files' cannot be {files!r:.60}; {remedy}.")
+    return files
