@@ -221,6 +221,12 @@ def test_sets_come_from_a_prefix_only_when_they_changed_and_refused_ones_move_be
     assert said[1:] == [f"1 of 3 files to fetch from s3://data/{prefix}"]
     assert second["fog"].fingerprint != first["fog"] and second["mist"].fingerprint == first["mist"]
 
+    for damaged in ("", "{", "[]", "[1]"):
+        said.clear()
+        (tmp_path / "incoming.json").write_text(damaged)
+        source.fetch(lambda arguments, where: None, said.append)
+        assert said == [f"3 of 3 files to fetch from s3://data/{prefix}"], damaged
+
     place = source.quarantine(second["mist"], project, "no row of it can be used")
     assert place == "s3://data/team/quarantine/mist"
     assert [name for name in store.objects() if name.startswith("team/")] == [

@@ -87,6 +87,16 @@ def test_a_changed_file_is_fetched_again_and_a_deleted_one_goes(bucket, gets):
     }
 
 
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "[1]", '{"ema.safetensors": 1}'])
+def test_with_a_damaged_record_everything_is_fetched_again(bucket, gets, damaged):
+    _, name = bucket
+    folder = fetch(f"s3://{name}/bagel/7b")
+    gets.clear()
+    folder.with_name(f"{folder.name}.s3.json").write_text(damaged)
+    assert {p.name: p.read_bytes() for p in fetch(f"s3://{name}/bagel/7b").iterdir()} == FILES
+    assert len(gets) == len(FILES)
+
+
 def test_a_broken_download_goes_on_where_it_stopped(bucket, gets, monkeypatch):
     _, name = bucket
     monkeypatch.setattr(weights, "_CHUNK", 100_000)

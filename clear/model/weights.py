@@ -121,8 +121,8 @@ def _list(client, bucket: str, prefix: str) -> dict[str, Remote]:
 def _bring(client, bucket: str, objects: dict[str, Remote], folder: Path) -> None:
     record = folder.with_name(f"{folder.name}.s3.json")
     try:
-        known = json.loads(record.read_text()) if record.exists() else {}
-    except json.JSONDecodeError:  # a kill inside a write: nothing is known, everything is verified again
+        known = dict(json.loads(record.read_text())) if record.exists() else {}
+    except (ValueError, TypeError):  # damaged: nothing is known, everything is verified again
         known = {}
     for name in known.keys() - objects.keys():
         (folder / name).unlink(missing_ok=True)
@@ -136,7 +136,7 @@ def _bring(client, bucket: str, objects: dict[str, Remote], folder: Path) -> Non
 
 
 def _here(path: Path, remote: Remote, known: dict | None) -> bool:
-    same = known is not None and known["etag"] == remote.etag and known["bytes"] == remote.size
+    same = known == {"bytes": remote.size, "etag": remote.etag}
     return same and path.is_file() and path.stat().st_size == remote.size
 
 

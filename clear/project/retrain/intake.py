@@ -121,7 +121,10 @@ class Source:
         client = store(self.workspace)
         there = self._objects(client, say)
         file = self._listing
-        had = json.loads(file.read_text()) if file.exists() else {}
+        try:
+            had = dict(json.loads(file.read_text())) if file.exists() else {}
+        except (ValueError, TypeError):  # damaged: nothing is known, and everything is fetched again
+            had = {}
         self.mirror.mkdir(parents=True, exist_ok=True)
         for old in sorted(self.mirror.rglob("*"), reverse=True):
             if old.is_dir() and not any(old.iterdir()):
