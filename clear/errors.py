@@ -29,6 +29,10 @@ _REMEDIES = {
     "raise the limit on open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
 }
 
+LONGEST = 4000
+"""Characters of what a ClearError says, before what cannot be printed is escaped. A name or value from outside may have
+millions; the middle is left out, because the place stands in front and the remedy at the end."""
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = 80
 
@@ -56,13 +60,13 @@ def without_secrets(text: object, *more: str) -> str:
 
 class ClearError(Exception):
     """Bad input or workspace state. `str(error)` is a complete sentence with the remedy, on one line that can be
-    printed, whatever names from outside are in it, and has no secret in it."""
+    printed, whatever names from outside are in it and however long they are, and has no secret in it."""
 
     status = 1
     """Exit status of the command that it ends."""
 
     def __init__(self, *said: object) -> None:
-        super().__init__(*(printable(_on_one_line(without_secrets(text))) for text in said))
+        super().__init__(*(printable(_on_one_line(_shortened(without_secrets(text)))) for text in said))
 
 
 @contextmanager
@@ -110,6 +114,11 @@ def quoted(value: object) -> str:
 def one_line(error: BaseException) -> str:
     """What an error of a library says, on one line."""
     return " ".join(str(error).split())
+
+
+def _shortened(text: str) -> str:
+    left_out = len(text) - LONGEST
+    return text if left_out <= 0 else f"{text[: LONGEST // 2]} … ({left_out:,} characters) … {text[-LONGEST // 2 :]}"
 
 
 def _on_one_line(text: str) -> str:

@@ -175,6 +175,23 @@ def test_a_pickle_in_place_of_the_weights_is_refused(folder):
         load_bagel(folder)
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [{"shape": ["a", 32]}, {"shape": [-4, 32]}, {"shape": [2.5, 32]}, {"dtype": 5}, {"data_offsets": [0.5, 2]}],
+)
+def test_a_header_with_what_is_no_tensor_is_refused(folder, changed):
+    """The first one reached a square root."""
+    key = "vit_pos_embed.pos_embed"
+    content = (folder / MODEL).read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    header[key] |= changed
+    made = json.dumps(header).encode()
+    (folder / MODEL).write_bytes(len(made).to_bytes(8, "little") + made + content[8 + length :])
+    with pytest.raises(ClearError, match=r"ema\.safetensors is not safetensors \(header: .* is no tensor"):
+        load_bagel(folder)
+
+
 @pytest.mark.parametrize("name", ["ema.safetensors.incomplete", ".cache/huggingface/download/abc.incomplete"])
 def test_an_unfinished_download_is_refused(folder, name):
     (folder / name).parent.mkdir(parents=True, exist_ok=True)

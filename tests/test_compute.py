@@ -119,8 +119,9 @@ def test_a_job_is_submitted_to_its_queue_with_tags_and_its_request(aws, settings
     assert name == f"clear-evaluate-grpo-{'k' * 32}"
     given = (settings.jobs["default"], "image:1", name, True, "s3://cloud/compute/requests/k/1.json", {"stage": "x"})
     settings.region = "us-east-1"
-    job = describe(aws.batch, submit(aws, settings, *given))
-    assert job["jobName"] == name and job["jobQueue"].endswith(OUTPUTS["SpotQueue"])
+    on_spot, job_id = submit(aws, settings, *given)
+    job = describe(aws.batch, job_id)
+    assert on_spot and job["jobName"] == name and job["jobQueue"].endswith(OUTPUTS["SpotQueue"])
     assert job["tags"] == {"clear": "clear", "stage": "x"}
     environment = {one["name"]: one["value"] for one in job["container"]["environment"]}
     assert environment["CLEAR_REQUEST"] == given[4] and environment["AWS_DEFAULT_REGION"] == "us-east-1"

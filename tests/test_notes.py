@@ -56,7 +56,7 @@ def test_a_note_without_its_form_is_damaged_and_says_where(kind, change, said):
         parse(f"{kind}/k.json", json.dumps(content).encode())
 
 
-@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 100_000, b"1" * 10_000, b'{"flow_run": "x'])
+@pytest.mark.parametrize("data", [b"", b"\xff", b"[" * 60_000, b"1" * 10_000, b'{"flow_run": "x'])
 def test_what_is_no_json_is_damaged(data):
     with pytest.raises(Damaged, match="not valid JSON") as error:
         parse("leases/k.json", data)

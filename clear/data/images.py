@@ -54,6 +54,9 @@ _HARMLESS = re.compile(
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """A JPEG marker; 0xff00 is data and 0xffd0 to 0xffd7 (restart) stand inside a scan."""
 
+_STRIP = 2**18
+"""Pixels that are laid over white at once."""
+
 _PNG = b"\x89PNG\r\n\x1a\n"
 _PNG_PIXELS = {b"IHDR", b"PLTE", b"tRNS", b"eXIf", b"IDAT", b"IEND"}
 
@@ -251,13 +254,21 @@ def _has_two_bytes(picture) -> bool:
 
 
 def _over_white(array: np.ndarray) -> np.ndarray:
-    """uint8 or uint16 (H, W, 1, 3 or 4), grey, RGB or RGBA, to uint8 RGB with what is transparent over white."""
-    top = np.iinfo(array.dtype).max
-    values = array[:, :, :3] / top
-    if array.shape[2] == 4:
-        opacity = array[:, :, 3:] / top
-        values = values * opacity + (1 - opacity)
-    return np.broadcast_to(np.rint(values * 255), (*array.shape[:2], 3)).astype(np.uint8)
+    """uint8 or uint16 (H, W, 1, 3 or 4), grey, RGB or RGBA, to uint8 RGB with what is transparent over white.
+
+    A strip at a time: a pixel takes a hundred bytes on the way, a picture of the most that are read a tenth of a
+    gigabyte per million.
+    """
+    top, made = np.iinfo(array.dtype).max, np.empty((*array.shape[:2], 3), np.uint8)
+    height = max(1, _STRIP // max(1, array.shape[1]))
+    for start in range(0, len(array), height):
+        strip = array[start : start + height]
+        values = strip[:, :, :3] / top
+        if array.shape[2] == 4:
+            opacity = strip[:, :, 3:] / top
+            values = values * opacity + (1 - opacity)
+        made[start : start + height] = np.rint(values * 255)  # one value of a grey pixel becomes three
+    return made
 
 
 def _turned(array: np.ndarray, orientation: int) -> np.ndarray:

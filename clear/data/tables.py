@@ -32,6 +32,9 @@ UNPACKED = 2**29
 COLUMNS = 10**4
 """Most columns of a TSV or CSV file; a benchmark has twenty."""
 
+CELLS = 5 * 10**7
+"""Most cells of a file of any other format, those counted that its rows do not state; a benchmark has a million."""
+
 _QUOTE = '"'
 
 
@@ -237,6 +240,8 @@ def _typed(path: Path, suffix: str, skip: Collection[str]) -> Iterator[Any]:
         yield header
         for number, row in enumerate(stream, start=1):
             cells = {}
+            if number * len(header) > CELLS:  # of a row that states one cell each column takes time
+                raise ClearError(f"{path}: more than {CELLS:,} cells in {len(header):,} columns; leave columns out.")
             for name in header:
                 try:
                     cells[name] = text_of(row.get(name))

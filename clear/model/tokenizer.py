@@ -134,15 +134,16 @@ def _json(path: Path) -> dict:
 
 
 def _append(tokenizer, tokens: dict, origin: Path) -> None:
-    """Add `tokens` in order where they are new, and check each against the id its file states."""
+    """Add `tokens` in order where they are new, and check each against the id its file states.
+
+    All in one call: each call makes the search for added tokens anew.
+    """
     from tokenizers import AddedToken
 
+    new = (token for token in tokens if not isinstance(token, str) or tokenizer.token_to_id(token) is None)
+    tokenizer.add_tokens([AddedToken(one, special=True) if isinstance(one, str) else one for one in new])
     for token, number in tokens.items():
         text = token if isinstance(token, str) else token.content
-        known = tokenizer.token_to_id(text)
-        if known is None or not isinstance(token, str):
-            entry = AddedToken(text, special=True) if isinstance(token, str) else token
-            (tokenizer.add_special_tokens if entry.special else tokenizer.add_tokens)([entry])
         found = tokenizer.token_to_id(text)
         if number is not None and found != number:
             raise ClearError(

@@ -17,7 +17,8 @@ WORDS = (THINK, END_THINK, ANSWER, END_ANSWER, TRIGGER, ":", "sufficient", "insu
 """Words of the grammar itself, for a closed vocabulary."""
 
 _WELL_FORMED = re.compile(
-    rf"\s*{THINK}(?:(?!{END_THINK}).)*{END_THINK}\s*(?:{TRIGGER}|{ANSWER}(?:(?!{END_ANSWER}).)*{END_ANSWER})\s*",
+    # A block ends at its first end, and only there: to try others would take sixty bytes for each character of it.
+    rf"\s*{THINK}(?:(?!{END_THINK}).)*+{END_THINK}\s*(?:{TRIGGER}|{ANSWER}(?:(?!{END_ANSWER}).)*+{END_ANSWER})\s*",
     re.DOTALL,
 )
 

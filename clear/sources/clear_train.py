@@ -10,7 +10,6 @@ Departure (METHOD §8 items 10, 16, 18): a record without one of its pictures, w
 one, or with the id of an earlier record of its subset is rejected by name.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,7 +23,6 @@ CLEAN, DEGRADED = "images", "corruption_images"
 REPLY = "reply"
 """Key of the annotation with what "gpt" said."""
 
-_ANSWER = re.compile(r"<answer>\s*(.*?)\s*</answer>", re.DOTALL)
 _IMAGE = "<image>"
 
 
@@ -87,7 +85,10 @@ def _conversation(name: str, subset: str, turns: object) -> tuple[Question, str]
     text, reply = (text_of(turn.get("value"), "value", "conversation") for turn in turns)
     if text.count(_IMAGE) > 1:
         raise Unusable("conversation", f"{text.count(_IMAGE)} images in the question, expected one")
-    text, answers = text.replace(_IMAGE, "").strip(), _ANSWER.findall(reply)
+    text = text.replace(_IMAGE, "").strip()
+    # What stands before each end, from the first beginning in it on: a pattern would look for the end of every tag.
+    blocks = [part.partition("<answer>") for part in reply.split("</answer>")[:-1]]
+    answers = [answer.strip() for _, begun, answer in blocks if begun]
     if not answers:
         raise Unusable("conversation", f"no answer block in the reply {quoted(reply)}")
     made = question(f"{name}-0", subset, text, answers[-1], options_in(text))

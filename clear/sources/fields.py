@@ -26,7 +26,7 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff]")
 _SIDE_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "__macosx"}
 """What Windows and macOS leave in folders, beside hidden files such as .DS_Store and ._cup.png."""
 
-_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]+={0,2}\s*")
+_BASE64 = re.compile(r"(?:/9j/|iVBORw0KGgo|R0lGOD|UklGR|SUkq|TU0A|Qk)[A-Za-z0-9+/\s]+(?:={1,2}\s*)?")
 """JPEG, PNG, GIF, WebP, TIFF or BMP in base64; the name of such a file has a dot."""
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000
 

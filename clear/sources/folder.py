@@ -52,14 +52,15 @@ def _row(file: Path, root: Path, name: str, record: object) -> Row | Reject:
         asked = record.get("questions", [record])
         if not isinstance(asked, list) or not asked:
             raise Unusable("question", "'questions' is not a list of objects, or is empty")
-        made = []
+        made, ids = [], set()
         for number, item in enumerate(asked):
             found = _question(f"{name}-{number}", subset, item)
             if isinstance(found, str):
                 raise Unusable("question", f"question {number}: {found}")
-            if any(found.id == one.id for one in made):
+            if found.id in ids:
                 raise Unusable("question", f"question {number}: its id {found.id} is an earlier one's, too")
             made.append(found)
+            ids.add(found.id)
         image = picture_of(record["image"], "image", file, root)
     except Unusable as error:
         return Reject(name, subset, error.reason, f"{file.name}: {error}")

@@ -17,6 +17,7 @@ from pathlib import Path
 from clear.data.groups import connected
 from clear.data.records import INCOMING, Question, Sample, open_shard, sha256
 from clear.data.rejects import Reject
+from clear.errors import quoted
 from clear.sources.incoming import FOLDER, IncomingSet, Row, Seen, look, present, rejected, rows_of
 from clear.sources.scenes.words import LABELS, lists_options, normalise
 
@@ -149,7 +150,7 @@ def _foreign_word(row: Seen, vocabulary: frozenset[str] | None) -> str:
         for word in " ".join(texts).split():
             if word not in vocabulary:
                 return (
-                    f"{word!r} is not in the closed vocabulary of a model trained from scratch; "
+                    f"{quoted(word)} is not in the closed vocabulary of a model trained from scratch; "
                     "name a checkpoint (model.checkpoint), or use the words of clear/sources/scenes/words.py"
                 )
         if question.options and not lists_options(question.text, question.options):

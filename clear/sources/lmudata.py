@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import dropwhile
 from pathlib import Path, PurePath
 
 from clear.data import tables
@@ -27,6 +28,9 @@ REFERENCE = 64
 
 MMVP = "MMVP"
 """What the name of the benchmark contains whose questions are pairs."""
+
+_SHOWN = 5
+"""Rows of a circle that a reject names."""
 
 FILE = "file"
 """Reason of a reject that stands for a whole file."""
@@ -111,6 +115,7 @@ class Table:
         self.header, found = _read(file)
         self._places: dict[str, int] = {}
         self._references: dict[str, str] = {}
+        self._holders: dict[str, tuple[str, str]] = {}  # what `holder` found
         seen: set[str] = set()
         asked: dict[str, str] = {}
         paired = re.search(MMVP, file.stem, re.IGNORECASE)
@@ -131,19 +136,32 @@ class Table:
 
     def holder(self, index: str) -> tuple[str, str]:
         """(index of the row that holds the picture of the row with this one, "") or ("", what is wrong)."""
-        passed: list[str] = []
-        while index not in self._places:
+        first, passed = index, {}
+        while index not in self._holders:  # each row of a long way is gone through once, not once per row
             if index in passed:
-                return "", f"image refers in a circle: {' → '.join((*passed, index))}"
-            if index not in self._references:
-                return "", f"image refers to index {index}, and no row with this index holds an image"
-            passed.append(index)
-            index = self._references[index]
-        return index, ""
+                circle = [*dropwhile(index.__ne__, passed)]
+                self._holders |= {one: ("", _in_circle(circle, n)) for n, one in enumerate(circle)}
+            elif index in self._places:
+                self._holders[index] = index, ""
+            elif index not in self._references:
+                wrong = f"image refers to index {index}, and no row with this index holds an image"
+                self._holders[index] = "", wrong
+            else:
+                passed[index] = None
+                index = self._references[index]
+        for one in passed:
+            self._holders.setdefault(one, self._holders[index])
+        return self._holders[first]
 
     def image(self, index: str) -> str:
         """The text of the picture in the row with this index, which holds one."""
         return tables.text_row(self.file, self.header, self._places[index])["image"].strip()
+
+
+def _in_circle(circle: list[str], first: int) -> str:
+    shown = [circle[(first + n) % len(circle)] for n in range(min(len(circle), _SHOWN))]
+    more = ["…"] if len(circle) > _SHOWN else []
+    return f"image refers in a circle: {' → '.join((*shown, *more, circle[first]))}"
 
 
 def refers(image: str) -> bool:

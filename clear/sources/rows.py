@@ -154,14 +154,16 @@ def assigned(
             yield replace(sample, split=split)
 
 
-_CHOICE = re.compile(r"^\s*\(?([A-J])[.):]\s*(\S.*?)\s*$", re.MULTILINE)
+_CHOICE = re.compile(r"^[^\S\n]*\(?([A-J])[.):]\s*(\S.*)$", re.MULTILINE)
+"""A line with an option. No two parts of the pattern can share a run of spaces or line ends, which would be tried at
+every length."""
 
 
 def options_in(text: str) -> tuple[str, ...]:
     """The options of a multiple-choice question that its text lists as lines "A. …", "B. …", …; () if it lists none."""
     found = _CHOICE.findall(text)
     letters = "".join(letter for letter, _ in found)
-    return tuple(option for _, option in found) if len(found) > 1 and LABELS.startswith(letters) else ()
+    return tuple(option.rstrip() for _, option in found) if len(found) > 1 and LABELS.startswith(letters) else ()
 
 
 def question(

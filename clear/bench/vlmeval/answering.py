@@ -164,7 +164,7 @@ class _Journal:
                     try:
                         shard = json.loads(text)
                         self.done[shard["shard"]] = [Given(**row) for row in shard["rows"]]
-                    except (ValueError, KeyError, TypeError) as error:
+                    except (ValueError, KeyError, TypeError, RecursionError) as error:
                         raise ClearError(f"{self.path}: line {number + 1} is damaged ({error}); remove it.") from error
                 whole += len(line)
         return whole

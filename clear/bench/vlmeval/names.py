@@ -7,7 +7,6 @@ anything else (a result of VLMEvalKit, a level that does not exist) is rejected,
 """
 
 import re
-import unicodedata
 from collections.abc import Collection
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from clear.data.records import CLEAN
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
 from clear.sources.lmudata import MMVP, number, pairs
+from clear.sources.scenes.words import composed
 
 __all__ = ["number", "pairs"]  # of the source, under the names of the rest
 
@@ -137,7 +137,7 @@ def alone(bench: str, folder: str, models: Collection[str]) -> str:
 
 def tidy(name: str) -> str:
     """A name in one line and one form, so that two that look alike are one."""
-    text = " ".join(unicodedata.normalize("NFC", name).split())
+    text = " ".join(composed(name).split())
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -37,7 +37,7 @@ LAST = 4
 
 _PUNCTUATION = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 _PHRASE = re.compile(r"answer\s+is[:\s]\s*[*(]*(?:(?-i:a)(?=\s+\w)|([A-Z])(?!\w|['-]\w))", re.IGNORECASE)
-_ANOTHER = re.compile(r"\W*(?:or\b|and\b|[/,])\W*([A-Z])\b")
+_ANOTHER = re.compile(r"(?:\W*(?:or|and)\b|[^\w/,]*[/,])\W*([A-Z])\b")
 
 
 def letters(count: int) -> list[str]:

@@ -41,6 +41,10 @@ GROUPED = ("mmbench", "mmvp")
 
 WHERE = ("bench", "corruption", "severity")
 
+MOST_PARTS = 2000
+"""Benchmarks, corruptions and levels of one file together: each has figures and lines of its own. All of MMD-Bench's
+are a quarter of that."""
+
 OWN = "own"
 """The corruption of a benchmark whose pictures are damaged as published."""
 
@@ -94,6 +98,11 @@ def read_file(path: Path) -> "pd.DataFrame":
         except ClearError as error:
             raise ClearError(f"{path}: the name {error}") from error
         frame = frame.assign(**dict(zip(WHERE, named, strict=True)))
+    if (parts := int((~frame.duplicated(list(WHERE))).sum())) > MOST_PARTS:
+        raise ClearError(
+            f"{path}: {parts:,} different {', '.join(WHERE)}, and at most {MOST_PARTS:,} are scored; do these columns "
+            "name the benchmarks?"
+        )
     for column in WHERE:
         known = SEVERITIES if column == "severity" else None
         odd = frame[~frame[column].isin(known) if known else frame[column].str.strip() == ""]
@@ -296,13 +305,12 @@ def _groups(rows: "pd.DataFrame", of: dict[str, int], pairs: bool) -> tuple[floa
     A pair needs both halves, a circular group its first row, which VLMEvalKit asks for. A group with a rejected row is
     left out, too.
     """
-    keyed = rows.assign(key=[of[index] for index in rows["index"]])
-    if pairs:
-        whole = keyed.groupby("key").score.size() == 2
-    else:
-        whole = keyed.groupby("key")["index"].agg(lambda part: any(names.number(index) < CIRCULAR for index in part))
-    scores = keyed.groupby("key").score
-    right = scores.apply(lambda s: bool((s == 1).all()))[whole & scores.apply(lambda s: s.notna().all())]
+    columns = {"right": rows.score == 1, "judged": rows.score.notna()}
+    if not pairs:
+        columns["first"] = [names.number(index) < CIRCULAR for index in rows["index"]]
+    groups = rows[["index"]].assign(**columns).groupby([of[index] for index in rows["index"]])
+    whole = groups.size() == 2 if pairs else groups["first"].any()
+    right = groups["right"].all()[whole & groups["judged"].all()]
     return float(right.mean()) if len(right) else None, int((~whole).sum())
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from clear.data.records import file_sha256
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from clear.model.tokenizer import ADDED, LFS, MERGES, SETTINGS, TOKENIZER, VOCABULARY
 
 MODEL, VAE, BRIDGE = "ema.safetensors", "ae.safetensors", "bridge.safetensors"
@@ -214,16 +214,21 @@ def read_header(file: Path) -> dict[str, Entry]:
             raw = json.loads(source.read(length))
             raw.pop("__metadata__", None)
             first = 8 + length
-            entries = {
-                key: Entry(tuple(value["shape"]), value["dtype"], *(first + at for at in value["data_offsets"]))
-                for key, value in raw.items()
-            }
+            entries = {key: _entry(value, first) for key, value in raw.items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ClearError(f"{file} is not safetensors (header: {error!r}); fetch it again.") from error
     end = max((entry.stop for entry in entries.values()), default=first)
     if size < end:
         raise ClearError(f"{file} is truncated: it has {size} bytes, its header says {end}; fetch it again.")
     return entries
+
+
+def _entry(value: dict, first: int) -> Entry:
+    """One tensor of a header whose data begin at byte `first`. Raises KeyError or TypeError for what is none."""
+    shape, offsets = tuple(value["shape"]), tuple(value["data_offsets"])
+    if not isinstance(value["dtype"], str) or not all(type(n) is int and n >= 0 for n in (*shape, *offsets)):
+        raise TypeError(f"{quoted(value)} is no tensor")
+    return Entry(shape, value["dtype"], *(first + at for at in offsets))
 
 
 def _what(start: bytes, file: Path) -> str:

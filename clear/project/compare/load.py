@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from clear.bench import predictions
 from clear.bench.models import MODELS
+from clear.config import check_yaml
 from clear.data import workspace as paths
 from clear.errors import ClearError, one_line
 from clear.project.compare import figures
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 LOCK, PARAMS, PINS = "dvc.lock", "params.yaml", "infra/constraints.txt"
 WANTED = ("data/metrics", "data/predictions", LOCK, PARAMS, PINS)
+MOST_VALUES = 10**5
+"""Of dvc.lock and params.yaml of a side, which may be a stranger's; a dozen times what this project's lock has."""
 BENCH = ("data/bench/clean", "data/bench/degraded")
 
 _ENTRIES = [{"path": str, "hash": str}]
@@ -263,11 +266,13 @@ def _text(file: Path, name: str) -> str:
 
 def _mapping(text: str, name: str) -> dict:
     # By DVC's own reader: what it writes is YAML 1.2, of which PyYAML takes 1e-08 for a word.
+    import yaml
     from dvc.utils.serialize import YAMLFileCorruptedError, parse_yaml
 
     try:
+        check_yaml(text, name, MOST_VALUES)
         content = parse_yaml(text, name)
-    except (YAMLFileCorruptedError, ValueError, KeyError) as error:  # the latter of values: no such day, a tag !!bool q
+    except (YAMLFileCorruptedError, yaml.YAMLError, ValueError, KeyError) as error:  # the last two: no such day, a tag
         raise ClearError(f"{name}: not valid YAML ({one_line(error.__cause__ or error)}).") from error
     if not isinstance(content, dict):
         raise ClearError(f"{name}: not a mapping of names to values; restore it from git.")

@@ -60,6 +60,21 @@ _KEPT = re.compile(
     re.VERBOSE,
 )
 """Characters, beside letters, digits and combining marks, that are part of what an answer says."""
+_MARKS = re.compile(r"[^\w\s\x00-\x7f]{31,}")
+"""What may be more than thirty combining marks in a row: no word has so many, and NFC sorts them in quadratic time."""
+
+
+def composed(text: str) -> str:
+    """`text` in the Unicode form NFC; of successive combining marks the first thirty are kept."""
+    return unicodedata.normalize("NFC", _MARKS.sub(_few_marks, text))
+
+
+def _few_marks(found: re.Match) -> str:
+    kept, marks = [], 0
+    for character in found[0]:
+        marks = marks + 1 if unicodedata.combining(character) else 0
+        kept += [character] if marks <= 30 else []
+    return "".join(kept)
 
 
 @lru_cache(4096)  # the options of a question come again with every answer to it
@@ -71,7 +86,7 @@ def normalise(text: str) -> str:
     ("5%" is "5"). A text of nothing but punctuation stays as it is. A, B, C or D alone stays capital: an option label
     and the letter on a sign are different, "A." gives "A", "(k)" and "K" give "k".
     """
-    made = unicodedata.normalize("NFC", text).translate(_VARIANTS)
+    made = composed(text).translate(_VARIANTS)
     made = re.sub("[<>!]=", lambda found: _COMPARISONS[found[0]], made)
     made = _THOUSANDS.sub(lambda found: found[0].replace(",", ""), made)
     made = re.sub(r"(?<=[-+])[$€£¥](?=\.?\d)", "", made)  # -$5
@@ -79,7 +94,7 @@ def normalise(text: str) -> str:
     made = " ".join(re.sub(r"[^\w\s]|_", _counted, made).split())
     if made in OPTION_LETTERS:
         return made
-    return unicodedata.normalize("NFC", (made or " ".join(text.split())).casefold())
+    return composed((made or " ".join(text.split())).casefold())
 
 
 def _counted(found: re.Match) -> str:
@@ -119,12 +134,30 @@ def lists_options(text: str, options: Sequence[str]) -> bool:
     named = [(label, option) for label, option in zip(LABELS, options, strict=False) if option.strip()]
     if not named or len(options) > len(LABELS):
         return False
-    labelled = (
-        rf"(?<!\w)(?:\({label}\)\s*|{label}[.):]\s*|{label}\s+)" + r"\s+".join(map(re.escape, option.split()))
-        for label, option in named
-    )
-    separated = r"(?!\S*\w)[\s.,;|/]*(?:(?:and|or)\s+)?".join(labelled)
-    return re.search(separated + r"(?!\S*\w)[^\S\n]*(?:$|[\n.,;!?)\]])", text) is not None
+    words = [(label, " ".join(option.split())) for label, option in named]
+    lines = re.sub(r"\s+", lambda found: "\n" if "\n" in found[0] else " ", text)
+    flat = lines.replace("\n", " ")
+    begun = (found.end() for found in re.finditer(_LABELLED.format(words[0][0]), flat))
+    return any(_listed(lines, flat, place, words) for place in begun)
+
+
+_LABELLED = r"(?<!\w)(?:\({0}\)\s*|{0}[.):]\s*|{0}\s+)"
+_SEPARATED = r"(?![^\w\s]*\w)[\s.,;|/]*(?:(?:and|or)\s+)?"
+_LISTED = re.compile(r"(?![^\w\s]*\w) ?(?:$|[\n.,;!?)\]])")
+
+
+def _listed(lines: str, flat: str, place: int, words: Sequence[tuple[str, str]]) -> bool:
+    """Whether the options stand from `place` on, behind the first one's label; each run of spaces is one character."""
+    for n, (label, option) in enumerate(words):
+        if n:
+            between = re.compile(_SEPARATED + _LABELLED.format(label)).match(flat, place)
+            if between is None:
+                return False
+            place = between.end()
+        if not flat.startswith(option, place):  # a pattern of it takes time and memory to make, and is kept
+            return False
+        place += len(option)
+    return _LISTED.match(lines, place) is not None
 
 
 def template(text: str) -> str:
