@@ -13,6 +13,7 @@ Decoders fill what is missing with grey and report success, so a file is examine
 
 import hashlib
 import re
+import struct
 import zlib
 from io import BytesIO
 from typing import TYPE_CHECKING
@@ -43,6 +44,9 @@ _FOREIGN = [
 ]
 """Beginnings of files that Pillow does not know, most of them whole."""
 
+_TAG_BYTES = {3: 2, 4: 4, 5: 8, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8, 17: 8, 18: 8}
+"""Bytes of a value by the type of a TIFF tag, where it is more than one."""
+
 _RAW_TAGS = 50706, 254, 330
 """TIFF tags DNGVersion, NewSubfileType and SubIFDs: the first picture of a raw file is a reduced one."""
 
@@ -53,6 +57,15 @@ _HARMLESS = re.compile(
 """What libjpeg-turbo says of whole files: bytes that some encoders leave before the end mark, odd headers."""
 _MARKER = re.compile(rb"\xff+([^\x00\xff\xd0-\xd7])")
 """A JPEG marker; 0xff00 is data and 0xffd0 to 0xffd7 (restart) stand inside a scan."""
+
+MOST_SCANS = 100
+"""Scans of a JPEG, each of which takes the time of the whole picture: encoders write ten, at most forty."""
+
+MOST_MARKERS = 2**18
+"""Bytes of the markers of a JPEG and of the padding before them, which are gone through one by one."""
+
+MOST_CHUNKS = 100
+"""Chunks of a PNG beside those of its pixels; there is one of each kind."""
 
 _STRIP = 2**18
 """Pixels that are laid over white at once."""
@@ -77,7 +90,8 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     - The orientation noted in EXIF is applied.
 
     Raises ClearError naming `name` for a file that is damaged or cut off, in a format that is not in READ, of more
-    pixels than Pillow allows (from its header, before anything is decoded), or with pixels of any other depth.
+    pixels than Pillow allows (from its header, before anything is decoded), of more parts than any encoder writes, or
+    with pixels of any other depth.
     """
     import cv2
     from PIL import Image
@@ -85,7 +99,11 @@ def decode_image(data: bytes, name: str = "image") -> np.ndarray:
     damaged = ClearError(f"{name}: {len(data)} bytes are not a complete image; replace or remove it.")
     try:
         if data.startswith(_PNG):
-            data = _png_pixels(data)
+            data = _png_pixels(data, name)
+        elif data.startswith(b"\xff\xd8"):
+            _check_parts(data, name)
+        elif data.startswith((b"II", b"MM")):
+            _check_tags(data, name)
         with Image.open(BytesIO(data), formats=READ) as picture:
             if _is_raw(picture, data):
                 raise ClearError(f"{name}: a camera's raw file, which cannot be read; convert it to PNG or JPEG.")
@@ -194,6 +212,46 @@ def _check_jpeg(data: bytes) -> None:
         raise ValueError("the last scans are missing")
 
 
+def _check_parts(data: bytes, name: str) -> None:
+    """Raise ClearError for a JPEG of so many scans, or segments or padding, that decoding it would take minutes."""
+    place, markers, scans = 2, 0, 0
+    while (marker := _MARKER.search(data, place)) and marker[1] != b"\xd9":
+        place, markers = marker.end(), markers + marker.end() - marker.start()
+        if markers > MOST_MARKERS:
+            raise ClearError(f"{name}: more than {MOST_MARKERS:,} bytes of JPEG markers; save it again, or remove it.")
+        if marker[1] == b"\x01":  # a marker without a segment
+            continue
+        place += int.from_bytes(data[place : place + 2], "big")
+        if marker[1] == b"\xda":
+            scans += 1
+            if scans > MOST_SCANS:
+                raise ClearError(f"{name}: more than {MOST_SCANS} scans in a JPEG; save it again, or remove it.")
+            if scans == 1 and data.count(b"\xff\xda", place) < MOST_SCANS:  # of a scan's data there may be megabytes
+                return
+
+
+def _check_tags(data: bytes, name: str) -> None:
+    """Raise ClearError for a TIFF whose tags share their bytes so often that they would fill the memory."""
+    order = "<" if data[:1] == b"I" else ">"
+    try:
+        if big := data[2:4] in (b"\x2b\0", b"\0\x2b"):
+            (start,) = struct.unpack_from(f"{order}Q", data, 8)
+            (count,) = struct.unpack_from(f"{order}Q", data, start)
+        else:
+            (start,) = struct.unpack_from(f"{order}I", data, 4)
+            (count,) = struct.unpack_from(f"{order}H", data, start)
+        start, step, entry = (start + 8, 20, f"{order}HQ") if big else (start + 2, 12, f"{order}HI")
+        total = 0
+        for place in range(start, min(start + count * step, len(data) - step + 1), step):
+            kind, values = struct.unpack_from(entry, data, place + 2)
+            size = values * _TAG_BYTES.get(kind, 1)
+            total += size if size <= len(data) else 0  # such a tag is passed over
+    except (struct.error, OverflowError):  # damaged, or of another format: Pillow says so
+        return
+    if total > 4 * len(data):
+        raise ClearError(f"{name}: the tags of this TIFF state {total:,} bytes of {len(data):,}; save it as PNG.")
+
+
 def _all_scans(data: bytes) -> bool:
     """Whether the scans before the end mark bring all 64 coefficients of every component to full precision."""
     place, missing, progressive = 2, {}, False
@@ -215,15 +273,19 @@ def _all_scans(data: bytes) -> bool:
     return False
 
 
-def _png_pixels(data: bytes) -> bytes:
-    """A PNG file with nothing but the chunks that pixels depend on. Raises ValueError where one is damaged."""
-    kept, place, kind = [_PNG], len(_PNG), b""
+def _png_pixels(data: bytes, name: str) -> bytes:
+    """A PNG file with nothing but the chunks that pixels depend on. Raises ValueError where one is damaged, ClearError
+    where there are so many that their warnings would take minutes."""
+    kept, others, place, kind = [_PNG], 0, len(_PNG), b""
     while kind != b"IEND":
         length, kind = int.from_bytes(data[place : place + 4], "big"), data[place + 4 : place + 8]
         end = place + 12 + length
         if end > len(data):
             raise ValueError("the file ends before its end mark")
         if kind in _PNG_PIXELS:
+            others += kind != b"IDAT"
+            if others > MOST_CHUNKS:
+                raise ClearError(f"{name}: more than {MOST_CHUNKS} chunks beside the pixels; save it again.")
             if zlib.crc32(data[place + 4 : end - 4]) != int.from_bytes(data[end - 4 : end], "big"):
                 raise ValueError(f"a chunk {kind!r} differs from its checksum")
             kept.append(data[place:end])

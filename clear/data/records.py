@@ -246,7 +246,7 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
     for file in shards(folder):
         parquet = open_shard(file)
         check_schema(file, parquet.schema_arrow)
-        for batch in parquet.iter_batches(batch_size=GROUP, columns=wanted):
+        for batch in batches(file, parquet, GROUP, wanted):
             for row in batch.to_pylist():
                 if "image" in row and row["image"] is None:
                     raise ClearError(f"{file}: sample {row.get('id', '?')} has no image; remake the shard without it.")
@@ -254,11 +254,61 @@ def read_samples(folder: Path | str, columns: Iterable[str] | None = None) -> It
 
 
 def open_shard(file: Path) -> "pq.ParquetFile":
-    """Open one shard. Raises ClearError naming it if it is not a Parquet file."""
+    """Open one shard. Raises ClearError naming it if it is not a Parquet file, or one as `check_unpacked` refuses."""
     import pyarrow.parquet as pq
 
     with reading_parquet(file, "remake or `dvc pull` it"):
-        return pq.ParquetFile(file)
+        parquet = pq.ParquetFile(file)
+        check_unpacked(file, parquet.metadata)
+        return parquet
+
+
+UNPACKED = 2**28
+"""Bytes up to which a Parquet file may have any size unpacked."""
+
+AT_ONCE = 2**30
+"""Most bytes of rows that are read at once."""
+
+MOST_PACKED = 100
+"""Beyond, how many times its own size; pictures have once, tables of text ten times."""
+
+MANY_ROWS = 10**6
+"""Rows up to which a Parquet file may have any size; beyond, it has a byte for each."""
+
+
+def check_unpacked(file: Path, metadata: "pq.FileMetaData") -> None:
+    """Raise ClearError for a Parquet file that by its metadata is far more than its bytes: one value 10^8 times."""
+    size, groups = file.stat().st_size, (metadata.row_group(n) for n in range(metadata.num_row_groups))
+    unpacked, rows = sum(group.total_byte_size for group in groups), metadata.num_rows
+    many = rows > MANY_ROWS and rows > size
+    if many or (unpacked > UNPACKED and unpacked > MOST_PACKED * size):
+        what = f"{rows:,} rows" if many else f"{unpacked:,} bytes unpacked"
+        raise ClearError(f"{file}: states {what} in {size:,} bytes, more than is read; write the table again.")
+
+
+def rows_at_once(metadata: "pq.FileMetaData", most: int) -> int:
+    """How many rows of a Parquet file are read at once: at most `most`, and so few that they take AT_ONCE even where
+    all have the same value, which a group of rows states once. (Its columns are not asked: of damaged metadata they end
+    the process.)"""
+    groups = (metadata.row_group(n) for n in range(metadata.num_row_groups))
+    return max(1, min(most, AT_ONCE // max(1, 1, *(group.total_byte_size for group in groups))))
+
+
+def batches(
+    file: Path, parquet: "pq.ParquetFile", most: int, columns: list[str] | None = None
+) -> "Iterator[pa.RecordBatch]":
+    """The rows of a Parquet file, `most` at a time. Raises ClearError as `check_unpacked`, there or where the values
+    turn out to be shared by so many rows."""
+    check_unpacked(file, parquet.metadata)
+    packed, size, count = file.stat().st_size, 0, 0
+    for batch in parquet.iter_batches(batch_size=rows_at_once(parquet.metadata, most), columns=columns):
+        size, count = size + batch.nbytes, count + batch.num_rows
+        if size > UNPACKED and size > MOST_PACKED * packed:
+            raise ClearError(
+                f"{file}: {size:,} bytes in the first {count:,} rows of a file of {packed:,}, more than is read; write "
+                "the table again."
+            )
+        yield batch
 
 
 _EMPTY_ROW = to_row(Sample(id="", source="", split="", image=b"", image_sha256=""))

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clear.data.records import batches, check_unpacked
 from clear.errors import ClearError, one_line
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}
@@ -241,7 +242,7 @@ def _typed(path: Path, suffix: str, skip: Collection[str]) -> Iterator[Any]:
         for number, row in enumerate(stream, start=1):
             cells = {}
             if number * len(header) > CELLS:  # of a row that states one cell each column takes time
-                raise ClearError(f"{path}: more than {CELLS:,} cells in {len(header):,} columns; leave columns out.")
+                raise _too_many(path, header)
             for name in header:
                 try:
                     cells[name] = text_of(row.get(name))
@@ -258,8 +259,11 @@ def _parquet(path: Path, skip: Collection[str]) -> Iterator[Any]:
 
     with pq.ParquetFile(path) as file:
         names = [name for name in file.schema_arrow.names if name not in skip]
+        check_unpacked(path, file.metadata)
+        if file.metadata.num_rows * len(names) > CELLS:
+            raise _too_many(path, names)
         yield names
-        for batch in file.iter_batches(batch_size=256, columns=names):
+        for batch in batches(path, file, 256, names):
             yield from batch.to_pylist()
 
 
@@ -336,6 +340,10 @@ def _headings(cells: list[str]) -> list[str]:
     while count and not cells[count - 1]:
         count -= 1
     return cells[:count]
+
+
+def _too_many(path: Path, header: Sequence[str]) -> ClearError:
+    return ClearError(f"{path}: more than {CELLS:,} cells in {len(header):,} columns; leave columns out.")
 
 
 def _misshapen(path: Path, number: int, count: int, header: Sequence[str]) -> ClearError:

@@ -117,13 +117,14 @@ def lineage(root: Path, path: str, revision: str = "") -> Lineage:
         revision = resolve(root, revision)[:10]
     lock = lock_at(root, revision) if revision else read_lock(root / LOCK)
     made = {out: stage for stage, entry in lock.items() for out in outputs({stage: entry})}
+    index = _Index(made)
     held = _holder(path, made)
     if not held:
         raise ClearError(_not_an_output(root, path, made))
     records = {} if revision else {stage_name(name): record for name, record in run_records().items()}
     steps = [
-        _step(root, stage, lock, made, revision, records.get(stage, {}).get("machine", ""))
-        for stage in _before(lock, made, made[held])
+        _step(root, stage, lock, index, revision, records.get(stage, {}).get("machine", ""))
+        for stage in _before(lock, index, made[held])
     ]
     here = read_lock(root / LOCK) if revision else lock
     changed = [step.stage for step in steps if here.get(step.stage) != lock[step.stage]]
@@ -164,36 +165,57 @@ def _not_an_output(root: Path, path: str, made: dict[str, str]) -> str:
     return f"{path}: no output of {LOCK}, and not in git; the outputs are {', '.join(sorted(made)[:6])} …"
 
 
-def _before(lock: dict, made: dict[str, str], stage: str) -> list[str]:
+class _Index:
+    """The outputs of stages, found by their paths: `made` is the stage that made each."""
+
+    def __init__(self, made: dict[str, str]) -> None:
+        self.made = made
+        self._at: dict[Path, list[int]] = {}
+        self._below: dict[Path, list[int]] = {}
+        self._outs = list(made)
+        for number, out in enumerate(self._outs):
+            path = Path(out)
+            self._at.setdefault(path, []).append(number)
+            for folder in path.parents:
+                self._below.setdefault(folder, []).append(number)
+
+    def read(self, entry: dict) -> list[str]:
+        """The outputs among what an entry of dvc.lock read, a folder of several as all of them."""
+        found = []
+        for dep in entry.get("deps", []):
+            path = Path(dep["path"])
+            numbers = {*self._below.get(path, ())}.union(*(self._at.get(place, ()) for place in (path, *path.parents)))
+            found += [self._outs[number] for number in sorted(numbers)]
+        return found
+
+    def parents(self, stage: str, entry: dict) -> list[str]:
+        """The other stages whose outputs a stage with this entry of dvc.lock read."""
+        return sorted({self.made[out] for out in self.read(entry) if out} - {stage})
+
+
+def _before(lock: dict, index: _Index, stage: str) -> list[str]:
     """A stage and all before it: every stage stands before those it read from."""
     found: list[str] = []
-
-    def visit(name: str) -> None:
-        if name not in found:
-            for parent in sorted({made[out] for out in _read(lock[name], made) if out} - {name}):
-                visit(parent)
+    entered, way = {stage}, [(stage, iter(index.parents(stage, lock[stage])))]
+    while way:
+        name, parents = way[-1]
+        parent = next((parent for parent in parents if parent not in entered), None)
+        if parent is None:
             found.append(name)
-
-    visit(stage)
+            way.pop()
+        else:
+            entered.add(parent)
+            way.append((parent, iter(index.parents(parent, lock[parent]))))
     return found[::-1]
 
 
-def _read(entry: dict, made: dict[str, str]) -> list[str]:
-    """The outputs of stages among what an entry of dvc.lock read, a folder of several as all of them."""
-    found = []
-    for dep in entry.get("deps", []):
-        path = Path(dep["path"])
-        found += [out for out in made if path == Path(out) or path in Path(out).parents or Path(out) in path.parents]
-    return found
-
-
-def _step(root: Path, stage: str, lock: dict, made: dict[str, str], revision: str, machine: str) -> Step:
+def _step(root: Path, stage: str, lock: dict, index: _Index, revision: str, machine: str) -> Step:
     entry = lock[stage]
     inputs, code = {}, []
     for dep in entry.get("deps", []):
-        read = _read({"deps": [dep]}, made)
+        read = index.read({"deps": [dep]})
         if read or dep["path"].startswith("data/"):
-            inputs |= {out: made[out] for out in read} or {dep["path"]: ""}
+            inputs |= {out: index.made[out] for out in read} or {dep["path"]: ""}
         else:
             code.append(dep["path"])
     given = {key: value for values in entry.get("params", {}).values() for key, value in leaves(values)}

@@ -29,6 +29,9 @@ REFERENCE = 64
 MMVP = "MMVP"
 """What the name of the benchmark contains whose questions are pairs."""
 
+KEPT = 2**26
+"""Bytes of pictures that are kept for the rows that refer to them; a file's own are read again beyond."""
+
 _SHOWN = 5
 """Rows of a circle that a reject names."""
 
@@ -116,6 +119,8 @@ class Table:
         self._places: dict[str, int] = {}
         self._references: dict[str, str] = {}
         self._holders: dict[str, tuple[str, str]] = {}  # what `holder` found
+        self._pictures: dict[str, bytes | str] = {}  # what `picture` made
+        self._kept = 0
         seen: set[str] = set()
         asked: dict[str, str] = {}
         paired = re.search(MMVP, file.stem, re.IGNORECASE)
@@ -157,6 +162,15 @@ class Table:
         """The text of the picture in the row with this index, which holds one."""
         return tables.text_row(self.file, self.header, self._places[index])["image"].strip()
 
+    def picture(self, index: str) -> bytes | str:
+        """The picture in the row with this index, which holds one, or what is wrong with it."""
+        if index not in self._pictures:  # any number of rows may refer to one
+            made = _decoded(self.image(index))
+            if self._kept + len(made) > KEPT:
+                self._pictures, self._kept = {}, 0
+            self._pictures[index], self._kept = made, self._kept + len(made)
+        return self._pictures[index]
+
 
 def _in_circle(circle: list[str], first: int) -> str:
     shown = [circle[(first + n) % len(circle)] for n in range(min(len(circle), _SHOWN))]
@@ -174,13 +188,16 @@ def image_of(record: dict[str, str], table: Table) -> bytes | str:
     text, path = record.get("image", "").strip(), record.get("image_path", "").strip()
     if refers(text):
         holder, wrong = table.holder(text)
-        if wrong:
-            return wrong
-        text = table.image(holder)
-    if (text or path).startswith("["):
+        return wrong or table.picture(holder)
+    if text or path.startswith("["):
+        return _decoded(text or path)
+    return _from_path(path, table.file.parent) if path else "the row has no image"
+
+
+def _decoded(text: str) -> bytes | str:
+    """The picture that a cell holds, or what is wrong with it."""
+    if text.startswith("["):
         return "the row has a list of images, expected one"
-    if not text:
-        return _from_path(path, table.file.parent) if path else "the row has no image"
     if text.startswith("data:"):
         head, _, text = text.partition(",")
         if not head.endswith(";base64"):
