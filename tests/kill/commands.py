@@ -3,6 +3,7 @@
 The workspace is the smoke profile with few samples and few steps, a checkpoint after every second one.
 """
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +63,22 @@ def _asked(folder: Path) -> None:
     write_tsv(folder / "tables/MMVet.tsv", rows)
 
 
+def _predicted(folder: Path) -> None:
+    """The answers of two models to one benchmark, on clean and on degraded pictures."""
+    for model, wrong in (("left", 3), ("right", 4)):
+        for level in ("", "_dark_HIGH"):
+            asked = {"question": "which ?", "A": "red", "B": "blue", "answer": "A", "category": "colour"}
+            rows = [asked | {"index": i, "prediction": "B" if i % wrong == 0 else "A"} for i in range(60)]
+            write_tsv(folder / f"tables/{model}_MMStar{level}.tsv", rows)
+    (folder / "made").mkdir()
+
+
+def _other_side(folder: Path) -> None:
+    """Other results to compare with: those of a folder whose answers are the base's alone."""
+    for name in ("predictions", "metrics"):
+        shutil.copytree(folder / "data" / name, folder / "other/data" / name)
+
+
 OTHERS = {
     "mmd-bench": Command(
         ("mmd-bench", "--source", "tables", "--out", "made", "--protocol", "full", "--workers", "2"), ("made",), _tables
@@ -77,6 +94,16 @@ OTHERS = {
         ("made",),
         refuses="made exists and is not empty",
     ),
+    "score": Command(
+        (
+            *("score", "tables/left_MMStar.tsv", "tables/left_MMStar_dark_HIGH.tsv", "tables/right_MMStar.tsv"),
+            *("tables/right_MMStar_dark_HIGH.tsv", "--reference", "left", "--json", "made/score.json"),
+            *("--rows", "made/rows.parquet", "--markdown", "made/board.md", "--html", "made/board.html"),
+        ),
+        ("made",),
+        _predicted,
+    ),
+    "compare": Command(("compare", "other", ".", "--out", "made"), ("made",), _other_side),
     "incoming check": Command(
         ("incoming", "check", "fog", "--json"), (), lambda folder: put(folder / "data/incoming/fog", range(24))
     ),
