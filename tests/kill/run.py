@@ -247,9 +247,10 @@ def _outlived(ended: Ended) -> str:
 
 
 def _one_line(ended: Ended) -> str:
-    """What is wrong with how a command has said why it ends: status 1 and one line, no traceback."""
+    """What is wrong with how a command has said why it ends: one line, no traceback, and status 1, or 2 ("cannot
+    decide") of those that compare."""
     lines = [line for line in ended.errors.splitlines() if line.startswith("error: ")]
-    if ended.status != 1 or len(lines) != 1 or "Traceback" in ended.errors:
+    if ended.status not in (1, 2) or len(lines) != 1 or "Traceback" in ended.errors:
         return f"status {ended.status} with {ended.errors[-600:]!r}"
     return ""
 
