@@ -15,6 +15,7 @@ from PIL import Image
 
 from clear.bench import predictions
 from clear.data import images, records, tables
+from clear.data import io as files
 from clear.errors import ClearError
 from clear.project import lineage
 from clear.sources import lmudata
@@ -117,7 +118,7 @@ def readers(folder, count: int, long: int) -> list:
 @pytest.mark.parametrize("reader", range(3))
 def test_a_parquet_file_of_more_rows_than_bytes_is_refused_before_it_is_read(tmp_path, monkeypatch, reader):
     read = readers(tmp_path, 30_000, 1)[reader]
-    monkeypatch.setattr(records, "MANY_ROWS", 10_000)
+    monkeypatch.setattr(files, "MANY_ROWS", 10_000)
     for name in ("read", "iter_batches"):
         monkeypatch.setattr(pq.ParquetFile, name, None)
     with pytest.raises(ClearError, match=r"parquet: states 30,000 rows in [0-9,]+ bytes, more than is read; write"):
@@ -127,7 +128,7 @@ def test_a_parquet_file_of_more_rows_than_bytes_is_refused_before_it_is_read(tmp
 @pytest.mark.parametrize("reader", range(3))
 def test_a_parquet_file_that_unpacks_to_far_more_is_refused_before_it_is_read(tmp_path, monkeypatch, reader):
     read = readers(tmp_path, 1, 10**7)[reader]
-    monkeypatch.setattr(records, "UNPACKED", 10**6)
+    monkeypatch.setattr(files, "UNPACKED", 10**6)
     for name in ("read", "iter_batches"):
         monkeypatch.setattr(pq.ParquetFile, name, None)
     with pytest.raises(ClearError, match=r"parquet: states 10,[0-9,]+ bytes unpacked in [0-9,]+ bytes, more than"):
@@ -138,8 +139,8 @@ def test_a_parquet_file_that_unpacks_to_far_more_is_refused_before_it_is_read(tm
 def test_a_long_value_that_many_rows_share_is_not_made_for_all_of_them(tmp_path, monkeypatch, reader):
     """Its column states the value once, whatever the number of rows."""
     read, made = readers(tmp_path, 500, 10**5)[reader], []
-    monkeypatch.setattr(records, "UNPACKED", 10**6)
-    monkeypatch.setattr(records, "AT_ONCE", 10**6)
+    monkeypatch.setattr(files, "UNPACKED", 10**6)
+    monkeypatch.setattr(files, "AT_ONCE", 10**6)
     original = pq.ParquetFile.iter_batches
 
     def counted(*args, **options):
@@ -157,7 +158,7 @@ def test_however_few_rows_are_read_at_once_they_are_the_same(tmp_path, monkeypat
     monkeypatch.setattr(predictions, "_check_rows", lambda *rest: None)
     reading = readers(tmp_path, 20, 10**5)
     found = [read() for read in reading]
-    monkeypatch.setattr(records, "AT_ONCE", 1)
+    monkeypatch.setattr(files, "AT_ONCE", 1)
     predicted, *others = (read() for read in reading)
     assert predicted.equals(found[0]) and others == found[1:] and [*map(len, found)] == [20, 20, 20]
 

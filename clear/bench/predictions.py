@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
-from clear.data.io import reading_parquet, replacing
-from clear.data.records import CLEAN, EXTRA, INCOMING, batches, check_unpacked
+from clear.data.io import batches, check_unpacked, reading_parquet, replacing
+from clear.data.records import CLEAN, EXTRA, INCOMING
 from clear.errors import ClearError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ MMD_BENCH = "mmd_bench"
 MOST_ROWS = 2 * 10**6
 """Most rows that are read, 0.7 GiB; the benchmark has a tenth."""
 
-_AT_ONCE = 4096
+_BATCH = 4096
 KEY = ["sample", "corruption", "severity", "question"]
 """The columns that identify a row; models are paired on them."""
 
@@ -124,7 +124,7 @@ def _table(path: Path, file: pq.ParquetFile) -> pa.Table:
     check_unpacked(path, file.metadata)
     if (count := file.metadata.num_rows) > MOST_ROWS:
         raise ClearError(f"{path}: {count:,} rows, and at most {MOST_ROWS:,} are read; evaluate fewer samples at once.")
-    return pa.Table.from_batches(batches(path, file, _AT_ONCE), file.schema_arrow)
+    return pa.Table.from_batches(batches(path, file, _BATCH), file.schema_arrow)
 
 
 def _check_rows(path: Path, frame: "pd.DataFrame", remedy: str) -> None:

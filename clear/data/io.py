@@ -2,7 +2,8 @@
 
 Without the second step a file system may rename first and write later, and a crash of the machine in between leaves an
 empty file under the final name. git and DVC ignore the other name (`*.partial`). JSON is written so that equal values
-give equal bytes. Also the form of tables in plain text, and what is said of a Parquet file that is none.
+give equal bytes. Also the form of tables in plain text, and how Parquet is read that is damaged, or far more than its
+bytes.
 """
 
 import json
@@ -12,8 +13,13 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clear.errors import ClearError, naming, one_line
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
 
 @contextmanager
@@ -95,6 +101,20 @@ def write_json(path: Path | str, value: dict) -> None:
     write_text(path, json.dumps(_rounded(value), indent=1, sort_keys=True) + "\n")
 
 
+def remembered(file: Path) -> dict:
+    """What a JSON file holds that only saves work; nothing where it is absent or damaged: the work is done again."""
+    try:
+        return dict(json.loads(file.read_text())) if file.exists() else {}
+    except (ValueError, TypeError):
+        return {}
+
+
+def json_values(data: bytes) -> int:
+    """About how many values JSON has, by the characters that begin or part them, those in its texts included. Counted
+    before it is parsed: millions take seconds and gigabytes, and to be told of each wrong one takes minutes."""
+    return sum(map(data.count, (b"{", b"[", b",")))
+
+
 def aligned(rows: Sequence[Sequence[str]], gap: str = " ", left: int = 1) -> list[str]:
     """Lines of a table of plain text: its first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -121,3 +141,50 @@ def reading_parquet(file: Path, remedy: str) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError, ValueError) as error:  # the latter of names and metadata that are no text
         raise ClearError(f"{file}: not a readable Parquet file ({one_line(error)}); {remedy}.") from error
+
+
+UNPACKED = 2**28
+"""Bytes up to which a Parquet file may have any size unpacked."""
+
+AT_ONCE = 2**30
+"""Most bytes of rows that are read at once."""
+
+MOST_PACKED = 100
+"""Beyond, how many times its own size; pictures have once, tables of text ten times."""
+
+MANY_ROWS = 10**6
+"""Rows up to which a Parquet file may have any size; beyond, it has a byte for each."""
+
+
+def check_unpacked(file: Path, metadata: "pq.FileMetaData") -> None:
+    """Raise ClearError for a Parquet file that by its metadata is far more than its bytes: one value 10^8 times."""
+    size, groups = file.stat().st_size, (metadata.row_group(n) for n in range(metadata.num_row_groups))
+    unpacked, rows = sum(group.total_byte_size for group in groups), metadata.num_rows
+    many = rows > MANY_ROWS and rows > size
+    if many or (unpacked > UNPACKED and unpacked > MOST_PACKED * size):
+        what = f"{rows:,} rows" if many else f"{unpacked:,} bytes unpacked"
+        raise ClearError(f"{file}: states {what} in {size:,} bytes, more than is read; write the table again.")
+
+
+def rows_at_once(metadata: "pq.FileMetaData", most: int) -> int:
+    """How many rows of a Parquet file are read at once: at most `most`, and so few that they take AT_ONCE even where
+    all have the same value, which a group of rows states once. (Its columns are not asked: of damaged metadata they end
+    the process.)"""
+    groups = (metadata.row_group(n) for n in range(metadata.num_row_groups))
+    return max(1, min(most, AT_ONCE // max(1, 1, *(group.total_byte_size for group in groups))))
+
+
+def batches(
+    file: Path, parquet: "pq.ParquetFile", most: int, columns: list[str] | None = None
+) -> "Iterator[pa.RecordBatch]":
+    """The rows of a Parquet file that `check_unpacked` has let through, `most` at a time. Raises ClearError where its
+    values turn out to be shared by so many rows."""
+    packed, size, count = file.stat().st_size, 0, 0
+    for batch in parquet.iter_batches(batch_size=rows_at_once(parquet.metadata, most), columns=columns):
+        size, count = size + batch.nbytes, count + batch.num_rows
+        if size > UNPACKED and size > MOST_PACKED * packed:
+            raise ClearError(
+                f"{file}: {size:,} bytes in the first {count:,} rows of a file of {packed:,}, more than is read; write "
+                "the table again."
+            )
+        yield batch

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.data.io import reading_parquet, sync
+from clear.data.io import batches, check_unpacked, reading_parquet, sync
 from clear.errors import ClearError, naming
 
 if TYPE_CHECKING:  # the model code needs only `Question` and the pictures, on machines without pyarrow
@@ -261,54 +261,6 @@ def open_shard(file: Path) -> "pq.ParquetFile":
         parquet = pq.ParquetFile(file)
         check_unpacked(file, parquet.metadata)
         return parquet
-
-
-UNPACKED = 2**28
-"""Bytes up to which a Parquet file may have any size unpacked."""
-
-AT_ONCE = 2**30
-"""Most bytes of rows that are read at once."""
-
-MOST_PACKED = 100
-"""Beyond, how many times its own size; pictures have once, tables of text ten times."""
-
-MANY_ROWS = 10**6
-"""Rows up to which a Parquet file may have any size; beyond, it has a byte for each."""
-
-
-def check_unpacked(file: Path, metadata: "pq.FileMetaData") -> None:
-    """Raise ClearError for a Parquet file that by its metadata is far more than its bytes: one value 10^8 times."""
-    size, groups = file.stat().st_size, (metadata.row_group(n) for n in range(metadata.num_row_groups))
-    unpacked, rows = sum(group.total_byte_size for group in groups), metadata.num_rows
-    many = rows > MANY_ROWS and rows > size
-    if many or (unpacked > UNPACKED and unpacked > MOST_PACKED * size):
-        what = f"{rows:,} rows" if many else f"{unpacked:,} bytes unpacked"
-        raise ClearError(f"{file}: states {what} in {size:,} bytes, more than is read; write the table again.")
-
-
-def rows_at_once(metadata: "pq.FileMetaData", most: int) -> int:
-    """How many rows of a Parquet file are read at once: at most `most`, and so few that they take AT_ONCE even where
-    all have the same value, which a group of rows states once. (Its columns are not asked: of damaged metadata they end
-    the process.)"""
-    groups = (metadata.row_group(n) for n in range(metadata.num_row_groups))
-    return max(1, min(most, AT_ONCE // max(1, 1, *(group.total_byte_size for group in groups))))
-
-
-def batches(
-    file: Path, parquet: "pq.ParquetFile", most: int, columns: list[str] | None = None
-) -> "Iterator[pa.RecordBatch]":
-    """The rows of a Parquet file, `most` at a time. Raises ClearError as `check_unpacked`, there or where the values
-    turn out to be shared by so many rows."""
-    check_unpacked(file, parquet.metadata)
-    packed, size, count = file.stat().st_size, 0, 0
-    for batch in parquet.iter_batches(batch_size=rows_at_once(parquet.metadata, most), columns=columns):
-        size, count = size + batch.nbytes, count + batch.num_rows
-        if size > UNPACKED and size > MOST_PACKED * packed:
-            raise ClearError(
-                f"{file}: {size:,} bytes in the first {count:,} rows of a file of {packed:,}, more than is read; write "
-                "the table again."
-            )
-        yield batch
 
 
 _EMPTY_ROW = to_row(Sample(id="", source="", split="", image=b"", image_sha256=""))

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clear.data.records import batches, check_unpacked
+from clear.data.io import batches, check_unpacked
 from clear.errors import ClearError, one_line
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}

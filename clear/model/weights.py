@@ -14,7 +14,6 @@ the part sizes in use); encrypted objects have other ETags, so only their size i
 
 import fcntl
 import hashlib
-import json
 import math
 import re
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from clear.data import aws
-from clear.data.io import sync, write_json
+from clear.data.io import remembered, sync, write_json
 from clear.data.workspace import home
 from clear.errors import ClearError, naming, refusal
 from clear.schema import Config
@@ -120,10 +119,7 @@ def _list(client, bucket: str, prefix: str) -> dict[str, Remote]:
 
 def _bring(client, bucket: str, objects: dict[str, Remote], folder: Path) -> None:
     record = folder.with_name(f"{folder.name}.s3.json")
-    try:
-        known = dict(json.loads(record.read_text())) if record.exists() else {}
-    except (ValueError, TypeError):  # damaged: nothing is known, everything is verified again
-        known = {}
+    known = remembered(record)
     for name in known.keys() - objects.keys():
         (folder / name).unlink(missing_ok=True)
     known = {name: value for name, value in known.items() if name in objects}

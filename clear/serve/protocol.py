@@ -11,15 +11,15 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
 
+from clear.data.io import json_values
 from clear.serve.errors import ApiError
 
 MOST_CHOICES = 16
 """The largest `n`."""
 
 MOST_VALUES = 2**16
-"""The most values that a request may have, by the characters that begin or part them, those in its texts included. No
-model's context holds a conversation of more, and to parse them keeps Python's lock: ten million wrong ones, 20 MiB,
-did so for minutes."""
+"""The most values (`json_values`) that a request may have. No model's context holds a conversation of more, and to
+parse them keeps Python's lock: ten million wrong ones, 20 MiB, did so for minutes."""
 
 _NEUTRAL: dict[str, tuple] = {
     "frequency_penalty": (0,),
@@ -114,7 +114,7 @@ class ChatRequest(BaseModel):
 
 def parse(body: bytes) -> ChatRequest:
     """A request from its bytes. Raises ApiError (400) naming the field that is wrong."""
-    if (values := sum(map(body.count, (b"{", b"[", b",")))) > MOST_VALUES:
+    if (values := json_values(body)) > MOST_VALUES:
         raise ApiError(400, f"the body: about {values:,} values, and a request may have {MOST_VALUES:,}; send fewer.")
     try:
         found = ChatRequest.model_validate_json(body)

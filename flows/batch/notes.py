@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, Json, StringConstraints, TypeAdapter, ValidationError
 
+from clear.data.io import json_values
 from clear.errors import ClearError, one_line
 
 Digest = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -20,8 +21,8 @@ Commit = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{40}([0-9a-f]{24})?
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """Of money or hours; of NaN no sum is above a budget."""
 MOST_VALUES = 2**16
-"""The most values that a note may have, by the characters that begin or part them: a hundred times what any has. To be
-told of each wrong one takes 20 µs and a kilobyte, of ten million the worker's memory."""
+"""The most values (`json_values`) that a note may have: a hundred times what any has. To be told of each wrong one
+takes 20 µs and a kilobyte, of ten million the worker's memory."""
 
 
 class Damaged(ClearError):
@@ -127,7 +128,7 @@ def _form(kind: str) -> TypeAdapter:
 def parse(name: str, data: bytes) -> Any:
     """The note of that name. Raises Damaged, without the place, where it is no JSON or has not the form."""
     kind = name.partition("/")[0]
-    if (values := sum(map(data.count, (b"{", b"[", b",")))) > MOST_VALUES:
+    if (values := json_values(data)) > MOST_VALUES:
         raise Damaged(f"about {values:,} values, and a note has {MOST_VALUES:,} at most; delete it.")
     try:
         content = json.loads(data)

@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from clear.data import aws
-from clear.data.io import replacing, write_json
+from clear.data.io import remembered, replacing, write_json
 from clear.data.lock import writer
 from clear.data.workspace import profile
 from clear.errors import ClearError, shown
@@ -121,10 +121,7 @@ class Source:
         client = store(self.workspace)
         there = self._objects(client, say)
         file = self._listing
-        try:
-            had = dict(json.loads(file.read_text())) if file.exists() else {}
-        except (ValueError, TypeError):  # damaged: nothing is known, and everything is fetched again
-            had = {}
+        had = remembered(file)
         self.mirror.mkdir(parents=True, exist_ok=True)
         for old in sorted(self.mirror.rglob("*"), reverse=True):
             if old.is_dir() and not any(old.iterdir()):
