@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 import types
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +18,6 @@ from tqdm import tqdm
 from clear import cli
 from clear.cli.pipeline import STAGES
 from clear.data import workspace
-from clear.data.io import replacing, write_json, write_text
 from clear.errors import UNDECIDED, ClearError, naming, refusal
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
@@ -161,36 +159,6 @@ def test_an_error_has_a_line_of_its_own_below_a_bar_that_it_has_left_open(capsys
     with pytest.raises(SystemExit):
         cli._refuse(ClearError("no"))
     assert bar.disable and capsys.readouterr().err.endswith("\nerror: no\n")
-
-
-@pytest.mark.parametrize("several", [False, True])
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
-def test_a_file_that_is_not_finished_leaves_the_earlier_one_and_nothing_else(tmp_path, several, error):
-    file = tmp_path / "a.json"
-    file.write_text("earlier")
-    with pytest.raises(error) as raised, replacing(file, several) as partial:
-        partial.write_text("half")
-        raise error(errno.ENOSPC, "No space left on device")
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and file.read_text() == "earlier"
-    assert getattr(raised.value, "filename", str(file)) == str(file)
-
-
-def test_several_that_write_one_file_at_once_leave_it_whole(tmp_path):
-    """They shared one partial file: reports and parameters got mixed, or the second writer had none to rename."""
-    files = [tmp_path / "a.json", tmp_path / "params.yaml"]
-
-    def write(number: int) -> None:
-        for _ in range(40):
-            write_json(files[0], {"number": number, "text": "x" * 10_000 * number})
-            write_text(files[1], f"{number}\n" * 1000 * number)
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(write, range(1, 9)))
-    found = json.loads(files[0].read_text())
-    assert len(found["text"]) == 10_000 * found["number"]
-    lines = files[1].read_text().split()
-    assert lines == lines[:1] * 1000 * int(lines[0])
-    assert sorted(tmp_path.iterdir()) == sorted(files), "nothing is left over"
 
 
 def test_parameters_are_replaced_whole_or_not_at_all(project, monkeypatch):

@@ -6,12 +6,13 @@ give equal bytes. Also the form of tables in plain text, and how Parquet is read
 bytes.
 """
 
+import fcntl
 import json
 import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,11 @@ if TYPE_CHECKING:
 def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> Iterator[Path]:
     """The file to write instead of `path`, which it becomes when the block ends; after an error there is none of it.
 
-    `several` processes may write `path` at once: each has a file of its own, and the last one counts. `crashes` says
-    that it must be whole after a crash of the machine, too (`sync`); not needed where its readers verify its content.
-    What is no file (/dev/stdout, a pipe) is written itself: renamed to its name, a file would take its place. Raises
-    ClearError for a path that cannot be a file's or a new folder's, such as `.`.
+    `several` processes or threads may write `path` at once: one waits for the other, and the last one counts; what one
+    that was killed has left is written over. (They must write into the file they are given, not replace it.) `crashes`
+    says that it must be whole after a crash of the machine, too (`sync`); not needed where its readers verify its
+    content. What is no file (/dev/stdout, a pipe) is written itself: renamed to its name, a file would take its place.
+    Raises ClearError for a path that cannot be a file's or a new folder's, such as `.`.
     """
     path = Path(path)
     if path.name in ("", ".."):
@@ -40,17 +42,47 @@ def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> 
             yield path
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    own = f".{uuid.uuid4().hex[:8]}" if several else ""
-    partial = path.with_name(f"{path.name}{own}.partial")
+    partial = path.with_name(f"{path.name}.partial")
+    with _alone(partial) if several else nullcontext():
+        try:
+            with naming(path):
+                yield partial
+                if crashes:
+                    sync(partial)
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
+def _alone(file: Path) -> Iterator[None]:
+    """Hold the lock of a file in the block, which may rename or delete it; whoever waits makes a new one then."""
+    descriptor = acquire(file, wait=True)
     try:
-        with naming(path):
-            yield partial
-            if crashes:
-                sync(partial)
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        yield
+    finally:
+        fcntl.flock(descriptor, fcntl.LOCK_UN)  # a process forked meanwhile has the descriptor, too
+        os.close(descriptor)
+
+
+def acquire(file: Path, wait: bool = False) -> int | None:
+    """A descriptor that holds the lock (`flock`) of a file, which is made where it is absent; None where another holds
+    it and `wait` is false. The kernel frees it when its process ends, however it ends."""
+    while True:
+        with ExitStack() as opened:
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            opened.callback(os.close, descriptor)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+            except BlockingIOError:
+                return None
+            with suppress(
+                FileNotFoundError
+            ):  # else its name is another file's now, or none's: renamed since, or deleted
+                if os.path.samestat(os.fstat(descriptor), file.stat()):
+                    opened.pop_all()
+                    return descriptor
 
 
 def sync(path: Path) -> None:

@@ -16,7 +16,6 @@ Whatever else a command makes, a new folder or a table beside its journal, it ma
 with CLEAR_WHEN_BUSY=wait in the environment it waits for them, as a stage does.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from clear.data.io import acquire
 from clear.errors import ClearError, fail, say, shown
 
 CHOICES = ("wait", "leave")
@@ -122,7 +122,7 @@ def _started_by_holder(workspace: Path) -> bool:
     named, file = os.environ.get(HOLDER), lock_file(workspace)
     if not named or not file.exists():
         return False
-    if (descriptor := _acquire(file)) is not None:
+    if (descriptor := acquire(file)) is not None:
         os.close(descriptor)
         return False
     return holder(workspace).startswith(f"process {named} ")
@@ -135,7 +135,7 @@ def _held(file: Path, workspace: Path, when_busy: str, label: str, say: Callable
         raise ClearError(f"when_busy = {when_busy!r}: choose one of {', '.join(CHOICES)}.")
     file.parent.mkdir(parents=True, exist_ok=True)
     told = ""
-    while (descriptor := _acquire(file)) is None:
+    while (descriptor := acquire(file)) is None:
         busy = f"{shown(workspace)} is being written to by {holder(workspace, file)}"
         if when_busy == "leave":
             raise Busy(f"{busy}; run again when it has ended.")
@@ -165,20 +165,6 @@ def holder(workspace: Path, file: Path | None = None) -> str:
         return f"process {found['pid']} since {found['started']}: {found['command']}"
     except (OSError, ValueError, KeyError, TypeError):  # in the moment between the lock and its text
         return "a process that has just started"
-
-
-def _acquire(file: Path) -> int | None:
-    """A descriptor that holds the lock, or None where another process does."""
-    while True:
-        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if file.exists() and os.path.samestat(os.fstat(descriptor), file.stat()):
-                return descriptor
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        os.close(descriptor)  # the file was deleted between opening and locking; its name is another file now
 
 
 def main(arguments: list[str]) -> int:
