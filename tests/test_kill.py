@@ -32,6 +32,17 @@ def test_the_turns_cover_all_places_evenly(base):
     assert [trial.share(80) for trial in trials] == [10, 30, 50, 70]
 
 
+def test_with_turns_enough_it_is_killed_once_at_every_place_that_changes_a_file(base, tmp_path, monkeypatch):
+    at = []
+    monkeypatch.setitem(
+        WAYS, "change", lambda trial: (f"before {trial.share(3)}", at.append(trial.share(3)) or "", 0.0)
+    )
+    state, told = tmp_path / "state.json", {"places": [[1, 4], [2], [3, 5]], "trials": {}, "slowest": 0.0}
+    state.write_text(json.dumps(told))
+    tried(PARAMS, base, state, 9, "params", ["change"])
+    assert at == [0, 1, 2]
+
+
 def test_a_command_that_is_begun_twice_at_once_ends_as_if_begun_once(base, tmp_path, monkeypatch):
     told = tried(PARAMS, base, tmp_path / "state.json", 1, "params", ["twice"])
     assert [*told["trials"].values()] == [""] and next(iter(told["trials"])).startswith("twice 0: 0.0 s apart"), told
@@ -46,7 +57,10 @@ def test_a_command_that_survives_passes_and_other_bytes_are_told(base, tmp_path)
     told = tried(PARAMS, base, state, 1, "params")
     with mounted() as disk:
         ways = [way for way in WAYS if disk or way not in MOUNTED]
-    assert told["changes"] >= 2 and [key.partition(" ")[0] for key in told["trials"]] == ways
+    assert (
+        told["changes"] == sum(map(len, told["places"])) >= len(told["places"]) >= 2
+        and [key.partition(" ")[0] for key in told["trials"]] == ways
+    )
     assert {*told["trials"].values()} == {""}, told
     state.write_text(json.dumps(told | {"made": {"params.yaml": "another"}}))
     told = tried(PARAMS, base, state, 2, "params", ["alone"])

@@ -5,7 +5,8 @@
 Each trial begins with what the command reads, goes wrong once, and types the same command again. The ways:
 
 - `group`, `alone`: SIGKILL for its whole process group, or for it alone, at a random moment;
-- `change`: SIGKILL just before a change of a file (over all of them, evenly);
+- `change`: SIGKILL just before a change of a file, over all places of the code that make one, evenly; with as many
+  turns, at each of them once;
 - `asked`: SIGTERM or Ctrl-C, after which it must leave within PATIENCE seconds, without a traceback or a process left;
 - `often`: the same up to OFTEN times, each time on what the time before has left, until it is done;
 - `full`: a disk that is full after a share of the bytes that the command needs (over all of them, evenly);
@@ -55,7 +56,7 @@ def main() -> int:
         if unknown := [*set(named) - set(of)]:
             raise SystemExit(f"no {kind} {unknown[0]!r}; choose of {', '.join(of)}.")
     base = _base(state / "base")
-    rows = [("command", "trials", "seconds", "changes", "room MB", "slowest leave s", "failed")]
+    rows = [("command", "trials", "seconds", "changes", "places", "room MB", "slowest leave s", "failed")]
     for name in given.names or known:
         told = tried(known[name], base, state / f"{name.replace(' ', '-')}.json", given.turns, name, given.ways)
         failed = {key: why for key, why in told["trials"].items() if why}
@@ -65,6 +66,7 @@ def main() -> int:
                 str(len(told["trials"])),
                 f"{told['seconds']:.1f}",
                 str(told["changes"]),
+                str(len(told["places"])),
                 f"{told['room'] / 1e6:.1f}",
                 f"{told['slowest']:.1f}",
                 "; ".join(f"{key}: {why}" for key, why in failed.items()) or "none",
@@ -99,12 +101,15 @@ def tried(command: Command, base: Path, file: Path, turns: int, name: str, ways:
     """The state of a command after so many turns of the ways (all, if None)."""
     told = json.loads(file.read_text()) if file.exists() else _undisturbed(command, base, name)
     write_json(file, told)
+    most = {"change": min(turns, len(told["places"]))}
     done = {key.partition(":")[0] for key in told["trials"]}
     for turn in range(turns):
         for way in ways or WAYS:
-            if f"{way} {turn}" in done:
+            if f"{way} {turn}" in done or turn >= most.get(way, turns):
                 continue
-            trial = Trial(command, base, told, turn, turns, random.Random(f"{command.arguments} {way} {turn}"))
+            trial = Trial(
+                command, base, told, turn, most.get(way, turns), random.Random(f"{command.arguments} {way} {turn}")
+            )
             with contextlib.ExitStack() as stack:
                 if way in MOUNTED and (disk := stack.enter_context(mounted())) is None:
                     print(f"{name}, {way}: left out, only root mounts a small disk", flush=True)
@@ -119,15 +124,18 @@ def tried(command: Command, base: Path, file: Path, turns: int, name: str, ways:
 
 
 def _undisturbed(command: Command, base: Path, name: str) -> dict:
-    """What the command makes and needs: seconds, changes of files by its busiest process, bytes of disk."""
+    """What the command makes and needs: seconds, changes of files by its busiest process (for each place of the code
+    that makes some, which they are), bytes of disk."""
     with mounted() as disk, fresh(command, base, disk and disk.folder) as folder:
         count, began = folder.parent / "count", time.monotonic()
         with disk.peak() if disk else contextlib.nullcontext([0]) as peak:
             ended = run(command.arguments, folder, Hook(count=count))
         if ended.status:
             raise SystemExit(f"{name} fails without being disturbed: {ended.errors.strip()}")
-        changes = max((int(one.read_text()) for one in folder.parent.glob("count.*")), default=0)
-        told = {"seconds": time.monotonic() - began, "changes": changes, "room": peak[0], "slowest": 0.0, "trials": {}}
+        processes = [json.loads(one.read_text()) for one in folder.parent.glob("count.*")]
+        places = max(processes, key=lambda places: sum(map(len, places)), default=[])
+        told = {"seconds": time.monotonic() - began, "changes": sum(map(len, places)), "places": places}
+        told |= {"room": peak[0], "slowest": 0.0, "trials": {}}
         return told | {"made": made(command, folder, ended)}
 
 
@@ -165,7 +173,8 @@ def _killed(trial: Trial, whole_group: bool) -> tuple[str, str, float]:
 
 
 def _before_change(trial: Trial) -> tuple[str, str, float]:
-    at = 1 + trial.share(trial.told["changes"])
+    places = trial.told["places"]
+    at = trial.draw.choice(places[trial.share(len(places))])
     with fresh(trial.command, trial.base) as folder:
         ended = run(trial.command.arguments, folder, Hook(at))
         return f"before {at}", _outlived(ended) or trial.again(folder, ended), 0.0
