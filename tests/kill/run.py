@@ -107,9 +107,8 @@ def tried(command: Command, base: Path, file: Path, turns: int, name: str, ways:
         for way in ways or WAYS:
             if f"{way} {turn}" in done or turn >= most.get(way, turns):
                 continue
-            trial = Trial(
-                command, base, told, turn, most.get(way, turns), random.Random(f"{command.arguments} {way} {turn}")
-            )
+            draw = random.Random(f"{command.arguments} {way} {turn}")
+            trial = Trial(command, base, told, turn, most.get(way, turns), draw)
             with contextlib.ExitStack() as stack:
                 if way in MOUNTED and (disk := stack.enter_context(mounted())) is None:
                     print(f"{name}, {way}: left out, only root mounts a small disk", flush=True)
