@@ -16,9 +16,11 @@ from PIL import Image
 from clear.bench import predictions
 from clear.data import images, records, tables
 from clear.data import io as files
+from clear.drift.night import restorations
 from clear.errors import ClearError
-from clear.project import lineage
-from clear.sources import lmudata
+from clear.project import lineage, seeds
+from clear.sources import incoming, llava_onevision, lmudata
+from clear.traces import table as traces
 from tests.helpers.tables import b64, picture, write_tsv
 
 
@@ -98,7 +100,7 @@ def parquet(path, rows: dict, schema: pa.Schema, count: int, **options):
 _PREDICTION = {"string": "a", "bool": True, "int64": 1, "double": 1.0, "binary": b"x"}
 PREDICTION = {column.name: _PREDICTION[str(column.type)] for column in predictions.SCHEMA} | {"severity": "low"}
 TABLE = pa.schema([("index", pa.int64()), ("question", pa.string())])
-SAMPLE = records.Sample(id="a", source="s", split="t", image=b"", image_sha256="0")
+LLAVA = pa.schema([("conversations", pa.string()), ("image", pa.binary())])
 
 
 def readers(folder, count: int, long: int) -> list:
@@ -108,14 +110,28 @@ def readers(folder, count: int, long: int) -> list:
     predicted = parquet(folder / "p.parquet", row, predictions.SCHEMA, count)
     table = parquet(folder / "t.parquet", text, TABLE, count)
     shard = parquet(folder / "shards/0.parquet", sample, records.schema(), count)
+    kept = {name: row[name] for name in row if name not in seeds.DROPPED}
+    columns = pa.schema([*(predictions.SCHEMA.field(name) for name in kept), ("model", pa.string())])
+    collected = parquet(folder / "c.parquet", kept | {"question": "a" * long, "model": "base"}, columns, count)
+    named = parquet(folder / "m.parquet", kept | {"model": "a" * long}, columns, count)
+    published = parquet(folder / "l/0.parquet", {"conversations": "a" * long, "image": b""}, LLAVA, count)
+    trace = {column.name: "a" if column.type == pa.string() else True for column in traces._SCHEMA}
+    parquet(folder / traces.FILE, trace | {"reply_1": "a" * long}, traces._SCHEMA, count)
+    night = parquet(folder / "n.parquet", {"restored": "a" * long}, pa.schema([("restored", pa.string())]), count)
     return [
         lambda: predictions.read(predicted),
         lambda: list(tables.read(table)[1]),
         lambda: list(records.read_samples(shard.parent)),
+        lambda: list(incoming._parquet_rows(shard)),
+        lambda: list(llava_onevision.rows(published.parent)),
+        lambda: list(traces.read_traces(folder)),
+        lambda: seeds._rows(collected, 1),
+        lambda: seeds.models(named),
+        lambda: restorations(night),
     ]
 
 
-@pytest.mark.parametrize("reader", range(3))
+@pytest.mark.parametrize("reader", range(9))
 def test_a_parquet_file_of_more_rows_than_bytes_is_refused_before_it_is_read(tmp_path, monkeypatch, reader):
     read = readers(tmp_path, 30_000, 1)[reader]
     monkeypatch.setattr(files, "MANY_ROWS", 10_000)
@@ -125,7 +141,7 @@ def test_a_parquet_file_of_more_rows_than_bytes_is_refused_before_it_is_read(tmp
         read()
 
 
-@pytest.mark.parametrize("reader", range(3))
+@pytest.mark.parametrize("reader", range(9))
 def test_a_parquet_file_that_unpacks_to_far_more_is_refused_before_it_is_read(tmp_path, monkeypatch, reader):
     read = readers(tmp_path, 1, 10**7)[reader]
     monkeypatch.setattr(files, "UNPACKED", 10**6)
@@ -135,7 +151,7 @@ def test_a_parquet_file_that_unpacks_to_far_more_is_refused_before_it_is_read(tm
         read()
 
 
-@pytest.mark.parametrize("reader", range(3))
+@pytest.mark.parametrize("reader", range(9))
 def test_a_long_value_that_many_rows_share_is_not_made_for_all_of_them(tmp_path, monkeypatch, reader):
     """Its column states the value once, whatever the number of rows."""
     read, made = readers(tmp_path, 500, 10**5)[reader], []
@@ -156,15 +172,16 @@ def test_a_long_value_that_many_rows_share_is_not_made_for_all_of_them(tmp_path,
 
 def test_however_few_rows_are_read_at_once_they_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(predictions, "_check_rows", lambda *rest: None)
-    reading = readers(tmp_path, 20, 10**5)
+    reading = readers(tmp_path, 20, 10**5)[:7]
     found = [read() for read in reading]
     monkeypatch.setattr(files, "AT_ONCE", 1)
-    predicted, *others = (read() for read in reading)
-    assert predicted.equals(found[0]) and others == found[1:] and [*map(len, found)] == [20, 20, 20]
+    predicted, *others, collected = (read() for read in reading)
+    assert predicted.equals(found[0]) and others == found[1:-1] and collected.equals(found[-1])
+    assert [*map(len, found)] == [20] * 7
 
 
 def test_more_predictions_or_cells_than_are_read_are_refused_by_their_number(tmp_path, monkeypatch):
-    predicted, table, _ = readers(tmp_path, 100, 1)
+    predicted, table, *_ = readers(tmp_path, 100, 1)
     for name in ("read", "iter_batches"):
         monkeypatch.setattr(pq.ParquetFile, name, None)
     monkeypatch.setattr(predictions, "MOST_ROWS", 99)

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from clear.bench import scoring, statistics
-from clear.data.io import batches, check_unpacked, reading_parquet, replacing
+from clear.data.io import reading_parquet, replacing, whole
 from clear.data.records import CLEAN, EXTRA, INCOMING
 from clear.errors import ClearError
 
@@ -49,7 +49,6 @@ MMD_BENCH = "mmd_bench"
 MOST_ROWS = 2 * 10**6
 """Most rows that are read, 0.7 GiB; the benchmark has a tenth."""
 
-_BATCH = 4096
 KEY = ["sample", "corruption", "severity", "question"]
 """The columns that identify a row; models are paired on them."""
 
@@ -121,10 +120,9 @@ def _read(path: Path, part: str) -> "pd.DataFrame":
 def _table(path: Path, file: pq.ParquetFile) -> pa.Table:
     """The whole file. Raises ClearError for one of so many rows, or of values so long and so often, that it would fill
     the memory."""
-    check_unpacked(path, file.metadata)
     if (count := file.metadata.num_rows) > MOST_ROWS:
         raise ClearError(f"{path}: {count:,} rows, and at most {MOST_ROWS:,} are read; evaluate fewer samples at once.")
-    return pa.Table.from_batches(batches(path, file, _BATCH), file.schema_arrow)
+    return whole(path, file)
 
 
 def _check_rows(path: Path, frame: "pd.DataFrame", remedy: str) -> None:

@@ -184,6 +184,9 @@ AT_ONCE = 2**30
 MOST_PACKED = 100
 """Beyond, how many times its own size; pictures have once, tables of text ten times."""
 
+WHOLE = 4096
+"""Rows of a table that are brought into memory at once where all of them are wanted."""
+
 MANY_ROWS = 10**6
 """Rows up to which a Parquet file may have any size; beyond, it has a byte for each."""
 
@@ -220,3 +223,14 @@ def batches(
                 "the table again."
             )
         yield batch
+
+
+def whole(file: Path, parquet: "pq.ParquetFile", columns: list[str] | None = None) -> "pa.Table":
+    """All rows of a Parquet file, or those columns of them that it has; checked, and raises, as `batches`."""
+    import pyarrow as pa
+
+    check_unpacked(file, parquet.metadata)
+    schema = parquet.schema_arrow
+    if columns is not None:
+        schema = pa.schema([schema.field(name) for name in columns if name in schema.names])
+    return pa.Table.from_batches(batches(file, parquet, WHOLE, schema.names), schema)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from clear.data.io import whole
 from clear.drift import power
 from clear.drift.measures import METRICS, Picture
 from clear.drift.proposal import Proposal
@@ -226,7 +227,7 @@ def restorations(path: Path, since: float = 0.0) -> Restored:
             table = pq.ParquetFile(file)
             if "restored" not in table.schema_arrow.names and path.is_dir():
                 continue  # rejects lie beside the answers
-            said = table.read(["restored"])["restored"]
+            said = whole(file, table, ["restored"])["restored"]
             restored += sum(value is True for value in said.to_pylist())
         except (pa.ArrowException, OSError, KeyError) as error:
             raise ClearError(

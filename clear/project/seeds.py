@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from clear.bench.models import MODELS
 from clear.config import PARAMS, read_yaml
-from clear.data.io import reading_parquet, replacing, write_text
+from clear.data.io import reading_parquet, replacing, whole, write_text
 from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.project import check, scratch
@@ -24,6 +24,7 @@ from clear.report import seeds
 
 if TYPE_CHECKING:
     import pandas as pd
+    import pyarrow as pa
 
 FOLDER, ABLATIONS, PAGE = Path("data/results/seeds"), Path("data/results/ablations"), Path("docs/RESULTS.md")
 PREDICTIONS = "data/predictions/{}.parquet"
@@ -100,12 +101,9 @@ def _rows(file: Path, models: int) -> "pd.DataFrame":
 
     Raises ClearError for one that cannot be read, lacks a column or has rows of more, fewer or unknown models.
     """
-    import pyarrow.parquet as pq
-
     from clear.bench.predictions import SCHEMA
 
-    with reading_parquet(file, _AGAIN):
-        frame = pq.read_table(file).to_pandas()
+    frame = _table(file).to_pandas()
     for column in (*SCHEMA.names, "model"):
         if column not in frame and column not in DROPPED:
             raise ClearError(f"{file}: no column '{column}' in this file; {_AGAIN}.")
@@ -128,10 +126,15 @@ def about(file: Path) -> dict[str, str]:
 
 def models(file: Path) -> set[str]:
     """The models whose predictions a file of `collect` holds. Raises ClearError for one that is damaged."""
+    return set(_table(file, ["model"]).to_pydict().get("model", []))
+
+
+def _table(file: Path, columns: list[str] | None = None) -> "pa.Table":
+    """All rows of a file of `collect`. Raises ClearError for one that is damaged, or far more than its bytes."""
     import pyarrow.parquet as pq
 
-    with reading_parquet(file, _AGAIN):
-        return set(pq.read_table(file, columns=["model"]).to_pydict().get("model", []))
+    with reading_parquet(file, _AGAIN), pq.ParquetFile(file) as parquet:
+        return whole(file, parquet, columns)
 
 
 def parameters(workspace: Path) -> dict:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.data.images import decode_image, pixel_sha256, stored
+from clear.data.io import batches
 from clear.data.records import INCOMING, Question, file_sha256, open_shard, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
@@ -180,8 +181,8 @@ def _left(folder: Path, found: Found, named: set[Path]) -> Iterator[tuple[Path, 
 
 def _parquet_rows(table: Path) -> Iterator[tuple[int, Any]]:
     with readable(table, "Parquet file", "copy or `dvc pull` it again"):
-        batches = open_shard(table).iter_batches(batch_size=64)
-        yield from enumerate((row for batch in batches for row in batch_rows(batch)), start=1)
+        read = batches(table, open_shard(table), 64)
+        yield from enumerate((row for batch in read for row in batch_rows(batch)), start=1)
 
 
 def _row(folder: Path, table: Path, where: str, record: Any, named: set[Path]) -> Row:

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
+from clear.data.io import batches, check_unpacked
 from clear.data.records import Question, sha256
 from clear.data.rejects import Reject
 from clear.errors import ClearError, quoted, shown
@@ -77,12 +78,13 @@ def _records(file: Path) -> Iterator[dict | Unusable]:
         if file.suffix == ".parquet":
             parquet = pq.ParquetFile(file)
             wanted = _columns(file, parquet.schema_arrow.names)
-            batches = parquet.iter_batches(batch_size=_BATCH, columns=wanted)
+            check_unpacked(file, parquet.metadata)
+            read = batches(file, parquet, _BATCH, wanted)
         else:
             stream = pa.ipc.open_stream(pa.memory_map(str(file)))
             wanted = _columns(file, stream.schema.names)
-            batches = (part for whole in stream for part in _parts(whole.select(wanted)))
-        for batch in batches:
+            read = (part for whole in stream for part in _parts(whole.select(wanted)))
+        for batch in read:
             yield from batch_rows(batch)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from clear.data.io import reading_parquet, replacing
+from clear.data.io import batches, check_unpacked, reading_parquet, replacing
 from clear.errors import ClearError
 from clear.reasoning.grammar import Trace
 
@@ -87,9 +87,10 @@ def read_traces(folder: Path | str) -> Iterator[TraceRow]:
         raise ClearError(f"{path} is missing; run `dvc repro traces`.")
     remedy = "remake it with `dvc repro traces`"
     with reading_parquet(path, remedy), pq.ParquetFile(path) as table:
+        check_unpacked(path, table.metadata)
         for name in _SCHEMA.names:
             if name not in table.schema_arrow.names:
                 raise ClearError(f"{path}: column '{name}' is missing; {remedy}.")
-        for batch in table.iter_batches(batch_size=_BATCH, columns=_SCHEMA.names):
+        for batch in batches(path, table, _BATCH, _SCHEMA.names):
             batch.validate(full=True)
             yield from (TraceRow(**row) for row in batch.to_pylist())
