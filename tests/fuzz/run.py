@@ -17,13 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import psutil
+
 from clear.data.io import aligned, write_json
 from tests.fuzz.inputs import mutated
 from tests.fuzz.targets import REFUSALS, TARGETS
 
 CORPUS = Path(__file__).parent / "corpus"
-SECONDS, MEMORY, PATIENCE = 1.0, 2**30, 30.0
-"""Processor time of an input, memory in bytes, and the wall time after which a silent process is ended."""
+SECONDS, MEMORY, PATIENCE = 1.0, 2**30, 120.0
+"""Processor time of an input, memory in bytes, and the time after which a silent process is ended."""
 SEED = 20260421
 
 
@@ -79,7 +81,7 @@ def _child(name: str, end: int, state: Path) -> None:
     at = state.with_suffix(".input")
     for number in range(told["done"], end):
         data = evil[number] if number < len(evil) else mutated(seeds, f"{SEED}/{name}/{number}")
-        at.write_bytes(data)  # what a crash leaves
+        at.write_bytes(b"%d\n" % number + data)  # what a crash leaves
         began = time.process_time()
         wrong = judged(name, data)
         took = time.process_time() - began
@@ -109,27 +111,35 @@ def _note(name: str, data: bytes, wrong: str, told: dict) -> None:
 def _run(name: str, end: int, folder: Path) -> dict:
     """Run a target to `end` inputs; a crash or a hang is a finding, after which it goes on with the next input."""
     state = folder / f"{name}.json"
+    at, told = state.with_suffix(".input"), {"done": 0, "seconds": 0, "slowest": 0, "findings": {}}
     while not state.exists() or json.loads(state.read_text())["done"] < end:
+        at.unlink(missing_ok=True)
         child = subprocess.Popen([sys.executable, "-m", "tests.fuzz.run", "--child", name, str(end), str(state)])
-        at, why = state.with_suffix(".input"), ""
-        began = time.time()
-        while child.poll() is None:
-            time.sleep(0.2)
-            moved = at.stat().st_mtime if at.exists() else began
-            if time.time() - max(moved, began) > PATIENCE * 4:
-                child.kill()
-                why = "hang"
-        if child.returncode == 0:
+        hung = _watched(psutil.Process(child.pid), at)
+        if child.wait() == 0:
             break
-        told = (
-            json.loads(state.read_text()) if state.exists() else {"done": 0, "seconds": 0, "slowest": 0, "findings": {}}
-        )
         if not at.exists():
             raise SystemExit(f"{name}: its process ended with {child.returncode} before the first input.")
-        _note(name, at.read_bytes(), why or f"ended with {child.returncode}", told)
-        told["done"] += 50  # at most so many were not noted
-        write_json(state, told)
+        number, _, data = at.read_bytes().partition(b"\n")
+        told = json.loads(state.read_text()) if state.exists() else told
+        _note(name, data, "hang" if hung else f"ended with {child.returncode}", told)
+        write_json(state, told | {"done": int(number) + 1})
     return json.loads(state.read_text())
+
+
+def _watched(child: psutil.Process, at: Path) -> bool:
+    """Wait for the end of a process that notes each of its inputs in `at`; whether it hung at one and was ended."""
+    told, since, used = None, time.monotonic(), 0.0
+    while (status := child.status()) != psutil.STATUS_ZOMBIE:
+        time.sleep(0.2)
+        moved, spent = at.stat().st_mtime_ns if at.exists() else None, sum(child.cpu_times()[:2])
+        if moved != told:
+            told, since, used = moved, time.monotonic(), spent
+        starved = spent - used < PATIENCE and status == psutil.STATUS_RUNNING  # it waits for a processor only
+        if time.monotonic() - since > PATIENCE and not starved:
+            child.kill()
+            return True
+    return False
 
 
 def main() -> int:
