@@ -116,6 +116,28 @@ def test_every_end_of_a_job_is_a_line_in_its_log(cloud, tmp_path, monkeypatch, e
     assert line.startswith("error: ") and ("/big: No space left on device" in line or "no" in line or "away" in line)
 
 
+@pytest.mark.parametrize("node", [0, 1])
+@pytest.mark.parametrize("damaged", [False, True])
+def test_where_the_result_is_there_no_node_runs_anything(cloud, tmp_path, monkeypatch, node, damaged):
+    """A machine that was lost just after it had left its result trained everything again."""
+    result = {"stage": "sft", "job": "j", "lock": {}, "files": {}, "runs": {}, "seconds": 1.0}
+    cloud.store.write("results/key.json", {} if damaged else result)
+    cloud.store.write("checkpoints/key/j/manifests/00000001.json", {})
+
+    def receive(*_):
+        raise ClearError("the stage would run")
+
+    monkeypatch.setattr(worker, "receive", receive)
+    given = cloud.store, {"commit": "c"}, "key", "j", node, tmp_path, worker.Log(tmp_path / "log"), worker.Notice()
+    if damaged:
+        with pytest.raises(ClearError, match="the stage would run"):
+            worker._run(*given)
+    else:
+        assert worker._run(*given) == 0
+    forgotten = node == 0 and not damaged
+    assert bool(cloud.store.names("checkpoints/key/")) != forgotten, "as at the end of the attempt that was lost"
+
+
 def test_before_the_stage_a_notice_ends_the_job_at_once():
     with pytest.raises(SystemExit) as ended:
         worker.Notice()(signal.SIGTERM, None)

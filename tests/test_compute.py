@@ -2,7 +2,11 @@
 
 import copy
 import json
+import os
 import re
+import signal
+import subprocess
+import sys
 import time
 from types import SimpleNamespace
 
@@ -348,3 +352,36 @@ def test_an_entry_of_the_lock_says_after_the_way_back_what_it_said_before(tmp_pa
     kept["lock"]["params"]["params.yaml"]["optimiser"]["lr"] = 7e-5
     with pytest.raises(ClearError, match="has other params"):
         execute.refuse_other_inputs(kept["lock"], inputs)
+
+
+MERGE = """
+import resource, signal, sys
+from pathlib import Path
+from ruamel.yaml import YAML
+from flows.batch.execute import merge_lock
+signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+merge_lock(Path("dvc.lock"), "sft", {"cmd": "another"})
+"""
+
+
+def test_killed_in_the_middle_the_lock_is_the_one_before(tmp_path):
+    """Cut, dvc.lock is still YAML: the stages that it lacked were trained again."""
+    from dvc.utils.serialize import dump_yaml, modify_yaml
+
+    lock, expected = tmp_path / "dvc.lock", tmp_path / "expected"
+    for file in (lock, expected):
+        dump_yaml(file, {"schema": "2.0", "stages": {f"s{n}": {"cmd": f"ün {n}", "params": TRICKY} for n in range(50)}})
+    before = lock.read_bytes()
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run([sys.executable, "-c", MERGE], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGXFSZ, done.stderr  # the kernel ends it when it has written 1,000 bytes
+    assert lock.read_bytes() == before
+    execute.merge_lock(lock, "sft", {"cmd": "another"})
+    with modify_yaml(str(expected)) as content:
+        content["stages"]["sft"] = {"cmd": "another"}
+    assert lock.read_bytes() == expected.read_bytes() and sorted(tmp_path.iterdir()) == [lock, expected]
+    (tmp_path / "new").mkdir()
+    execute.merge_lock(tmp_path / "new/dvc.lock", "sft", {"cmd": "first"})
+    assert (tmp_path / "new/dvc.lock").read_text() == "schema: '2.0'\nstages:\n  sft:\n    cmd: first\n"

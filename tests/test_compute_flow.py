@@ -85,6 +85,58 @@ def test_without_a_spot_machine_in_time_it_runs_on_demand(work, cloud):
     assert first["attempts"] == [] and second["jobQueue"] == "ondemand" and second["status"] == "SUCCEEDED"
 
 
+RESULT = {"stage": "sft", "job": "j", "lock": {}, "files": {}, "runs": {}, "seconds": 1.0}
+ENDS = {
+    "its machine is reclaimed": lambda cloud, job: cloud.batch.reclaim(job),
+    "another flow ends it": lambda cloud, job: _terminate(job, f"{compute_batch.LEFT}: KeyboardInterrupt"),
+    "somebody ends it": lambda cloud, job: _terminate(job, "by hand"),
+    "Batch forgets it": lambda cloud, job: cloud.batch.jobs.pop(job),
+    "it costs too much": lambda cloud, job: cloud.batch.jobs[job].update(startedAt=0),
+}
+
+
+def _terminate(job, reason):
+    compute_batch.terminate(boto3.client("batch"), job, reason)
+
+
+def _after(cloud, mine, result, end):
+    """Run a job that leaves a result and then does not end well; returns US dollars."""
+
+    def lose():
+        job = running(cloud)
+        cloud.store.write(f"results/{mine.key}.json", result)
+        cloud.batch.environment["KIND"] = "ends"
+        end(cloud, job)
+
+    thief = aside(lose)
+    try:
+        return mine.run()
+    finally:
+        thief.join()
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_result_is_taken_however_its_job_ends(work, cloud, end):
+    """A machine that was lost just after it had left its result was paid for twice, on demand, or failed the stage."""
+    assert _after(cloud, work("waits", attempts=1), RESULT, ENDS[end]) >= 0
+    assert len(_submitted(cloud)) == 1
+    wait_until(lambda: all(job["status"] == "FAILED" for job in cloud.batch.jobs.values()), 60, "the end of the job")
+
+
+def test_a_damaged_result_does_not_keep_a_job_from_being_run_on_demand(work, cloud):
+    _after(cloud, work("waits", attempts=1), {}, ENDS["its machine is reclaimed"])
+    assert [job["jobQueue"] for job in cloud.batch.jobs.values()] == ["spot", "ondemand"]
+
+
+def test_a_job_that_waits_for_another_machine_with_its_result_there_is_ended(work, cloud):
+    cloud.batch.held.add("spot")
+    mine = work("ends", spot_wait_minutes=0.0)
+    cloud.store.write(f"results/{mine.key}.json", RESULT)
+    assert mine.run() == 0
+    (job,) = cloud.batch.jobs.values()
+    wait_until(lambda: job["status"] == "FAILED", 10, "the end of the job on spot")
+
+
 @pytest.mark.parametrize("reason", [KeyboardInterrupt, SystemExit])
 def test_a_flow_that_is_cancelled_ends_its_job(work, cloud, reason):
     mine = work("waits")

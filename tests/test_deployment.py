@@ -205,7 +205,7 @@ def test_a_schedule_fires_and_its_run_completes_with_logs_states_and_artifacts(s
 def test_the_deployed_sweeper_ends_at_once_where_nothing_is_in_the_cloud(server, worker, project):
     run = server.start("sweep/orphans", workspace=str(project))
     assert server.ended(run).is_completed(), server.state(run)
-    said = "no stage is placed on AWS Batch (compute.place): nothing to sweep."
+    said = "no stage is placed on AWS Batch and compute.budget_usd is 0: nothing to sweep."
     wait_until(lambda: said in [one["message"] for one in server.logs(run)], 20, "its log")
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -172,6 +173,51 @@ def test_a_job_makes_the_stage_and_the_flow_takes_it_over(request_of, training, 
     )
     assert entry_of(training, "sft") == result["lock"]
     assert "- path: data/metrics/sft.json" in (training / "dvc.lock").read_text()
+
+
+LOST = """
+# A job whose machine is lost when nothing is left to do but to remove its own folder.
+import os, shutil, signal, sys
+from flows.batch import worker
+remove = shutil.rmtree
+def lost(path, *given, **more):
+    if os.path.dirname(path) == os.environ["TMPDIR"] and os.path.basename(path).startswith("clear-"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return remove(path, *given, **more)
+shutil.rmtree = lost
+sys.exit(worker.main([]))
+"""
+
+
+@pytest.mark.slow
+def test_a_job_whose_machine_is_lost_after_its_result_is_not_run_again(request_of, training, cloud, tmp_path):
+    key = request_of["key"]
+    (request,) = cloud.store.names(f"requests/{key}/")
+    environment = cloud.batch.environment | {"CLEAR_REQUEST": cloud.store.url(request), "AWS_BATCH_JOB_ID": "job-1"}
+    environment["TMPDIR"] = str(tmp_path / "machine")
+    (tmp_path / "machine").mkdir()
+
+    def attempt(*command):
+        given = [sys.executable, *command]
+        return subprocess.run(given, cwd=tmp_path / "machine", env=environment, capture_output=True, text=True)
+
+    first = attempt("-c", LOST)
+    assert first.returncode == -signal.SIGKILL and "step 10" in first.stdout, first.stdout + first.stderr
+    left = cloud.store.read_bytes(f"results/{key}.json")
+    again = attempt("-m", "flows.batch.worker")
+    assert again.returncode == 0 and "nothing is run" in again.stdout and "step" not in again.stdout, again.stdout
+    assert left and cloud.store.read_bytes(f"results/{key}.json") == left
+
+
+@pytest.mark.slow
+def test_the_flow_takes_the_result_of_a_job_that_was_lost_after_it(training, cloud):
+    cloud.batch.program = ["-c", LOST]
+    dvc(training, "push", "data/samples")
+    said = []
+    done = execute.reproduce("sft", training, compute_of(training), said.append)
+    (job,) = cloud.batch.jobs.values()
+    assert job["status"] == "FAILED" and done.startswith(f"ran as job {job['jobId']}"), said
+    assert (training / "data/models/sft/weights").exists() and entry_of(training, "sft")["outs"]
 
 
 def test_a_job_gets_exactly_the_inputs_or_refuses(request_of, training, cloud, tmp_path):

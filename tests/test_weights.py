@@ -144,6 +144,28 @@ def test_a_part_of_other_content_is_not_accepted(bucket):
     assert (fetch(f"s3://{name}/bagel/7b") / "ema.safetensors").read_bytes() == FILES["ema.safetensors"]
 
 
+@pytest.mark.parametrize("size", [0, 1, 300_000])
+def test_a_whole_part_of_an_object_whose_etag_is_no_md5_is_kept(bucket, gets, monkeypatch, size):
+    """Of an object that KMS encrypts; after a kill before the rename, all of it was thrown away as damaged."""
+    from moto.s3.models import s3_backends
+
+    client, name = bucket
+    content = os.urandom(size)
+    client.put_object(Bucket=name, Key="kms/ema.safetensors", Body=content, ServerSideEncryption="aws:kms")
+    found = [models.buckets[name] for account in s3_backends.values() for models in account.values()]
+    found[0].keys["kms/ema.safetensors"]._etag = "0123456789abcdef" * 2
+
+    def killed(part):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as end, pytest.raises(KeyboardInterrupt):
+        end.setattr(weights, "sync", killed)
+        fetch(f"s3://{name}/kms")
+    gets.clear()
+    assert (fetch(f"s3://{name}/kms") / "ema.safetensors").read_bytes() == content
+    assert gets == [("kms/ema.safetensors", f"bytes={size - 1}-" if size > 1 else None)]
+
+
 @pytest.mark.parametrize("size", [5 * MIB, 8 * MIB])
 def test_uploads_in_parts_are_verified(bucket, size):
     client, name = bucket

@@ -145,21 +145,20 @@ def _download(client, bucket: str, remote: Remote, path: Path, bar: tqdm) -> Non
         if other != part:
             other.unlink()
     have = part.stat().st_size if part.exists() else 0
-    have = have if have <= remote.size else 0
+    # Of a part that is whole the last byte is asked for again: the answer says how the object is encrypted.
+    have = min(have, max(remote.size - 1, 0)) if have <= remote.size else 0
     bar.update(have)
-    plain = True
     with naming(part), part.open("r+b" if have else "wb") as file:
         file.seek(have)
-        if have < remote.size or not remote.size:
-            answer, chunks = aws.opened(client, bucket, remote.key, have, remote.etag, _CHUNK)
-            plain = answer.get("ServerSideEncryption") in (None, "AES256") and "SSECustomerAlgorithm" not in answer
-            try:
-                for chunk in chunks:
-                    file.write(chunk)
-                    bar.update(len(chunk))
-            except FlexibleChecksumError:  # all has arrived, and is something else
-                part.unlink()
-                raise
+        answer, chunks = aws.opened(client, bucket, remote.key, have, remote.etag, _CHUNK)
+        plain = answer.get("ServerSideEncryption") in (None, "AES256") and "SSECustomerAlgorithm" not in answer
+        try:
+            for chunk in chunks:
+                file.write(chunk)
+                bar.update(len(chunk))
+        except FlexibleChecksumError:  # all has arrived, and is something else
+            part.unlink()
+            raise
     size = part.stat().st_size
     if size != remote.size:
         raise ClearError(f"{path}: {size} of {remote.size} bytes arrived; repeat the command, the download resumes.")

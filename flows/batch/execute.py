@@ -26,11 +26,12 @@ from prefect.states import Completed, State
 
 from clear.config import PARAMS, load
 from clear.data.aws import Unreachable
-from clear.data.io import write_json
+from clear.data.io import write_json, write_text
 from clear.data.workspace import profile
 from clear.errors import ClearError, quoted
 from flows.batch import cost, leases, settings
 from flows.batch import job as batch
+from flows.batch.leases import PATIENCE_SECONDS
 from flows.batch.notes import Damaged, Inputs
 from flows.batch.request import CACHED, LOCK, describe, environment_tag, remote_for_jobs, send
 from flows.batch.settings import BatchJob, Compute
@@ -47,10 +48,6 @@ class Unusable(ClearError):
 
 class Overspent(ClearError):
     """A job has cost more than it was allowed."""
-
-
-PATIENCE_SECONDS = 900.0
-"""How long AWS may be out of reach while a job runs before the flow's task fails and is tried again."""
 
 
 def elsewhere(stage: str, workspace: Path, force: bool = False) -> State | None:
@@ -241,6 +238,8 @@ class _Work:
                 time.sleep(self.compute.poll_seconds)
                 continue
             if job is None:
+                if self._handed_over():
+                    return self.before
                 raise ClearError(f"stage {self.inputs.stage}: AWS Batch does not know job {self.job_id} any more.")
             if job["status"] != last:
                 last = job["status"]
@@ -253,20 +252,35 @@ class _Work:
                 if last == "SUCCEEDED":
                     return spent
                 return self._failed(job, spot, spent)
-            if spot and last == "RUNNABLE" and batch.waiting(job) > self.compute.spot_wait_minutes * 60:
-                self.say(f"no spot machine within {self.compute.spot_wait_minutes:g} min: asking on demand")
-                batch.terminate(self.account.batch, self.job_id, batch.NO_SPOT)
-                cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
-                self.before = spent
-                return "on demand"
-            if spent > allowed:
-                raise Overspent(
-                    f"stage {self.inputs.stage}: job {self.job_id} has cost {spent:.2f} USD, more than the "
-                    f"{allowed:.2f} it was allowed; its checkpoint is kept; raise compute.jobs.*.timeout_hours."
-                )
+            late = spot and last == "RUNNABLE" and batch.waiting(job) > self.compute.spot_wait_minutes * 60
+            if late or spent > allowed:
+                return self._give_up(late, price, spent, allowed)
             time.sleep(self.compute.poll_seconds)
 
-    def _failed(self, job: dict[str, Any], spot: bool, spent: float) -> str:
+    def _give_up(self, late: bool, price: float, spent: float, allowed: float) -> float | str:
+        """End a job that is `late` to get a spot machine, or that has cost too much (else Overspent is raised)."""
+        there = self._handed_over()
+        if not (late or there):
+            raise Overspent(
+                f"stage {self.inputs.stage}: job {self.job_id} has cost {spent:.2f} USD, more than the "
+                f"{allowed:.2f} it was allowed; its checkpoint is kept; raise compute.jobs.*.timeout_hours."
+            )
+        if not there:
+            self.say(f"no spot machine within {self.compute.spot_wait_minutes:g} min: asking on demand")
+        batch.terminate(self.account.batch, self.job_id, batch.NO_SPOT if late else "its result is there")
+        cost.enter(self.store, self.job_id, self.inputs.stage, allowed, self.hours * price, hours=self.hours)
+        self.before = spent
+        return spent if there else "on demand"
+
+    def _handed_over(self) -> bool:
+        """Whether the result is there although its job has not ended well: the machine may be lost just after it."""
+        if there := self.store.usable(f"results/{self.key}.json") is not None:
+            self.say(f"job {self.job_id} has left its result before it ended: it is taken")
+        return there
+
+    def _failed(self, job: dict[str, Any], spot: bool, spent: float) -> float | str:
+        if self._handed_over():
+            return spent
         reason = job.get("statusReason") or job.get("container", {}).get("reason") or "no reason given"
         if reason.startswith(batch.LEFT):
             raise Temporary(
@@ -363,14 +377,16 @@ def refuse_other_inputs(entry: dict, inputs: Inputs) -> None:
 
 
 def merge_lock(file: Path, stage: str, entry: dict) -> None:
-    """Put a stage's entry into dvc.lock, as DVC writes it."""
-    from dvc.utils.serialize import modify_yaml
+    """Put a stage's entry into dvc.lock, as DVC writes it but whole or not at all: cut, it still is YAML and DVC runs
+    the stages that it lacks again."""
+    from dvc.utils.serialize import dumps_yaml, parse_yaml_for_update
 
-    with modify_yaml(str(file)) as content:
-        if not content:
-            content["schema"] = "2.0"
-        content["stages"] = content.get("stages", {})
-        content["stages"][stage] = entry
+    content = parse_yaml_for_update(file.read_text(encoding="utf-8") if file.exists() else "", str(file))
+    if not content:
+        content["schema"] = "2.0"
+    content["stages"] = content.get("stages", {})
+    content["stages"][stage] = entry
+    write_text(file, dumps_yaml(content))
 
 
 def _record(stage: str, workspace: Path, result: dict, more: dict[str, Any]) -> None:

@@ -14,8 +14,12 @@ from prefect.runtime import flow_run
 from flows.batch.job import LEFT, terminate
 from flows.batch.store import Store
 
-MINUTES = 10.0
-"""Age at which a lease is that of a flow that is gone; a live one renews it every `compute.poll_seconds`."""
+PATIENCE_SECONDS = 900.0
+"""How long AWS may be out of reach while a job runs before the flow's task fails and is tried again."""
+MINUTES = 2 * PATIENCE_SECONDS / 60
+"""Age at which a lease is that of a flow that is gone. A live one renews it every `compute.poll_seconds`; where AWS is
+out of its reach it comes back after its patience and the retries of its task, which take less than as long again
+(tests/test_sweep.py adds them up). The job of a flow that comes back must still be there."""
 
 
 def renew(store: Store, job_id: str, waiter: str) -> None:

@@ -77,7 +77,7 @@ class Compute:
     max_vcpus: int = between(1, 10**5)  # of all machines of a queue together
     alarm_usd: float = between(1, 10**7)  # monthly bill at which the account's owner gets a mail
     spot_wait_minutes: float = between(0, 10**4)  # in the queue before on demand is asked
-    poll_seconds: float = between(0.05, 300)  # renews the lease, which the sweeper takes for dead after 10 min
+    poll_seconds: float = between(0.05, 300)  # renews the lease (flows/batch/leases.py)
     checkpoint_seconds: float = between(0.05, 3600)  # between looks for a new checkpoint to keep in S3
     fetch_mib: float = between(0, 10**7)  # larger outputs stay in the DVC remote until a stage here reads them
     jobs: dict[str, BatchJob] = field()  # by stage; `default` for the others

@@ -82,6 +82,13 @@ class Store:
         except Damaged as error:
             raise Damaged(f"{self.url(name)}: {error}") from error
 
+    def usable(self, name: str) -> Any:
+        """A JSON note, or None if there is none or a damaged one, for readers that do without it."""
+        try:
+            return self.read(name)
+        except Damaged:
+            return None
+
     def read_bytes(self, name: str, start: int = 0) -> bytes | None:
         """Content from byte `start` on, empty if there is no more; None if there is no such object."""
         from botocore.exceptions import ClientError

@@ -1,10 +1,10 @@
 """The job: reproduce one stage on another machine. `python -m flows.batch.worker`, started by AWS Batch.
 
 CLEAR_REQUEST names the request in S3 (flows/batch/request.py). In order: check out the commit and go on as its worker,
-which may be newer than the image that holds this one; make a workspace of the request and refuse if an input differs
-from the request; fetch weights; fetch the newest checkpoint; `dvc repro` the one stage, keeping checkpoints and the log
-in S3 meanwhile; push the outputs to the DVC remote; put the stage's entry of dvc.lock, its small outputs and run
-records into S3, last a note that says so.
+which may be newer than the image that holds this one; end where the result is in S3 already; make a workspace of the
+request and refuse if an input differs from the request; fetch weights; fetch the newest checkpoint; `dvc repro` the one
+stage, keeping checkpoints and the log in S3 meanwhile; push the outputs to the DVC remote; put the stage's entry of
+dvc.lock, its small outputs and run records into S3, last a note that says so.
 
 SIGTERM is the notice that the machine is reclaimed: the stage is asked to save, its checkpoint is kept, and the exit
 status is 75, which lets Batch start the job again. A kill follows after 30 s, so everything ends before that.
@@ -164,6 +164,8 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
     def dvc(*arguments: str) -> None:
         _dvc(arguments, folder, environment, log)
 
+    if _handed_over(store, key, node, log):
+        return 0
     begun = time.monotonic()
     inputs = receive(store, content, folder, lambda _, paths: dvc("pull", *paths))
     same_environment(folder)
@@ -189,11 +191,29 @@ def _run(store: Store, content: dict, key: str, job: str, node: int, work: Path,
         return status
     dvc("push", inputs.stage)
     _hand_over(store, inputs, key, job, folder, home, time.monotonic() - begun)
+    _forget(store, key, log)
+    return 0
+
+
+def _handed_over(store: Store, key: str, node: int, log: Log) -> bool:
+    """Whether the result is in S3 already: an attempt before this one has lost its machine after that.
+
+    Every node looks: the others would wait for the first one, which has ended.
+    """
+    if store.usable(f"results/{key}.json") is None:
+        return False
+    log.say("the result is in S3 already, from an attempt that was lost after it had left it there: nothing is run")
+    if node == 0:
+        _forget(store, key, log)
+    return True
+
+
+def _forget(store: Store, key: str, log: Log) -> None:
+    """Delete the checkpoints; a failure has no cost: the result is there, and the bucket's rules end old ones."""
     try:
         forget(store, key)
-    except ClearError as error:  # the result is there, and the bucket's rules end old checkpoints
+    except ClearError as error:
         log.say(f"checkpoints not removed from S3: {error}")
-    return 0
 
 
 def _dvc(arguments: Sequence[str], folder: Path, environment: dict[str, str], log: Log) -> None:
