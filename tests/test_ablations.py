@@ -1,7 +1,9 @@
 """Ablations: what runs, what it is compared with, and what the page says of it."""
 
 import shutil
+import threading
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -10,8 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from clear.data import lock
 from clear.errors import ClearError
-from clear.project import ablations, seeds
+from clear.project import ablations, scratch, seeds
 from clear.report import seeds as page
 from tests.helpers.finished_runs import RIGHT
 
@@ -126,6 +129,81 @@ def test_an_ablation_of_another_seed_begins_where_that_seed_ended_and_is_pooled(
     assert "| CLEAR | 1, 2 |" in row and f"{100 * (hard[0] - hard[1]):+.1f} [" in row
     ablations.run(folder, ["grpo_text"], seed=2)
     assert len(runs) == 3, "what is there does not run again"
+
+
+def test_an_edit_while_an_ablation_runs_names_the_next(home, monkeypatch):
+    folder, runs, stale = home
+    seeds.run(folder, [1])
+    run = scratch.run
+
+    def edited(*arguments):
+        stale.append("params.yaml: seed is 7, dvc.lock has 1.")
+        return run(*arguments)
+
+    monkeypatch.setattr(scratch, "run", edited)
+    with pytest.raises(ClearError, match=r"ablation labels_20 is not run, .*: params.yaml: seed is 7, .* done stays"):
+        ablations.run(folder, ["grpo_text", "labels_20"])
+    assert len(runs) == 1 and (folder / seeds.ABLATIONS / "grpo_text.parquet").exists()
+
+
+def test_of_two_runs_of_one_name_the_second_waits_for_the_result_and_makes_nothing(home, monkeypatch, tmp_path):
+    """The copy that the first removes was the one in which the second had begun to work."""
+    folder, runs, _ = home
+    seeds.run(folder, [1])
+    inside, waits, run = threading.Event(), threading.Event(), scratch.run
+
+    def locked(*arguments):
+        with lock.writer(tmp_path / "scratch" / arguments[3], "wait", "scratch run", lock.remark):
+            inside.set()
+            assert waits.wait(60)
+            return run(*arguments)
+
+    def begin() -> None:
+        try:
+            ablations.run(folder, ["grpo_text"])
+        except Exception as error:  # such as that of a copy that has gone
+            failed.append(error)
+
+    failed: list[Exception] = []
+    monkeypatch.setattr(scratch, "run", locked)
+    monkeypatch.setattr(lock, "say", lambda *_: waits.set())
+    monkeypatch.setenv(lock.WHEN_BUSY, "wait")
+    first, second = threading.Thread(target=begin), threading.Thread(target=begin)
+    first.start()
+    assert inside.wait(60)
+    second.start()
+    for thread in (first, second):
+        thread.join()
+    assert not failed and len(runs) == 1
+    assert seeds.models(folder / seeds.ABLATIONS / "grpo_text.parquet") == {"grpo"}
+    assert not (tmp_path / "scratch/tiny-grpo_text").exists()
+
+
+def test_nobody_begins_an_ablation_whose_result_is_being_kept(home, monkeypatch):
+    folder, runs, _ = home
+    seeds.run(folder, [1])
+    kept, removed, asked = seeds.collect, shutil.rmtree, []
+
+    def busy() -> None:
+        (folder / seeds.ABLATIONS / "grpo_text.parquet").unlink(missing_ok=True)  # else there is nothing to make
+        asked.append(1)
+        with pytest.raises(lock.Busy, match=r"tiny-grpo_text is being written to by .*\(make ablations\); run again"):
+            ablations.run(folder, ["grpo_text"])
+
+    def collect(*arguments):
+        if len(asked) < 1:
+            busy()
+        kept(*arguments)
+
+    def rmtree(path, *arguments, **options):
+        if Path(path).name == "tiny-grpo_text" and len(asked) < 2:
+            busy()
+        removed(path, *arguments, **options)
+
+    monkeypatch.setattr(seeds, "collect", collect)
+    monkeypatch.setattr(shutil, "rmtree", rmtree)
+    ablations.run(folder, ["grpo_text"])
+    assert len(asked) == 2 and len(runs) == 1
 
 
 def test_runs_of_one_name_and_different_changes_are_not_pooled(home, monkeypatch):

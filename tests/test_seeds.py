@@ -12,7 +12,7 @@ import yaml
 
 from clear.bench.models import MODELS
 from clear.errors import ClearError
-from clear.project import seeds
+from clear.project import scratch, seeds
 from clear.report import seeds as page
 from tests.helpers.finished_runs import RIGHT
 
@@ -103,6 +103,29 @@ def test_no_seed_is_run_under_a_setting_that_is_not_what_dvc_lock_has(home):
     with pytest.raises(ClearError, match=r"out of date: params.yaml: seed is 7"):
         seeds.run(folder, [2])
     assert not runs
+
+
+@pytest.mark.parametrize("kind", ["parameters", "code"])
+def test_an_edit_while_a_seed_runs_names_the_next_and_changes_no_label(home, monkeypatch, kind):
+    folder, runs, stale = home
+    began, run = seeds.setting(folder), scratch.run
+
+    def edited(workspace, *arguments):
+        copy = run(workspace, *arguments)
+        if kind == "code":
+            stale.append("clear/model/vit.py is not the version in dvc.lock.")
+        else:
+            params = yaml.safe_load((folder / "params.yaml").read_text())
+            (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
+        return copy
+
+    monkeypatch.setattr(scratch, "run", edited)
+    found = {"parameters": "params.yaml or dvc.lock has another setting.", "code": "clear/model/vit.py is not .*"}[kind]
+    with pytest.raises(ClearError, match=f"seed 3 is not run, since .* was edited .*: {found} What is done stays"):
+        seeds.run(folder, [2, 3])
+    assert [name for _, name in runs] == ["tiny-seed-2"]
+    assert [file.name for file in (folder / seeds.FOLDER).iterdir()] == ["2.parquet"]
+    assert seeds.about(folder / seeds.FOLDER / "2.parquet")["setting"] == began, "what its copy was made of"
 
 
 def test_an_empty_folder_says_what_to_run(home):

@@ -14,6 +14,8 @@ from pathlib import Path
 
 from clear.bench.models import MODELS
 from clear.config import CONF_DIR
+from clear.data.lock import making
+from clear.data.workspace import home
 from clear.degradation.corruptions import CORRUPTIONS
 from clear.errors import ClearError
 from clear.project import check, scratch, seeds
@@ -60,8 +62,8 @@ def listed(file: Path = LISTED) -> dict[str, Ablation]:
 def run(workspace: Path, wanted: Sequence[str], seed: int | None = None) -> Path:
     """Run every ablation that is wanted and not there yet, under the workspace's seed or another; returns the page.
 
-    Raises ClearError for an unknown name, where a run stops, where the workspace's own results are out of date, and for
-    a seed that was not run here.
+    Raises ClearError for an unknown name, where a run stops, where the workspace's own results are out of date or
+    others than at the beginning, and for a seed that was not run here.
     """
     known = listed()
     if unknown := [name for name in wanted if name not in known]:
@@ -79,12 +81,28 @@ def run(workspace: Path, wanted: Sequence[str], seed: int | None = None) -> Path
         about = {"setting": setting, "changes": " ".join(ablation.changes), "what": ablation.what}
         more = {"against": " ".join(ablation.against), "kinds": " ".join(ablation.kinds)}
         about |= {"seed": str(seed)} | {key: text for key, text in more.items() if text}
-        if seeds.about(file) == about and seeds.models(file) == {ablation.model}:
-            continue
-        overrides, copy = [f"seed={seed}", *ablation.changes], f"{params['profile']}-{name}{end}"
+        if not _made(ablation, file, about):
+            _run(workspace, params["profile"], ablation, file, about, begin)
+    return seeds.render(workspace)
+
+
+def _made(ablation: Ablation, file: Path, about: dict[str, str]) -> bool:
+    return seeds.about(file) == about and seeds.models(file) == {ablation.model}
+
+
+def _run(
+    workspace: Path, profile: str, ablation: Ablation, file: Path, about: dict[str, str], begin: Path | None
+) -> None:
+    """Run an ablation in its copy, keep what it leaves and remove the copy, alone from the first to the last of these:
+    the copy that is removed is the one in which another command of that ablation would work."""
+    copy = f"{profile}-{file.stem}"
+    with making(home() / "scratch" / copy, "make ablations"):
+        if _made(ablation, file, about):  # by the command that this one has waited for
+            return
+        seeds.require_setting(workspace, about["setting"], f"ablation {file.stem}")
+        overrides = [f"seed={about['seed']}", *ablation.changes]
         # With nothing changed, nothing is taken over either: it is trained again, as this machine trains.
         targets = [f"evaluate@{ablation.model}"] if ablation.changes else []
-        folder = scratch.run(workspace, params["profile"], overrides, copy, targets, begin)
+        folder = scratch.run(workspace, profile, overrides, copy, targets, begin)
         seeds.collect(folder, file, [ablation.model], about)
         shutil.rmtree(folder)
-    return seeds.render(workspace)

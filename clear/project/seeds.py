@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from clear.bench.models import MODELS
 from clear.config import PARAMS, read_yaml
 from clear.data.io import reading_parquet, replacing, whole, write_text
+from clear.data.lock import making
 from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.project import check, scratch
@@ -49,19 +50,37 @@ def run(workspace: Path, wanted: Sequence[int]) -> Path:
     """Run every seed that is wanted, then render the page from all seeds there are; returns the page.
 
     The parameters are those of the workspace. Raises ClearError where a run stops, for seeds of different settings, and
-    where the workspace's own results are not those of its code and parameters, which say what the setting is.
+    where the workspace's own results are not those of its code and parameters, which say what the setting is, or are
+    others than at the beginning.
     """
     params = parameters(workspace)
     if wanted and (stale := check.drifts(workspace)):
         raise ClearError(
             f"seeds are run under the setting of the committed results, and these are out of date: {stale[0]}"
         )
+    began = setting(workspace) if wanted else ""
     for seed in wanted:
-        folder = workspace
-        if seed != params["seed"]:
-            folder = scratch.run(workspace, params["profile"], [f"seed={seed}"], _copy_name(params, seed))
-        collect(folder, workspace / FOLDER / f"{seed}.parquet", list(MODELS), {"setting": setting(workspace)})
+        copy, target = _copy_name(params, seed), workspace / FOLDER / f"{seed}.parquet"
+        with making(home() / "scratch" / copy, "make results"):  # here one waits for another, and only then asks
+            require_setting(workspace, began, f"seed {seed}")
+            own = seed == params["seed"]
+            folder = workspace if own else scratch.run(workspace, params["profile"], [f"seed={seed}"], copy)
+            collect(folder, target, list(MODELS), {"setting": began})
     return render(workspace)
+
+
+def require_setting(workspace: Path, began: str, what: str) -> None:
+    """Raises ClearError unless the workspace has the setting yet with which a command of hours began.
+
+    Each run copies the workspace as it is when that run begins, so an edit would reach the later ones alone.
+    """
+    stale = check.drifts(workspace)
+    if stale or setting(workspace) != began:
+        found = stale[0] if stale else f"{PARAMS} or {LOCK} has another setting."
+        raise ClearError(
+            f"{what} is not run, since {workspace.resolve()} was edited after this command began: {found} What is done "
+            "stays; undo the edit and repeat, or begin again with all of them."
+        )
 
 
 def _copy_name(params: dict, seed: int) -> str:

@@ -21,6 +21,8 @@ from clear.project.release.registry import Artifact
 
 STAGE = "prod"
 """The stage that a release is meant for unless another is named."""
+_ALREADY = " already, by the tags of this clone"
+_MADE_BEFORE = "The tag was made before and had not been pushed."
 
 
 def release(
@@ -37,7 +39,7 @@ def release(
     registry.require_stage(stage)
     known = registry.versions(root, model)
     if version in known:
-        raise ClearError(f"{model} {version} exists, at commit {known[version][:10]}; choose the next version.")
+        return _released_before(root, model, version, stage, known[version], push)
     _require_clean(root)
     head = output(root, "rev-parse", "HEAD").strip()
     for other, commit in known.items():
@@ -55,8 +57,27 @@ def release(
     commit = output(root, "rev-parse", "HEAD").strip()
     tag = registry.register(root, model, version, commit, f"{model} {version}. {reason}")
     lines = [*map(str, written), f"tag {tag}", reason]
-    assigning = f"put it into its stage: clear release {model} --assign {stage} {version}"
-    return [*lines, _published(root, tag, push, branch=True), assigning]
+    return [*lines, _published(root, tag, push, branch=True), _assigning(model, stage, version)]
+
+
+def _assigning(model: str, stage: str, version: str) -> str:
+    return f"put it into its stage: clear release {model} --assign {stage} {version}"
+
+
+def _released_before(root: Path, model: str, version: str, stage: str, commit: str, push: bool) -> list[str]:
+    """Publish a version that there is, as after an end between its tag and the push, and return what there is to say.
+
+    Raises ClearError unless that is asked for, its commit is HEAD, whose branch goes with it, and the remote lacks it.
+    """
+    tags = _here(root, f"{model}@{version}")
+    at_head = commit == output(root, "rev-parse", "HEAD").strip()
+    why, helps = _unpublished(root, tags, branch=at_head)
+    if push and at_head and helps:
+        published = _published(root, tags[0], push, branch=True)
+        return [f"tag {tags[0]}", _MADE_BEFORE, published, _assigning(model, stage, version)]
+    raise ClearError(
+        f"{model} {version} exists, at commit {commit[:10]}; choose the next version{f'; {why}' if why else ''}."
+    )
 
 
 class Undecided(ClearError):
@@ -68,18 +89,27 @@ def assign(
 ) -> list[str]:
     """Put a version into a stage and return what there is to say. A version that has been there is not judged again.
 
-    `approved_by` names in the tag the person who has agreed, if that is another than its author. Raises ClearError for
-    a version that is not registered, is there already, or does not pass the gate.
+    `approved_by` names in the tag the person who has agreed, if that is another than its author. With `push` the tag
+    goes to the remote, beside that of the version, without which nobody else could resolve it; also one that was made
+    before and did not get there. Raises ClearError for a version that is not registered, is there already, or does not
+    pass the gate.
     """
     moved, reason = judge(root, model, stage, version, because)
     approved = f" Approved by {' '.join(approved_by.split())}." if approved_by.strip() else ""
-    tag = registry.assign(root, model, version, stage, f"{moved}. {reason}{approved}")
-    return [f"{moved}.", f"tag {tag}", reason, _published(root, tag, push, branch=False)]
+    if registry.in_stage(root, model, stage) != version:
+        tag = registry.assign(root, model, version, stage, f"{moved}. {reason}{approved}")
+    elif push:
+        tag, reason = _assignment(root, model, stage), _MADE_BEFORE
+    else:
+        raise ClearError(f"{moved}{_ALREADY}; {reason}")
+    versions = _here(root, f"{model}@{version}")
+    return [f"{moved}.", f"tag {tag}", reason, _published(root, tag, push, False, *versions)]
 
 
 def judge(root: Path, model: str, stage: str, version: str, because: str = "") -> tuple[str, str]:
     """(What putting a version into a stage would do, why it may be done), each in words; nothing is changed.
 
+    Where it is there already by tags that the remote lacks, these may be pushed: whoever made them did not get so far.
     Raises ClearError as `assign` does, Undecided where a reason of a person (`because`) would help.
     """
     entry = registry.artifact(root, model)
@@ -93,10 +123,11 @@ def judge(root: Path, model: str, stage: str, version: str, because: str = "") -
         )
     current = registry.in_stage(root, model, stage)
     if current == version:
-        raise ClearError(
-            f"{model} {version} is in {stage} already, by the tags of this clone; `git fetch --tags` brings those of "
-            "others."
-        )
+        there = f"{model} {version} is in {stage}"
+        why, helps = _unpublished(root, [*_here(root, f"{model}@{version}"), _assignment(root, model, stage)])
+        if helps:
+            return there, f"{why}."
+        raise ClearError(f"{there}{_ALREADY}; {why or '`git fetch --tags` brings those of others'}.")
     former = {event.version for event in registry.history(root, model) if event.stage == stage}
     if version in former:
         reason = "It has been there before."
@@ -242,30 +273,82 @@ def _branch(root: Path) -> str:
     return git(root, "symbolic-ref", "--short", "-q", "HEAD").text.strip()
 
 
-def _published(root: Path, tag: str, push: bool, branch: bool) -> str:
-    """Push a tag that was just made, and with `branch` the branch it is on; or say how. A tag that is refused is
-    deleted: it would hide the one that others have."""
-    here, where = _branch(root), remote(root) or "origin"
-    refs = [*([here] if branch and here else []), tag]
-    words = ["push", "--atomic", where, *refs]
-    command = f"git {' '.join(words)}".replace("#", "\\#")
+def _here(root: Path, *names: str) -> list[str]:
+    """Those of some tags that this clone has."""
+    return output(root, "tag", "--list", *names).split()
+
+
+def _assignment(root: Path, model: str, stage: str) -> str:
+    """The newest tag of a stage with a version in it: the one that GTO counted last."""
+    name = f"{model}#{stage}"
+    counts = {tag: tag.removeprefix(name).removeprefix("#") or "0" for tag in _here(root, name, f"{name}#*")}
+    return max((tag for tag, count in counts.items() if count.isdecimal()), key=lambda tag: int(counts[tag]))
+
+
+def _unpublished(root: Path, tags: list[str], branch: bool = False) -> tuple[str, bool]:
+    """(Which tag of this clone the remote does not have, with the remedy, "" for none; whether a push may change that).
+
+    A remote that does not answer is no error: a command that pushes nothing has no need of it.
+    """
+    where = remote(root)
+    if not where or not tags:
+        return "", False
+    publishes = f"`{_typed(_pushing(root, tags, branch))}` publishes it"
+    asked = git(root, "ls-remote", "--tags", where, *(f"refs/tags/{tag}" for tag in tags))
+    if asked.status:
+        return f"{where} does not say whether it has {tags[-1]} ({asked.said}); {publishes}", True
+    lines = (line.partition("\t") for line in asked.text.splitlines())
+    theirs = {name.removeprefix("refs/tags/"): content for content, _, name in lines}
+    for tag in tags:
+        if tag in theirs and theirs[tag] != output(root, "rev-parse", f"refs/tags/{tag}").strip():
+            remedy = f"if that of {where} counts, delete this with `git tag -d '{tag}'` and run `git fetch --tags`"
+            return f"{where} has another {tag}; {remedy}", False
+    lacking = [tag for tag in tags if tag not in theirs]
+    return (f"{where} lacks {' and '.join(lacking)}; {publishes}" if lacking else ""), bool(lacking)
+
+
+def _pushing(root: Path, tags: list[str], branch: bool) -> list[str]:
+    """The words of the command that pushes tags, and with `branch` the branch they are on: all of it, or nothing."""
+    here = _branch(root)
+    return ["push", "--atomic", remote(root) or "origin", *([here] if branch and here else []), *tags]
+
+
+def _typed(words: list[str]) -> str:
+    return f"git {' '.join(words)}".replace("#", "\\#")
+
+
+def _published(root: Path, tag: str, push: bool, branch: bool, *others: str) -> str:
+    """Push a tag that is here alone, with `branch` the branch it is on, and other tags that it needs; or say how.
+
+    A tag that is refused, or with which another is, is deleted: it would hide the one that others have.
+    """
+    words = _pushing(root, [*others, tag], branch)
+    command, where, refs = _typed(words), words[2], words[3:]
     if not push:
         return f"others see it after: {command}"
     done = git(root, *words)
     if not done.status:
-        return f"pushed: {' '.join(refs)}"
-    name = re.escape(tag)
-    refused = re.search(rf"! .*{name} -> {name} \((?!atomic)(.*?)\)", done.said)  # for itself, not for the branch
-    if refused:
-        output(root, "tag", "-d", tag)
-        stays = ", while the commit of the cards stays" if branch else ""
-        deleted = f"{where} refuses {tag} ({refused[1]}), so that it is deleted here and does not count{stays}"
-        if "already exists" in refused[1]:
-            raise ClearError(
-                f"{deleted}: somebody else has released or assigned meanwhile; `git fetch --tags {where}` shows what, "
-                "then repeat if it is still wanted."
-            )
-        raise ClearError(f"{deleted}: {done.said}; `git fetch --tags {where}` and repeat once it accepts it.")
+        said = done.error_lines()
+        new = [ref for ref in refs if any(line.endswith(f" -> {ref}") for line in said)]  # those it did not have
+        return f"pushed: {' '.join(new or refs)}"
+    for name in (tag, *others):
+        told = rf"! .*{re.escape(name)} -> {re.escape(name)} \((?!atomic)(.*?)\)"  # for itself, not for another
+        refused = re.search(told, done.said)
+        if refused and f" -> {tag} (" in done.said:  # else the remote has it
+            output(root, "tag", "-d", tag)
+            stays = ", while the commit of the cards stays" if branch else ""
+            deleted = f"{where} refuses {name} ({refused[1]}), so that {'it' if name == tag else tag} is deleted here"
+            raise ClearError(f"{deleted} and does not count{stays}: {_after_refusal(where, refused[1], done.said)}")
     behind = "(fetch first)" in done.said or "(non-fast-forward)" in done.said
-    first = f"`git pull --no-rebase {where} {here}`, then " if behind else ""
+    first = f"`git pull --no-rebase {where} {_branch(root)}`, then " if behind else ""
     raise ClearError(f"{tag} is made here, but `{command}` failed: {done.said}; {first}repeat that command.")
+
+
+def _after_refusal(where: str, reason: str, said: str) -> str:
+    """What to do where a remote has refused a tag."""
+    if "already exists" in reason:
+        return (
+            f"somebody else has released or assigned meanwhile; `git fetch --tags {where}` shows what, then repeat if "
+            "it is still wanted."
+        )
+    return f"{said}; `git fetch --tags {where}` and repeat once it accepts it."
