@@ -21,7 +21,7 @@ from tests.conftest import ROOT
 from tests.helpers.tables import write_tsv
 from tests.kill.disk import PLENTY, mounted
 
-MOVES = {"clear/project/retrain/intake.py", "clear/training/loop/run.py"}
+MOVES = {"clear/project/retrain/intake.py", "clear/project/scratch.py", "clear/training/loop/run.py"}
 """What renames folders that are not new, or on their way out."""
 
 

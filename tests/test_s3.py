@@ -9,11 +9,13 @@ import urllib.request
 import pytest
 
 from clear.errors import ClearError
+from clear.project.retrain import intake
 from clear.project.retrain.intake import Source
 from clear.sources.incoming import sets
 from flows import dvc_commands
 from tests.conftest import ROOT, git
-from tests.helpers.processes import free_port, run_dvc, wait_until
+from tests.helpers.processes import free_port, next_second, run_dvc, wait_until
+from tests.helpers.retraining import die, killed
 from tests.helpers.store import flow_dvc, objects_are_whole, refused_with, remote
 
 KEYS = {"AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "eu-west-1"}
@@ -260,6 +262,57 @@ def test_sets_come_from_a_prefix_only_when_they_changed_and_refused_ones_move_be
         ClearError, match=r"s3://nothing/x: NoSuchBucket: .*; check the bucket's name and the endpoint of"
     ):
         Source.of(project, "s3://nothing/x", tmp_path / "other").fetch(lambda arguments, where: None, said.append)
+
+
+def test_the_rest_of_a_refused_set_is_no_new_set_after_a_kill(store, project, tmp_path):
+    """The rest might pass the checks that the whole has failed."""
+    remote(project, "data/club", store.url)
+
+    def put(name: str, text: str) -> None:
+        store.client.put_object(Bucket="data", Key=f"club/incoming/{name}", Body=text.encode())
+
+    for name in ("fog/rows.jsonl", "mist/bad.jsonl", "mist/rows.jsonl", "mist/a.png", "mist.report/moving.json"):
+        put(name, name)
+    source, said = Source.of(project, "s3://data/club/incoming", tmp_path / "incoming"), []
+    folder = source.fetch(lambda arguments, where: None, said.append)
+    mist = {one.name: one for one in sets(folder)}["mist"]
+
+    def after_one_deletion() -> None:
+        connect = intake.store
+
+        def dying(workspace):
+            client = connect(workspace)
+            delete = client.delete_object
+            client.delete_object = lambda **named: (delete(**named), die())
+            return client
+
+        intake.store = dying
+        source.quarantine(mist, project, "not good")
+
+    killed(after_one_deletion)
+    next_second()
+    put("mist/rows.jsonl", "mist/rows.jsonl")  # somebody puts a mended set back, which has this one as it was
+    source.fetch(lambda arguments, where: None, said.append)
+    assert [(one.name, one.files) for one in sets(folder)] == [("fog", 1), ("mist", 1), ("mist.report", 1)]
+    assert (
+        "1 files of sets in quarantine were left in s3://data/club/incoming by a run that was killed; deleted." in said
+    )
+    told: list[tuple] = []
+    for _ in range(2):
+        source.remind(lambda *given: told.append(given))
+    assert told == [("mist", "not good", "s3://data/club/quarantine/mist")]
+    kept = [f"club/quarantine/{name}" for name in ("mist/a.png", "mist/bad.jsonl", "mist/rows.jsonl")]
+    assert [name for name in store.objects() if name.startswith("club/quarantine")] == [
+        "club/quarantine/mist.report/refused.json",
+        *kept,
+    ]
+
+    report = {one.name: one for one in sets(folder)}["mist.report"]
+    place = source.quarantine(report, project, "no name for a set")
+    assert place == f"s3://data/club/quarantine/mist.report-{report.fingerprint[:8]}", "its file is no note of ours"
+    store.client.put_object(Bucket="data", Key="club/quarantine/fog.report/moving.json", Body=b"[1]")
+    with pytest.raises(ClearError, match=r"fog\.report/moving\.json is damaged \(.*\); delete it, and what is left in"):
+        source.fetch(lambda arguments, where: None, said.append)
 
 
 @pytest.mark.slow

@@ -13,12 +13,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from clear.config import PARAMS, compose
-from clear.data.io import write_text
+from clear.data.io import acquire, sync, write_text
 from clear.data.lock import remark, when_busy_here, writer
 from clear.data.workspace import home
 from clear.errors import ClearError
@@ -178,20 +179,33 @@ def _cache(workspace: Path) -> str:
         return repo.cache.local_cache_dir
 
 
-def clone(source: Path, revision: str, copy: Path) -> str:
+def clone(source: Path, revision: str, copy: Path, complete: Callable[[Path], object] = lambda made: None) -> str:
     """Make `copy` a fresh clone of `source` at `revision` with its DVC cache, remote and replies; returns the commit.
 
-    Raises ClearError if the source is not a git clone with DVC or does not know the revision.
+    `complete` adds what else belongs to it. The clone has another name, `<copy>.partial`, until all of it is there:
+    what a killed run leaves is never taken for a clone. Raises ClearError if the source is not a git clone with DVC or
+    does not know the revision.
     """
-    from dvc.repo import Repo
-
     if not (source / ".dvc" / "config").exists():
         raise ClearError(f"{source}: no DVC project here; name the project's folder as `workspace`.")
     commit = output(source, "rev-parse", "--verify", "--end-of-options", f"{revision}^{{commit}}").split()[-1]
-    shutil.rmtree(copy, ignore_errors=True)
+    discard(copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
-    output(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(copy))
-    output(copy, "checkout", "--quiet", "--detach", commit)
+    partial = copy.with_name(f"{copy.name}.partial")
+    with bounded(copy):
+        output(source, "clone", "--quiet", "--shared", "--no-checkout", str(source), str(partial))
+        output(partial, "checkout", "--quiet", "--detach", commit)
+        _share(source, partial)
+        complete(partial)
+    sync(partial)
+    partial.rename(copy)
+    return commit
+
+
+def _share(source: Path, copy: Path) -> None:
+    """Give a clone the DVC cache, the remotes and the paid replies of its source."""
+    from dvc.repo import Repo
+
     with Repo(str(source)) as repo:
         settings, cache = repo.config.read(), repo.cache.local_cache_dir
     with Repo(str(copy)) as repo, repo.config.edit("local") as own:
@@ -207,7 +221,41 @@ def clone(source: Path, revision: str, copy: Path) -> str:
     (copy / ".git" / "info").mkdir(exist_ok=True)
     with (copy / ".git" / "info" / "exclude").open("a") as file:
         file.write("/data/replies\n")
-    return commit
+
+
+def discard(copy: Path) -> None:
+    """Remove a clone. It loses its name first: what a killed removal leaves is never taken for a clone."""
+    clear_leftovers(copy)
+    if copy.exists():
+        gone = copy.with_name(f"{copy.name}.gone")
+        copy.rename(gone)
+        shutil.rmtree(gone)
+
+
+def clear_leftovers(copy: Path) -> None:
+    """Remove what killed runs have left of making or removing a clone."""
+    for left in (copy.with_name(f"{copy.name}.{state}") for state in ("partial", "gone")):
+        lock = left / ".clear" / "command.lock"  # of the commands of flows, which end a little later than their flow
+        if lock.exists():
+            os.close(acquire(lock, wait=True))
+        if left.exists():
+            shutil.rmtree(left)
+
+
+@contextmanager
+def bounded(copy: Path) -> Iterator[None]:
+    """In the block git, whoever calls it, looks for the repository of a clone in the clone and not above it: in a
+    clone that has lost its own it would answer, commit and push for the workspace, in whose folder the clone is."""
+    name = "GIT_CEILING_DIRECTORIES"
+    before = os.environ.get(name)
+    os.environ[name] = os.pathsep.join(filter(None, [before, str(copy.parent.resolve())]))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def link(source: str, target: str) -> None:

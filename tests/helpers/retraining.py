@@ -1,11 +1,14 @@
 """A small project that retrains: its stages are a few lines each, its tools plain commands."""
 
+import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -135,6 +138,22 @@ def look(project: Path, **options):
     """One check for news; returns its outcome and what was said."""
     said: list[str] = []
     return retrain(project, tools(said), **options), said
+
+
+def die(*given) -> None:
+    """End this process as the kernel does: nothing of it runs any more."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(act: Callable[[], object]) -> None:
+    """Do something in a process of its own that `die`s of it; what it patches stays its own."""
+    child = os.fork()
+    if not child:
+        try:
+            act()
+        finally:  # never back into the test's own frames
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def trees(project: Path, branch: str) -> list[str]:

@@ -3,7 +3,13 @@
 Every folder below the prefix is a set. It is mirrored to the private folder; unchanged objects (by ETag) are not
 fetched again; the mirror is a cache and may be deleted. Rejected data is moved, in S3 next to the prefix:
 `…/incoming/x` becomes `…/quarantine/x`. Its report is next to it, in `x.report`. Nothing can be lost in between: the
-report is written before the data moves, and in S3 an object is deleted only after it has been copied.
+report is written before the data moves, and in S3 an object is deleted only after all have been copied.
+
+Two notes in the report say what a killed run leaves to the next one, and are gone when it is done:
+
+    moving.json     in S3, once all is copied: key → ETag of what is still to be deleted. What is left of a refused set
+                    is another set, which might pass; so the deletion is finished before sets are looked for.
+    untold.json     before the data moves (in S3: once it is copied): what people are told, until they have been
 """
 
 import json
@@ -21,11 +27,12 @@ from clear.data import aws
 from clear.data.io import remembered, replacing, write_json
 from clear.data.lock import writer
 from clear.data.workspace import profile
-from clear.errors import ClearError, shown
+from clear.errors import ClearError, one_line, shown
 from clear.sources.incoming import IncomingSet, sets
 
 FOLDER = "data/incoming"
 QUARANTINE = "quarantine"
+REPORT, MOVING, UNTOLD = ".report", "moving.json", "untold.json"
 
 
 @dataclass(frozen=True)
@@ -79,26 +86,75 @@ class Source:
     def _listing(self) -> Path:
         return self.mirror.with_name(f"{self.mirror.name}.json")
 
-    def quarantine(self, incoming: IncomingSet, copy: Path, problem: str) -> str:
-        """Move a refused set, with the report of its check in the clone `copy`; returns the new place."""
+    def quarantine(
+        self,
+        incoming: IncomingSet,
+        copy: Path,
+        problem: str,
+        tell: Callable[[str, str, str], object] = lambda name, problem, place: None,
+    ) -> str:
+        """Move a refused set, with the report of its check in the clone `copy`, and `tell` its name, the problem and
+        the new place, which is returned."""
         report = report_of(incoming.name, copy)
-        write_json(
-            report / "refused.json", {"name": incoming.name, "fingerprint": incoming.fingerprint, "problem": problem}
-        )
+        refused = {"name": incoming.name, "fingerprint": incoming.fingerprint, "problem": problem}
+        write_json(report / "refused.json", refused)
+        kept = self._move(incoming, report, refused) if self.bucket else self._move_here(incoming, report, refused)
+        tell(incoming.name, problem, self._place(kept))
+        self._told(kept)
+        return self._place(kept)
+
+    def remind(self, tell: Callable[[str, str, str], object]) -> None:
+        """Tell, as `quarantine` does, of sets of which nobody has been told, because the run that moved them was
+        killed."""
+        for kept, refused in sorted(self._untold().items()):
+            tell(str(refused.get("name", kept)), str(refused.get("problem", "see its report")), self._place(kept))
+            self._told(kept)
+
+    @property
+    def _quarantined(self) -> Path:
+        return self.folder.parent / QUARANTINE
+
+    @property
+    def _target(self) -> str:
+        return str(PurePosixPath(self.prefix).parent / QUARANTINE)
+
+    def _place(self, kept: str) -> str:
+        """The user's word for where a set in quarantine is."""
         if self.bucket:
-            return self._move(incoming, report)
-        quarantined = self.folder.parent / QUARANTINE
-        target = quarantined / incoming.name
-        if target.exists():  # an earlier version of it
-            target = quarantined / f"{incoming.name}-{incoming.fingerprint[:8]}"
-        quarantined.mkdir(exist_ok=True)
-        shutil.rmtree(quarantined / f"{target.name}.report", ignore_errors=True)
-        shutil.copytree(report, quarantined / f"{target.name}.report")
+            return f"s3://{self.bucket}/{self._target}/{kept}"
+        return str((self._quarantined / kept).relative_to(self.workspace))
+
+    def _untold(self) -> dict[str, dict]:
+        """Name in quarantine → what `quarantine` says of it, where that was not told."""
+        if self.bucket:
+            client = store(self.workspace)
+            with asked(f"s3://{self.bucket}/{self._target}"):
+                notes = self._notes(client, UNTOLD)
+                return {kept: self._read(client, item["Key"]) for kept, item in notes.items()}
+        notes = {note.parent.name.removesuffix(REPORT): note for note in self._quarantined.glob(f"*{REPORT}/{UNTOLD}")}
+        return {kept: remembered(note) for kept, note in notes.items() if (self._quarantined / kept).exists()}
+
+    def _told(self, kept: str) -> None:
+        if self.bucket:
+            with asked(f"s3://{self.bucket}/{self._target}"):
+                key = f"{self._target}/{kept}{REPORT}/{UNTOLD}"
+                store(self.workspace).delete_object(Bucket=self.bucket, Key=key)
+        else:
+            (self._quarantined / f"{kept}{REPORT}" / UNTOLD).unlink(missing_ok=True)
+
+    def _move_here(self, incoming: IncomingSet, report: Path, refused: dict[str, str]) -> str:
+        """Move a set of a folder; returns its name in quarantine."""
+        kept = _kept(incoming, (self._quarantined / incoming.name).exists())
+        target, beside = self._quarantined / kept, self._quarantined / f"{kept}{REPORT}"
+        shutil.rmtree(beside, ignore_errors=True)
+        shutil.copytree(report, beside)
+        write_json(beside / UNTOLD, refused)
         with writer(self.workspace):
             shutil.rmtree(target, ignore_errors=True)
-            (self.folder / incoming.name).rename(target)
+            # A .dvc file that outlives its set would bring the set back, to be refused again.
             (self.folder / f"{incoming.name}.dvc").unlink(missing_ok=True)
-        return str(target.relative_to(self.workspace))
+            (self.folder / incoming.name).rename(target)
+        return kept
 
     def _objects(self, client: Any, say: Callable[[str], None] = lambda text: None) -> dict[str, dict]:
         """Path below the prefix → ETag, size and when it was written. Raises ClearError where the store refuses.
@@ -120,6 +176,9 @@ class Source:
     def _download(self, say: Callable[[str], None]) -> None:
         client = store(self.workspace)
         there = self._objects(client, say)
+        if gone := self._finish_moves(client, there):
+            say(f"{len(gone)} files of sets in quarantine were left in {self.named} by a run that was killed; deleted.")
+        there = {name: item for name, item in there.items() if name not in gone}
         file = self._listing
         had = remembered(file)
         self.mirror.mkdir(parents=True, exist_ok=True)
@@ -136,26 +195,67 @@ class Source:
                 aws.save(client, self.bucket, f"{self.prefix}/{name}", part)
         write_json(file, there)
 
-    def _move(self, incoming: IncomingSet, report: Path) -> str:
-        client, name = store(self.workspace), incoming.name
-        target = str(PurePosixPath(self.prefix).parent / QUARANTINE)
+    def _move(self, incoming: IncomingSet, report: Path, refused: dict[str, str]) -> str:
+        """Move a set of a prefix; returns its name in quarantine."""
+        client, name, target = store(self.workspace), incoming.name, self._target
         with asked(f"s3://{self.bucket}/{target}"):
             there = {item["Key"] for item in aws.listed(client, self.bucket, f"{target}/{name}")}
-            kept, told = name, f"{target}/{name}.report/refused.json"
-            if any(key.startswith(f"{target}/{name}/") for key in there):  # an earlier version, or half of this one
-                before = aws.content(client, self.bucket, told) if told in there else b""
-                if incoming.fingerprint.encode() not in before:
-                    kept = f"{name}-{incoming.fingerprint[:8]}"
+            taken, said = any(key.startswith(f"{target}/{name}/") for key in there), f"{name}{REPORT}/refused.json"
+            if taken and f"{target}/{said}" in there:  # by an earlier version, or by half of this one
+                before = aws.content(client, self.bucket, f"{target}/{said}")
+                taken = incoming.fingerprint.encode() not in before
+            kept = _kept(incoming, taken)
             for file in sorted(path for path in report.rglob("*") if path.is_file()):
-                client.upload_file(str(file), self.bucket, f"{target}/{kept}.report/{file.relative_to(report)}")
-            mine = [path for path in self._objects(client) if path.startswith(f"{name}/")]
-            for path in mine:
-                old = {"Bucket": self.bucket, "Key": f"{self.prefix}/{path}"}
-                client.copy(old, self.bucket, f"{target}/{kept}/{path.removeprefix(f'{name}/')}")
-            for path in mine:
-                client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")
+                client.upload_file(str(file), self.bucket, f"{target}/{kept}{REPORT}/{file.relative_to(report)}")
+            found = self._objects(client).items()
+            mine = {f"{self.prefix}/{path}": item["etag"] for path, item in found if path.startswith(f"{name}/")}
+            for key in mine:
+                old = {"Bucket": self.bucket, "Key": key}
+                client.copy(old, self.bucket, f"{target}/{kept}/{key.removeprefix(f'{self.prefix}/{name}/')}")
+            for note, content in ((UNTOLD, refused), (MOVING, mine)):
+                key = f"{target}/{kept}{REPORT}/{note}"
+                client.put_object(Bucket=self.bucket, Key=key, Body=json.dumps(content, indent=1).encode())
+            self._finish_moves(client, self._objects(client))
         shutil.rmtree(self.mirror / name)
-        return f"s3://{self.bucket}/{target}/{kept}"
+        return kept
+
+    def _finish_moves(self, client: Any, there: dict[str, dict]) -> set[str]:
+        """Delete what is still `there` of sets that are in quarantine as a whole; returns the paths. What was written
+        since stays, even with the same content: somebody is putting a mended set back."""
+        gone = set()
+        with asked(f"s3://{self.bucket}/{self._target}"):
+            for note in self._notes(client, MOVING).values():
+                moved, since = self._read(client, note["Key"]), note["LastModified"].timestamp()
+                for path, item in there.items():
+                    if moved.get(f"{self.prefix}/{path}") == item["etag"] and item["written"] <= since:
+                        client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")
+                        gone.add(path)
+                if all(key.startswith(f"{self.prefix}/") for key in moved):  # else it is another prefix's
+                    client.delete_object(Bucket=self.bucket, Key=note["Key"])
+        return gone
+
+    def _notes(self, client: Any, name: str) -> dict[str, dict]:
+        """Name in quarantine → the note `name` in its report, as S3 lists it."""
+        start, end = f"{self._target}/", f"{REPORT}/{name}"
+        listed = [item for item in aws.listed(client, self.bucket, start) if item["Key"].endswith(end)]
+        notes = {item["Key"].removeprefix(start).removesuffix(end): item for item in listed}
+        return {kept: item for kept, item in notes.items() if "/" not in kept}
+
+    def _read(self, client: Any, key: str) -> dict:
+        try:
+            return dict(json.loads(aws.content(client, self.bucket, key)))
+        except (ValueError, TypeError) as error:
+            raise ClearError(
+                f"s3://{self.bucket}/{key} is damaged ({one_line(error)}); delete it, and what is left in {self.named} "
+                "of the set that it is about."
+            ) from error
+
+
+def _kept(incoming: IncomingSet, taken: bool) -> str:
+    """A set's name in quarantine: with its fingerprint where another version is there under its own, and where this is
+    one that a report could have, so that no file of a set is ever read as a note of ours."""
+    plain = not taken and not incoming.name.endswith(REPORT)
+    return incoming.name if plain else f"{incoming.name}-{incoming.fingerprint[:8]}"
 
 
 def report_of(name: str, copy: Path) -> Path:

@@ -7,13 +7,13 @@ request. git is the only state: a commit that has its branch is not reproduced a
 run continues from what DVC and the stages' checkpoints have recorded.
 """
 
-import shutil
 from pathlib import Path
 
 from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
-from clear.project.retrain.run import Outcome, Tools, bring_raw, commit_all, fetch_branches, git, newest, proposal
-from clear.project.scratch import clone
+from clear.project.retrain.copies import fresh
+from clear.project.retrain.run import Outcome, Tools, commit_all, fetch_branches, git, newest, proposal, remind
+from clear.project.scratch import bounded, clear_leftovers, discard
 
 BRANCHES = "reproduce"
 
@@ -24,22 +24,34 @@ def reproduce(workspace: Path, tools: Tools, target: str = "") -> Outcome:
     The caller makes sure that no other such run of this workspace takes place. Raises ClearError if there is no such
     branch, or if a command fails.
     """
+    copy = workspace / ".clear" / "scratch" / "reproduce" / "copy"
+    clear_leftovers(copy)
     into = target or git(workspace, "branch", "--show-current") or "main"
     commit = newest(workspace, into)
     branch = f"{BRANCHES}/{commit[:10]}"
     fetch_branches(workspace, f"{BRANCHES}/*")
+    remind(workspace, BRANCHES, [branch], tools)
     if request.ref_of(workspace, branch):
         return finish(workspace, branch, commit, into, tools, waiting=True)
-    copy = workspace / ".clear" / "scratch" / "reproduce" / "copy"
+    with bounded(copy):
+        made = _made(workspace, copy, commit, branch, tools)
+    if made:
+        fetch_branches(workspace, f"{BRANCHES}/*")  # another machine may have been faster
+        outcome = finish(workspace, branch, commit, into, tools)
+    else:
+        outcome = Outcome(f"nothing is out of date in commit {commit[:10]} of {into}.", "NothingNew")
+    discard(copy)
+    return outcome
+
+
+def _made(workspace: Path, copy: Path, commit: str, branch: str, tools: Tools) -> bool:
+    """Reproduce the commit in the clone and hand the branch with the result to the workspace; whether there is one."""
     if not _is_of(copy, commit, branch):
-        clone(workspace, commit, copy)
-        bring_raw(workspace, copy)
-        tools.dvc(["checkout", "--allow-missing"], copy)  # what the workspace's cache has, sets of data/incoming too
+        fresh(workspace, commit, copy, tools.dvc, "checkout")  # what the workspace's cache has, sets of incoming too
     if git(copy, "branch", "--show-current") != branch:
         tools.reproduce(copy, None)
         if not git(copy, "status", "--porcelain"):
-            shutil.rmtree(copy)
-            return Outcome(f"nothing is out of date in commit {commit[:10]} of {into}.", "NothingNew")
+            return False
         git(copy, "checkout", "--quiet", "-b", branch)
         commit_all(copy, f"Reproduced what was out of date in {commit[:10]}\n")
     if intake.default_remote(workspace) is None:
@@ -47,10 +59,7 @@ def reproduce(workspace: Path, tools: Tools, target: str = "") -> Outcome:
     else:
         tools.dvc(["push"], copy)
     git(copy, "push", "--quiet", "--no-verify", str(workspace), f"{branch}:{branch}")
-    fetch_branches(workspace, f"{BRANCHES}/*")  # another machine may have been faster
-    outcome = finish(workspace, branch, commit, into, tools)
-    shutil.rmtree(copy)
-    return outcome
+    return True
 
 
 def _is_of(copy: Path, commit: str, branch: str) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clear.data.io import write_text
+from clear.data.io import remembered, write_json, write_text
 from clear.errors import ClearError
 from clear.project.git import git, output
 from clear.report.tables import Table
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 ROOM = 56_000
 """Bytes for the report of `clear compare`; a forge takes 65,536 characters in all."""
+UNTOLD = "untold.json"
+"""Beside a pull request's text, in a folder that git ignores, while a branch is being made public and until that was
+told: what a killed run has told nobody is told by the next one. Branches of before have no such file."""
 STATES = {0: "the gate passes", 1: "the gate FAILS", 2: "the gate cannot decide"}
 
 
@@ -158,25 +161,50 @@ def publish(
     """Push a branch to `origin`, write the pull request's text below data/report and open the request where it can be.
 
     `target` is "" for the branch that is checked out; `waiting` says that an earlier run has made the branch. Every
-    part is looked up first, so that repeating it changes nothing. Returns the request's address, or "", and whether it
-    is this call that has made the branch public, which is true of one call only.
+    part is looked up first, so that repeating it changes nothing. Returns the request's address, or "", and whether
+    people have to be told: of what this call has made public, and of what an earlier one may have without the caller's
+    coming to `told`.
     """
+    note = _report(workspace, branch) / UNTOLD
+    owed = note.exists()
+
+    def begin() -> None:
+        write_json(note, {"title": title})
+
     origin = "origin" in output(workspace, "remote").split()
-    pushed = origin and _push(workspace, branch, waiting, say)
-    file = workspace / "data" / "report" / branch / "pull_request.md"
+    pushed = origin and _push(workspace, branch, waiting, say, begin)
+    file = note.with_name("pull_request.md")
     known = file.exists()
+    if not origin and not (waiting and known):
+        begin()
     write_text(file, f"# {title}\n\n{text}")
     say(f"the pull request's text: {file}")
     into = target or output(workspace, "branch", "--show-current").strip() or "main"
-    url, opened = propose(workspace, branch, into, title, text)
+    url, opened = propose(workspace, branch, into, title, text, begin)
     say(f"pull request: {url}" if url else "no GITHUB_TOKEN is set: no pull request is opened.")
-    if url and waiting:
-        return url, opened
+    if owed or (url and waiting):
+        return url, owed or opened
     return url, pushed or opened if origin else not (waiting and known)
 
 
-def _push(workspace: Path, branch: str, waiting: bool, say: Callable[[str], None]) -> bool:
-    """Push the workspace's own branch to `origin`, as it was when last fetched; whether there was something to push.
+def _report(workspace: Path, branch: str) -> Path:
+    return workspace / "data" / "report" / branch
+
+
+def untold(workspace: Path, kind: str) -> dict[str, str]:
+    """Branch `<kind>/…` → title of its pull request, for each that this machine was making public without `told`."""
+    notes = sorted(_report(workspace, kind).glob(f"*/{UNTOLD}"))
+    return {f"{kind}/{note.parent.name}": str(remembered(note).get("title", "")) for note in notes}
+
+
+def told(workspace: Path, branch: str) -> None:
+    """Remember that people know of the branch, as far as there is something to know."""
+    (_report(workspace, branch) / UNTOLD).unlink(missing_ok=True)
+
+
+def _push(workspace: Path, branch: str, waiting: bool, say: Callable[[str], None], begin: Callable[[], None]) -> bool:
+    """Push the workspace's own branch to `origin`, as it was when last fetched, after `begin`; whether there was
+    something to push.
 
     A branch that `origin` has is the reviewers', who may add to it or rebase it: only a run that has just continued it
     pushes to it.
@@ -191,13 +219,21 @@ def _push(workspace: Path, branch: str, waiting: bool, say: Callable[[str], None
         if git(workspace, "merge-base", "--is-ancestor", there, ref).status:
             say(f"origin has another {branch}, which is left as it is.")
             return False
+    begin()
     output(workspace, "push", "--quiet", "--no-verify", "origin", f"{ref}:{ref}")
     return True
 
 
-def propose(workspace: Path, branch: str, target: str, title: str, text: str) -> tuple[str, bool]:
-    """Open the pull request unless the branch has had one; returns its address, or "" where no token is configured,
-    and whether it was opened now.
+def propose(
+    workspace: Path,
+    branch: str,
+    target: str,
+    title: str,
+    text: str,
+    begin: Callable[[], None] = lambda: None,
+) -> tuple[str, bool]:
+    """Open the pull request, after `begin`, unless the branch has had one; returns its address, or "" where no token
+    is configured, and whether it was opened now.
 
     It is a draft unless the gate passes. Raises ClearError with what the forge says where it refuses.
     """
@@ -210,6 +246,7 @@ def propose(workspace: Path, branch: str, target: str, title: str, text: str) ->
     there = _call("GET", asked, token, params={"head": f"{owner}:{branch}", "state": "all"})
     if there:
         return there[0]["html_url"], False
+    begin()
     content = {"title": title, "head": branch, "base": target, "body": text, "draft": STATES[0] not in title}
     return _call("POST", asked, token, json=content)["html_url"], True
 

@@ -17,18 +17,19 @@ step is never repeated, on whichever machine the next run takes place.
 
 import hashlib
 import json
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from clear.errors import ClearError
 from clear.project.git import git as ask_git
 from clear.project.retrain import intake, request
+from clear.project.retrain.copies import bring, fresh, restore, same
 from clear.project.retrain.stages import incumbent_of, measuring, stage_names
-from clear.project.scratch import clone, link
-from clear.sources.incoming import IncomingSet, present, sets
+from clear.project.scratch import bounded, clear_leftovers, discard
+from clear.sources.incoming import IncomingSet, sets
 
 BRANCHES = "retrain"
 STEPS = ("data", "incumbent", "retrained")
@@ -43,7 +44,8 @@ class Tools:
     `dvc` runs a DVC command in a folder and raises where it fails. `reproduce` reproduces the named stages of a folder
     (None: all), each alone and in order. `run` runs any command and returns (exit status, last lines). `refused` is
     told of each set that goes to quarantine, and why, and `proposed` of what a run is the first to make public: both at
-    once, because what follows takes hours and may fail.
+    once, because what follows takes hours and may fail. Both are told again by the next run where one is killed
+    before it knows that it has told them.
     """
 
     dvc: Callable[[list[str], Path], object]
@@ -57,7 +59,7 @@ class Tools:
 @dataclass(frozen=True)
 class Outcome:
     """What became of a check: `message` says it in a line, `state` in a word; `branch` is "" if nothing was trained.
-    `first`: this run has made the branch public, even if an earlier one has trained it."""
+    `first`: the branch is public and nobody has been told so before, even if an earlier run has trained it."""
 
     message: str
     state: Literal["NothingNew", "WaitsForReview", "Quarantined", "Proposed"]
@@ -91,8 +93,10 @@ def retrain(
         commit = newest(workspace, branch)
     else:
         commit = git(workspace, "rev-parse", "--verify", "--end-of-options", f"{revision or 'HEAD'}^{{commit}}")
+    clear_leftovers(home / "copy")
     source = intake.Source.of(workspace, incoming, home / "incoming")
     folder = source.fetch(tools.dvc, tools.say)
+    source.remind(partial(refuse, tools))
     trained = known(workspace, commit)
     news = [new for new in sets(folder) if new.present and trained.get(new.name) != new.fingerprint]
     growing = [new for new in news if rest and source.age(new.name) < rest]
@@ -100,13 +104,15 @@ def retrain(
         tools.say(f"{new.name} changed less than {rest:g} s ago; left for another run, it may still be copied.")
     news = [new for new in news if new not in growing]
     if not news:
+        remind(workspace, BRANCHES, (), tools)
         said = f"nothing new in {incoming}: {len(trained)} sets are in the training of {commit[:10]}"
         said += f"; {', '.join(new.name for new in growing)} may still be copied" if growing else ""
         return Outcome(f"{said}.", "NothingNew")
     fetch_branches(workspace, f"{BRANCHES}/*")
-    troubles = []
+    troubles, tried = [], []
     for branch, names in branches(workspace, commit).items():
         if {(new.name, new.fingerprint) for new in news} & names:
+            tried.append(branch)
             tools.say(f"{branch} has been trained and waits for review.")
             news = [new for new in news if (new.name, new.fingerprint) not in names]
             try:
@@ -114,8 +120,10 @@ def retrain(
             except ClearError as error:  # no reason not to train on what is new
                 tools.say(f"{branch} cannot be published: {error}")
                 troubles.append(error)
+    remind(workspace, BRANCHES, tried, tools)
     if news:
-        outcome = learn(workspace, news, source, home / "copy", commit, trained, target, tools)
+        with bounded(home / "copy"):
+            outcome = learn(workspace, news, source, home / "copy", commit, trained, target, tools)
     if troubles:
         raise troubles[0]
     return outcome
@@ -139,9 +147,7 @@ def learn(
         )
     refused = {}
     if not resumable(copy, commit, branch_name(news)):
-        clone(workspace, commit, copy)
-        bring_raw(workspace, copy)
-        tools.dvc(["pull", "--allow-missing"], copy)
+        fresh(workspace, commit, copy, tools.dvc, "pull")
         if "source" in stage_names(copy):  # a picture that a split already holds has to stay there
             tools.reproduce(copy, ["source"])
         for new in [*news]:
@@ -152,13 +158,11 @@ def learn(
                 tools.say(f"{new.name} changes while it is looked at; left for another run.")
             elif problem := intake.problem_of(new.name, copy, tools.run):
                 refused[new.name] = problem
-                moved_to = source.quarantine(new, copy, problem)
+                source.quarantine(new, copy, problem, partial(refuse, tools))
                 restore(copy, new.name, trained.get(new.name, ""))
-                tools.say(f"{new.name} is not good: {problem}. It is now in {moved_to}, with its report beside it.")
-                tools.refused(new.name, problem)
         news = [new for new in news if new.name not in refused]
         if not news:
-            shutil.rmtree(copy)
+            discard(copy)
             if not refused:
                 return Outcome(f"nothing trained: what is new in {source.named} still changes.", "NothingNew")
             return Outcome(f"nothing trained: {_quarantined(refused)}.", "Quarantined", quarantined=refused)
@@ -166,7 +170,7 @@ def learn(
     train(workspace, copy, branch, commit, news, tools)
     fetch_branches(workspace, f"{BRANCHES}/*")  # another machine may have been faster
     outcome = finish(workspace, branch, commit, target, tools, refused=refused)
-    shutil.rmtree(copy)
+    discard(copy)
     return outcome
 
 
@@ -231,7 +235,26 @@ def proposal(
     outcome = Outcome(said, "WaitsForReview" if waits else "Proposed", branch, body, url, refused, first)
     if first:
         tools.proposed(outcome)
+    request.told(workspace, branch)
     return outcome
+
+
+def remind(workspace: Path, kind: str, tried: Collection[str], tools: Tools) -> None:
+    """Tell of branches `<kind>/…` that are public and of which a killed run has told nobody; those in `tried` this run
+    publishes itself."""
+    owed = {branch: title for branch, title in request.untold(workspace, kind).items() if branch not in tried}
+    places = "refs/remotes/origin" if owed and fetch_branches(workspace, f"{kind}/*") else "refs/heads"
+    for branch, title in owed.items():
+        if not ask_git(workspace, "rev-parse", "--verify", "--quiet", f"{places}/{branch}").status:
+            said = f"{branch} waits for review ({title})"
+            tools.proposed(Outcome(said, "WaitsForReview", branch, first=True))
+            request.told(workspace, branch)
+
+
+def refuse(tools: Tools, name: str, problem: str, place: str) -> None:
+    """Tell of a set that is in quarantine."""
+    tools.say(f"{name} is not good: {problem}. It is now in {place}, with its report beside it.")
+    tools.refused(name, problem)
 
 
 def _quarantined(refused: dict[str, str]) -> str:
@@ -339,47 +362,3 @@ def git(folder: Path, *arguments: str) -> str:
         said = " | ".join(done.error_lines()[-2:])
         raise ClearError(f"{folder}: `git {arguments[0]}` failed: {said}; repair that and run again.")
     return done.text.strip()
-
-
-# The clone
-
-
-def bring_raw(workspace: Path, copy: Path) -> None:
-    """Give the clone the user's own data in data/raw that neither git nor DVC has, as hard links where that works."""
-    for given in sorted((workspace / "data" / "raw").glob("*")):
-        target = copy / "data" / "raw" / given.name
-        if target.exists() or target.with_name(f"{given.name}.dvc").exists():
-            continue
-        target.parent.mkdir(parents=True, exist_ok=True)
-        if given.is_dir():
-            shutil.copytree(given, target, copy_function=link)
-        else:
-            link(str(given), str(target))
-
-
-def bring(folder: Path, copy: Path) -> None:
-    """Copy a set into the clone, in place of what is there under its name."""
-    target = copy / "data" / "incoming" / folder.name
-    shutil.rmtree(target, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(folder, target)
-
-
-def same(new: IncomingSet, copy: Path) -> bool:
-    """Whether what was brought into the clone is the set that was found: its fingerprint stands for it from there."""
-    return present(copy / "data" / "incoming", new.name)[0].fingerprint == new.fingerprint
-
-
-def restore(copy: Path, name: str, fingerprint: str) -> None:
-    """Take a refused set out of the clone; the version that the revision was trained with, if any, comes back."""
-    from dvc.repo import Repo
-
-    target = copy / "data" / "incoming" / name
-    shutil.rmtree(target)
-    if fingerprint and ask_git(copy, "checkout", "HEAD", "--", f"data/incoming/{name}").status:
-        with Repo(str(copy)) as repo:
-            repo.checkout(targets=[str(target)], force=True, allow_missing=True)
-    here = {incoming.name: incoming.fingerprint for incoming in sets(target.parent)}
-    if here.get(name) != (fingerprint or None):
-        shutil.rmtree(target, ignore_errors=True)
-        target.with_name(f"{name}.dvc").unlink(missing_ok=True)
