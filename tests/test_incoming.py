@@ -123,6 +123,25 @@ def test_a_picture_without_a_row_is_named(tmp_path):
     assert reject.detail.startswith("no table names this picture")
 
 
+@pytest.mark.parametrize("others", [["t.csv"], ["0.json", "1.json", "t.csv"]])
+def test_a_table_that_is_not_read_is_named_once_where_it_is_missed(tmp_path, others):
+    put(tmp_path / "road", range(1))
+    for name in others:
+        (tmp_path / "road" / name).write_text("image,question,answer\n")
+    assert not intake.read(tmp_path).rejects, "every picture has its row: it may be anything"
+    (tmp_path / "road/rows.jsonl").rename(tmp_path / "road/rows.txt")
+    table, *pictures = intake.read(tmp_path).rejects
+    assert (table.id, table.reason) == (f"road/{others[0]}", "file")
+    more = f", nor are {len(others) - 1} more like it" if len(others) > 1 else ""
+    assert table.detail == f"is not read as a table{more}; write it as .jsonl or .parquet"
+    assert [reject.reason for reject in pictures] == ["no row"] * 2
+    for picture_file in (tmp_path / "road").glob("0*"):
+        picture_file.unlink()
+    (tmp_path / "road/t.csv").write_text("image,question,answer\n")
+    (alone,) = intake.read(tmp_path).rejects
+    assert alone.reason == "file", "also where the pictures are in the table"
+
+
 def test_a_closed_vocabulary_refuses_other_words_by_name(tmp_path):
     put(tmp_path / "road", range(1))
     lines(tmp_path / "road", {"image": "0.jpg", "question": "is there a zebra ?", "answer": "no"})
@@ -248,6 +267,14 @@ def test_fingerprints_follow_the_content_alone(tmp_path):
     assert incoming.sets(tmp_path)[1].fingerprint != one.fingerprint
     (tmp_path / "b" / "0.jpg").rename(tmp_path / "b" / "9.jpg")
     assert incoming.sets(tmp_path)[1].fingerprint != two.fingerprint
+
+
+@pytest.mark.parametrize("make", [lambda path: path.touch(), lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_folder_is_no_folder_without_sets(tmp_path, make):
+    make(tmp_path / "incoming")
+    for read in (incoming.sets, intake.read):
+        with pytest.raises(ClearError, match=r"incoming is not a folder; move it away"):
+            read(tmp_path / "incoming")
 
 
 def test_sets_that_cannot_be_read_are_refused(tmp_path):

@@ -144,6 +144,8 @@ def test_the_commands_list_and_refuse(inside):
     assert (listed["name"], listed["files"], listed["present"]) == ("road", 3, True)
     assert "road: 3 files" in runner.invoke(app, ["incoming", "list"]).stdout
     assert isinstance(runner.invoke(app, ["incoming", "check", "far"]).exception, ClearError)
+    none = runner.invoke(app, ["incoming", "check", ""]).exception  # an unset variable, not all sets
+    assert isinstance(none, ClearError) and str(none) == "'' is not an incoming set; there are: road."
     Path("data/incoming/other").mkdir()
     Path("data/incoming/other", os.fsdecode(b"caf\xe9.txt")).touch()
     said = runner.invoke(app, ["incoming", "list"]).stdout

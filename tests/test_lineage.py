@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 import yaml
 
@@ -87,3 +88,11 @@ def test_what_no_stage_makes_is_said_to_be_what_it_is(project, clear):
     assert "neither a git revision" in said("data/samples", "--rev=--output=x") and not Path("x").exists()
     Path("dvc.lock").write_text("stages: [1]\n")
     assert "not a lock file of DVC" in said("data/samples")
+
+
+@pytest.mark.parametrize("path", ["data/samples", "nowhere"])
+def test_outside_a_project_it_is_said_where_to_ask(tmp_path, clear, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    status, _, error = clear("lineage", path)
+    assert status == 1
+    assert error.endswith(f"{tmp_path} has no dvc.lock with outputs; run this in the project's folder.\n")

@@ -1,6 +1,7 @@
 """What leaves the house: files and keys that BAGEL's tools and vLLM-Omni read, and a card of what was measured."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -269,6 +270,46 @@ def test_a_leaderboard_row_goes_into_the_card(workspace):
     file.write_text("{}")
     with pytest.raises(ClearError, match="no leaderboard; make it with"):
         exporting.gather(Path("data/models/grpo"), load(), exporting.Wishes(scores=file))
+
+
+def one_line(clear, *arguments) -> str:
+    status, out, said = clear(*arguments)
+    assert status == 1 and not out and said.count("\n") == 1, said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("out", "said"),
+    [
+        ("data/models/grpo/sub/deep", "belongs to data/models/grpo, the model that it is made of"),
+        ("data/models/sft", "belongs to data/models/sft, an output of stage sft"),
+        ("link/sub", "belongs to data/models/sft, an output of stage sft"),
+        ("data/raw/mine/sub", r"belongs to what .*/data/raw/mine\.dvc tracks"),
+    ],
+)
+@pytest.mark.parametrize("command", ["export", "merge", "quantise"])
+def test_a_new_folder_is_no_part_of_the_model_nor_of_what_dvc_tracks(workspace, clear, command, out, said):
+    (workspace / "link").symlink_to("data/models/sft")
+    (workspace / "data/raw").mkdir()
+    (workspace / "data/raw/mine.dvc").write_text("outs: []")
+    relock(workspace)
+    refused = one_line(clear, command, "data/models/grpo", out)
+    assert re.search(f"{out} {said}.*; name a folder elsewhere", refused), refused
+    assert not (workspace / out).exists() and not list((workspace / "data/models").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("command", ["export", "quantise"])
+def test_a_base_that_is_not_there_is_refused_also_where_none_is_needed(workspace, clear, command):
+    relock(workspace)
+    assert "--base nope: nothing is there" in one_line(clear, command, "data/models/grpo", "out", "--base", "nope")
+
+
+@pytest.mark.parametrize("option", ["--name", "--license", "--base-model", "--dataset", "--language"])
+@pytest.mark.parametrize("value", ["en\nlicense: mit", "a\x1b[2J", "a\u2028b"])
+def test_a_wish_that_would_break_the_header_of_the_card_is_refused(workspace, clear, option, value):
+    relock(workspace)
+    refused = one_line(clear, "export", "data/models/grpo", "out", option, value)
+    assert f"{option} {value!r}: has a line break or another character" in refused and not Path("out").exists()
 
 
 def test_nothing_half_written_is_left(workspace, monkeypatch):

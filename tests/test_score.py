@@ -164,10 +164,11 @@ def test_levels_give_robustness_and_averages_need_every_benchmark(tmp_path):
     assert star["robustness"] == {"absolute": 0.5, "relative": 0.5}
     assert real["levels"]["high"]["corruptions"] == {"dark": 1.0, "jpeg": 0.0}
     assert real["levels"]["high"]["score"] == 0.5, "the mean over corruptions, however many rows each has"
-    assert real["robustness"]["relative"] == pytest.approx(0.5 / 0.75)
+    assert real["robustness"]["relative"] == 0.5, "all three questions of hard are right at clean"
     assert found["average"]["levels"] == {"clean": pytest.approx(0.875), "high": 0.5}, "low was not run on MMStar"
     text = scores.table(found)
-    assert "50.00" in text and "66.67" in text and text.splitlines()[-1].startswith("average")
+    average = next(line for line in text.splitlines() if line.startswith("average"))
+    assert average.split() == ["average", "87.50", "–", "50.00", "50.00"]
 
 
 def test_free_answers_are_matched_exactly_and_gold_answers_may_be_texts(tmp_path):

@@ -238,6 +238,25 @@ def test_json_that_is_no_list_of_objects_is_named(tmp_path):
         cells(text(tmp_path, '[{"a": "\\ud800"}]', "x.json"))
 
 
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_a_repeated_key_of_json_is_refused_by_row(tmp_path, ending):
+    """Of the two answers the last one was read, as if the first had never been given."""
+
+    def made(*rows: str) -> Path:
+        body = "\n".join(rows) if ending == "jsonl" else f"[{','.join(rows)}]"
+        return text(tmp_path, body, f"x.{ending}")
+
+    plain, twice = '{"i": 1, "p": "A", "d": {"p": 1}}', '{"i": 2, "p": "A", "p": "A"}'
+    assert [row["i"] for row in cells(made(plain, plain))] == ["1", "1"]
+    with pytest.raises(ClearError, match=rf"x\.{ending}: the key 'p' occurs twice in row 2; remove one of them"):
+        tables.read(made(plain, twice, plain))
+    with pytest.raises(ClearError, match=rf"x\.{ending}: the key 'a' occurs twice in an object inside a cell; remove"):
+        tables.read(made(plain, '{"i": 1, "d": [{"a": 1, "a": 2}]}'))
+    if ending == "json":
+        with pytest.raises(ClearError, match=r"x\.json: is not a list of objects"):
+            tables.read(text(tmp_path, '{"a": 1, "a": 2}', "x.json"))
+
+
 def sheet(file: Path, rows: list[list]) -> Path:
     book = openpyxl.Workbook()
     for row in rows:

@@ -13,6 +13,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
+BESIDE = (".parquet", ".jsonl", "_rejects.parquet")
+"""Ends of the names of a table's record, journal and rejects (clear.bench.vlmeval.answering)."""
+
+
 def score(
     files: Annotated[
         list[Path], typer.Argument(help="Tables of predictions (TSV, xlsx, CSV, Parquet, JSON), one per set and model.")
@@ -42,7 +46,7 @@ def score(
     from clear.data.io import replacing, write_json, write_text
 
     outputs = {"--json": out, "--rows": rows, "--markdown": markdown, "--html": html}
-    _refuse_outputs({option: path for option, path in outputs.items() if path is not None}, [*files, manifest])
+    _refuse_outputs({option: path for option, path in outputs.items() if path is not None}, files, manifest)
     several = len({*collect.models_of(files)} - {""}) > 1
     if several or reference or published or manifest or markdown or html:
         from clear.bench.vlmeval.leaderboard import leaderboard
@@ -60,7 +64,7 @@ def score(
                 write_text(path, form(found))
     else:
         frame, report = _scored(scores.read_predictions(files), judge)
-        found = scores.summary(frame)
+        found = scores.summary(frame, collect.no_average(files))
         shown = scores.table(found)
     if report:
         found["judge"] = report
@@ -75,9 +79,13 @@ def score(
         say(f"{len(rejected)} rows have no verdict and are in no figure; the first: {rejected.iloc[0]}", sys.stderr)
 
 
-def _refuse_outputs(outputs: dict[str, Path], read: list[Path | None]) -> None:
+def _refuse_outputs(outputs: dict[str, Path], tables: list[Path], manifest: Path | None) -> None:
     """Raise ClearError, before the work, for an output (by option) that is a folder, or a file of another use."""
-    known: dict[Path, str] = {path.resolve(): "is one of the files to be read" for path in read if path is not None}
+    known: dict[Path, str] = {}
+    for table in (path for path in tables if path.name):
+        said = f"is where `clear answer` keeps what it knows of {table.name}"  # the leaderboard reads the record
+        known |= {table.with_name(table.stem + end).resolve(): said for end in BESIDE}
+    known |= {path.resolve(): "is one of the files to be read" for path in [*tables, manifest] if path is not None}
     for option, path in outputs.items():
         if path.is_dir():  # else it would be refused in the same words after the work
             raise ClearError(f"{path}: Is a directory; correct the path.")

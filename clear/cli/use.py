@@ -2,6 +2,7 @@
 
 import importlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,10 +10,12 @@ import typer
 
 from clear.data.lock import making
 from clear.data.ports import HOST
-from clear.errors import ClearError, say, shown
+from clear.errors import ClearError, quoted, say, shown
 from clear.schema import QUANTISED
 
 SERVE_KEY = "CLEAR_SERVE_KEY"
+RESTORE = ("auto", "always", "never", "plain")
+FEEDBACK = ("bridge", "reencode")
 Base = Annotated[
     Path | None,
     typer.Option(help="Folder that completes weights alone, or has the weights an adapter adapts."),
@@ -32,6 +35,24 @@ def _found(model: Path, otherwise: str = "name another folder") -> Path:
     if not folder.exists():
         raise ClearError(f"{folder}: no model here; run `make repro` (or `dvc pull {folder}`), or {otherwise}.")
     return folder
+
+
+def _choices(*options: tuple[str, str | None, Sequence[str]]) -> None:
+    """Raise ClearError for an option (name, value, values) with another value; None, not given, is none."""
+    for option, value, values in options:
+        if value is not None and value not in values:
+            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+
+
+def _check_save(save: Path, image: Path) -> None:
+    """Raise ClearError where no picture can be written to `save`, before a model has answered in vain."""
+    if save.exists() and save.samefile(image):
+        raise ClearError(f"--save {save}: is the picture itself; name another file.")
+    if save.is_dir():  # an empty name, too: it is the working directory
+        raise ClearError(f"--save {save}: is a folder; name a file in it, such as {save / 'restored.png'}.")
+    above = next((folder for folder in save.parents if folder.exists()), Path())
+    if not above.is_dir():
+        raise ClearError(f"--save {save}: {above} is a file and not a folder; name another file.")
 
 
 def ask(
@@ -54,22 +75,54 @@ def ask(
         raise ClearError(f"{image}: no such file; name a PNG or JPEG image.")
     if not question.strip():
         raise ClearError("the question is empty; ask something.")
-    if save is not None and save.exists() and save.samefile(image):
-        raise ClearError(f"--save {save}: is the picture itself; name another file.")
+    if save is not None:
+        _check_save(save, image)
     config = with_base(load(), base)
     model = _found(model, "name one with --model")
     config = with_local_weights(config, "ask")
     answer = importlib.import_module("clear.reasoning.ask").ask(image, question, model, restore, config)
-    if save is not None and answer.picture is not None:
-        with replacing(save, several=True) as partial:
-            partial.write_bytes(encode_image(answer.picture))
     say(answer.trace)
     say(f"restored: {'yes' if answer.restored else 'no'}")
     say(f"answer: {answer.answer}")
     if save is not None:
         if answer.picture is None:
             raise ClearError(f"--save {save}: nothing was restored, so nothing is saved; try --restore always.")
+        with replacing(save, several=True) as partial:
+            partial.write_bytes(encode_image(answer.picture))
         say(f"restored image: {save}")
+
+
+def _check_name(name: str) -> None:
+    """Raise ClearError for a model's name after which no folder and file should be called."""
+    if name.startswith("."):
+        raise ClearError(f"--name {name}: files are called after it; begin it with a letter or a digit.")
+    if not name.isprintable() or name != name.strip():
+        raise ClearError(
+            f"--name {quoted(name)}: files are called after it; write it without line breaks, and without spaces "
+            "around it."
+        )
+
+
+def _check_respondent(
+    model: Path | None, endpoint: str, name: str, base: Path | None, cluster: str, key_from: str
+) -> None:
+    """Raise ClearError where it is not clear who answers, or for an option that whoever answers cannot take."""
+    if (model is None) == (endpoint == ""):
+        raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
+    if endpoint and not name:
+        raise ClearError("--endpoint needs --name: the model's name there, as its /v1/models lists it.")
+    if endpoint and not endpoint.startswith(("http://", "https://")):
+        raise ClearError(f"--endpoint {endpoint}: must begin with http:// or https:// (and usually end in /v1).")
+    if endpoint and base is not None:
+        raise ClearError(f"--base {base}: an endpoint has its own; leave it out.")
+    if endpoint and cluster:
+        raise ClearError(f"--cluster {cluster}: an endpoint answers where it is; leave it out.")
+    if key_from and not endpoint:
+        raise ClearError(f"--key-from {key_from}: a model folder takes no key; leave it out.")
+    if key_from and not os.environ.get(key_from):
+        raise ClearError(f"--key-from {key_from}: this environment variable is not set; export it.")
+    if name:
+        _check_name(name)
 
 
 def answer(
@@ -79,8 +132,13 @@ def answer(
     base: Base = None,
     endpoint: Annotated[str, typer.Option(help="URL of an OpenAI-compatible server that answers instead.")] = "",
     name: Annotated[str, typer.Option(help="The model's name in file names, and for an endpoint.")] = "",
-    restore: Annotated[str, typer.Option(help="auto, always, never or plain (a model that knows none).")] = "auto",
-    feedback: Annotated[str, typer.Option(help="bridge or reencode.")] = "bridge",
+    restore: Annotated[
+        str | None,
+        typer.Option(help="auto, always, never or plain (a model that knows none); default: auto, or the endpoint's."),
+    ] = None,
+    feedback: Annotated[
+        str | None, typer.Option(help="bridge or reencode; default: bridge, or the endpoint's.")
+    ] = None,
     prompt: Annotated[str, typer.Option(help="vlmeval: as VLMEvalKit asks; plain: question and options.")] = "vlmeval",
     form: Annotated[str, typer.Option("--format", help="tsv or xlsx.")] = "tsv",
     cluster: Annotated[str, typer.Option(help="Address of a Dask scheduler whose workers answer.")] = "",
@@ -98,42 +156,33 @@ def answer(
 
     from clear.bench.vlmeval.answering import FORMATS, answer_table, count
     from clear.bench.vlmeval.prompts import STYLES
-    from clear.bench.vlmeval.respond import Folder, Served
+    from clear.bench.vlmeval.respond import Folder, Served, wishing
     from clear.config import load
+    from clear.data.tables import DELIMITERS
     from clear.llm.endpoint import connect
     from clear.model.weights import with_base, with_local_weights
+    from clear.sources.lmudata import Table
 
-    for option, value, values in (
-        ("--restore", restore, ("auto", "always", "never", "plain")),
-        ("--feedback", feedback, ("bridge", "reencode")),
-        ("--prompt", prompt, STYLES),
-        ("--format", form, FORMATS),
-    ):
-        if value not in values:
-            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
-    if (model is None) == (endpoint == ""):
-        raise ClearError("name who answers: either --model FOLDER or --endpoint URL (with --name).")
-    if endpoint and not name:
-        raise ClearError("--endpoint needs --name: the model's name there, as its /v1/models lists it.")
-    if endpoint and not endpoint.startswith(("http://", "https://")):
-        raise ClearError(f"--endpoint {endpoint}: must begin with http:// or https:// (and usually end in /v1).")
-    if key_from and not os.environ.get(key_from):
-        raise ClearError(f"--key-from {key_from}: this environment variable is not set; export it.")
-    if name.startswith("."):
-        raise ClearError(f"--name {name}: files are called after it; begin it with a letter or a digit.")
+    _choices(("--restore", restore, RESTORE), ("--feedback", feedback, FEEDBACK))
+    _choices(("--prompt", prompt, STYLES), ("--format", form, FORMATS))
+    _check_respondent(model, endpoint, name, base, cluster, key_from)
     for file in data:
         if not file.is_file():
             raise ClearError(f"{file}: no such file; name TSVs of VLMEvalKit's LMUData folder.")
+        if file.suffix.lower() not in DELIMITERS:
+            Table(file)  # some of what a TSV may have cannot be read from other formats
     config, rejects = load(), []
     if model is not None:
         model = _found(model)
         name = name or _called(model)
+        _check_name(name)
         config = with_local_weights(with_base(config, base), "ask")
-        respondent = nullcontext(Folder(model, config, restore, feedback, cluster))
+        respondent = nullcontext(Folder(model, config, restore or "auto", feedback or "bridge", cluster))
     else:
         key = f"${key_from}" if key_from else ""
         there = replace(config.teacher, url=endpoint, model=name, key=key, temperature=0.0)
-        respondent = connect(there, "teacher", out / "replies.sqlite")
+        wish = {key: value for key, value in (("restore", restore), ("feedback", feedback)) if value is not None}
+        respondent = wishing(connect(there, "teacher", out / "replies.sqlite"), wish)
     label = name.replace("/", "_")
     with respondent as who:
         for file in data:
@@ -181,12 +230,7 @@ def serve(
     from clear.serve import serve as run
     from clear.serve.settings import Settings
 
-    for option, value, values in (
-        ("--restore", restore, ("auto", "always", "never", "plain")),
-        ("--feedback", feedback, ("bridge", "reencode")),
-    ):
-        if value not in values:
-            raise ClearError(f"{option} {value}: choose one of {', '.join(values)}.")
+    _choices(("--restore", restore, RESTORE), ("--feedback", feedback, FEEDBACK))
     given = os.environ.get(key_from, "")
     key = given.strip()  # a mounted secret ends with a line break
     if not key and (given or key_from != SERVE_KEY):
@@ -251,6 +295,13 @@ def _type(weights: str) -> Any:
     return types[weights]
 
 
+def _check_places(folder: Path, out: Path, base: Path | None) -> None:
+    """Raise ClearError where a new model folder must not be written, or its `--base` is not there, before any work."""
+    importlib.import_module("clear.project.release.export").apart(folder, out)
+    if base is not None and not base.exists():
+        raise ClearError(f"--base {base}: nothing is there; name a folder or a file of weights.")
+
+
 def merge(
     folder: Annotated[Path, typer.Argument(help="A folder with an adapter, such as data/models/grpo.")],
     out: Annotated[Path, typer.Argument(help="The new folder, with all weights.")],
@@ -265,6 +316,7 @@ def merge(
 
     if not folder.is_dir():
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote with lora.rank > 0.")
+    _check_places(folder, out, base)
     kind = _type(weights) if weights else importlib.import_module("clear.model.runtime").stored(load())[0]
     with making(out, "clear merge"):
         quantised = importlib.import_module("clear.model.lora").merge(folder, out, kind, base)
@@ -291,6 +343,7 @@ def quantise(
         raise ClearError(f"--kind {kind}: choose {' or '.join(QUANTISED)}.")
     if importlib.import_module("clear.model.lora").is_adapter(folder):
         raise ClearError(f"{folder} holds an adapter; quantise the weights it adapts, or `clear merge` it first.")
+    _check_places(folder, out, base)
     dtype = _type(weights) if weights else None
     with making(out, "clear quantise"):
         importlib.import_module("clear.model.checkpoint").quantise_folder(folder, out, kind, dtype, base)
@@ -326,6 +379,7 @@ def export(
 
     if not folder.is_dir():
         raise ClearError(f"{folder}: no folder here; name one that a training stage wrote.")
+    _check_places(folder, out, base)
     kind = _type(weights) if weights else None
     release = importlib.import_module("clear.project.release.export")
     wishes = release.Wishes(name, license, base_model, dataset or [], language or ["en"], evaluation, scores)

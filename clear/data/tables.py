@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from clear.data.io import batches, check_unpacked
-from clear.errors import ClearError, one_line
+from clear.errors import ClearError, one_line, quoted
 
 DELIMITERS = {".tsv": "\t", ".csv": ","}
 UNPACKED = 2**29
@@ -306,13 +306,22 @@ def _xlsx(path: Path, skip: Collection[str]) -> Iterator[Any]:
 
 
 def _json(path: Path, skip: Collection[str]) -> Iterator[Any]:
-    text = path.read_text(encoding="utf-8-sig")
+    text, repeated = path.read_text(encoding="utf-8-sig"), []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        cells = dict(pairs)  # of a repeated key the last value only
+        if len(cells) < len(pairs):
+            repeated.append((cells, next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)))
+        return cells
+
     if path.suffix.lower() == ".jsonl":
-        rows = [json.loads(line) for line in text.split("\n") if line.strip()]
+        rows = [json.loads(line, object_pairs_hook=unique) for line in text.split("\n") if line.strip()]
     else:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=unique)
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ClearError(f"{path}: is not a list of objects; write one object per row.")
+    if repeated:
+        raise _repeated(path, rows, repeated)
     yield [name for name in dict.fromkeys(name for row in rows for name in row) if name not in skip]
     yield from rows
 
@@ -340,6 +349,17 @@ def _headings(cells: list[str]) -> list[str]:
     while count and not cells[count - 1]:
         count -= 1
     return cells[:count]
+
+
+def _repeated(path: Path, rows: list[dict], repeated: list[tuple[dict, str]]) -> ClearError:
+    """For JSON objects of which a key occurs twice, each with that key: the first row, else one inside a cell."""
+    keys = {id(cells): key for cells, key in repeated}
+    number = next((number for number, row in enumerate(rows) if id(row) in keys), None)
+    if number is None:
+        key, where = repeated[0][1], " in an object inside a cell"
+    else:
+        key, where = keys[id(rows[number])], f" in row {number + 1}"
+    return ClearError(f"{path}: the key {quoted(key)} occurs twice{where}; remove one of them.")
 
 
 def _too_many(path: Path, header: Sequence[str]) -> ClearError:

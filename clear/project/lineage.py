@@ -162,6 +162,8 @@ def _not_an_output(root: Path, path: str, made: dict[str, str]) -> str:
         return f"{path}: no stage makes it; it is kept in git, last changed in {last.text.strip()}."
     if (root / f"{path}.dvc").exists():
         return f"{path}: no stage makes it; it was added with `dvc add`, see `git log {path}.dvc`."
+    if not made:
+        return f"{path}: {root.resolve()} has no {LOCK} with outputs; run this in the project's folder."
     return f"{path}: no output of {LOCK}, and not in git; the outputs are {', '.join(sorted(made)[:6])} …"
 
 

@@ -45,6 +45,8 @@ READABLE = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", "
 PICTURES = (*READABLE, ".heic", ".heif", ".jxl", ".ico", ".tga", ".dng", ".nef", ".cr2", ".arw")
 """Endings of files that somebody meant as pictures, whether they can be read or not."""
 TABLES = (".jsonl", ".parquet")
+OTHER_TABLES = (".csv", ".tsv", ".json", ".xlsx", ".xls", ".ods", ".arrow", ".feather")
+"""Endings of files that somebody may have meant as tables, which are not read."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]*")
 _RESERVED = re.compile(r"</?(?:think|answer)>|<image_restore>|<\|\w+\|>")
@@ -96,8 +98,12 @@ class Seen:
 
 
 def names(folder: Path = FOLDER) -> list[str]:
-    """The names of the sets of a folder, those of which only the `.dvc` file is here included."""
+    """The names of the sets of a folder, those of which only the `.dvc` file is here included.
+
+    Raises ClearError for what is there and is no folder: it would pass for a folder without sets."""
     if not folder.is_dir():
+        if os.path.lexists(folder):
+            raise ClearError(f"{shown(folder)} is not a folder; move it away, and put the sets into a folder there.")
         return []
     found = {path.name for path in folder.iterdir() if path.is_dir() or _leads_nowhere(path)} | {
         path.stem for path in folder.glob("*.dvc")
@@ -140,14 +146,19 @@ def present(folder: Path = FOLDER, only: str = "") -> list[IncomingSet]:
     one that was not pulled or has a name that no set can have."""
     here = names(folder)
     if only and only not in here:
-        known = ", ".join(map(shown, here)) or "none"
-        raise ClearError(f"{shown(folder / only)} is not an incoming set; there are: {known}.")
+        raise unknown(only, folder)
     for name in [only] if only else here:
         if wrong := _refused(folder / name):
             raise ClearError(f"{folder}/{wrong[0]}.")
         if not (folder / name).is_dir():
             raise ClearError(f"{folder / name} is not here; run `dvc pull {folder / name}.dvc`.")
     return [_described(folder / name) for name in ([only] if only else here)]
+
+
+def unknown(name: str, folder: Path = FOLDER) -> ClearError:
+    """What to raise for the name of a set that none of a folder has; it may be empty."""
+    known = ", ".join(map(shown, names(folder))) or "none"
+    return ClearError(f"{shown(folder / name) if name else quoted(name)} is not an incoming set; there are: {known}.")
 
 
 def rows_of(folder: Path) -> Iterator[Row]:
@@ -174,9 +185,20 @@ def rows_of(folder: Path) -> Iterator[Row]:
 def _left(folder: Path, found: Found, named: set[Path]) -> Iterator[tuple[Path, str, str]]:
     """(path, reason, detail) of the files of a set that give no row."""
     yield from ((path, "file", fault) for path, fault in found.faults if unlinked(path) not in named)
-    for file in found.files:
-        if file.suffix.lower() in PICTURES and unlinked(file) not in named:
-            yield file, "no row", "no table names this picture; add a row with question and answer"
+    left = [file for file in found.files if file.suffix.lower() in PICTURES and unlinked(file) not in named]
+    if left or not any(file.suffix.lower() in TABLES for file in found.files):
+        yield from _no_tables(found)
+    for file in left:
+        yield file, "no row", "no table names this picture; add a row with question and answer"
+
+
+def _no_tables(found: Found) -> Iterator[tuple[Path, str, str]]:
+    """As `_left`, the files that are not read as tables: the first, with the number of the others, as there may be one
+    beside each picture."""
+    others = [file for file in found.files if file.suffix.lower() in OTHER_TABLES]
+    if others:
+        more = f", nor are {len(others) - 1} more like it" if len(others) > 1 else ""
+        yield others[0], "file", f"is not read as a table{more}; write it as {' or '.join(TABLES)}"
 
 
 def _parquet_rows(table: Path) -> Iterator[tuple[int, Any]]:

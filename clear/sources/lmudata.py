@@ -85,11 +85,20 @@ def records(file: Path) -> Iterator[dict[str, str]]:
 
 def _read(file: Path) -> tuple[list[str], Iterator[tables.TableRow]]:
     if shown(file.name) != file.name:
-        raise ClearError(f"{shown(file)}: the name is not UTF-8, and it names the benchmark; rename the file.")
+        raise ClearError(f"{shown(file)}: the name {_oddity(file.name)}, and it names the benchmark; rename the file.")
     header, found = tables.read(file)
     if "index" not in header or not {"question", "prompt"} & set(header):
         raise ClearError(f"{file}: no header with 'index' and 'question' in its first line; is it a VLMEvalKit TSV?")
     return header, found
+
+
+def _oddity(name: str) -> str:
+    """What is wrong with the name of a file that cannot be printed as it is."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return "is not UTF-8"
+    return "has a line break or another character that cannot be printed"
 
 
 def identity(file: Path) -> dict[str, str]:
@@ -110,7 +119,8 @@ class Table:
     """What has to be known of a file before its rows can be used: where its images are and which rows are pairs.
 
     `header` lists the columns; `pairs` has the number of its pair for every index of MMVP and nothing elsewhere.
-    Raises ClearError for a file that cannot be read, without rows or in which an index occurs twice.
+    Raises ClearError for a file that cannot be read, without rows or in which an index occurs twice, and for one of
+    another format than TSV and CSV in which a row names the picture of another: rows are found by their bytes.
     """
 
     def __init__(self, file: Path) -> None:
@@ -130,6 +140,11 @@ class Table:
                 raise ClearError(f"{file}: index {index!r} occurs twice; number the rows.")
             seen.add(index)
             if refers(image):
+                if row.offset < 0:
+                    raise ClearError(
+                        f"{file}: row {row.number} names the picture of another row (image = {quoted(image)}), which "
+                        "is found in TSV and CSV only; write the table as TSV."
+                    )
                 self._references[index] = image
             elif image:
                 self._places[index] = row.offset

@@ -15,7 +15,7 @@ from clear.data.pool import parallel
 from clear.data.rejects import write_rejects
 from clear.degradation.incoming import planned
 from clear.schema import Config
-from clear.sources.incoming import FOLDER
+from clear.sources.incoming import FOLDER, unknown
 from clear.sources.intake import SLICES
 from clear.validation import accept
 from clear.validation import frames as columns
@@ -57,6 +57,8 @@ def check(name: str, config: Config, folder: Path = FOLDER, out: Path | None = N
     """
     from clear.data.workspace import report_dir
 
+    if not name:  # to `planned` this means all sets, such as an unset variable of a script must not
+        raise unknown(name, folder)
     came = planned(config, name, folder)
     (one,) = came.sets
     out = out or report_dir() / "incoming" / name

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clear.bench.vlmeval import names, scores
-from clear.bench.vlmeval.scores import CIRCULAR, WHERE
+from clear.bench.vlmeval.names import CIRCULAR
+from clear.bench.vlmeval.scores import WHERE
 from clear.data import tables
 from clear.errors import ClearError, quoted
 
@@ -31,6 +32,28 @@ def models_of(files: Sequence[Path]) -> list[str]:
         else:
             found[names.of_file(file)[0]] = None
     return list(found)
+
+
+def no_average(files: Sequence[Path]) -> str:
+    """Why several tables have no average: two or more are of unknown benchmarks, so that their names do not say where
+    a model's ends, and may be of several models. "" where they have one."""
+    found: dict[frozenset[str], str] = {}
+    for file in map(Path, files):
+        header, rows = tables.read(file, skip=("", "image", "image_path"))
+        model, bench = names.of_file(file)
+        if model or "model" in header:
+            continue
+        by_column = set(WHERE) <= set(header)
+        benches = frozenset(row.cells["bench"].strip() for row in rows) if by_column else frozenset([bench])
+        if not all(map(names.is_known, benches)):
+            found.setdefault(benches, names.tidy(file.name))  # tables of the same benchmarks are levels of them
+    if len(found) < 2:
+        return ""
+    listed = ", ".join([*found.values()][:_SHOWN]) + (" …" if len(found) > _SHOWN else "")
+    return (
+        f"no average: {listed} do not say whose predictions they are, and may be of several models; put each model's "
+        "tables into a folder of its name, or give them a column `model`"
+    )
 
 
 def read(files: Sequence[Path], manifest: Path | None = None) -> "pd.DataFrame":

@@ -4,8 +4,10 @@ All figures are over the questions that the models share (clear.bench.vlmeval.co
 is the paired one. A benchmark's figure is that of clear.bench.vlmeval.scores. The average of a level is over the
 benchmarks that the tables have there: R-Bench-Dis, which is damaged as published, counts as hard and nowhere else, so
 the hard average may be over seven benchmarks and those of other levels over six. Robustness is over the benchmarks that
-have both clean and hard. Intervals are those of clear.bench.statistics. A cluster is a question with its rotations or
-its pair partner, and with all questions about its picture where a manifest names the picture, at all levels.
+have both clean and hard, and relative robustness over the questions that they have at both
+(clear.bench.vlmeval.scores_levels). Intervals are those of clear.bench.statistics. A cluster is a question with its
+rotations or its pair partner, and with all questions about its picture where a manifest names the picture, at all
+levels.
 """
 
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from clear.bench.scoring import HARD, present
 from clear.bench.vlmeval import names, scores
 from clear.bench.vlmeval.collect import groups_of, shared
 from clear.bench.vlmeval.published import BENCHMARKS, canonical, mean_restored
+from clear.bench.vlmeval.scores_levels import Apart, apart
 from clear.data.records import CLEAN
 from clear.errors import ClearError
 
@@ -44,7 +47,14 @@ def leaderboard(frame: "pd.DataFrame", reference: str = "", judge: str = "") -> 
     circular = {bench: _circular(bench, rows) for bench, rows in frame.groupby("bench")}
     benches = sorted(circular, key=_place)
     levels = present(frame["severity"])
-    board = _Board(_units(frame, circular), benches, levels, reference)
+    unequal = {bench: apart(frame[frame["bench"] == bench], circular[bench] is True) for bench in benches}
+    unequal = {bench: found for bench, found in unequal.items() if found is not None}
+    compared = {
+        bench: _units(found.within(frame[frame["bench"] == bench]), circular)
+        for bench, found in unequal.items()
+        if found.shared is not None
+    }
+    board = _Board(_units(frame, circular), benches, levels, reference, compared)
     return {
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
@@ -57,7 +67,7 @@ def leaderboard(frame: "pd.DataFrame", reference: str = "", judge: str = "") -> 
         "models": {
             model: board.model(model) | _made(frame[frame["model"] == model], judge, board.averaged) for model in models
         },
-        "notes": notes + _notes(circular, board),
+        "notes": notes + _notes(frame, circular, unequal, board),
     }
 
 
@@ -132,10 +142,14 @@ def _made(rows: "pd.DataFrame", judge: str, averaged: dict[str, list[str]]) -> d
     }
 
 
-def _notes(circular: dict[str, bool | None], board: "_Board") -> list[str]:
+def _notes(
+    frame: "pd.DataFrame", circular: dict[str, bool | None], unequal: dict[str, Apart], board: "_Board"
+) -> list[str]:
     notes = [
         f"{bench}: a table has no rotations; every row counts." for bench, kind in circular.items() if kind is False
     ]
+    notes += [f"{found.note(bench, 'relative robustness')}." for bench, found in unequal.items()]
+    notes += [f"{note}." for note in [names.further(frame["corruption"])] if note]
     for level, benches in board.averaged.items():
         for model in board.models:
             lacking = [bench for bench in benches if not board.has(model, bench, level)]
@@ -147,15 +161,22 @@ def _notes(circular: dict[str, bool | None], board: "_Board") -> list[str]:
 class _Board:
     """Cells of the leaderboard: figures of the means of all models, benchmarks and levels, over the same draws."""
 
-    def __init__(self, units: "pd.DataFrame", benches: list[str], levels: list[str], reference: str) -> None:
+    def __init__(
+        self,
+        units: "pd.DataFrame",
+        benches: list[str],
+        levels: list[str],
+        reference: str,
+        compared: "dict[str, pd.DataFrame]",
+    ) -> None:
+        """`compared` are the units of relative robustness, of the benchmarks whose levels have other ones."""
         self.reference = reference
         self.models = list(dict.fromkeys(units["model"]))
         parts: list[tuple[np.ndarray, np.ndarray]] = []
-        self._parts: dict[tuple[str, str, str], list[int]] = {}
-        for key, rows in units.groupby(["model", "bench", "severity"]):
-            own = _parts(rows)
-            self._parts[key] = [*range(len(parts), len(parts) + len(own))]
-            parts += own
+        self._parts = _numbered(units, parts)
+        self._compared = {key: found for key, found in self._parts.items() if key[1] not in compared}
+        for part in compared.values():
+            self._compared |= _numbered(part, parts)
         there = {(bench, level) for _, bench, level in self._parts}
         self.averaged = {level: [bench for bench in benches if (bench, level) in there] for level in levels}
         self.robust = [b for b in benches if (b, CLEAN) in there and (b, HARD) in there]
@@ -172,31 +193,25 @@ class _Board:
             cells = {bench: self._cell([(model, [bench], level)]) for bench in benches}
             levels[level] = {"benchmarks": cells, "average": self._cell([(model, benches, level)])}
         hard, clean = ((model, self.robust, level) for level in (HARD, CLEAN))
-        robustness = {"absolute": self._cell([hard]), "relative": self._cell([hard, clean])}
+        relative = self._cell([hard, clean], self._compared)
+        robustness = {"absolute": self._cell([hard]), "relative": relative}
         return {"levels": levels, "robustness": robustness}
 
-    def _cell(self, of: list[tuple[str, list[str], str]]) -> dict | None:
+    def _cell(self, of: list[tuple[str, list[str], str]], parts: "_Numbers | None" = None) -> dict | None:
         """The figure of (model, benchmarks, level), or of the ratio of two, and its difference to the reference's."""
-        own = [self._weights(*one) for one in of]
+        parts = self._parts if parts is None else parts
+        own = [_weights(parts, *terms) for terms in of]
         if not all(own):
             return None
         cell = self._interval(lambda means: _ratio(means, own), own)
         if self.reference and self.reference != of[0][0]:
-            other = [self._weights(self.reference, *rest) for _, *rest in of]
+            other = [_weights(parts, self.reference, *rest) for _, *rest in of]
             cell["minus_reference"] = None
             if all(other):
                 cell["minus_reference"] = self._interval(
                     lambda means: _ratio(means, own) - _ratio(means, other), [*own, *other]
                 )
         return cell
-
-    def _weights(self, model: str, benches: list[str], level: str) -> tuple[list[int], np.ndarray] | None:
-        """(means, weights) whose sum is the mean over corruptions and then benchmarks; None if one is lacking."""
-        found = [self._parts.get((model, bench, level)) for bench in benches]
-        if not found or None in found:
-            return None
-        weights = [1 / (len(found) * len(parts)) for parts in found for _ in parts]
-        return [part for parts in found for part in parts], np.array(weights)
 
     def _interval(self, statistic: Callable[[np.ndarray], Any], terms: list[tuple[list[int], np.ndarray]]) -> dict:
         used = [part for parts, _ in terms for part in parts]
@@ -213,6 +228,29 @@ class _Board:
                 "clusters": len(np.unique(np.concatenate([self._means.clusters[part] for part in used]))),
             }
         return {name: getattr(found, name) for name in ("estimate", "low", "high", "n", "clusters")}
+
+
+_Numbers = dict[tuple[str, str, str], list[int]]
+"""Numbers of the means of each model, benchmark and level, one for each corruption."""
+
+
+def _numbered(units: "pd.DataFrame", parts: list[tuple[np.ndarray, np.ndarray]]) -> _Numbers:
+    """The numbers that the values of `units` have in `parts`, to which they are added."""
+    numbers = {}
+    for key, rows in units.groupby(["model", "bench", "severity"]):
+        own = _parts(rows)
+        numbers[key] = [*range(len(parts), len(parts) + len(own))]
+        parts += own
+    return numbers
+
+
+def _weights(numbers: _Numbers, model: str, benches: list[str], level: str) -> tuple[list[int], np.ndarray] | None:
+    """(means, weights) whose sum is the mean over corruptions and then benchmarks; None if one is lacking."""
+    found = [numbers.get((model, bench, level)) for bench in benches]
+    if not found or None in found:
+        return None
+    weights = [1 / (len(found) * len(parts)) for parts in found for _ in parts]
+    return [part for parts in found for part in parts], np.array(weights)
 
 
 def _ratio(means: np.ndarray, terms: list[tuple[list[int], np.ndarray]]) -> np.ndarray:

@@ -7,16 +7,18 @@ anything else (a result of VLMEvalKit, a level that does not exist) is rejected,
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from clear.data.records import CLEAN
 from clear.degradation.corruptions import CORRUPTIONS
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from clear.sources.lmudata import MMVP, number, pairs
 from clear.sources.scenes.words import composed
 
 __all__ = ["number", "pairs"]  # of the source, under the names of the rest
+
+_LISTED = 10
 
 LEVELS = {"low": "LOW", "mid": "MID", "high": "HIGH"}
 """How the levels are written in file names."""
@@ -29,11 +31,19 @@ AUTHORS = {name: name for name in CORRUPTIONS} | {
 }
 """The authors' name of each corruption, as in the names of their files and functions."""
 
+_OURS = {theirs: own for own, theirs in AUTHORS.items()}
+
 AUTHORS_LEVEL = "high"
 """The one level of their files of one corruption each."""
 
+CIRCULAR = 1_000_000
+"""Rotations of one MMBench question have indices that differ by multiples of this; those below it come first."""
+
 MIXED = "mixed"
 """The corruption of a file in which every picture has its own."""
+
+OWN = "own"
+"""The corruption of a benchmark whose pictures are damaged as published."""
 
 FAMILIES = {"mmbench": "MMBench", "mmvet": "MM-?Vet", "mmvp": MMVP, "cvbench": "CV-?Bench"}
 """Benchmarks with a rule of their own, by a pattern for their names; every other one is plain accuracy."""
@@ -69,6 +79,25 @@ def family(bench: str) -> str:
     return next((name for name, found in FAMILIES.items() if re.search(found, bench, re.IGNORECASE)), "plain")
 
 
+def is_known(bench: str) -> bool:
+    """Whether this is the name of a benchmark in VLMEvalKit, alone or with a model's in front."""
+    return bool(_BENCH.fullmatch(bench))
+
+
+def ours(corruption: str) -> str:
+    """This project's name of a corruption that goes by the authors'; any other name as it is."""
+    return _OURS.get(corruption, corruption)
+
+
+def further(corruptions: Iterable[str]) -> str:
+    """A note on corruptions that are none of the sixteen: those of a preset, a plugin or another project, or a slip of
+    the pen. "" without any."""
+    found = sorted(set(corruptions) - {CLEAN, OWN, MIXED, *CORRUPTIONS})
+    more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
+    listed = ", ".join(map(quoted, found[:_LISTED])) + more
+    return f"none of MMD-Bench's sixteen corruptions, but counted at their level: {listed}" if found else ""
+
+
 def target_name(bench: str, corruption: str, severity: str, authors: bool = False) -> str:
     """The name of a degraded file without its ending; `corruption` "" or MIXED: every picture has its own.
 
@@ -91,8 +120,8 @@ def parsed(name: str) -> tuple[str, str, str]:
     levels = {written: level for level, written in LEVELS.items()}
     bench, corruption, severity = name, CLEAN, CLEAN
     if match := _DEGRADED.fullmatch(name):
-        ours = next((own for own, theirs in AUTHORS.items() if theirs == match["theirs"]), match["ours"] or MIXED)
-        bench, corruption, severity = match["bench"], ours, levels.get(match["level"], AUTHORS_LEVEL)
+        corruption = ours(match["theirs"] or match["ours"] or MIXED)
+        bench, severity = match["bench"], levels.get(match["level"], AUTHORS_LEVEL)
     elif match := _PLAIN_LEVEL.fullmatch(name):
         bench, corruption, severity = match["bench"], MIXED, levels[match["level"]]
     more = None if _BENCH.fullmatch(bench) else _BENCH_AND_MORE.fullmatch(bench) or _MORE.search(bench)
@@ -108,8 +137,10 @@ def of_model(bench: str, folder: str) -> tuple[str, str]:
     """(model, benchmark) of a benchmark's name with a model's in front, in a folder of that name or any other.
 
     The folder's name decides where the file's begins with it, as `clear answer` and VLMEvalKit write them; else a known
-    benchmark at the end does. The model is "" where neither says.
+    benchmark at the end does. The model is "" where neither says. Both are in one normal form: a disk may keep the
+    letters of a folder's name and of a file's in different ones.
     """
+    folder, bench = composed(folder), composed(bench)
     if folder and bench.startswith(f"{folder}_") and len(bench) > len(folder) + 1:
         return folder, bench[len(folder) + 1 :]
     match = _MODEL_AND_BENCH.fullmatch(bench)

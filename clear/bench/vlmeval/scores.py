@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING
 
 from clear.bench.scoring import HARD, SEVERITIES, present, robustness
 from clear.bench.vlmeval import names
+from clear.bench.vlmeval.names import CIRCULAR, OWN
 from clear.bench.vlmeval.options import answer_in, chosen
+from clear.bench.vlmeval.scores_levels import apart
 from clear.data import tables
 from clear.data.io import aligned
 from clear.data.records import CLEAN
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from clear.sources.lmudata import options_of
 from clear.sources.scenes.words import LABELS, normalise
 
@@ -32,9 +34,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from clear.llm.endpoint import Client
-
-CIRCULAR = 1_000_000
-"""Rotations of one MMBench question have indices that differ by multiples of this; those below it come first."""
 
 GROUPED = ("mmbench", "mmvp")
 """Families of which groups of rows are found by the index."""
@@ -44,9 +43,6 @@ WHERE = ("bench", "corruption", "severity")
 MOST_PARTS = 2000
 """Benchmarks, corruptions and levels of one file together: each has figures and lines of its own. All of MMD-Bench's
 are a quarter of that."""
-
-OWN = "own"
-"""The corruption of a benchmark whose pictures are damaged as published."""
 
 
 def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
@@ -92,9 +88,24 @@ def read_file(path: Path) -> "pd.DataFrame":
     twice = frame["index"][frame["index"].duplicated()]
     if len(twice):
         raise ClearError(f"{path}: index {twice.iloc[0]} occurs twice; number the rows.")
-    if not set(WHERE) <= set(frame):
+    frame = _placed(path, frame)
+    frame["benchmark"] = _alone(path, frame)
+    for index in frame["index"][frame["benchmark"].map(names.family).isin(GROUPED)]:
         try:
-            named = names.parsed(path.stem)
+            names.number(index)
+        except ClearError as error:
+            raise ClearError(f"{path}: {error}") from error
+    return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
+
+
+def _placed(path: Path, frame: "pd.DataFrame") -> "pd.DataFrame":
+    """`frame` with benchmark, corruption and level, by its columns or the file's name, each written in one way."""
+    if set(WHERE) <= set(frame):
+        frame = frame.assign(**{column: frame[column].str.strip() for column in WHERE})
+        frame = frame.assign(bench=frame["bench"].map(names.composed), corruption=frame["corruption"].map(names.ours))
+    else:
+        try:
+            named = names.parsed(names.composed(path.stem))
         except ClearError as error:
             raise ClearError(f"{path}: the name {error}") from error
         frame = frame.assign(**dict(zip(WHERE, named, strict=True)))
@@ -109,13 +120,14 @@ def read_file(path: Path) -> "pd.DataFrame":
         if len(odd):
             what = f"is not one of {', '.join(known)}" if known else "is empty"
             raise ClearError(f"{path}: index {odd['index'].iloc[0]}: {column} {odd[column].iloc[0]!r} {what}.")
-    frame["benchmark"] = _alone(path, frame)
-    for index in frame["index"][frame["benchmark"].map(names.family).isin(GROUPED)]:
-        try:
-            names.number(index)
-        except ClearError as error:
-            raise ClearError(f"{path}: {error}") from error
-    return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
+    odd = frame[(frame["corruption"] == CLEAN) != (frame["severity"] == CLEAN)]
+    if len(odd):
+        index, corruption, severity = odd[["index", "corruption", "severity"]].iloc[0]
+        raise ClearError(
+            f"{path}: row {odd.index[0] + 1}, index {index}: corruption {quoted(corruption)} and severity '{severity}' "
+            f"contradict each other; write {CLEAN} in both columns, or a corruption and its level."
+        )
+    return frame
 
 
 def _alone(path: Path, frame: "pd.DataFrame") -> list[str]:
@@ -199,7 +211,7 @@ def score(frame: "pd.DataFrame", judge: "Client | None" = None, progress: Callab
     return frame.assign(extracted=extracted, score=values, how=how, reject=reject)
 
 
-def summary(frame: "pd.DataFrame") -> dict:
+def summary(frame: "pd.DataFrame", no_average: str = "") -> dict:
     """Figures of a scored frame: per benchmark and level, robustness, and the mean over benchmarks.
 
     A benchmark's figure is its published one: circular for MMBench (if every file of it has rotations), mean grade for
@@ -209,6 +221,10 @@ def summary(frame: "pd.DataFrame") -> dict:
 
     The average of a level is over all benchmarks, and absent where one of them has no figure; R-Bench-Dis, damaged as
     published, counts in that of hard alone. Average robustness is over the benchmarks that have both clean and hard.
+
+    `relative` robustness is over the questions of both levels (clear.bench.vlmeval.scores_levels); where levels differ
+    in them, `lacking` says how many each has fewer than all have together (`questions`), and `shared` has the figures
+    of clean and hard over what these share. `no_average` is a reason why there is no average over these tables.
     """
     benches: dict[str, dict] = {}
     for bench, rows in frame.groupby("bench", sort=True):
@@ -218,6 +234,8 @@ def summary(frame: "pd.DataFrame") -> dict:
         by_severity = {level: cell["score"] for level, cell in levels.items() if cell["score"] is not None}
         damaged = bool((rows.corruption == OWN).all())
         benches[bench] = {"levels": levels, "robustness": robustness(by_severity), "damaged": damaged}
+        benches[bench] |= _unequal(bench, rows, groups)
+        benches[bench]["robustness"]["relative"] = _relative(_compared(benches[bench]), "score")
         if names.family(alone) == "mmbench":
             benches[bench]["circular"] = groups is not None
     average = {}
@@ -226,11 +244,38 @@ def summary(frame: "pd.DataFrame") -> dict:
         mean = _average(counted, level)
         if mean is not None:  # a mean over the benchmarks that happen to be there says nothing
             average[level] = mean
-    both = [cell["levels"] for cell in benches.values() if {CLEAN, HARD} <= set(cell["levels"])]
-    robust = {level: _average(both, level) for level in (CLEAN, HARD)}
+    both = [cell for cell in benches.values() if {CLEAN, HARD} <= set(cell["levels"])]
+    robust = {level: _average([_compared(cell) for cell in both], level) for level in (CLEAN, HARD)}
+    robust = robustness(robust) | {"absolute": _average([cell["levels"] for cell in both], HARD)}
     rejected = int((frame.reject != "").sum())
-    whole = {"levels": average, "robustness": robustness(robust)}
-    return {"benchmarks": benches, "average": whole, "rows": len(frame), "rejected": rejected}
+    found = {"benchmarks": benches, "average": {"levels": average, "robustness": robust}}
+    found |= {"rows": len(frame), "rejected": rejected}
+    if no_average:
+        found |= {"average": {"levels": {}, "robustness": robustness({})}, "no_average": no_average}
+    if note := names.further(frame["corruption"]):
+        found["further"] = note
+    return found
+
+
+def _unequal(bench: str, rows: "pd.DataFrame", groups: "tuple[str, dict[str, int]] | None") -> dict:
+    """What `summary` adds where the levels of one benchmark have different questions."""
+    found = apart(rows, bool(groups) and groups[0] == "circular")
+    if found is None:
+        return {}
+    added = {"questions": found.questions, "lacking": found.lacking, "unequal": found.note(bench, "hard / clean")}
+    if found.shared is not None:
+        within = found.within(rows).groupby("severity", sort=True)
+        added["shared"] = {level: _level(part, groups) for level, part in within}
+    return added
+
+
+def _compared(bench: dict) -> dict[str, dict]:
+    """The figures by level of which a benchmark's relative robustness is made."""
+    return bench.get("shared", bench["levels"])
+
+
+def _relative(levels: dict[str, dict], figure: str) -> float | None:
+    return robustness({level: cell.get(figure) for level, cell in levels.items()})["relative"]
 
 
 def grouping(bench: str, rows: "pd.DataFrame") -> "tuple[str, dict[str, int]] | None":
@@ -333,12 +378,14 @@ def table(summarised: dict) -> str:
         for extra, label in {"pair": "pair", "sources": "mean over sources", "single": "single"}.items():
             values = {k: v[extra] for k, v in part["levels"].items() if v.get(extra) is not None}
             if values and (extra != "single" or part.get("circular")):
-                line(f"  {label}", values, robustness(values)["relative"], "", "", "")
-    if len(summarised["benchmarks"]) > 1:
+                line(f"  {label}", values, _relative(_compared(part), extra), "", "", "")
+    if len(summarised["benchmarks"]) > 1 and "no_average" not in summarised:
         line("average", summarised["average"]["levels"], summarised["average"]["robustness"]["relative"], "", "", "")
     lines = aligned(rows)
-    notes = []
+    notes = [summarised[key] for key in ("no_average", "further") if key in summarised]
     for bench, part in summarised["benchmarks"].items():
+        if "unequal" in part:
+            notes.append(part["unequal"])
         if part["damaged"]:
             notes.append(f"{bench}: damaged as published; it counts as hard and in no robustness")
         if count := sum(cell["incomplete"] for cell in part["levels"].values()):

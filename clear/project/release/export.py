@@ -15,7 +15,7 @@ import torch
 from clear.bench.models import MODELS, evaluations
 from clear.data.io import require_new, sync
 from clear.data.records import file_sha256
-from clear.errors import ClearError, quoted
+from clear.errors import ClearError, quoted, shown
 from clear.model import release
 from clear.model.checkpoint import fingerprint, read_config
 from clear.model.checkpoint.config import json_object
@@ -51,8 +51,9 @@ def export(
 
     Raises ClearError as clear.model.release.write; for a folder that is not of this project's training; for a model of
     given weights or data without a named licence and base; for figures that are not of these weights, or of no model
-    of the scores.
+    of the scores; for a wish that the card cannot hold.
     """
+    _check(wishes)
     facts = gather(folder, config, wishes)
     require_new(out)
     partial = out.with_name(f"{out.name}.partial")
@@ -73,6 +74,38 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return sorted(out.iterdir())
+
+
+def apart(folder: Path, out: Path, workspace: Path = Path()) -> None:
+    """Raise ClearError where the new folder `out` would be part of the model `folder` it is made of, or of anything
+    that DVC tracks in the workspace: that would have another content then, and the next checkout would delete it."""
+    places = (out.resolve(), *out.resolve().parents)
+    if folder.is_dir() and folder.resolve() in places:
+        raise ClearError(f"{out} belongs to {folder}, the model that it is made of; name a folder elsewhere.")
+    lock = workspace / LOCK
+    stages = read_lock(lock) if lock.is_file() else {}
+    for stage, path in ((stage, out["path"]) for stage, entry in stages.items() for out in entry.get("outs", [])):
+        if (workspace / path).resolve() in places:
+            raise ClearError(f"{out} belongs to {path}, an output of stage {stage}; name a folder elsewhere.")
+    for place in places:
+        if Path(f"{place}.dvc").is_file():
+            raise ClearError(f"{out} belongs to what {shown(place)}.dvc tracks; name a folder elsewhere.")
+
+
+def _check(wishes: Wishes) -> None:
+    """Raise ClearError for a wish with a line break or another character that the card's header cannot hold."""
+    for option, values in (
+        ("--name", [wishes.name]),
+        ("--license", [wishes.license]),
+        ("--base-model", [wishes.base_model]),
+        ("--dataset", wishes.datasets),
+        ("--language", wishes.languages),
+    ):
+        if odd := next((value for value in values if not value.isprintable()), ""):
+            raise ClearError(
+                f"{option} {quoted(odd)}: has a line break or another character that cannot be printed, and stands in "
+                "the header of the model card; leave it out."
+            )
 
 
 def gather(folder: Path, config: Config, wishes: Wishes, workspace: Path = Path(), weights: str = "") -> dict:
