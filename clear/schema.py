@@ -6,7 +6,7 @@ The values are in the YAML files under `clear/conf`; clear/config.py reads and c
 from dataclasses import dataclass, field
 from typing import Any
 
-PROFILES = ("smoke", "short", "tiny", "bagel_7b_lora", "bagel_7b_qlora", "bagel_7b")
+PROFILES = ("smoke", "tiny", "bagel_7b_lora", "bagel_7b_qlora", "bagel_7b")
 QUANTISED = ("nf4", "int8")
 """Types of `runtime.weights` that quantise the decoder's linear layers."""
 

@@ -247,7 +247,7 @@ def test_a_scratch_run_of_targets_begins_with_what_the_workspace_has_made(projec
 
 
 def test_a_scratch_run_that_cannot_start_or_fails_is_refused(project, tmp_path):
-    with pytest.raises(ClearError, match="not one of smoke, short, tiny"):
+    with pytest.raises(ClearError, match="not one of smoke, tiny"):
         run(Path(), "huge")
     with pytest.raises(ClearError, match="no_such"):
         run(Path(), "smoke", ["no_such=1"])
