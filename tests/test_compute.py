@@ -357,7 +357,7 @@ def test_an_entry_of_the_lock_says_after_the_way_back_what_it_said_before(tmp_pa
 MERGE = """
 import resource, signal, sys
 from pathlib import Path
-from ruamel.yaml import YAML
+import dvc.utils.serialize
 from flows.batch.execute import merge_lock
 signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))

@@ -106,6 +106,12 @@ def test_a_job_that_was_ended_is_not_taken_for_one_that_lost_its_machine(work, c
     assert len(cloud.batch.jobs) == 1
 
 
+def _counted(cloud):
+    """The jobs but for one that a flow ended because another had asked in the same moment."""
+    said = "submitted twice"
+    return [job for job in [*cloud.batch.jobs.values()] if not (job.get("statusReason") or "").startswith(said)]
+
+
 def test_of_two_flows_without_a_spot_machine_both_wait_for_the_same_job_on_demand(work, cloud):
     cloud.batch.held |= {"spot", "ondemand"}
     first = work("ends")
@@ -113,13 +119,13 @@ def test_of_two_flows_without_a_spot_machine_both_wait_for_the_same_job_on_deman
     wait_until(lambda: cloud.batch.jobs, 60, "the first job")
     other = Other(work)
     first.compute.spot_wait_minutes = 0.0  # the other one would wait on, and hears of it by the end of the job
-    wait_until(lambda: len(cloud.batch.jobs) == 2, 60, "the second job")
+    wait_until(lambda: len(_counted(cloud)) == 2, 60, "the second job")
     wait_until(lambda: "no spot machine in time: asking on demand" in other.said, 60, "the second flow")
     cloud.batch.held.clear()
     cloud.batch.environment["KIND"] = "ends"
     assert other.end() is None
     thread.join(60)
-    assert [job["jobQueue"] for job in cloud.batch.jobs.values()] == ["spot", "ondemand"]
+    assert [job["jobQueue"] for job in _counted(cloud)] == ["spot", "ondemand"]
     assert first.job_id == other.work.job_id
 
 
