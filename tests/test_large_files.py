@@ -132,22 +132,18 @@ def readers(folder, count: int, long: int) -> list:
 
 
 @pytest.mark.parametrize("reader", range(9))
-def test_a_parquet_file_of_more_rows_than_bytes_is_refused_before_it_is_read(tmp_path, monkeypatch, reader):
-    read = readers(tmp_path, 30_000, 1)[reader]
-    monkeypatch.setattr(files, "MANY_ROWS", 10_000)
+@pytest.mark.parametrize(
+    ("count", "long", "limit", "most", "stated"),
+    [(30_000, 1, "MANY_ROWS", 10_000, "30,000 rows"), (1, 10**7, "UNPACKED", 10**6, "10,[0-9,]+ bytes unpacked")],
+)
+def test_a_parquet_file_that_is_far_more_than_its_bytes_is_refused_before_it_is_read(
+    tmp_path, monkeypatch, count, long, limit, most, stated, reader
+):
+    read = readers(tmp_path, count, long)[reader]
+    monkeypatch.setattr(files, limit, most)
     for name in ("read", "iter_batches"):
         monkeypatch.setattr(pq.ParquetFile, name, None)
-    with pytest.raises(ClearError, match=r"parquet: states 30,000 rows in [0-9,]+ bytes, more than is read; write"):
-        read()
-
-
-@pytest.mark.parametrize("reader", range(9))
-def test_a_parquet_file_that_unpacks_to_far_more_is_refused_before_it_is_read(tmp_path, monkeypatch, reader):
-    read = readers(tmp_path, 1, 10**7)[reader]
-    monkeypatch.setattr(files, "UNPACKED", 10**6)
-    for name in ("read", "iter_batches"):
-        monkeypatch.setattr(pq.ParquetFile, name, None)
-    with pytest.raises(ClearError, match=r"parquet: states 10,[0-9,]+ bytes unpacked in [0-9,]+ bytes, more than"):
+    with pytest.raises(ClearError, match=rf"parquet: states {stated} in [0-9,]+ bytes, more than is read; write"):
         read()
 
 

@@ -12,7 +12,7 @@ from clear.errors import ClearError
 from clear.project.release import cards, fetch, publish, registry
 from clear.project.scratch import write_params
 from tests.conftest import ROOT, git
-from tests.helpers.registry_project import another, dvc, make
+from tests.helpers.registry_project import another, copied, dvc, make
 from tests.revisions import LEVELS
 
 WORSE = dict.fromkeys(LEVELS, 0.3)
@@ -26,10 +26,9 @@ def _made(tmp_path_factory) -> Path:
 @pytest.fixture
 def project(_made, tmp_path, monkeypatch) -> Path:
     """A copy of the project with both its remotes; the working directory."""
-    shutil.copytree(_made, tmp_path / "all")
-    monkeypatch.chdir(tmp_path / "all/project")
-    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "home"))
-    return tmp_path / "all/project"
+    folder = copied(_made, tmp_path, monkeypatch)
+    monkeypatch.chdir(folder)
+    return folder
 
 
 def refused(clear, *arguments: str) -> str:

@@ -13,7 +13,7 @@ from clear.errors import ClearError
 from clear.project.release import publish, registry
 from flows import promote
 from tests.conftest import ROOT, git
-from tests.helpers.registry_project import make
+from tests.helpers.registry_project import copied, make
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +24,7 @@ def _made(tmp_path_factory) -> Path:
 @pytest.fixture
 def project(_made, tmp_path, monkeypatch) -> Path:
     """A copy of the project with both its remotes."""
-    shutil.copytree(_made, tmp_path / "all")
-    monkeypatch.setenv("CLEAR_HOME", str(tmp_path / "home"))
-    return tmp_path / "all/project"
+    return copied(_made, tmp_path, monkeypatch)
 
 
 def at_origin(project: Path) -> list[str]:

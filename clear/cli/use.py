@@ -156,7 +156,7 @@ def answer(
 
     from clear.bench.vlmeval.answering import FORMATS, answer_table, count
     from clear.bench.vlmeval.prompts import STYLES
-    from clear.bench.vlmeval.respond import Folder, Served, wishing
+    from clear.bench.vlmeval.respond import Folder, Served
     from clear.config import load
     from clear.data.tables import DELIMITERS
     from clear.llm.endpoint import connect
@@ -182,7 +182,9 @@ def answer(
         key = f"${key_from}" if key_from else ""
         there = replace(config.teacher, url=endpoint, model=name, key=key, temperature=0.0)
         wish = {key: value for key, value in (("restore", restore), ("feedback", feedback)) if value is not None}
-        respondent = wishing(connect(there, "teacher", out / "replies.sqlite"), wish)
+        respondent = connect(there, "teacher", out / "replies.sqlite")
+        if wish:  # for a `clear serve`; another server may refuse the field
+            respondent.more["clear"] = wish
     label = name.replace("/", "_")
     with respondent as who:
         for file in data:

@@ -43,7 +43,7 @@ def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> 
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial")
-    with _alone(partial) if several else nullcontext():
+    with alone(partial) if several else nullcontext():
         try:
             with naming(path):
                 yield partial
@@ -56,8 +56,9 @@ def replacing(path: Path | str, several: bool = False, crashes: bool = True) -> 
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold the lock of a file in the block, which may rename or delete it; whoever waits makes a new one then."""
+def alone(file: Path) -> Iterator[None]:
+    """Wait for the lock of a file and hold it in the block, which may rename or delete the file; whoever waits makes a
+    new one then."""
     descriptor = acquire(file, wait=True)
     try:
         yield
@@ -77,9 +78,7 @@ def acquire(file: Path, wait: bool = False) -> int | None:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 return None
-            with suppress(
-                FileNotFoundError
-            ):  # else its name is another file's now, or none's: renamed since, or deleted
+            with suppress(FileNotFoundError):  # renamed since, or deleted: its name is another file's now, or none's
                 if os.path.samestat(os.fstat(descriptor), file.stat()):
                     opened.pop_all()
                     return descriptor

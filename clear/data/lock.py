@@ -65,6 +65,20 @@ def when_busy_here() -> str:
 
 
 @contextmanager
+def exported(name: str, value: str) -> Iterator[None]:
+    """Give an environment variable a value in the block, for what is started there."""
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextmanager
 def writer(
     workspace: Path, when_busy: str = "wait", label: str = "", say: Callable[[str], None] = print
 ) -> Iterator[None]:
@@ -77,15 +91,8 @@ def writer(
     with _held(lock_file(workspace), workspace, when_busy, label, say):
         with _held(stage_lock(workspace), workspace, when_busy, label, say):
             pass  # no stage is left that outlived its run; new ones ask for the writer's lock first
-        before = os.environ.get(HOLDER)
-        os.environ[HOLDER] = str(os.getpid())
-        try:
+        with exported(HOLDER, str(os.getpid())):
             yield
-        finally:
-            if before is None:
-                del os.environ[HOLDER]
-            else:
-                os.environ[HOLDER] = before
 
 
 @contextmanager

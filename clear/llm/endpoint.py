@@ -156,6 +156,7 @@ class Client:
     store: ReplyStore
     pause: float
     asked: int = 0
+    more: dict[str, Any] = field(default_factory=dict)  # sent with every request, and so part of its identity
     _open: dict[str, threading.Lock] = field(default_factory=dict, repr=False)
     _guard: threading.Lock = field(default_factory=threading.Lock, repr=False)
     _stop: threading.Event = field(default_factory=threading.Event, repr=False)
@@ -189,7 +190,7 @@ class Client:
             "temperature": c.temperature if request.temperature is None else request.temperature,
             "max_tokens": request.max_tokens or c.max_tokens,
         }
-        return sent | ({"response_format": {"type": "json_object"}} if request.as_json else {})
+        return sent | self.more | ({"response_format": {"type": "json_object"}} if request.as_json else {})
 
     def hash_of(self, request: Request) -> str:
         """Identity of a request in the cache."""

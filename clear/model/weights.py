@@ -12,19 +12,16 @@ once its size is right and its ETag matches its content (MD5, or for multipart u
 the part sizes in use); encrypted objects have other ETags, so only their size is checked.
 """
 
-import fcntl
 import hashlib
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from clear.data import aws
-from clear.data.io import remembered, sync, write_json
+from clear.data.io import alone, remembered, sync, write_json
 from clear.data.workspace import home
 from clear.errors import ClearError, naming, refusal
 from clear.schema import Config
@@ -89,7 +86,10 @@ def fetch(url: str, name: str = "checkpoint") -> Path:
         raise ClearError(f"params: model.{name} = {url!r} leaves its folder; write s3://bucket/prefix.")
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        with aws.explained(url, again="repeat the command, the download resumes"), _locked(folder):
+        with (
+            aws.explained(url, again="repeat the command, the download resumes"),
+            alone(folder.with_name(f"{folder.name}.lock")),
+        ):
             client = aws.client()
             objects = _list(client, bucket, prefix + "/")
             if not objects:
@@ -98,13 +98,6 @@ def fetch(url: str, name: str = "checkpoint") -> Path:
     except OSError as error:  # a full disk; `clear browse` shows ClearErrors only
         raise refusal(error) or error from error
     return folder
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    with folder.with_name(f"{folder.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
 
 
 def _list(client, bucket: str, prefix: str) -> dict[str, Remote]:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from clear.config import PARAMS, compose
-from clear.data.io import acquire, sync, write_text
-from clear.data.lock import remark, when_busy_here, writer
+from clear.data.io import alone, sync, write_text
+from clear.data.lock import exported, remark, when_busy_here, writer
 from clear.data.workspace import home
 from clear.errors import ClearError
 from clear.project.git import git, output
@@ -237,7 +237,8 @@ def clear_leftovers(copy: Path) -> None:
     for left in (copy.with_name(f"{copy.name}.{state}") for state in ("partial", "gone")):
         lock = left / ".clear" / "command.lock"  # of the commands of flows, which end a little later than their flow
         if lock.exists():
-            os.close(acquire(lock, wait=True))
+            with alone(lock):
+                pass
         if left.exists():
             shutil.rmtree(left)
 
@@ -247,15 +248,8 @@ def bounded(copy: Path) -> Iterator[None]:
     """In the block git, whoever calls it, looks for the repository of a clone in the clone and not above it: in a
     clone that has lost its own it would answer, commit and push for the workspace, in whose folder the clone is."""
     name = "GIT_CEILING_DIRECTORIES"
-    before = os.environ.get(name)
-    os.environ[name] = os.pathsep.join(filter(None, [before, str(copy.parent.resolve())]))
-    try:
+    with exported(name, os.pathsep.join(filter(None, [os.environ.get(name), str(copy.parent.resolve())]))):
         yield
-    finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
 
 
 def link(source: str, target: str) -> None:

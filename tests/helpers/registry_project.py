@@ -88,3 +88,10 @@ def another(folder: Path, message: str, **answers) -> None:
     predictions.write(folder / "code/grpo.parquet", rows_of(**answers))
     (folder / "code/model/note.txt").write_text(message)
     reproduced(folder, message)
+
+
+def copied(made: Path, folder: Path, monkeypatch) -> Path:
+    """A copy of a project of `make`, given by the folder above it, with both its remotes and a home of its own."""
+    shutil.copytree(made, folder / "all")
+    monkeypatch.setenv("CLEAR_HOME", str(folder / "home"))
+    return folder / "all/project"

@@ -6,7 +6,7 @@ restoration depends on the row's number in the table.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Protocol
@@ -142,30 +142,6 @@ def _unusable(answerer: "Answerer", row: Asked) -> Given | None:
         except ClearError as error:
             return Given(row.index, reject=reason, detail=str(error))
     return None
-
-
-@dataclass
-class Wishing(Client):
-    """A client whose requests carry `wish` as their field `clear`, which a `clear serve` reads (docs/SERVE.md).
-
-    It is part of what is sent, so replies to another wish are kept apart from these.
-    """
-
-    wish: dict[str, str] = field(default_factory=dict)
-
-    def body(self, request: Request) -> dict:
-        """What is sent for a request."""
-        return super().body(request) | {"clear": self.wish}
-
-
-def wishing(client: Client, wish: dict[str, str]) -> Client:
-    """The client to use in place of one that has asked nothing yet, so that it asks with a wish: that one if there is
-    none, as an endpoint that is no `clear serve` may refuse the field."""
-    if not wish:
-        return client
-    return Wishing(
-        client.config, client.name, client.url, client.model, client.key, client.store, client.pause, wish=wish
-    )
 
 
 @dataclass(frozen=True)
