@@ -75,6 +75,24 @@ def test_an_older_commit_has_its_own_lineage(project):
     assert f"git worktree add ../then {git(project, 'rev-parse', 'HEAD~1')[:10]}" in then.obstacles[0]
 
 
+def test_outputs_that_a_merge_made_anew_are_recorded_in_that_merge(project):
+    """Two branches changed the stage; the conflict in dvc.lock was resolved by a run on both."""
+    lock = project / "dvc.lock"
+    value = lineage(Path(), "data/samples").steps[0].outputs["data/samples"]
+    text = lock.read_text()
+    git(project, "checkout", "-qb", "side")
+    lock.write_text(text.replace(value, "a" * 32))
+    git(project, "commit", "-qam", "on the side")
+    git(project, "checkout", "-q", "-")
+    lock.write_text(text.replace(value, "b" * 32))
+    git(project, "commit", "-qam", "here")
+    git(project, "merge", "-q", "--no-commit", "-s", "ours", "side")
+    lock.write_text(text.replace(value, "c" * 32))
+    git(project, "commit", "-qam", "both")
+    assert lineage(Path(), "data/samples").steps[0].commit.subject == "both"
+    assert lineage(Path(), "data/samples", "HEAD^2").steps[0].commit.subject == "on the side"
+
+
 def test_what_no_stage_makes_is_said_to_be_what_it_is(project, clear):
     def said(*arguments):
         status, out, error = clear("lineage", *arguments)

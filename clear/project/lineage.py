@@ -122,8 +122,9 @@ def lineage(root: Path, path: str, revision: str = "") -> Lineage:
     if not held:
         raise ClearError(_not_an_output(root, path, made))
     records = {} if revision else {stage_name(name): record for name, record in run_records().items()}
+    introduced = _introduced(root, revision)
     steps = [
-        _step(root, stage, lock, index, revision, records.get(stage, {}).get("machine", ""))
+        _step(stage, lock, index, introduced, records.get(stage, {}).get("machine", ""))
         for stage in _before(lock, index, made[held])
     ]
     here = read_lock(root / LOCK) if revision else lock
@@ -211,7 +212,7 @@ def _before(lock: dict, index: _Index, stage: str) -> list[str]:
     return found[::-1]
 
 
-def _step(root: Path, stage: str, lock: dict, index: _Index, revision: str, machine: str) -> Step:
+def _step(stage: str, lock: dict, index: _Index, introduced: dict[str, tuple[int, Commit]], machine: str) -> Step:
     entry = lock[stage]
     inputs, code = {}, []
     for dep in entry.get("deps", []):
@@ -222,7 +223,7 @@ def _step(root: Path, stage: str, lock: dict, index: _Index, revision: str, mach
             code.append(dep["path"])
     given = {key: value for values in entry.get("params", {}).values() for key, value in leaves(values)}
     hashes = outputs({stage: entry})
-    return Step(stage, _command(entry), inputs, code, given, hashes, _first(root, hashes, revision), machine)
+    return Step(stage, _command(entry), inputs, code, given, hashes, _first(introduced, hashes), machine)
 
 
 def _command(entry: dict) -> str:
@@ -230,28 +231,38 @@ def _command(entry: dict) -> str:
     return command if isinstance(command, str) else " && ".join(command)
 
 
-def _first(root: Path, hashes: dict[str, str], revision: str) -> Commit | None:
+def _introduced(root: Path, revision: str) -> dict[str, tuple[int, Commit]]:
+    """The first commit that brought each hash into dvc.lock, and its place in the history, by one walk through it."""
+    said = git(
+        root,
+        "log",
+        "--reverse",
+        "-m",  # of merges those that no parent has: a conflict that was resolved by a new run
+        "-p",
+        "-U0",
+        "--no-color",
+        "--no-ext-diff",
+        "--no-textconv",
+        "--format=%x00%h%x09%cs%x09%an%x09%s",
+        revision or "HEAD",
+        "--",
+        LOCK,
+    )
+    found: dict[str, tuple[int, Commit]] = {}
+    for place, entry in enumerate(said.text.split("\0")[1:]):
+        head, *changes = entry.splitlines()
+        commit = Commit(*head.split("\t", 3))
+        for line in changes:
+            if line.startswith("+") and line[1:].strip():
+                found.setdefault(line.split()[-1].strip("'\""), (place, commit))
+    return found
+
+
+def _first(introduced: dict[str, tuple[int, Commit]], hashes: dict[str, str]) -> Commit | None:
     """The first commit whose dvc.lock has all of these outputs: the one after which none is new."""
-    newest: Commit | None = None
-    order = -1
-    for value in hashes.values():
-        said = git(
-            root,
-            "log",
-            "--reverse",
-            "--format=%ct%x09%h%x09%cs%x09%an%x09%s",
-            f"-S{value}",
-            revision or "HEAD",
-            "--",
-            LOCK,
-        )
-        first = said.text.splitlines()[:1] if said.status == 0 else []
-        if not first:
-            return None
-        seconds, *rest = first[0].split("\t", 4)
-        if int(seconds) > order:
-            order, newest = int(seconds), Commit(*rest)
-    return newest
+    if not all(value in introduced for value in hashes.values()):
+        return None
+    return max((introduced[value] for value in hashes.values()), key=lambda found: found[0], default=(0, None))[1]
 
 
 def _paragraph(step: Step, full: bool) -> list[str]:
