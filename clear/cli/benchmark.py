@@ -64,7 +64,7 @@ def score(
                 write_text(path, form(found))
     else:
         frame, report = _scored(scores.read_predictions(files), judge)
-        found = scores.summary(frame, collect.no_average(files))
+        found = scores.summary(frame, collect.no_average(frame))
         shown = scores.table(found)
     if report:
         found["judge"] = report

@@ -34,19 +34,16 @@ def models_of(files: Sequence[Path]) -> list[str]:
     return list(found)
 
 
-def no_average(files: Sequence[Path]) -> str:
-    """Why several tables have no average: two or more are of unknown benchmarks, so that their names do not say where
-    a model's ends, and may be of several models. "" where they have one."""
+def no_average(frame: "pd.DataFrame") -> str:
+    """Why rows of scores.read_predictions have no average: two or more tables are of unknown benchmarks, so that their
+    names do not say where a model's ends, and may be of several models. "" where they have one."""
     found: dict[frozenset[str], str] = {}
-    for file in map(Path, files):
-        header, rows = tables.read(file, skip=("", "image", "image_path"))
-        model, bench = names.of_file(file)
-        if model or "model" in header:
+    for file, rows in frame.groupby("file", sort=False):
+        if names.of_file(Path(file))[0] or ("model" in rows and rows["model"].any()):
             continue
-        by_column = set(WHERE) <= set(header)
-        benches = frozenset(row.cells["bench"].strip() for row in rows) if by_column else frozenset([bench])
+        benches = frozenset(rows["benchmark"])
         if not all(map(names.is_known, benches)):
-            found.setdefault(benches, names.tidy(file.name))  # tables of the same benchmarks are levels of them
+            found.setdefault(benches, names.tidy(Path(file).name))  # tables of the same benchmarks are levels of them
     if len(found) < 2:
         return ""
     listed = ", ".join([*found.values()][:_SHOWN]) + (" …" if len(found) > _SHOWN else "")
@@ -57,7 +54,7 @@ def no_average(files: Sequence[Path]) -> str:
 
 
 def read(files: Sequence[Path], manifest: Path | None = None) -> "pd.DataFrame":
-    """The rows of all files with the columns of scores.read_predictions and model, file, restored, picture.
+    """The rows of all files with the columns of scores.read_predictions and model, restored, picture.
 
     `bench` is the benchmark alone. `restored` is True or False where a Parquet of `clear answer` beside the table says
     so, else None. `picture` is the index of the row that holds the picture: by `manifest` of `clear mmd-bench`, else
@@ -98,7 +95,7 @@ def _file(path: Path) -> "pd.DataFrame":
     else:
         frame["model"] = model
     frame["bench"] = frame["benchmark"]
-    return frame.assign(file=str(path), restored=_restored(path, frame["index"].tolist()))
+    return frame.assign(restored=_restored(path, frame["index"].tolist()))
 
 
 def _restored(path: Path, indices: list[str]) -> list[bool | None]:

@@ -46,7 +46,7 @@ are a quarter of that."""
 
 
 def read_predictions(files: Sequence[Path]) -> "pd.DataFrame":
-    """The rows of all files, all cells as text, with the columns bench, corruption, severity, benchmark and gold.
+    """The rows of all files, all cells as text, with the columns file, bench, corruption, severity, benchmark and gold.
 
     `bench` has the model's name in front, as the files have; `benchmark` has not, and by it a benchmark's rules are
     found. `gold` is the letter of the right option, "" for a free answer. Raises ClearError naming the file, and the
@@ -95,7 +95,7 @@ def read_file(path: Path) -> "pd.DataFrame":
             names.number(index)
         except ClearError as error:
             raise ClearError(f"{path}: {error}") from error
-    return frame.assign(gold=[_gold(path, row) for row in frame.to_dict("records")])
+    return frame.assign(file=str(path), gold=[_gold(path, row) for row in frame.to_dict("records")])
 
 
 def _placed(path: Path, frame: "pd.DataFrame") -> "pd.DataFrame":
