@@ -1,6 +1,9 @@
 """`clear memory`: its table, and the cards that each stage of BAGEL-7B fits."""
 
 import json
+import re
+
+import pytest
 
 from clear.config import compose, from_dict
 from clear.errors import ClearError
@@ -30,6 +33,19 @@ def test_the_documented_table_is_what_the_command_prints():
     assert [full[stage] for stage in ("sft", "bridge", "grpo")] == [None] * 3 and full["evaluate"], "it cannot train"
     refused = CliRunner().invoke(app, ["memory", "--cards", "--profile", "tiny"])
     assert isinstance(refused.exception, ClearError) and "--cards lists every profile" in str(refused.exception)
+
+
+@pytest.mark.parametrize(("profile", "gpus"), [("bagel_7b_lora", 1), ("bagel_7b", 8)])
+def test_the_documented_peaks_are_what_the_command_prints(profile, gpus):
+    from typer.testing import CliRunner
+
+    from clear.cli import app
+
+    row = re.search(rf"\| `{profile}`, {gpus} GPUs? \| (.+?) GiB \|", (ROOT / "docs/BAGEL.md").read_text())[1]
+    documented = dict(re.findall(r"(\w+) (\d+)", row))
+    shown = CliRunner().invoke(app, ["memory", "--profile", profile, "--gpus", str(gpus)]).output
+    printed = {stage: float(peak) for stage, peak in re.findall(r"(?m)^ *(\w+) .* M .* ([\d.]+)$", shown)}
+    assert len(documented) > 2 and documented == {stage: f"{printed[stage]:.0f}" for stage in documented}
 
 
 def test_a_card_that_is_too_small_is_named_with_what_would_fit():

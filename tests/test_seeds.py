@@ -62,11 +62,49 @@ def test_what_it_must_show_follows_the_figures(home):
     assert lines["CLEAR over direct fine-tuning at hard: at least 3 points"][2] == "**does not hold**"
 
 
-def _conditions(folder, wanted):
+def test_not_behind_is_a_claim_that_needs_enough_images(home):
+    """Half a point behind, give or take one: too few images are no proof of anything."""
+    folder, _, _ = home
+    models = _pooled(folder, [1])
+    found = page.calling.figures(models, page.SETTINGS)
+    for low, held in ((-0.0099, "holds"), (-0.0101, "**does not hold**")):
+        found["levels"]["mid"] |= {"estimate": -0.005, "low": low, "high": 0.004}
+        lines = {row[0]: row for row in page.must_show(models, found).rows}
+        assert lines["not behind it at mid: the interval above −1 point"][2] == held
+
+
+def test_a_gain_in_psnr_is_one_of_twenty_restorations_at_least(home):
+    folder, _, _ = home
+    _pooled(folder, [1])
+    frame = pd.read_parquet(folder / seeds.FOLDER / "1.parquet")
+    own = frame[frame["model"] == "grpo"].assign(psnr_degraded=20.0)
+    hard = own.index[own["severity"] == "high"]
+    for count, shown in ((19, "–"), (20, "+2.0")):
+        own["psnr_restored"] = np.where(own.index.isin(hard[:count]), 22.0, np.nan)
+        table = page.one_change({1: frame}, {"some": page.Ablation("something", {1: own})})
+        assert table.rows[0][-1] == shown
+        assert table.rows[0][3:6] == ["+0.0 [+0.0, +0.0]"] * 3
+        assert "up to 9.5 points can stay hidden on one seed. Of 3 intervals" in table.caption  # 1 - .05^(1/30) pairs
+
+
+def test_a_question_that_is_there_twice_is_named(home):
+    folder, _, _ = home
+    seeds.run(folder, [1, 2])
+    file = folder / seeds.FOLDER / "2.parquet"
+    table = pq.read_table(file)
+    pq.write_table(pa.concat_tables([table, table.slice(7, 1)]), file)
+    with pytest.raises(ClearError, match=r"2\.parquet: base/s1/jpeg/high/q is there twice; restore it"):
+        seeds.render(folder)
+
+
+def _pooled(folder, wanted):
     shutil.rmtree(folder / seeds.FOLDER, ignore_errors=True)
     seeds.run(folder, wanted)
-    frames = {int(f.stem): pd.read_parquet(f) for f in (folder / seeds.FOLDER).iterdir()}
-    models = page.pooled(frames)
+    return page.pooled({int(f.stem): pd.read_parquet(f) for f in (folder / seeds.FOLDER).iterdir()})
+
+
+def _conditions(folder, wanted):
+    models = _pooled(folder, wanted)
     return page.must_show(models, page.calling.figures(models, page.SETTINGS)).rows
 
 

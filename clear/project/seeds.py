@@ -118,9 +118,10 @@ def collect(folder: Path, target: Path, models: Sequence[str], made: dict[str, s
 def _rows(file: Path, models: int) -> "pd.DataFrame":
     """The rows of a file of `collect`, which are of so many models.
 
-    Raises ClearError for one that cannot be read, lacks a column or has rows of more, fewer or unknown models.
+    Raises ClearError for one that cannot be read, lacks a column, has rows of more, fewer or unknown models, or one
+    question of a model twice.
     """
-    from clear.bench.predictions import SCHEMA
+    from clear.bench.predictions import KEY, SCHEMA
 
     frame = _table(file).to_pandas()
     for column in (*SCHEMA.names, "model"):
@@ -130,6 +131,10 @@ def _rows(file: Path, models: int) -> "pd.DataFrame":
     if len(found) != models or frame["model"].nunique() != models:
         what = ", ".join(map(str, frame["model"].unique())) or "none"
         raise ClearError(f"{file}: predictions of {what}, expected {models} of {', '.join(MODELS)}; {_AGAIN}.")
+    again = frame[frame.duplicated(["model", *KEY])]
+    if len(again):
+        which = "/".join(again.iloc[0][["model", *KEY]])
+        raise ClearError(f"{file}: {which} is there twice; {_AGAIN}.")
     return frame
 
 

@@ -60,6 +60,13 @@ def rows(board: dict) -> tuple[dict[str, dict], list[str]]:
     return found, notes + corrections()
 
 
+def gains() -> dict[str, float]:
+    """Relative gain of the paper's CLEAR over its base by level, in the mean of the benchmarks printed for both."""
+    own, base = (PRINTED["models"][name] for name in ("CLEAR-RL", "BAGEL"))
+    both = {level: min(len(own[level]), len(base[level])) for level in SEVERITIES if level in own and level in base}
+    return {level: sum(own[level][:count]) / sum(base[level][:count]) - 1 for level, count in both.items()}
+
+
 def corrections() -> list[str]:
     """Where the print contradicts itself: averages that are not the mean of their columns."""
     notes = []
