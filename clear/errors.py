@@ -41,6 +41,9 @@ UNDECIDED = 2
 """Exit status of a command that judges (`gate`, `compare`, `check`) where it cannot; 1 is a judgement: no."""
 
 
+NO_READER = 141
+"""Exit status of a program whose output nobody reads to the end, as of one that SIGPIPE ends: no judgement."""
+
 _SECRET = re.compile(r"(KEY|KEY_ID|TOKEN|SECRET|PASSWORD|PASSWD|AUTH_STRING|WEBHOOK_URL|ALERTS)$", re.IGNORECASE)
 _SHORTEST_SECRET = 8
 _USER = re.compile(r"(?<=://)[^\s/]+@")
@@ -71,7 +74,7 @@ class ClearError(Exception):
 
 @contextmanager
 def judging() -> Iterator[None]:
-    """What keeps a command from judging, in the block, ends it with the status UNDECIDED."""
+    """What keeps a command from judging, or from saying so, in the block, ends it with the status UNDECIDED."""
     try:
         yield
     except Exception as error:
@@ -95,9 +98,16 @@ def printable(text: str, kept: str = "\n\t") -> str:
 def say(text: object, stream: TextIO | None = None) -> None:
     """A line on a terminal (standard output, or `stream`), at once: what cannot be printed is escaped, no secret in it.
 
-    Every program of this project prints with it whatever could hold text from outside.
+    Every program of this project prints with it whatever could hold text from outside. Where nobody reads standard
+    output any more (`| head`), the program ends without a word and with the status NO_READER.
     """
-    print(printable(without_secrets(text)), file=stream or sys.stdout, flush=True)
+    try:
+        print(printable(without_secrets(text)), file=stream or sys.stdout, flush=True)
+    except BrokenPipeError:
+        if stream not in (None, sys.stdout):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is in its buffer is written at the end
+        raise SystemExit(NO_READER) from None
 
 
 def fail(error: ClearError) -> int:

@@ -215,3 +215,24 @@ def test_a_file_whose_name_is_not_utf8_reaches_the_scratch_copy(project, tmp_pat
     (project / name).write_text("a name of another encoding")
     refresh(project, tmp_path / "copy")
     assert (tmp_path / "copy" / name).exists()
+
+
+@pytest.mark.parametrize(("output", "status", "said"), [("full", 2, "error: output: No space left"), ("left", 141, "")])
+def test_a_judgement_that_cannot_be_printed_is_not_the_judgement_no(project, output, status, said):
+    """A full disk and a reader that has left (`| head`): 1 would say that the lock and the code disagree."""
+    reader, writer = (
+        os.pipe() if output == "left" else (os.open("/dev/null", os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
+    )
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-B", "-m", "clear", "check"],
+            cwd=project,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writer)
+    assert done.returncode == status and done.stderr.startswith(said) and (said or not done.stderr), done.stderr

@@ -21,12 +21,13 @@ def check() -> None:
 
     with judging():
         found = drifts(Path())
-    for line in found:
-        say(line, sys.stderr)
-    if found:
-        say(f"{len(found)} drift{'s' if len(found) > 1 else ''} found.", sys.stderr)
-        raise typer.Exit(1)
-    say("dvc.lock, params.yaml, code and committed results agree.")
+        for line in found:
+            say(line, sys.stderr)
+        if found:
+            say(f"{len(found)} drift{'s' if len(found) > 1 else ''} found.", sys.stderr)
+        else:
+            say("dvc.lock, params.yaml, code and committed results agree.")
+    raise typer.Exit(1 if found else 0)
 
 
 def compare(
@@ -54,8 +55,8 @@ def compare(
         else:
             formats = render.FORMATS if form == "all" else (form,)
             said = render.write(found, verdict, out or Path("data/report/compare"), formats)
-    for text in said:
-        say(text)
+        for text in said:
+            say(text)
 
 
 def gate(
@@ -72,6 +73,6 @@ def gate(
 
     with judging():
         _, verdict = decide(*read_sides(Path(), base, head), detail=False)
-    for line in report_lines(verdict):
-        say(line)
+        for line in report_lines(verdict):
+            say(line)
     raise typer.Exit(verdict.status)

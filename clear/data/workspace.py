@@ -120,9 +120,66 @@ def _read(file: Path) -> dict:
         raise ClearError(f"{file}: not valid JSON ({error}); delete it, it only holds timings.") from error
 
 
+_began_with: dict[str, Any] = {}
+"""What the stage that this process runs was started with, by `_given`."""
+
+
+def require_unedited() -> None:
+    """Raise ClearError where what people edit is not as the stage found it that DVC runs in this process.
+
+    DVC looks at code, parameters and added data after a stage has ended, and would record, in dvc.lock and in its run
+    cache, that the result is made from what is there by then.
+    """
+    if not _began_with:
+        return
+    try:
+        now = _given()
+    except Exception:  # whatever is wrong with these files now was not when the stage began: it is an edit
+        now = {}
+    if edited := [name for name in _began_with | now if _began_with.get(name) != now.get(name)]:
+        more = f" and {len(edited) - _SHOWN} more" if len(edited) > _SHOWN else ""
+        raise ClearError(
+            f"{', '.join(edited[:_SHOWN])}{more}: edited while this stage ran, whose result is of before, so it is not "
+            "recorded. Undo the edit and repeat, which goes on from the last checkpoint, or repeat to run it anew."
+        )
+
+
+_SHOWN = 3
+
+
+def _given() -> dict[str, Any]:
+    """Parameters, code and data that no stage makes, of the stage in dvc.yaml that DVC runs in this process: name →
+    value, content or, of data, size and time. {} where DVC runs none: nothing is recorded then."""
+    import yaml
+
+    running = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[0]
+    stages = yaml.safe_load(Path("dvc.yaml").read_text())["stages"] if running and Path("dvc.yaml").is_file() else {}
+    if running not in stages:
+        return {}
+    parts = {name: stage.get("do", stage) for name, stage in stages.items()}
+    made = {out if isinstance(out, str) else next(iter(out)) for one in parts.values() for out in one.get("outs", ())}
+    values = yaml.safe_load(Path(PARAMS).read_text())
+    found = {f"{PARAMS}: {key}": _value(values, key) for key in parts[running].get("params", ())}
+    for path in (Path(dep) for dep in parts[running].get("deps", ()) if dep not in made):
+        own = path.parts[0] != "data"
+        for file in path.rglob("*") if path.is_dir() else [path]:
+            if file.is_file() and file.suffix != ".pyc":
+                stat = file.stat()
+                found[str(file)] = file.read_bytes() if own else (stat.st_size, stat.st_mtime_ns)
+    return found
+
+
+def _value(values: Any, key: str) -> Any:
+    for name in key.split("."):
+        values = values.get(name) if isinstance(values, dict) else None
+    return values
+
+
 @contextmanager
 def stage_run(stage: str) -> Iterator[None]:
     """Start the run record of a stage anew; when the block succeeds, add the machine and what it cost.
+
+    Raises ClearError as `require_unedited` at the end.
 
     `seconds` is wall time, `cpu_seconds` includes children, `peak_mb` is the largest resident set of this process
     and `children_peak_mb` that of its largest child (MiB). The last one and the children's CPU time count only
@@ -133,7 +190,10 @@ def stage_run(stage: str) -> Iterator[None]:
         return
     (_runs() / f"{stage}.json").unlink(missing_ok=True)
     start, cpu_start = time.perf_counter(), _cpu_seconds()
+    _began_with.clear()
+    _began_with.update(_given())
     yield
+    require_unedited()
     record_run(
         stage,
         machine=_machine(),

@@ -12,6 +12,7 @@ import torch
 
 from clear.data.io import write_text
 from clear.data.records import file_sha256
+from clear.data.workspace import require_unedited
 from clear.schema import Config
 from clear.training import trackers
 from clear.training.loop.parallel import barrier, rank
@@ -50,9 +51,13 @@ class StageRun:
         return trackers.Trackers(runtime.trackers, self.stage, phase, runtime.panel_every, self.panel, parts)
 
     def finish(self, curve: Path | str) -> None:
-        """Write the training curves as CSV and delete the working folder: the stage has succeeded."""
+        """Write the training curves as CSV and delete the working folder: the stage has succeeded.
+
+        Raises ClearError as `require_unedited`, and the folder stays.
+        """
         barrier()
         if rank() == 0:
+            require_unedited()
             write_curve(curve, self.curve)
             # A removal that is killed leaves checkpoints that call themselves complete and are not.
             shutil.rmtree(self._gone, ignore_errors=True)
