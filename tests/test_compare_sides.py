@@ -18,7 +18,7 @@ from clear.errors import ClearError
 from clear.project.compare import changes, render
 from clear.project.compare import verdict as verdicts
 from clear.project.compare.differences import compare, join
-from clear.project.compare.load import read_sides
+from clear.project.compare.load import lock_at, read_sides
 from clear.report.claims import Bootstrap
 from tests.conftest import git
 from tests.revisions import CORRUPTIONS, GATE, IMAGES, LEVELS, RIGHT, commit, fill, lock_of, rows_of
@@ -61,6 +61,19 @@ def test_a_damaged_file_is_named_by_its_revision(tmp_path):
     name = git(tmp_path, "rev-parse", "HEAD")[:10]
     with pytest.raises(ClearError, match=f"{name}/data/predictions/grpo.parquet: not a readable Parquet file"):
         read_sides(tmp_path, "HEAD", "HEAD")
+
+
+def test_a_revision_before_there_was_a_dvc_lock_is_said_to_have_none(tmp_path):
+    git(tmp_path, "init", "-q", "-b", "main")
+    (tmp_path / "below").mkdir()
+    (tmp_path / "below/README.md").write_text("a beginning")
+    commit(tmp_path, "first")
+    (tmp_path / "below/dvc.lock").write_bytes(LOCKED)
+    commit(tmp_path, "later")
+    for folder in (tmp_path, tmp_path / "below"):
+        with pytest.raises(ClearError, match=r"^HEAD~1 has no dvc\.lock; name a later revision\.$"):
+            lock_at(folder, "HEAD~1")
+    assert list(lock_at(tmp_path / "below", "HEAD")) == ["grpo"]
 
 
 LOCKED = b"stages: {grpo: {outs: [{path: a, md5: b}], deps: []}}"

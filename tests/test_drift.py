@@ -225,3 +225,15 @@ def test_a_change_lasts_until_a_night_without_it_or_with_another_one():
         firsts.append(begun(rows, one).removeprefix("2026-01-0"))
     assert firsts == ["1", "1", "", "1", "", "6", "7", "8"]
     assert begun(rows, night(2, "Drifted")) == "2026-01-01", "a night that is judged again looks back alone"
+
+
+def test_numbers_in_names_of_nights_are_ordered_as_numbers():
+    names = ["2026-01-31", "2026-02-01", "week-1", "week-9", "week-9.1", "week-10"]
+    share, decision = Share("+fog", "mid", 0.3, 0.2, 0.4, 0.0, 9), Decision(True, 0.001, 0.01, 9, 9, ())
+    rows = []
+    for name in (*reversed(names), "week-9"):
+        verdict = "NoDrift" if name == "week-1" else "Drifted"
+        one = Night(name, "a", "training", verdict, "", 9, 9, 9, 9, decision=decision, damage=(share,))
+        rows = with_night(rows, one)
+    assert [row["night"] for row in rows] == names
+    assert begun(rows, one) == "week-9", "neither week-10, which was later, nor what was before week-1"

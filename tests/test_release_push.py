@@ -1,4 +1,6 @@
-"""What a release or an assignment leaves that ended between its tag and its push, and how the same command goes on."""
+"""What a release or an assignment leaves that ended between its tag and its push, and how the same command goes on;
+and whose files a name means once its tag is another.
+"""
 
 import os
 import shutil
@@ -10,10 +12,10 @@ from pathlib import Path
 import pytest
 
 from clear.errors import ClearError
-from clear.project.release import publish, registry
+from clear.project.release import fetch, publish, registry
 from flows import promote
 from tests.conftest import ROOT, git
-from tests.helpers.registry_project import copied, make
+from tests.helpers.registry_project import another, copied, make
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +125,29 @@ def test_a_person_is_asked_about_an_assignment_that_did_not_reach_the_remote(pro
     publish.assign(project, "grpo", "prod", "v1.0.0", push=True)
     with pytest.raises(ClearError, match="is in prod already"):
         promote.question(project, "grpo", "v1.0.0", "prod")
+
+
+def test_a_tag_that_is_set_anew_brings_its_own_files_and_not_those_that_had_its_name(project, monkeypatch):
+    monkeypatch.chdir(project)
+    publish.release(project, "grpo", "v1.0.0")
+    former = Path(os.environ["CLEAR_HOME"]) / "releases/grpo-v1.0.0"  # of versions that went by the name alone
+    shutil.copytree(project / "data/models/grpo", former)
+    (former / "note.txt").write_text("of former times")
+    first = fetch.released(Path("@v1.0.0"))
+    assert "note.txt" not in {file.name for file in first.iterdir()}
+    another(project, "another model")
+    for tagged in ("HEAD", "HEAD~1"):
+        git(project, "tag", "-d", "grpo@v1.0.0")
+        registry.register(project, "grpo", "v1.0.0", git(project, "rev-parse", tagged).strip(), "")
+        folder = fetch.released(Path("@v1.0.0"))
+        assert (folder / "note.txt").exists() == (folder != first) == (tagged == "HEAD")
+        assert folder.name == "grpo-v1.0.0", "what `clear serve` calls it"
+    assert fetch.released(Path("grpo@v1.0.0")) == first, "those of both are kept"
+    git(project, "rm", "-q", "--cached", "dvc.lock")
+    git(project, "commit", "-q", "-m", "no lock")
+    registry.register(project, "grpo", "v1.1.0", git(project, "rev-parse", "HEAD").strip(), "")
+    with pytest.raises(ClearError, match=r"^[0-9a-f]{10,40} has no dvc\.lock; name a later revision\.$"):
+        fetch.released(Path("@v1.1.0"))
+    registry.register(project, "sft", "v1.0.0", git(project, "rev-parse", "HEAD~1").strip(), "")
+    with pytest.raises(ClearError, match=r"sft v1.0.0: the dvc.lock of commit .* has no such model; `clear "):
+        fetch.released(Path("sft@v1.0.0"))

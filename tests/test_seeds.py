@@ -125,7 +125,7 @@ def test_runs_of_other_parameters_or_results_are_not_pooled_and_those_of_rewritt
     (folder / "params.yaml").write_text(yaml.safe_dump(params))
     edited["outs"][0]["md5"] = "other predictions"
     (folder / "dvc.lock").write_text(yaml.safe_dump(lock))
-    with pytest.raises(ClearError, match=r"the seeds 1, 2, 3 were run with other .* than seed 4.* cannot be pooled"):
+    with pytest.raises(ClearError, match=r"the runs of seeds 1, 2, 3 had other .* than seed 4 .* cannot be pooled"):
         seeds.run(folder, [4])
     (folder / seeds.FOLDER / "4.parquet").unlink()
     edited["outs"][0]["md5"] = "base of 1"
@@ -133,6 +133,25 @@ def test_runs_of_other_parameters_or_results_are_not_pooled_and_those_of_rewritt
     (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
     with pytest.raises(ClearError, match="cannot be pooled"):
         seeds.run(folder, [5])
+
+
+def test_which_seeds_are_out_of_date_is_told_by_the_workspace_and_never_by_their_numbers(home):
+    folder, _, _ = home
+    seeds.run(folder, [1, 2, 3])
+    file = folder / seeds.FOLDER / "9.parquet"
+    pq.write_table(pq.read_table(file.with_name("3.parquet")).replace_schema_metadata({"clear.setting": "older"}), file)
+    said = r'runs of seed 9 had other .* than seeds 1, 2, 3 and this .*; delete their files and run `.* SEEDS="9"`\.$'
+    with pytest.raises(ClearError, match=said):
+        seeds.render(folder)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(params | {"model": {"hidden": 9}}))
+    groups = r"seeds of 2 settings.* cannot be pooled: seeds 1, 2, 3 / seed 9; "
+    with pytest.raises(ClearError, match=f"{groups}none of them is that of this workspace, so restore the params.yaml"):
+        seeds.render(folder)
+    (folder / "dvc.lock").unlink()
+    with pytest.raises(ClearError, match=rf"{groups}that of this workspace is not known \(.*dvc\.lock is not here; "):
+        seeds.render(folder)
+    assert len(list(file.parent.iterdir())) == 4
 
 
 def test_no_seed_is_run_under_a_setting_that_is_not_what_dvc_lock_has(home):

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from prefect.logging import disable_run_logger
@@ -18,7 +19,7 @@ from clear.project.tidy import tidy
 from tests.conftest import git
 from tests.helpers.processes import python
 
-OLD = time.time() - 400 * 86400
+OLD, LATER = (time.time() + days * 86400 for days in (-400, 400))
 
 
 def commit(folder: Path, version: str, **environment: str) -> None:
@@ -36,12 +37,6 @@ def commit(folder: Path, version: str, **environment: str) -> None:
     )
 
 
-def aged(*folders: Path) -> None:
-    for folder in folders:
-        for file in folder.rglob("*"):
-            os.utime(file, (OLD, OLD))
-
-
 def versions(root: Path, store: str = "cache") -> set[str]:
     """The versions of the samples that a store has."""
     folder = root / (".dvc/cache" if store == "cache" else "../store")
@@ -52,7 +47,7 @@ def versions(root: Path, store: str = "cache") -> set[str]:
 @pytest.fixture(scope="module")
 def _team(_project, tmp_path_factory) -> Path:
     """A clone whose origin has a release, an open branch of somebody else, a pull request, and a version that only the
-    history of main has; every object and commit is 400 days old."""
+    history of main has; every commit is 400 days old."""
     base = tmp_path_factory.mktemp("team")
     project = base / "project"
     shutil.copytree(_project, project)
@@ -74,17 +69,18 @@ def _team(_project, tmp_path_factory) -> Path:
         git(project, "push", "-q", "--tags", "origin", "main")
         git(project, "remote", "remove", "origin")  # and with it what this clone knows of the others
         git(project, "remote", "add", "origin", "../origin.git")
-    aged(project / ".dvc/cache", base / "store")
     return base
 
 
 @pytest.fixture
 def team(_team, tmp_path, monkeypatch) -> Path:
-    """A copy of it with its origin and its store; the working directory."""
+    """A copy of it with its origin and its store; the working directory. Objects are looked at 400 days from now, since
+    no program can set back when a file came."""
     shutil.copytree(_team, tmp_path / "team")
     project = tmp_path / "team/project"
     monkeypatch.chdir(project)
     monkeypatch.setenv("CLEAR_HOME", str(project / ".clear"))
+    monkeypatch.setattr("clear.project.tidy.time", SimpleNamespace(time=lambda: LATER))
     return project
 
 
@@ -117,17 +113,37 @@ def test_only_what_nobody_needs_is_removed_and_only_on_request(team, clear):
 def test_young_objects_and_young_commits_keep_their_data(team):
     commit(team, "young", GIT_COMMITTER_DATE="@" + str(int(time.time()) - 60))
     commit(team, "newest")
-    aged(team / ".dvc/cache")
     tidy(Path(), remove=True)
     assert versions(team) == NEEDED | {"young"}, "a commit of today names it"
     stray = team / ".dvc/cache/files/md5/00" / ("0" * 30)
     stray.parent.mkdir()
     stray.write_text("of a run elsewhere")
+    os.utime(stray, (LATER, LATER))
     tidy(Path(), remove=True)
     assert stray.exists(), "not yet committed, but of today"
     os.utime(stray, (OLD, OLD))
     tidy(Path(), remove=True)
     assert not stray.exists()
+
+
+def test_a_picture_that_was_linked_into_the_cache_is_as_young_as_its_link(team, monkeypatch):
+    """Where DVC links, the object is the picture itself, with the date on which it was taken."""
+    from dvc.repo import Repo
+
+    picture = team / "data/picture.png"
+    picture.write_text("taken long ago")
+    os.utime(picture, (OLD, OLD))
+    with Repo(config={"cache": {"type": "hardlink"}}) as repo:
+        repo.add("data/picture.png")
+    (team / "data/picture.png.dvc").unlink()  # before its commit, or of a run elsewhere
+    (kept,) = (file for file in (team / ".dvc/cache/files/md5").glob("??/*") if file.samefile(picture))
+    assert kept.stat().st_mtime == pytest.approx(OLD, abs=1)
+    monkeypatch.setattr("clear.project.tidy.time", time)
+    tidy(Path(), remove=True)
+    assert kept.exists()
+    monkeypatch.setattr("clear.project.tidy.time", SimpleNamespace(time=lambda: LATER))
+    tidy(Path(), remove=True)
+    assert not kept.exists()
 
 
 def test_what_copies_and_experiments_need_stays(team, tmp_path):
@@ -180,6 +196,9 @@ def test_nothing_is_removed_where_something_is_not_known(team, tmp_path, clear):
     git(team, "clone", "-q", "--depth", "1", f"file://{tmp_path}/team/origin.git", str(tmp_path / "shallow"))
     with pytest.raises(ClearError, match="shallow"):
         tidy(tmp_path / "shallow")
+    (tmp_path / "no-clone").mkdir()
+    with pytest.raises(ClearError, match="/no-clone: not a git repository: run this in a clone of the project "):
+        tidy(tmp_path / "no-clone")
 
 
 def test_folders_are_kept_with_their_files_and_one_without_its_list_is_counted(team):
@@ -193,7 +212,6 @@ def test_folders_are_kept_with_their_files_and_one_without_its_list_is_counted(t
             repo.add("data/added")
             git(team, "add", "-A", "data")
             git(team, "commit", "-q", "-m", name)
-    aged(team / ".dvc/cache")
     tidy(Path(), remove=True)
     assert {"file one", "file two"} < versions(team)
     for file in (team / ".dvc/cache/files/md5").glob("??/*.dir"):

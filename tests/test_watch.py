@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -202,13 +203,45 @@ def test_nights_make_a_history_with_the_models_own_share_of_restorations(here, u
     ]
 
 
-def test_only_recent_files_count_where_hours_are_given(here, undrawn, tmp_path):
-    place = night(tmp_path / "old", 30)
-    day = 24 * 3600
-    for file in list(place.iterdir())[:9]:
-        os.utime(file, (time.time() - 2 * day,) * 2)
-    found, _ = watched(place, since=24.0)
-    assert (found["files"], found["new"], found["pictures"]) == (30, 21, 21)
+def test_files_count_from_when_they_came_whatever_dates_they_bring(here, undrawn, tmp_path):
+    """As `cp -p`, `rsync -t` and `tar` bring them; a date that is to come would be new every night."""
+    place = night(tmp_path / "traffic", 30)
+    answers = tmp_path / "answers"
+    answers.mkdir()
+    pq.write_table(pa.table({"restored": [True] * 3 + [False] * 9}), answers / "model_bench.parquet")
+    files = sorted(place.iterdir())
+    dated(-400, *files[:9], answers / "model_bench.parquet")
+    dated(400, *files[9:12])
+    found, _ = watched(place, since=24.0, answers=answers)
+    assert (found["files"], found["new"], found["pictures"]) == (30, 30, 30)
+    assert found["restored"]["answers"] == 12
+    time.sleep(0.1)
+    since = datetime.now(UTC)
+    time.sleep(0.1)
+    shutil.copy2(files[0], place / "copy.png")
+    files[1].rename(place / "renamed.png")
+    (place / "link.png").symlink_to(files[2])
+    there = watching.place_of(here, str(place))
+    assert ([name for name, _ in there.listed(since)[0]], there.listed(since)[1]) == (
+        ["copy.png", "link.png", "renamed.png"],
+        32,
+    )
+
+
+def dated(days: float, *files: Path) -> None:
+    for file in files:
+        os.utime(file, (time.time() + days * 24 * 3600,) * 2)
+
+
+def test_a_place_whose_files_are_all_of_before_is_not_called_empty(here, undrawn, tmp_path, clear):
+    place = night(tmp_path / "before", 30)
+    dated(400, *place.iterdir())
+    time.sleep(0.5)
+    status, out, _ = clear("watch", place, "--since", "0.0001")  # 0.36 s
+    assert status == 2 and out.startswith(
+        "TooFew: 0 usable pictures of 0 files, too few for a decision, which takes 20; 30 files are there, none of "
+        "them changed in the hours of --since (0 takes all); "
+    )
 
 
 def test_a_damaged_table_in_the_cache_is_made_again(here, monkeypatch):

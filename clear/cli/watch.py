@@ -55,11 +55,7 @@ def watch(
             return
         wishes = Wishes(reference, damaged, alpha, since, limit, night, answers, pictures, collect)
         found, page = run(Path(), place, wishes, lambda line: say(line, sys.stderr))
-    if as_json:
-        say(json.dumps(found.as_json(), indent=1))
-    else:
-        for line in lines(found):
+        for line in [json.dumps(found.as_json(), indent=1)] if as_json else [*lines(found), f"report: {page}"]:
             say(line)
-        say(f"report: {page}")
     if found.verdict != SAME:
         raise typer.Exit(UNDECIDED if found.verdict == TOO_FEW else 1)

@@ -4,6 +4,7 @@ The decision is one word. Drifted: the pictures have changed (clear/drift/statis
 TooFew: with so few pictures nothing could show.
 """
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 from clear.data.io import whole
 from clear.drift import power
 from clear.drift.measures import METRICS, Picture
+from clear.drift.place import came
 from clear.drift.proposal import Proposal
 from clear.drift.reference import Reference, kind_of
 from clear.drift.resemblance import STRANGE, UNDAMAGED, Share, share_intervals, shares
@@ -147,9 +149,12 @@ def _apart(measured: Sequence[Picture]) -> tuple[list[Picture], list[tuple[str, 
 
 
 def _too_few(counts: dict[str, Any], figures: dict[str, Any]) -> str:
+    files, new = counts["files"], counts["new"]
+    # Else nobody could tell an empty place from one whose files are all of before.
+    left = f"{files} files are there, {new or 'none'} of them changed in the hours of --since (0 takes all); "
     return (
         f"{counts['pictures']} usable pictures of {counts['looked_at']} files, too few for a decision, which takes "
-        f"{FEWEST_PICTURES}; {power.enough(figures)}"
+        f"{FEWEST_PICTURES}; {left if new < files else ''}{power.enough(figures)}"
     )
 
 
@@ -209,7 +214,7 @@ def _strangest(values: np.ndarray, strangeness: np.ndarray, reference: Reference
 
 def restorations(path: Path, since: float = 0.0) -> Restored:
     """Count restorations in the tables of `clear answer`: a Parquet file, or a folder with any below it that were
-    written after `since` (seconds of the epoch).
+    written or put there at `since` (seconds of the epoch) or later.
 
     Answers count as independent in the interval (Wilson's). Raises ClearError where no such table, or no answer, is
     there.
@@ -221,7 +226,7 @@ def restorations(path: Path, since: float = 0.0) -> Restored:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     answers = restored = 0
     for file in files:
-        if path.is_dir() and file.stat().st_mtime < since:
+        if path.is_dir() and came(file) < since:
             continue
         try:
             table = pq.ParquetFile(file)
@@ -279,9 +284,15 @@ def history_row(night: Night) -> dict[str, str]:
 
 
 def with_night(rows: Iterable[dict[str, str]], night: Night) -> list[dict[str, str]]:
-    """The history with this night in it, in order; a night that is judged again takes the place of its former row."""
+    """The history with this night in it, in the order of names (`_order`); a night that is judged again takes the place
+    of its former row."""
     kept = {row["night"]: row for row in rows} | {night.night: history_row(night)}
-    return [kept[name] for name in sorted(kept)]
+    return [kept[name] for name in sorted(kept, key=_order)]
+
+
+def _order(name: str) -> list[str | int]:
+    """What names of nights are sorted by: numbers in them as numbers, so that week-9 comes before week-10."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def begun(rows: Sequence[dict[str, str]], night: Night) -> str:
@@ -291,7 +302,8 @@ def begun(rows: Sequence[dict[str, str]], night: Night) -> str:
     """
     first = ""
     mine = history_row(night)
-    for row in reversed([row for row in rows if row["night"] <= night.night and row["verdict"] != TOO_FEW]):
+    until = [row for row in rows if _order(row["night"]) <= _order(night.night)]
+    for row in reversed([row for row in until if row["verdict"] != TOO_FEW]):
         if any(row[name] != mine[name] for name in ("verdict", "reference", "most_like")) or row["verdict"] != DRIFTED:
             break
         first = row["night"]

@@ -27,6 +27,8 @@ class Place:
     def listed(self, since: datetime | None = None) -> tuple[list[tuple[str, int]], int]:
         """(name, bytes) of the files, sorted, those changed at `since` or later alone; and how many there are in all.
 
+        In a folder a file that was copied, linked or renamed there has changed, in a bucket one that was uploaded.
+
         Raises ClearError for a folder or prefix that does not exist, and for what S3 refuses.
         """
         files = list(self._objects() if self.client else self._files())
@@ -39,8 +41,7 @@ class Place:
         for path in self.folder.rglob("*"):
             parts = path.relative_to(self.folder).parts
             if path.is_file() and not any(part.startswith(".") for part in parts):
-                state = path.stat()
-                yield str(path.relative_to(self.folder)), state.st_size, state.st_mtime
+                yield str(path.relative_to(self.folder)), path.stat().st_size, came(path)
 
     def _objects(self) -> Iterator[tuple[str, int, float]]:
         with self._asked():
@@ -64,6 +65,15 @@ class Place:
 
     def _asked(self, where: str = "") -> Any:
         return aws.explained(where or self.name, remedy="check the AWS keys and their rights")
+
+
+def came(path: Path) -> float:
+    """When a file, or the link to it, was last changed or put where it is, in seconds of the epoch.
+
+    A copy may bring its time of modification along, an old one or one to come; that of the change is the machine's own.
+    Raises OSError for a file that is gone.
+    """
+    return max(path.stat().st_ctime, path.lstat().st_ctime)
 
 
 def s3_parts(place: str) -> tuple[str, str]:

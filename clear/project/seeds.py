@@ -204,13 +204,7 @@ def render(workspace: Path) -> Path:
     if not files:
         raise ClearError(f'{FOLDER}: no seed here; run `make results SEEDS="1 2 3"`.')
     settings = {int(file.stem): about(file).get("setting", "") for file in files}
-    if len(set(settings.values())) > 1:
-        newest = settings[int(files[-1].stem)]
-        odd = [str(seed) for seed, value in settings.items() if value != newest]
-        raise ClearError(
-            f"{FOLDER}: the seeds {', '.join(odd)} were run with other parameters, or code with other results, than "
-            f"seed {files[-1].stem}, so they cannot be pooled; delete them and run `make results` for them."
-        )
+    _require_one(settings, workspace)
     frames = {int(file.stem): _rows(file, len(MODELS)) for file in files}
     ablations, others = {}, {}
     changed: dict[tuple[bool, str, str], tuple[Path, str]] = {}
@@ -240,6 +234,36 @@ def render(workspace: Path) -> Path:
     page = workspace / PAGE
     write_text(page, seeds.page(frames, ablations, others))
     return page
+
+
+def _require_one(settings: dict[int, str], workspace: Path) -> None:
+    """Raises ClearError for seeds of different settings. Only the workspace's own says which of them are out of date:
+    their numbers do not, and files of a clone have no dates."""
+    groups: dict[str, list[str]] = {}
+    for seed, value in settings.items():
+        groups.setdefault(value, []).append(str(seed))
+    if len(groups) < 2:
+        return
+    try:
+        own, why = setting(workspace), "none of them is that of this workspace"
+    except ClearError as error:
+        own, why = None, f"that of this workspace is not known ({str(error).rstrip('.')})"
+    if own in groups:
+        odd = [str(seed) for seed, value in settings.items() if value != own]
+        raise ClearError(
+            f"{FOLDER}: the runs of {_named(odd)} had other parameters, or code with other results, than "
+            f"{_named(groups[own])} and this workspace, so they cannot be pooled; delete their files and run "
+            f'`make results SEEDS="{" ".join(odd)}"`.'
+        )
+    raise ClearError(
+        f"{FOLDER}: seeds of {len(groups)} settings, parameters or code with other results, cannot be pooled: "
+        f"{' / '.join(map(_named, groups.values()))}; {why}, so restore the {PARAMS} and {LOCK} of those that count, "
+        "and repeat."
+    )
+
+
+def _named(listed: Sequence[str]) -> str:
+    return f"seed{'s' if len(listed) > 1 else ''} {', '.join(listed)}"
 
 
 def _change(model: str, changes: str | None) -> str:

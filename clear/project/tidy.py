@@ -39,7 +39,8 @@ _TAGS = "refs/clear/tags"
 
 @dataclass(frozen=True)
 class Object:
-    """A file of a store: its hash, its size in bytes, and when it was last written (seconds since the epoch)."""
+    """A file of a store: its hash, its size in bytes, and when it was last written or put there (seconds since the
+    epoch)."""
 
     id: str
     size: int
@@ -102,11 +103,15 @@ def tidy(
     """Find what nobody needs in the cache, with `remote` also in DVC's default remote, and with `remove` delete it.
 
     `also` are other clones that share the cache. Raises ClearError where it cannot be known what is needed (a remote of
-    git that does not answer, a shallow or partial clone) and, with `remove`, where a run is going on in the workspace
-    or a copy of it. Nothing is removed then.
+    git that does not answer, a shallow or partial clone, none at all) and, with `remove`, where a run is going on in
+    the workspace or a copy of it. Nothing is removed then.
     """
     if not 0 <= days <= 36500:  # NaN is not, either
         raise ClearError(f"--days {days:g}: from 0 to 36500.")
+    if (asked := git(root, "rev-parse", "--git-dir")).status:
+        raise ClearError(
+            f"{root.resolve()}: not a git repository: run this in a clone of the project (git: {asked.said})."
+        )
     others = [Path(folder) for folder in also]
     for folder in others:
         if not (folder / ".dvc").is_dir():
@@ -299,11 +304,15 @@ def _objects(store: "HashFileDB") -> Iterator[Object]:
 
 
 def _files(store: "HashFileDB") -> Iterator[tuple[str, int, float]]:
-    """(path, size, when written) of every file; where a file system does not say when, it is now, so that it stays."""
+    """(path, size, when written) of every file; where a file system does not say when, it is now, so that it stays.
+
+    A file that DVC has linked into the cache (`cache.type hardlink`) has the date of the picture it was, and only
+    the change of its entry says when it came.
+    """
     if store.fs.protocol == "local":
         for file in Path(store.path).glob("??/*"):
             facts = file.stat()
-            yield file.as_posix(), facts.st_size, facts.st_mtime
+            yield file.as_posix(), facts.st_size, max(facts.st_mtime, facts.st_ctime)
         return
     for path, facts in store.fs.fs.find(store.path, detail=True).items():
         times = (facts.get(key) for key in ("LastModified", "last_modified", "updated", "mtime"))

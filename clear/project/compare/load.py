@@ -287,6 +287,8 @@ def read_lock(file: Path, where: str = "") -> dict[str, dict]:
 
 def lock_at(root: Path, revision: str) -> dict[str, dict]:
     """The stages of the dvc.lock of a revision. Raises ClearError if git has none there."""
+    if LOCK not in tracked(root, revision, LOCK):
+        raise ClearError(f"{revision} has no {LOCK}; name a later revision.")
     name = f"{revision}:./{LOCK}"
     return _stages(_mapping(output(root, "show", name), name), name)
 

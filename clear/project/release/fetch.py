@@ -1,9 +1,10 @@
 """A released model by name: `@prod`, `grpo@prod`, `@v1.2.0` or `grpo@v1.2.0` where a command takes a model folder.
 
-    $CLEAR_HOME/releases/<model>-<version>/     the files of a version, verified
+    $CLEAR_HOME/releases/<hash>/<model>-<version>/     the files of a version, verified
 
 What is in a stage is decided by the tags of this clone, once, when the command starts; files come from DVC's cache or
-remote. A folder that is there was written whole and verified against the dvc.lock of the version's commit.
+remote. The hash is that of the dvc.lock of the version's commit: a tag may be set anew, and clones that share the
+folder may have different releases under one name. A folder that is there was written whole and has that hash.
 """
 
 import re
@@ -29,21 +30,25 @@ if TYPE_CHECKING:
     from dvc.repo import Repo
 
 _NAME = re.compile(r"(?P<model>[A-Za-z0-9][\w/-]*)?@(?P<which>[A-Za-z0-9][\w.+-]*)")
+_HASH = re.compile(r"[0-9a-f]{32}\.dir")
+"""What dvc.lock has for a folder."""
 
 
 def released(given: Path, root: Path = Path()) -> Path:
     """The folder of a released model, fetched if need be; any other path, or one that exists, as it is.
 
-    Raises ClearError for an empty stage, an unknown version, and files that are in no cache or remote, or not those of
-    the release.
+    Raises ClearError for an empty stage, an unknown version, a release without the model, and files that are in no
+    cache or remote, or not those of the release.
     """
     if given.exists() or (named := find(str(given), root)) is None:
         return given
     entry, version, commit = named
-    folder = home() / "releases" / f"{entry.name}-{version}".replace("/", "_")
+    wanted = _hash(root, entry.name, version, commit)
+    # Programs call the model by the last part of its path, which stays the same whatever the hash is.
+    folder = home() / "releases" / wanted.removesuffix(".dir") / f"{entry.name}-{version}".replace("/", "_")
     with making(folder, f"download of {entry.name} {version}", "wait"):
         if not folder.is_dir():
-            _fetch(root, entry.name, version, commit, folder)
+            _fetch(root, entry.name, version, wanted, folder)
     return folder
 
 
@@ -105,7 +110,8 @@ def _opened(root: Path) -> Iterator["Repo"]:
         yield repo
 
 
-def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> None:
+def _fetch(root: Path, model: str, version: str, wanted: str, folder: Path) -> None:
+    """Bring the files of a version. Raises ClearError where they are not to be had, or have another hash."""
     from dvc.exceptions import DvcException
     from dvc_data.index import DataIndexDirError
 
@@ -122,7 +128,6 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
         raise ClearError(
             f"{model} {version} cannot be fetched ({one_line(error)}); check `dvc remote list` and its credentials."
         ) from error
-    wanted = _hash(root, model, commit)
     if directory_hash(partial) != wanted:
         shutil.rmtree(partial)
         raise ClearError(
@@ -133,9 +138,17 @@ def _fetch(root: Path, model: str, version: str, commit: str, folder: Path) -> N
     partial.replace(folder)
 
 
-def _hash(root: Path, model: str, commit: str) -> str:
-    """The hash of a model's folder in the dvc.lock of a commit."""
+def _hash(root: Path, model: str, version: str, commit: str) -> str:
+    """The hash of a model's folder in the dvc.lock of its release. Raises ClearError where that has none."""
     from clear.project.compare.load import lock_at, outputs
 
-    path = yaml.safe_load(output(root, "show", f"{commit}:./{registry.FILE}"))["artifacts"][model]["path"]
-    return outputs(lock_at(root, commit)).get(path, "")
+    hashes = outputs(lock_at(root, commit))
+    stated = yaml.safe_load(output(root, "show", f"{commit}:./{registry.FILE}")) or {}
+    path = ((stated.get("artifacts") or {}).get(model) or {}).get("path", "")
+    found = hashes.get(path, "")
+    if not _HASH.fullmatch(found):
+        raise ClearError(
+            f"{model} {version}: the {LOCK} of commit {commit[:10]} has no such model; `clear release {model} "
+            "--history` lists other versions."
+        )
+    return found
