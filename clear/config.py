@@ -7,20 +7,23 @@ wrong type or a value out of range is rejected with its full name.
 
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
-from clear.errors import ClearError, one_line
-from clear.schema import Config, Degrade, Endpoint, Grpo, Lora, ModelSize, Runtime, Sampling, Source, Traces
+from clear.errors import ClearError, one_line, printable
+from clear.schema import PROFILES, Config, Degrade, Endpoint, Grpo, Lora, ModelSize, Runtime, Sampling, Source, Traces
 
 CONF_DIR = Path(__file__).parent / "conf"
 PARAMS = Path("params.yaml")
 MOST_BYTES, MOST_VALUES, DEEPEST = 2**18, 10**4, 100
 """Of a YAML file: twenty times what this project's have. OmegaConf takes 0.2 ms for a value."""
+_SHOWN = 50
+"""Unknown keys that one message names, each with what it may have meant: a file from elsewhere can have thousands."""
 T = TypeVar("T")
 _RESOLVER = re.compile(r"\$\{\s*[\w.]+\s*:[^}]*")
 
@@ -147,17 +150,21 @@ def _check_shapes(model: ModelSize) -> None:
         )
 
 
-def from_dict(raw: Any, origin: str = "params") -> Config:
-    """Plain nested dictionaries (or OmegaConf) to a checked Config. Raises ClearError with the full key."""
-    config = typed(Config, raw, origin, "clear/schema.py")
+def from_dict(raw: Any, origin: str = "params", usual: Callable[[Mapping], dict] | None = None) -> Config:
+    """Plain nested dictionaries (or OmegaConf) to a checked Config. Raises ClearError with the full key.
+
+    `usual` gives the values that are named for keys which `raw` lacks.
+    """
+    config = typed(Config, raw, origin, "clear/schema.py", usual)
     check(config)
     return config
 
 
-def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
+def typed(schema: type[T], raw: Any, origin: str, module: str, usual: Callable[[Mapping], dict] | None = None) -> T:
     """Plain nested dictionaries (or OmegaConf) to a dataclass of `module`; keys and types are checked, bounds are not.
 
-    Raises ClearError with `origin` and the full key.
+    Raises ClearError with `origin` and the full key; all keys that are missing (with their values of `usual`) or
+    unknown are in one message.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -165,6 +172,9 @@ def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
     def refused(key: str, reason: str) -> ClearError:
         return ClearError(f"{origin}: key '{key}': {reason}. Allowed keys and types are in {module}.")
 
+    plain = OmegaConf.to_container(raw) if OmegaConf.is_config(raw) else raw
+    if wrong := _wrong_keys(schema, plain, usual):
+        raise ClearError(f"{origin}: {wrong}. Allowed keys and types are in {module}.")
     try:
         found = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), raw))
     except OmegaConfBaseException as error:
@@ -176,6 +186,80 @@ def typed(schema: type[T], raw: Any, origin: str, module: str) -> T:
             if not isinstance(one, (str, int, float)):  # OmegaConf lets mappings into any list
                 raise refused(key, f"{one!r:.60} is not a value of a list")
     return found
+
+
+def _wrong_keys(schema: type, raw: Any, usual: Callable[[Mapping], dict] | None) -> str:
+    """All keys of `raw` that `schema` does not have, and all that it has in addition, with the remedy; "" if none.
+
+    OmegaConf names one at a time, and says of a params.yaml from an older version neither the value nor what to do.
+    """
+    if not isinstance(raw, Mapping):
+        return ""
+    missing, unknown = _compared(schema, raw)
+    said = []
+    if unknown:
+        known = _full_names(schema)
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
+        listed = ", ".join(map(printable, (_with_nearest(key, known) for key in unknown[:_SHOWN])))
+        said.append(f"unknown keys {listed}{more}: correct them or take them out")
+    if missing:
+        values = usual(raw) if usual else {}
+        listed = ", ".join(_with_value(key, values) for key in missing)
+        profile = f" --set profile={values['profile']}" if values else ""
+        anew = f"`clear params{profile}` writes the file anew without its own values"
+        said.append(f"missing keys {listed}: add them in their sections{f'; or {anew}' if usual else ''}")
+    return "; ".join(said)
+
+
+def _compared(schema: type, raw: Mapping, name: str = "") -> tuple[list[str], list[str]]:
+    """The full keys that a (nested) dataclass has and `raw` lacks, and those that only `raw` has."""
+    known = {item.name: item.type for item in fields(schema)}
+    missing = [f"{name}{key}" for key in known if raw.get(key, "???") == "???"]  # OmegaConf's word for a missing value
+    unknown = [f"{name}{key}" for key in raw if key not in known]
+    for key, kind in known.items():
+        inner = raw.get(key)
+        if not isinstance(inner, Mapping):
+            continue  # of another type: OmegaConf says so
+        if get_origin(kind) is dict:
+            below = [(get_args(kind)[1], part, f"{name}{key}.{own}.") for own, part in inner.items()]
+        else:
+            below = [(kind, inner, f"{name}{key}.")]
+        for section, part, prefix in below:
+            if is_dataclass(section) and isinstance(part, Mapping):
+                found = _compared(section, part, prefix)
+                missing, unknown = missing + found[0], unknown + found[1]
+    return missing, unknown
+
+
+def _full_names(schema: type, name: str = "") -> list[str]:
+    """The full names of all sections and keys of a (nested) dataclass."""
+    found = []
+    for item in fields(schema):
+        found.append(f"{name}{item.name}")
+        if is_dataclass(item.type):
+            found += _full_names(item.type, f"{name}{item.name}.")
+    return found
+
+
+def _with_nearest(key: str, known: list[str]) -> str:
+    """An unknown key, with the one that it may be a misspelling of."""
+    if key in known:  # a name with dots, as --set takes it, is one key in YAML
+        section, _, own = key.rpartition(".")
+        return f"{key} (in YAML {own} below {section})"
+    nearest = get_close_matches(key, known, 1, 0.8)
+    return f"{key} ({nearest[0]}?)" if nearest else key
+
+
+def _with_value(key: str, values: Any) -> str:
+    """A missing key with its value in `values`, as YAML has it, or alone where it has none there."""
+    import yaml
+
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    if values is None:
+        return key
+    written = yaml.safe_dump(values, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n")
+    return f"{key} = {written.strip()}"
 
 
 def _beyond_floats(raw: Any, name: str = "") -> Iterator[str]:
@@ -203,7 +287,14 @@ def load(path: Path | str = PARAMS) -> Config:
     """Read and check the composed parameters of a workspace."""
     if not Path(path).exists():
         raise ClearError(f"{path} is not here; run this from the project's folder, or `make params` to compose it.")
-    return from_dict(read_yaml(path), str(path))
+    return from_dict(read_yaml(path), str(path), _usual)
+
+
+def _usual(raw: Mapping) -> dict:
+    """What `clear/conf` composes for the profile of a params.yaml, or for the default one; {} if there is none such."""
+    if "profile" not in raw:
+        return compose()
+    return compose([f"profile={raw['profile']}"]) if raw["profile"] in PROFILES else {}
 
 
 def read_yaml(path: Path | str) -> Any:

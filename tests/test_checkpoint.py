@@ -2,6 +2,7 @@
 
 import json
 import os
+import stat
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +25,7 @@ from clear.model.checkpoint import (
     load_bagel,
     read_header,
     save_bagel,
+    save_tensors,
 )
 from clear.model.vae import AutoEncoder
 from clear.stages import base
@@ -118,6 +120,32 @@ def test_a_save_that_fails_leaves_the_old_folder(folder, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             save_bagel(folder, model, vae, tokenizer)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_every_file_has_the_mode_that_the_umask_gives(tmp_path, umask, mode):
+    """The weights, too: safetensors makes a private file, which the others of a shared folder could not read."""
+    before = os.umask(umask)
+    try:
+        model, vae, tokenizer = save_tiny(tmp_path / "model", "mlp")
+        (tmp_path / "model" / MODEL).chmod(0o640)
+        save_bagel(tmp_path / "model", model, vae, tokenizer)  # each by a new file that takes the old one's place
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "alone.safetensors")
+        (tmp_path / "alone.safetensors").chmod(0o640)
+        save_tensors({"a": torch.ones(1)}, tmp_path / "alone.safetensors")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()} == {mode}
+    assert stat.S_IMODE((tmp_path / "alone.safetensors").stat().st_mode) == 0o640, "as writing into it leaves it"
+    assert load_file(tmp_path / "alone.safetensors")["a"] == 1
+
+
+def test_weights_that_cannot_be_written_leave_no_file(tmp_path):
+    with pytest.raises(ValueError, match=r"contiguous"):
+        save_tensors({"a": torch.zeros(2, 2).t()[:, :1].expand(2, 3)}, tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(OSError, match=str(tmp_path / "none")):
+        save_tensors({"a": torch.zeros(1)}, tmp_path / "none" / "a.safetensors")
 
 
 def test_a_kill_between_the_files_is_refused_until_saved_again(folder, monkeypatch):

@@ -15,8 +15,10 @@ from clear.model.checkpoint import (
     TOKENIZER,
     VAE,
     load_bagel,
+    read_config,
 )
 from clear.model.tokenizer import MARKERS, word_tokenizer
+from clear.model.vae import VaeConfig
 from tests.helpers.model_folders import KEY, edit, save_tiny, shard
 from tests.tiny import WORDS
 
@@ -289,3 +291,80 @@ def test_shapes_that_no_model_has_are_refused_by_name(folder, file, change, said
     with pytest.raises(ClearError, match=said) as error:
         load_bagel(folder)
     assert file in str(error.value) and "\n" not in str(error.value)
+
+
+def _stating(folder, file, change) -> None:
+    """Values of a config file of the folder changed; a value `...` takes its key out."""
+    path = folder / file
+    stated = (json.loads(path.read_text()) if path.exists() else {}) | change
+    path.write_text(json.dumps({key: value for key, value in stated.items() if value is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "said"),
+    [
+        ("llm_config.json", {"rope_scaling": {"type": "yarn", "factor": 4.0}}, "factor.* null alone is implemented"),
+        ("llm_config.json", {"tie_word_embeddings": True}, "tie_word_embeddings = true, and false alone"),
+        ("llm_config.json", {"qk_norm": False}, "qk_norm = false, and true alone"),
+        ("llm_config.json", {"hidden_act": "gelu"}, 'hidden_act = "gelu", and "silu" alone is implemented'),
+        ("llm_config.json", {"use_sliding_window": True}, "use_sliding_window = true, and false alone"),
+        ("llm_config.json", {"qk_norm": False, "hidden_act": "relu"}, "2 problems: hidden_act.*; qk_norm = false"),
+        ("vit_config.json", {"hidden_act": "gelu"}, 'hidden_act = "gelu", and "gelu_pytorch_tanh" alone'),
+        ("vit_config.json", {"layer_norm_eps": 1e-5}, "layer_norm_eps = 1e-05, and 1e-06 alone"),
+        ("vae_config.json", {"scale_factor": ...}, "scale_factor missing beside the autoencoder's shapes; add"),
+        ("vae_config.json", {"scale_factor": ..., "shift_factor": ...}, "scale_factor and shift_factor missing"),
+        ("config.json", {"bridge": ...}, r"key bridge is missing, so that .*bridge\.safetensors would not be used"),
+    ],
+)
+def test_what_is_not_implemented_is_refused_and_not_ignored(folder, file, change, said):
+    load_bagel(folder)
+    _stating(folder, file, change)
+    with pytest.raises(ClearError, match=said) as error:
+        load_bagel(folder)
+    assert file in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_shapes_of_another_autoencoder_within_config_json_need_its_factors(folder):
+    stated = json.loads((folder / "vae_config.json").read_text())
+    (folder / "vae_config.json").unlink()
+    _stating(folder, "config.json", {"vae_config": stated})
+    load_bagel(folder)
+    del stated["scale_factor"]
+    _stating(folder, "config.json", {"vae_config": stated})
+    with pytest.raises(ClearError, match="scale_factor missing"):
+        load_bagel(folder)
+
+
+def test_a_trained_bridge_beside_weights_alone_is_not_dropped(folder, tmp_path):
+    save_tiny(tmp_path / "base", "direct")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    (folder / MODEL).rename(weights / MODEL)
+    load_bagel(weights, base=tmp_path / "base")
+    (folder / BRIDGE).rename(weights / BRIDGE)
+    with pytest.raises(ClearError, match=r"base/config\.json: bridge = direct, so that .*weights/bridge\.safetensors"):
+        load_bagel(weights, base=tmp_path / "base")
+
+
+def test_what_published_folders_state_beside_is_read_as_before(folder):
+    """BAGEL-7B-MoT's own values, those of Qwen2's and SigLIP's tools, and config.json, which the reference ignores."""
+    llm = {"hidden_act": "silu", "tie_word_embeddings": False, "qk_norm": True, "rope_scaling": None}
+    llm |= {"use_sliding_window": False, "sliding_window": 131072, "max_window_layers": 28, "use_cache": True}
+    _stating(folder, "llm_config.json", llm | {"layer_module": "Qwen2MoTDecoderLayer", "attention_dropout": 0.0})
+    _stating(folder, "vit_config.json", {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
+    _stating(folder, "config.json", {"interpolate_pos": True, "vae_config": {"z_channels": 16, "downsample": 8}})
+    load_bagel(folder)
+
+
+def test_a_published_autoencoder_needs_no_factors(folder):
+    """Without vae_config.json the autoencoder is FLUX's, whose shapes config.json may repeat."""
+    for kept in ({}, {"vae_config": {"z_channels": 16, "downsample": 8, "ch_mult": [1, 2, 4, 4]}}):
+        (folder / "vae_config.json").unlink(missing_ok=True)
+        _stating(folder, "config.json", kept)
+        assert read_config(folder).vae == VaeConfig()
+
+
+def test_a_leftover_bridge_of_a_folder_that_says_direct_is_not_in_the_way(folder):
+    """As early versions left one where a model without it was saved over one with it."""
+    _stating(folder, "config.json", {"bridge": "direct"})
+    assert load_bagel(folder)[0].config.bridge == "direct"

@@ -1,10 +1,12 @@
 """Configuration: what is wrong is refused by its full name; every profile composes; Hydra and DVC agree."""
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
 from clear import config as configuration
 from clear.config import CONF_DIR, compose, from_dict, load
@@ -85,6 +87,82 @@ def test_a_missing_key_is_refused(tiny):
     del raw["grpo"]["lr"]
     with pytest.raises(ClearError, match="lr"):
         from_dict(raw)
+
+
+def _without(raw, *keys):
+    for key in keys:
+        *sections, own = key.split(".")
+        place = raw
+        for section in sections:
+            place = place[section]
+        del place[own]
+
+
+@pytest.fixture
+def older(tiny, tmp_path):
+    """A params.yaml of a version that had neither these keys nor this section, but one of its own."""
+    raw = yaml.safe_load(tiny) | {"compute": {"stack": "clear"}}
+    _without(raw, "sft.labelled", "evaluate.votes", "grpo.optimiser.eps", "gate")
+    file = tmp_path / "params.yaml"
+    file.write_text(yaml.safe_dump(raw))
+    return file
+
+
+def test_all_keys_that_an_older_file_lacks_are_named_with_their_values(older):
+    with pytest.raises(ClearError) as refused:
+        load(older)
+    said, now = str(refused.value), compose()
+    assert "\n" not in said
+    assert said.startswith(f"{older}: unknown keys compute: correct them or take them out; missing keys gate = {{")
+    assert f"sft.labelled = {now['sft']['labelled']}, grpo" in said
+    assert f"evaluate.votes = {now['evaluate']['votes']}: add them in their sections; or" in said
+    assert "gate = {model: grpo, clean_margin: 0.01" in said and "grpo.optimiser.eps = 1.0e-08" in said
+    assert "`clear params --set profile=tiny` writes the file anew" in said and "clear/schema.py" in said
+
+
+def test_the_values_that_are_named_make_an_older_file_whole(older):
+    """As YAML, typed from the message; and the command of the message does the same."""
+    with pytest.raises(ClearError) as refused:
+        load(older)
+    raw = yaml.safe_load(older.read_text())
+    del raw["compute"]
+    for key, value in re.findall(r"([\w.]+) = (\{.*?\}|[^,:]+)", str(refused.value).partition("missing keys ")[2]):
+        *sections, own = key.split(".")
+        place = raw
+        for section in sections:
+            place = place[section]
+        place[own] = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))["value"]
+    older.write_text(yaml.safe_dump(raw))
+    assert load(older) == from_dict(compose())
+    older.write_text("profile: tiny\n")
+    write_params(older, ["profile=tiny"])
+    assert load(older) == from_dict(compose())
+
+
+def test_all_unknown_keys_are_named_with_what_they_may_have_meant(tiny):
+    raw = yaml.safe_load(tiny) | {"grpoo": 4, "sft.labelled": 0.5, "sift": "x" * 500}
+    raw["grpo"]["grup_size"] = raw["grpo"].pop("group_size")
+    raw["degrade"] |= {"workres": 2, 7: 1}
+    with pytest.raises(ClearError) as refused:
+        from_dict(raw)
+    said = str(refused.value)
+    assert "grpoo (grpo?), sft.labelled (in YAML labelled below sft), sift" in said
+    assert "degrade.workres (degrade.workers?), degrade.7" in said and "grpo.grup_size (grpo.group_size?)" in said
+    assert "missing keys grpo.group_size: add them" in said and "x" * 99 not in said
+
+
+def test_thousands_of_unknown_keys_are_counted(tiny):
+    with pytest.raises(ClearError, match=r"unknown keys key0, .*key49 and 9950 more: correct them or take them out"):
+        from_dict(yaml.safe_load(tiny) | {f"key{n}": n for n in range(10**4)})
+
+
+@pytest.mark.parametrize("profile", ["nobody", 3, ["tiny"], None])
+def test_a_profile_that_there_is_none_of_has_no_values_to_name(tiny, tmp_path, profile):
+    raw = yaml.safe_load(tiny) | {"profile": profile}
+    del raw["seed"]
+    (tmp_path / "params.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(ClearError, match=r"missing keys seed: add them in their sections; or `clear params` writes"):
+        load(tmp_path / "params.yaml")
 
 
 @pytest.mark.parametrize("profile", PROFILES)

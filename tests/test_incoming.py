@@ -1,7 +1,9 @@
 """Naturally degraded images: bad rows are named, slices never share an image, MMD-Bench's figures do not change."""
 
 import hashlib
+import json
 import os
+import unicodedata
 from collections import Counter
 from dataclasses import replace
 from io import BytesIO
@@ -94,6 +96,35 @@ REASONS = {
     **dict.fromkeys(("no question", "no answer", "empty answer", "tag", "option", "one option"), "question"),
     "other answer": "answer",
 }
+
+
+@pytest.mark.parametrize(("written", "stored"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_a_name_in_another_unicode_form_is_the_same_name(tmp_path, written, stored):
+    """A Mac's zip has é as e and an accent, the table as one character: both lines would look the same."""
+    road, name = tmp_path / "road", "straße/caf\u00e9 \u00c5.jpg"
+    put(road, range(2))
+    file = road / unicodedata.normalize(stored, name)
+    file.parent.mkdir()
+    (road / "0.jpg").rename(file)
+    row = {"image": unicodedata.normalize(written, name), "question": "is there a ring ?", "answer": "yes"}
+    (road / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    came = intake.read(tmp_path)
+    assert [sample.degraded for sample in came.samples(*intake.SLICES)] == [picture(0)[0]]
+    assert not [reject for reject in came.rejects if "caf" in reject.id], "it is not unused either"
+
+
+def test_a_row_gets_the_picture_of_its_own_form_and_of_no_other_name(tmp_path):
+    road, name = tmp_path / "road", "caf\u00e9.jpg"
+    put(road, range(2))
+    files = {form: unicodedata.normalize(form, name) for form in ("NFC", "NFD")}
+    for n, file in enumerate(files.values()):
+        (road / f"{n}.jpg").rename(road / file)
+    ask = {"question": "is there a ring ?", "answer": "yes"}
+    names = [files["NFD"], files["NFC"], "cafe.jpg", "CAF\u00c9.jpg", "\uff43afe\u0301.jpg"]
+    (road / "rows.jsonl").write_text("".join(json.dumps(ask | {"image": name}) + "\n" for name in names))
+    rows = list(incoming.rows_of(road))[:5]
+    assert [row.image for row in rows[:2]] == [picture(1)[0], picture(0)[0]]
+    assert all("no such file beside" in row.reject.detail for row in rows[2:])
 
 
 @pytest.mark.parametrize("fault", BAD)

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -130,8 +131,17 @@ def _file(value: str, key: str, table: Path, root: Path) -> bytes:
 
 
 def located(name: str, table: Path) -> Path:
-    """Where a file is that a table names, without following links."""
-    return unlinked(table.parent / name)
+    """Where a file is that a table names, without following links.
+
+    A Mac writes é as e and an accent (NFD), other systems as one character (NFC): to Unicode both are the same name.
+    Where the name as written is absent, the file that has it in the other form is meant, if only one has.
+    """
+    file = unlinked(table.parent / name)
+    if name.isascii() or os.path.lexists(file):
+        return file
+    forms = {unlinked(table.parent / unicodedata.normalize(form, name)) for form in ("NFC", "NFD")}
+    there = [form for form in forms if os.path.lexists(form)]
+    return there[0] if len(there) == 1 else file
 
 
 def unlinked(path: Path) -> Path:

@@ -2,13 +2,13 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
 from clear.errors import ClearError, quoted
 from clear.model.bagel import BagelConfig
-from clear.model.checkpoint.format import WORDS, places
+from clear.model.checkpoint.format import BRIDGE, WORDS, Places, places, refuse
 from clear.model.mot import LlmConfig
 from clear.model.quantised import KINDS, description
 from clear.model.sequence import SpecialTokens
@@ -19,6 +19,21 @@ from clear.model.vit import VitConfig
 _SPECIAL = dict(zip(("bos_token_id", "eos_token_id", "start_of_image", "end_of_image"), MARKERS, strict=True))
 SOURCES = WORDS[1:]
 """Tokenizer files beside tokenizer.json; the published code reads them, so they are kept when a model is saved."""
+
+_ONLY = {
+    "llm_config.json": {
+        "hidden_act": "silu",
+        "qk_norm": True,
+        "rope_scaling": None,
+        "tie_word_embeddings": False,
+        "use_sliding_window": False,
+    },
+    "vit_config.json": {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6},
+}
+"""Keys of published configs that would change what a model computes, and the one value that is implemented here, which
+an absent key means. config.json is not among them: the reference does not read it, and it need not agree with it."""
+_SCALES = ("scale_factor", "shift_factor")
+_SHAPES = {item.name for item in fields(VaeConfig)} - {*_SCALES}
 
 
 def config_files(config: BagelConfig) -> dict[str, dict]:
@@ -72,9 +87,25 @@ def read_config(folder: Path | str, tokenizer=None, base: Path | str | None = No
         config = _config_of(folder, None if tokenizer is None else special_tokens(tokenizer))
     except KeyError as error:
         raise ClearError(f"{folder}: key {error} is missing in the config files; fetch them again.") from error
+    _check_bridge(parts, config.bridge)
     if tokenizer is not None:
         _check_tokenizer(folder, tokenizer, config)
     return config
+
+
+def _check_bridge(parts: Places, bridge: str) -> None:
+    """Raise ClearError where a trained bridge lies beside the weights, and no config.json says that it is used.
+
+    A whole folder whose config.json says "direct" is its own witness: there the file is a leftover.
+    """
+    file, own = parts.weights / BRIDGE, parts.shapes / "config.json"
+    stated = read_json(parts.shapes, own.name, False).get("bridge")
+    if bridge == "direct" and file.is_file() and not (parts.whole and stated == "direct"):
+        said = "key bridge is missing" if stated is None else "bridge = direct"
+        raise ClearError(
+            f'{own}: {said}, so that {file} would not be used; write "bridge": "mlp" there, or move {BRIDGE} away for '
+            "the model without it."
+        )
 
 
 class _Stated:
@@ -109,6 +140,8 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
         _Stated(folder / name, read_json(folder, name, name != "config.json"))
         for name in ("llm_config.json", "vit_config.json", "config.json")
     )
+    _check_implemented(llm)
+    _check_implemented(vit)
     special = special or _stated_markers(folder)
     if special is None:
         raise ClearError(f"{folder}: neither a tokenizer nor special_tokens in config.json say which ids mark images.")
@@ -156,13 +189,25 @@ def _config_of(folder: Path, special: SpecialTokens | None) -> BagelConfig:
     return config
 
 
+def _check_implemented(stated: _Stated) -> None:
+    """Raise ClearError for all keys of a file whose value this code does not implement: ignored, they would give other
+    numbers than the model's own."""
+    problems = [
+        f"{key} = {json.dumps(value)}, and {'null' if only is None else json.dumps(only)} alone is implemented"
+        for key, only in _ONLY[stated.path.name].items()
+        if (value := stated.content.get(key)) not in (None, only)
+    ]
+    remedy = "Take a model of BAGEL-7B-MoT's kind, or correct the file if the weights were trained without it."
+    refuse(stated.path, problems, [remedy])
+
+
 def _vae_of(folder: Path, own: _Stated) -> VaeConfig:
     """The autoencoder's shapes: of config.json, over them vae_config.json, and else the published ones."""
     within = own.content.get("vae_config", {})
     if not isinstance(within, dict):
         raise ClearError(f"{own.path}: vae_config = {quoted(within)}, expected an object; fetch it again.")
-    usual = VaeConfig()
-    stated = _Stated(folder / "vae_config.json", within | read_json(folder, "vae_config.json", False))
+    usual, apart = VaeConfig(), read_json(folder, "vae_config.json", False)
+    stated = _Stated(folder / "vae_config.json", within | apart)
     widths = stated.content.get("ch_mult", usual.ch_mult)
     if not isinstance(widths, list | tuple) or not 1 <= len(widths) <= 10:
         raise ClearError(f"{stated.path}: ch_mult = {quoted(widths)}, expected a list of up to 10; fetch it again.")
@@ -179,6 +224,14 @@ def _vae_of(folder: Path, own: _Stated) -> VaeConfig:
     if any(config.ch * width % config.groups for width in config.ch_mult):
         raise ClearError(
             f"{stated.path}: ch times each of ch_mult must divide by groups {config.groups}; fetch it again."
+        )
+    # The published factors are those of the published autoencoder: another one's latents would be off without an error.
+    another = replace(config, **{key: getattr(usual, key) for key in _SCALES}) != usual
+    lacking = [key for key in _SCALES if key not in stated.content]
+    if lacking and (another or _SHAPES & apart.keys()):
+        raise ClearError(
+            f"{stated.path}: {' and '.join(lacking)} missing beside the autoencoder's shapes; add what it was trained "
+            f"with (FLUX's has {usual.scale_factor} and {usual.shift_factor})."
         )
     return config
 

@@ -5,7 +5,9 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +52,35 @@ _CONVERT = (
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file. What the system refuses is an OSError with the path, which the library only says."""
+    """Write a safetensors file, with the mode of any file written here. Raises OSError with the path, which the library
+    only says, for what the system refuses."""
     try:
-        save_file(dict(tensors), path, metadata)
+        with _usual_mode(path):
+            save_file(dict(tensors), path, metadata)
     except SafetensorError as error:
         if (number := re.search(r"\(os error (\d+)\)", str(error))) is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), os.fspath(path)) from error
+
+
+@contextmanager
+def _usual_mode(path: Path) -> Iterator[None]:
+    """Give the file that the block puts at `path` the mode of a new file, or of the one that is there.
+
+    safetensors makes a private file (0600) and renames it: in a folder that several people share, nobody else could
+    read the weights. The umask can only be asked by setting it, for all threads, so a file is made that follows it.
+    """
+    new = not path.exists()
+    if new:
+        path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    try:
+        yield
+        path.chmod(mode)
+    except BaseException:
+        if new:
+            path.unlink(missing_ok=True)
+        raise
 
 
 @dataclass(frozen=True)
