@@ -1,5 +1,6 @@
 """What is edited while a stage runs: DVC would record the result as made from it."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -48,11 +49,13 @@ def folder(tmp_path, monkeypatch):
         "trained.py": STAGE,
         "meanwhile.py": "",
         "code/lib.py": "1",
+        "code/__pycache__/lib.nbc": "",
         "data/added/set/a.csv": "1",
     }.items():
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         Path(name).write_text(text)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q", "--no-scm"], check=True)
+    shutil.copy(ROOT / ".dvcignore", ".dvcignore")
     return tmp_path
 
 
@@ -87,7 +90,7 @@ CHANGES = {
     "another stage's parameter": (lambda: edit("params.yaml", "0.2", "0.3"), ""),
     "code by another edit back": (lambda: (edit("code/lib.py", "1", "2"), edit("code/lib.py", "2", "1")), ""),
     "what a stage makes": (lambda: Path("data/made.txt").write_text("by the lock's holder alone"), ""),
-    "a trace of Python": (lambda: Path("code/lib.pyc").write_text(""), ""),
+    "what .dvcignore names": (lambda: Path("code/__pycache__/lib.nbi").write_text("compiled"), ""),
 }
 
 

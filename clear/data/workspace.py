@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ def _read(file: Path) -> dict:
 
 _began_with: dict[str, Any] = {}
 """What the stage that this process runs was started with, by `_given`."""
+_SHOWN = 3
 
 
 def require_unedited() -> None:
@@ -144,9 +146,6 @@ def require_unedited() -> None:
         )
 
 
-_SHOWN = 3
-
-
 def _given() -> dict[str, Any]:
     """Parameters, code and data that no stage makes, of the stage in dvc.yaml that DVC runs in this process: name →
     value, content or, of data, size and time. {} where DVC runs none: nothing is recorded then."""
@@ -158,12 +157,14 @@ def _given() -> dict[str, Any]:
         return {}
     parts = {name: stage.get("do", stage) for name, stage in stages.items()}
     made = {out if isinstance(out, str) else next(iter(out)) for one in parts.values() for out in one.get("outs", ())}
+    lines = Path(".dvcignore").read_text().splitlines() if Path(".dvcignore").is_file() else []
+    ignored = [line for line in lines if line and "/" not in line]  # names anywhere, such as __pycache__
     values = yaml.safe_load(Path(PARAMS).read_text())
     found = {f"{PARAMS}: {key}": _value(values, key) for key in parts[running].get("params", ())}
     for path in (Path(dep) for dep in parts[running].get("deps", ()) if dep not in made):
         own = path.parts[0] != "data"
         for file in path.rglob("*") if path.is_dir() else [path]:
-            if file.is_file() and file.suffix != ".pyc":
+            if file.is_file() and not any(fnmatch(part, pattern) for pattern in ignored for part in file.parts):
                 stat = file.stat()
                 found[str(file)] = file.read_bytes() if own else (stat.st_size, stat.st_mtime_ns)
     return found
