@@ -14,8 +14,9 @@ import os
 import re
 import reprlib
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -99,7 +100,7 @@ def say(text: object, stream: TextIO | None = None) -> None:
     """A line on a terminal (standard output, or `stream`), at once: what cannot be printed is escaped, no secret in it.
 
     Every program of this project prints with it whatever could hold text from outside. Where nobody reads standard
-    output any more (`| head`), the program ends without a word and with the status NO_READER.
+    output any more (`| head`), the program ends without a word and with the status NO_READER; a thread of it goes on.
     """
     try:
         print(printable(without_secrets(text)), file=stream or sys.stdout, flush=True)
@@ -107,12 +108,14 @@ def say(text: object, stream: TextIO | None = None) -> None:
         if stream not in (None, sys.stdout):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is in its buffer is written at the end
-        raise SystemExit(NO_READER) from None
+        if threading.current_thread() is threading.main_thread():
+            raise SystemExit(NO_READER) from None
 
 
 def fail(error: ClearError) -> int:
-    """Say on standard error why a program ends; returns its exit status."""
-    say(f"error: {error}", sys.stderr)
+    """Say on standard error why a program ends, if it can be written to; returns its exit status."""
+    with suppress(OSError):
+        say(f"error: {error}", sys.stderr)
     return error.status
 
 

@@ -30,7 +30,7 @@ from prefect.states import Cancelled, Completed, State
 from clear.data.lock import Busy, writer
 from clear.data.ports import spare_loopback
 from clear.data.workspace import profile
-from clear.errors import ClearError, fail, say
+from clear.errors import NO_READER, ClearError, fail, say
 from clear.project.retrain.reproduce import reproduce as reproduce_aside
 from clear.project.retrain.run import Outcome, Tools
 from flows import RUN_LOGS, in_words
@@ -269,6 +269,8 @@ def here_and_now(run: Callable[[], Any], after_interruption: str) -> tuple[int, 
             raise
         return fail(said), None
     except (KeyboardInterrupt, SystemExit) as end:
+        if isinstance(end, SystemExit) and end.code == NO_READER:
+            raise
         print(f"interrupted; run the same command again{after_interruption}", file=sys.stderr)
         return (end.code if isinstance(end, SystemExit) else 130), None
 

@@ -4,6 +4,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import yaml
@@ -217,22 +219,42 @@ def test_a_file_whose_name_is_not_utf8_reaches_the_scratch_copy(project, tmp_pat
     assert (tmp_path / "copy" / name).exists()
 
 
-@pytest.mark.parametrize(("output", "status", "said"), [("full", 2, "error: output: No space left"), ("left", 141, "")])
-def test_a_judgement_that_cannot_be_printed_is_not_the_judgement_no(project, output, status, said):
-    """A full disk and a reader that has left (`| head`): 1 would say that the lock and the code disagree."""
-    reader, writer = (
-        os.pipe() if output == "left" else (os.open("/dev/null", os.O_RDONLY), os.open("/dev/full", os.O_WRONLY))
-    )
-    os.close(reader)
+@contextmanager
+def nobody(kind: str) -> Iterator[int]:
+    """A descriptor on a full disk, or of a pipe whose reader has left (`| head`)."""
+    if kind == "left":
+        reader, writer = os.pipe()
+        os.close(reader)
+    else:
+        writer = os.open("/dev/full", os.O_WRONLY)
     try:
-        done = subprocess.run(
-            [sys.executable, "-B", "-m", "clear", "check"],
-            cwd=project,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
-            stdout=writer,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        yield writer
     finally:
         os.close(writer)
+
+
+def run(*call: str, **options) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-B", *call], env=os.environ | {"PYTHONPATH": str(ROOT)}, **options)
+
+
+@pytest.mark.parametrize(("output", "status", "said"), [("full", 2, "error: output: No space left"), ("left", 141, "")])
+def test_a_judgement_that_cannot_be_printed_is_not_the_judgement_no(project, output, status, said):
+    """1 would say that the lock and the code disagree."""
+    with nobody(output) as writer:
+        done = run("-m", "clear", "check", cwd=project, stdout=writer, stderr=subprocess.PIPE, text=True)
     assert done.returncode == status and done.stderr.startswith(said) and (said or not done.stderr), done.stderr
+
+
+@pytest.mark.parametrize("output", ["full", "left"])
+def test_what_cannot_be_judged_keeps_its_status_where_nothing_can_be_printed(project, output):
+    (project / "dvc.lock").write_text("nonsense")
+    with nobody(output) as writer:
+        assert run("-m", "clear", "check", cwd=project, stdout=writer, stderr=writer).returncode == 2
+
+
+def test_a_thread_that_says_something_to_nobody_goes_on():
+    """As the one of `clear serve` that answers requests, which tells when it is ready."""
+    told = "threading.Thread(target=lambda: (say('ready'), os.write(2, b'goes on'))).start()"
+    code = f"import os, threading; from clear.errors import say; {told}"
+    with nobody("left") as writer:
+        assert run("-c", code, stdout=writer, stderr=subprocess.PIPE).stderr == b"goes on"

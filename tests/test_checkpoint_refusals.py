@@ -354,6 +354,8 @@ def test_what_published_folders_state_beside_is_read_as_before(folder):
     _stating(folder, "vit_config.json", {"hidden_act": "gelu_pytorch_tanh", "layer_norm_eps": 1e-6, "num_channels": 3})
     _stating(folder, "config.json", {"interpolate_pos": True, "vae_config": {"z_channels": 16, "downsample": 8}})
     load_bagel(folder)
+    _stating(folder, "llm_config.json", {"rope_scaling": {"rope_type": "default"}})  # of transformers' newer versions
+    load_bagel(folder)
 
 
 def test_a_published_autoencoder_needs_no_factors(folder):

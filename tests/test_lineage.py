@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from clear.data.workspace import record_run, stage_run
+from clear.errors import ClearError
 from clear.project.lineage import lineage
 from tests.conftest import git
 
@@ -89,8 +90,28 @@ def test_outputs_that_a_merge_made_anew_are_recorded_in_that_merge(project):
     git(project, "merge", "-q", "--no-commit", "-s", "ours", "side")
     lock.write_text(text.replace(value, "c" * 32))
     git(project, "commit", "-qam", "both")
+    git(project, "config", "log.diffMerges", "off")
     assert lineage(Path(), "data/samples").steps[0].commit.subject == "both"
     assert lineage(Path(), "data/samples", "HEAD^2").steps[0].commit.subject == "on the side"
+
+
+@pytest.mark.parametrize(
+    "setting", [("core.attributesFile", "attributes"), ("log.showRoot", "false")]
+)
+def test_the_settings_of_git_hide_no_commit(project, setting):
+    """A lock file is binary to some, and a history is read differently by others."""
+    Path("attributes").write_text("*.lock binary\n")
+    git(project, "config", *setting)
+    assert lineage(Path(), "data/samples").steps[0].commit.id == git(project, "rev-parse", "--short", "HEAD").strip()
+    git(project, "checkout", "-q", "--orphan", "unborn")
+    assert lineage(Path(), "data/samples").steps[0].commit is None
+
+
+def test_a_history_that_cannot_be_read_is_said(project):
+    commit = git(project, "rev-parse", "HEAD:dvc.lock").strip()
+    (project / ".git/objects" / commit[:2] / commit[2:]).unlink()
+    with pytest.raises(ClearError, match=r"the history of dvc\.lock cannot be read: "):
+        lineage(Path(), "data/samples")
 
 
 def test_what_no_stage_makes_is_said_to_be_what_it_is(project, clear):

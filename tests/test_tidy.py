@@ -110,7 +110,7 @@ def test_only_what_nobody_needs_is_removed_and_only_on_request(team, clear):
         assert (team / "data/samples").read_text() == (team / "code/source.txt").read_text()
 
 
-def test_young_objects_and_young_commits_keep_their_data(team):
+def test_young_objects_and_young_commits_keep_their_data(team, monkeypatch):
     commit(team, "young", GIT_COMMITTER_DATE="@" + str(int(time.time()) - 60))
     commit(team, "newest")
     tidy(Path(), remove=True)
@@ -118,26 +118,27 @@ def test_young_objects_and_young_commits_keep_their_data(team):
     stray = team / ".dvc/cache/files/md5/00" / ("0" * 30)
     stray.parent.mkdir()
     stray.write_text("of a run elsewhere")
-    os.utime(stray, (LATER, LATER))
-    tidy(Path(), remove=True)
+    with monkeypatch.context() as today:
+        today.setattr("clear.project.tidy.time", time)
+        tidy(Path(), remove=True)
     assert stray.exists(), "not yet committed, but of today"
-    os.utime(stray, (OLD, OLD))
     tidy(Path(), remove=True)
     assert not stray.exists()
 
 
-def test_a_picture_that_was_linked_into_the_cache_is_as_young_as_its_link(team, monkeypatch):
+@pytest.mark.parametrize("taken", [OLD, LATER])
+def test_a_picture_that_was_linked_into_the_cache_is_as_young_as_its_link(team, monkeypatch, taken):
     """Where DVC links, the object is the picture itself, with the date on which it was taken."""
     from dvc.repo import Repo
 
     picture = team / "data/picture.png"
-    picture.write_text("taken long ago")
-    os.utime(picture, (OLD, OLD))
+    picture.write_text("taken at another time")
+    os.utime(picture, (taken, taken))
     with Repo(config={"cache": {"type": "hardlink"}}) as repo:
         repo.add("data/picture.png")
     (team / "data/picture.png.dvc").unlink()  # before its commit, or of a run elsewhere
     (kept,) = (file for file in (team / ".dvc/cache/files/md5").glob("??/*") if file.samefile(picture))
-    assert kept.stat().st_mtime == pytest.approx(OLD, abs=1)
+    assert kept.stat().st_mtime == pytest.approx(taken, abs=1)
     monkeypatch.setattr("clear.project.tidy.time", time)
     tidy(Path(), remove=True)
     assert kept.exists()

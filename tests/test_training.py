@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 from torch import nn
 
@@ -22,6 +23,7 @@ from clear.training.loop.run import StageRun
 from clear.training.loop.saved import last_complete
 from clear.training.loop.trainer import optimise
 from clear.training.sft import set_trainable
+from tests.conftest import ROOT
 from tests.tiny import tiny_model
 
 PHASE = Phase(steps=12, batch=4, lr=0.01, warmup=2)
@@ -275,6 +277,10 @@ def test_a_run_whose_code_was_changed_begins_anew(config, tmp_path, monkeypatch)
     (code / "loss.py").write_text("new")
     assert StageRun("test", config, [], tmp_path / "runs").folder != first
     monkeypatch.undo()
+    listed = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    used = [dep for stage in ("base", "sft", "sft_direct", "bridge", "grpo") for dep in listed[stage]["deps"]]
+    used = {Path(dep).parts[1] for dep in used if dep.startswith("clear/")}
+    assert {path.name for path in running.CODE} == used, "else an edit of what it leaves out would keep the old weights"
     assert all(path.is_dir() for path in running.CODE)
 
 

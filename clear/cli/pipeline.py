@@ -33,17 +33,21 @@ def run_stage(name: str, module: str, *args: Any, **kwargs: Any) -> None:
     """Run `clear.stages.<module>.run(config, …)` on the parameters of this folder and record its cost as `name`.
 
     One stage runs in a folder at a time: a second one raises Busy, which says who is in the way (clear/data/lock.py).
+    Raises ClearError where its parameters or code are edited meanwhile (`require_unedited`).
     """
     from clear.config import load
     from clear.data import lock
-    from clear.data.workspace import stage_run
+    from clear.data.workspace import require_unedited, stage_run, unedited
     from clear.model.weights import with_local_weights
 
-    config = with_local_weights(load(), module)
-    _say_if_too_large(config, module)
     first = int(os.environ.get("RANK", 0)) == 0  # of several processes that train one model, one stands for all
-    with lock.stage(Path.cwd(), name) if first else nullcontext(), stage_run(name):
-        importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
+    with unedited() if first else nullcontext():
+        config = with_local_weights(load(), module)
+        _say_if_too_large(config, module)
+        with lock.stage(Path.cwd(), name) if first else nullcontext(), stage_run(name):
+            require_unedited()  # the weights, and the lock, may have been waited for
+            importlib.import_module(f"clear.stages.{module}").run(config, *args, **kwargs)
+            require_unedited()
 
 
 def _say_if_too_large(config: Config, module: str) -> None:

@@ -13,6 +13,7 @@ its report in the user's own folder. Nothing here may enter a tracked output.
     $CLEAR_HOME/../data/replies/<name>.sqlite     paid replies of a teacher or judge, kept by `make clean`
 """
 
+import hashlib
 import json
 import os
 import platform
@@ -126,8 +127,19 @@ _began_with: dict[str, Any] = {}
 _SHOWN = 3
 
 
+@contextmanager
+def unedited() -> Iterator[None]:
+    """Remember what the stage that DVC runs in this process is given, for `require_unedited` in the block; to be
+    entered before anything of it is read."""
+    _began_with.update(_given())
+    try:
+        yield
+    finally:
+        _began_with.clear()
+
+
 def require_unedited() -> None:
-    """Raise ClearError where what people edit is not as the stage found it that DVC runs in this process.
+    """Raise ClearError where what people edit is not as the block of `unedited` found it.
 
     DVC looks at code, parameters and added data after a stage has ended, and would record, in dvc.lock and in its run
     cache, that the result is made from what is there by then.
@@ -141,14 +153,18 @@ def require_unedited() -> None:
     if edited := [name for name in _began_with | now if _began_with.get(name) != now.get(name)]:
         more = f" and {len(edited) - _SHOWN} more" if len(edited) > _SHOWN else ""
         raise ClearError(
-            f"{', '.join(edited[:_SHOWN])}{more}: edited while this stage ran, whose result is of before, so it is not "
-            "recorded. Undo the edit and repeat, which goes on from the last checkpoint, or repeat to run it anew."
+            f"{', '.join(edited[:_SHOWN])}{more}: edited while this stage ran; it began before the edit, and its "
+            "result is not recorded. Undo the edit and repeat, where a training goes on from its last checkpoint, or "
+            "repeat to run it anew."
         )
 
 
 def _given() -> dict[str, Any]:
-    """Parameters, code and data that no stage makes, of the stage in dvc.yaml that DVC runs in this process: name →
-    value, content or, of data, size and time. {} where DVC runs none: nothing is recorded then."""
+    """Parameters, code and data that no stage makes, of the stage in dvc.yaml that DVC runs in this process: each
+    parameter's value, a hash of each file of code, and one of the names, sizes and times below each path of data.
+
+    {} where DVC runs none: nothing is recorded then.
+    """
     import yaml
 
     running = os.environ.get("DVC_STAGE", "").rpartition(":")[2].partition("@")[0]
@@ -157,17 +173,27 @@ def _given() -> dict[str, Any]:
         return {}
     parts = {name: stage.get("do", stage) for name, stage in stages.items()}
     made = {out if isinstance(out, str) else next(iter(out)) for one in parts.values() for out in one.get("outs", ())}
-    lines = Path(".dvcignore").read_text().splitlines() if Path(".dvcignore").is_file() else []
-    ignored = [line for line in lines if line and "/" not in line]  # names anywhere, such as __pycache__
     values = yaml.safe_load(Path(PARAMS).read_text())
-    found = {f"{PARAMS}: {key}": _value(values, key) for key in parts[running].get("params", ())}
+    named = [key for key in parts[running].get("params", ()) if isinstance(key, str)]
+    found: dict[str, Any] = {f"{PARAMS}: {key}": _value(values, key) for key in named}
     for path in (Path(dep) for dep in parts[running].get("deps", ()) if dep not in made):
-        own = path.parts[0] != "data"
-        for file in path.rglob("*") if path.is_dir() else [path]:
-            if file.is_file() and not any(fnmatch(part, pattern) for pattern in ignored for part in file.parts):
-                stat = file.stat()
-                found[str(file)] = file.read_bytes() if own else (stat.st_size, stat.st_mtime_ns)
+        if path.parts[0] == "data":  # of any size
+            facts = hashlib.sha256()
+            for file, stat in _files(path):
+                facts.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
+            found[str(path)] = facts.hexdigest()
+        else:
+            found |= {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in _files(path)}
     return found
+
+
+def _files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """The files of a dependency, sorted, without those that .dvcignore names wherever they lie, such as __pycache__."""
+    lines = Path(".dvcignore").read_text().splitlines() if Path(".dvcignore").is_file() else []
+    ignored = [line for line in lines if line and "/" not in line]
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if not any(fnmatch(part, pattern) for pattern in ignored for part in file.parts) and file.is_file():
+            yield file, file.stat()
 
 
 def _value(values: Any, key: str) -> Any:
@@ -180,8 +206,6 @@ def _value(values: Any, key: str) -> Any:
 def stage_run(stage: str) -> Iterator[None]:
     """Start the run record of a stage anew; when the block succeeds, add the machine and what it cost.
 
-    Raises ClearError as `require_unedited` at the end.
-
     `seconds` is wall time, `cpu_seconds` includes children, `peak_mb` is the largest resident set of this process
     and `children_peak_mb` that of its largest child (MiB). The last one and the children's CPU time count only
     children that have ended. A run resumed from a checkpoint records its own part.
@@ -191,10 +215,7 @@ def stage_run(stage: str) -> Iterator[None]:
         return
     (_runs() / f"{stage}.json").unlink(missing_ok=True)
     start, cpu_start = time.perf_counter(), _cpu_seconds()
-    _began_with.clear()
-    _began_with.update(_given())
     yield
-    require_unedited()
     record_run(
         stage,
         machine=_machine(),

@@ -235,11 +235,15 @@ def _introduced(root: Path, revision: str) -> dict[str, tuple[int, Commit]]:
     """The first commit that brought each hash into dvc.lock, and its place in the history, by one walk through it."""
     said = git(
         root,
+        "-c",
+        "log.showRoot=true",
         "log",
+        "--topo-order",  # dates may be wrong: a commit after its parents
         "--reverse",
-        "-m",  # of merges those that no parent has: a conflict that was resolved by a new run
+        "--diff-merges=separate",  # those that no parent has: a conflict that was resolved by a new run
         "-p",
         "-U0",
+        "--text",  # whatever attributes say of lock files
         "--no-color",
         "--no-ext-diff",
         "--no-textconv",
@@ -248,9 +252,13 @@ def _introduced(root: Path, revision: str) -> dict[str, tuple[int, Commit]]:
         "--",
         LOCK,
     )
+    if said.status:
+        if git(root, "rev-parse", "--quiet", "--verify", revision or "HEAD").status:
+            return {}  # nothing is committed yet
+        raise ClearError(f"{root.resolve()}: the history of {LOCK} cannot be read: {said.said}.")
     found: dict[str, tuple[int, Commit]] = {}
     for place, entry in enumerate(said.text.split("\0")[1:]):
-        head, *changes = entry.splitlines()
+        head, *changes = entry.split("\n")
         commit = Commit(*head.split("\t", 3))
         for line in changes:
             if line.startswith("+") and line[1:].strip():

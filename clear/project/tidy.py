@@ -306,13 +306,13 @@ def _objects(store: "HashFileDB") -> Iterator[Object]:
 def _files(store: "HashFileDB") -> Iterator[tuple[str, int, float]]:
     """(path, size, when written) of every file; where a file system does not say when, it is now, so that it stays.
 
-    A file that DVC has linked into the cache (`cache.type hardlink`) has the date of the picture it was, and only
-    the change of its entry says when it came.
+    A file that DVC has linked into the cache (`cache.type hardlink`) has the date of the picture it was, old or to
+    come, and only the change of its entry says when it came.
     """
     if store.fs.protocol == "local":
         for file in Path(store.path).glob("??/*"):
             facts = file.stat()
-            yield file.as_posix(), facts.st_size, max(facts.st_mtime, facts.st_ctime)
+            yield file.as_posix(), facts.st_size, facts.st_ctime
         return
     for path, facts in store.fs.fs.find(store.path, detail=True).items():
         times = (facts.get(key) for key in ("LastModified", "last_modified", "updated", "mtime"))

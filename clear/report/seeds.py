@@ -183,7 +183,7 @@ def must_show(models: "dict[str, pd.DataFrame]", found: dict) -> Table:
     for level in SEVERITIES[:-1]:
         one = levels[level]
         add(
-            f"not behind it at {LEVELS[level]}: the interval above −{points(claims.MARGIN).rstrip('0.')} point",
+            f"not behind it at {LEVELS[level]}: the interval above −{100 * claims.MARGIN:g} point",
             tables.signed_interval(one),
             one["low"] >= -claims.MARGIN,
         )
@@ -248,8 +248,8 @@ def one_change(frames: Frames, ablations: dict[str, Ablation]) -> Table:
         "Points against the run of the same seed with everything as it is, paired by question; the restored share is "
         "that of the hard questions, in percent, and the last column what a restoration gains there in PSNR, of at "
         f"least {FEW} restorations. Where no answer differs, both ends of the interval are 0, and up to "
-        f"{100 * _unseen(frames):.1f} points can stay hidden on one seed. Of {3 * len(rows)} intervals one in twenty "
-        "is expected to miss 0 by chance."
+        f"{100 * _unseen(frames):.1f} points, with all kinds of damage, can stay hidden on one seed. Of "
+        f"{3 * len(rows)} intervals one in twenty is expected to miss 0 by chance."
     )
     return Table(["changed", "model", "seeds", "clean", "mid", "hard", "restored at hard", "dB"], rows, caption)
 

@@ -36,7 +36,8 @@ def models_of(files: Sequence[Path]) -> list[str]:
 
 def no_average(frame: "pd.DataFrame") -> str:
     """Why rows of scores.read_predictions have no average: two or more tables are of unknown benchmarks, so that their
-    names do not say where a model's ends, and may be of several models. "" where they have one."""
+    names do not say where a model's ends nor a column `model` whose they are, and may be of several models. "" where
+    they have one."""
     found: dict[frozenset[str], str] = {}
     for file, rows in frame.groupby("file", sort=False):
         if names.of_file(Path(file))[0] or ("model" in rows and rows["model"].any()):

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ _ONLY = {
 """Keys of published configs that would change what a model computes, and the one value that is implemented here, which
 an absent key means. config.json is not among them: the reference does not read it, and it need not agree with it."""
 _SCALES = ("scale_factor", "shift_factor")
-_SHAPES = {item.name for item in fields(VaeConfig)} - {*_SCALES}
 
 
 def config_files(config: BagelConfig) -> dict[str, dict]:
@@ -195,10 +194,15 @@ def _check_implemented(stated: _Stated) -> None:
     problems = [
         f"{key} = {json.dumps(value)}, and {'null' if only is None else json.dumps(only)} alone is implemented"
         for key, only in _ONLY[stated.path.name].items()
-        if (value := stated.content.get(key)) not in (None, only)
+        if (value := stated.content.get(key)) not in (None, only) and not _unscaled(value)
     ]
     remedy = "Take a model of BAGEL-7B-MoT's kind, or correct the file if the weights were trained without it."
     refuse(stated.path, problems, [remedy])
+
+
+def _unscaled(value: Any) -> bool:
+    """Whether it is how newer versions of transformers write a rope that is not scaled."""
+    return isinstance(value, dict) and value.get("rope_type", value.get("type")) == "default"
 
 
 def _vae_of(folder: Path, own: _Stated) -> VaeConfig:
@@ -228,7 +232,7 @@ def _vae_of(folder: Path, own: _Stated) -> VaeConfig:
     # The published factors are those of the published autoencoder: another one's latents would be off without an error.
     another = replace(config, **{key: getattr(usual, key) for key in _SCALES}) != usual
     lacking = [key for key in _SCALES if key not in stated.content]
-    if lacking and (another or _SHAPES & apart.keys()):
+    if lacking and another:
         raise ClearError(
             f"{stated.path}: {' and '.join(lacking)} missing beside the autoencoder's shapes; add what it was trained "
             f"with (FLUX's has {usual.scale_factor} and {usual.shift_factor})."

@@ -17,8 +17,13 @@ from clear.schema import Config
 from clear.training import trackers
 from clear.training.loop.parallel import barrier, rank
 
-CODE = [Path(__file__).parents[2] / name for name in ("model", "reasoning", "training")]
-"""What trains: a run that was interrupted and whose code was changed begins anew, or its weights would be of both."""
+_PACKAGE = Path(__file__).parents[2]
+CODE = [
+    _PACKAGE / name
+    for name in ("bench", "data", "llm", "model", "reasoning", "sources", "stages", "traces", "training")
+]
+"""What a training stage uses, as dvc.yaml lists it: a run that was interrupted and whose code was changed begins anew,
+or its weights would be of both."""
 
 
 class StageRun:
