@@ -95,9 +95,7 @@ def test_outputs_that_a_merge_made_anew_are_recorded_in_that_merge(project):
     assert lineage(Path(), "data/samples", "HEAD^2").steps[0].commit.subject == "on the side"
 
 
-@pytest.mark.parametrize(
-    "setting", [("core.attributesFile", "attributes"), ("log.showRoot", "false")]
-)
+@pytest.mark.parametrize("setting", [("core.attributesFile", "attributes"), ("log.showRoot", "false")])
 def test_the_settings_of_git_hide_no_commit(project, setting):
     """A lock file is binary to some, and a history is read differently by others."""
     Path("attributes").write_text("*.lock binary\n")
