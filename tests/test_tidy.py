@@ -126,7 +126,7 @@ def test_young_objects_and_young_commits_keep_their_data(team, monkeypatch):
     assert not stray.exists()
 
 
-@pytest.mark.parametrize("taken", [OLD, LATER])
+@pytest.mark.parametrize("taken", [OLD, LATER], ids=["long ago", "later"])
 def test_a_picture_that_was_linked_into_the_cache_is_as_young_as_its_link(team, monkeypatch, taken):
     """Where DVC links, the object is the picture itself, with the date on which it was taken."""
     from dvc.repo import Repo
