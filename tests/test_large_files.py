@@ -168,6 +168,7 @@ def test_a_long_value_that_many_rows_share_is_not_made_for_all_of_them(tmp_path,
 
 def test_however_few_rows_are_read_at_once_they_are_the_same(tmp_path, monkeypatch):
     monkeypatch.setattr(predictions, "_check_rows", lambda *rest: None)
+    monkeypatch.setattr(seeds, "_check_once", lambda *rest: None)
     reading = readers(tmp_path, 20, 10**5)[:7]
     found = [read() for read in reading]
     monkeypatch.setattr(files, "AT_ONCE", 1)

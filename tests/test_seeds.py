@@ -95,7 +95,7 @@ def test_a_question_that_is_there_twice_is_named(home):
     file = folder / seeds.FOLDER / "2.parquet"
     table = pq.read_table(file)
     pq.write_table(pa.concat_tables([table, table.slice(7, 1)]), file)
-    with pytest.raises(ClearError, match=r"2\.parquet: base/s1/jpeg/high/q is there twice; restore it"):
+    with pytest.raises(ClearError, match=r"2\.parquet: 'base/s1/jpeg/high/q' is there twice; restore it"):
         seeds.render(folder)
 
 

@@ -18,7 +18,7 @@ from clear.config import PARAMS, read_yaml
 from clear.data.io import reading_parquet, replacing, whole, write_text
 from clear.data.lock import making
 from clear.data.workspace import home
-from clear.errors import ClearError
+from clear.errors import ClearError, quoted
 from clear.project import check, scratch
 from clear.project.compare.load import LOCK, outputs, read_lock
 from clear.report import seeds
@@ -121,7 +121,7 @@ def _rows(file: Path, models: int) -> "pd.DataFrame":
     Raises ClearError for one that cannot be read, lacks a column, has rows of more, fewer or unknown models, or one
     question of a model twice.
     """
-    from clear.bench.predictions import KEY, SCHEMA
+    from clear.bench.predictions import SCHEMA
 
     frame = _table(file).to_pandas()
     for column in (*SCHEMA.names, "model"):
@@ -131,11 +131,17 @@ def _rows(file: Path, models: int) -> "pd.DataFrame":
     if len(found) != models or frame["model"].nunique() != models:
         what = ", ".join(map(str, frame["model"].unique())) or "none"
         raise ClearError(f"{file}: predictions of {what}, expected {models} of {', '.join(MODELS)}; {_AGAIN}.")
+    _check_once(file, frame)
+    return frame
+
+
+def _check_once(file: Path, frame: "pd.DataFrame") -> None:
+    from clear.bench.predictions import KEY
+
     again = frame[frame.duplicated(["model", *KEY])]
     if len(again):
         which = "/".join(again.iloc[0][["model", *KEY]])
-        raise ClearError(f"{file}: {which} is there twice; {_AGAIN}.")
-    return frame
+        raise ClearError(f"{file}: {quoted(which)} is there twice; {_AGAIN}.")
 
 
 def about(file: Path) -> dict[str, str]:

@@ -18,12 +18,21 @@ from clear.training import trackers
 from clear.training.loop.parallel import barrier, rank
 
 _PACKAGE = Path(__file__).parents[2]
-CODE = [
-    _PACKAGE / name
-    for name in ("bench", "data", "llm", "model", "reasoning", "sources", "stages", "traces", "training")
-]
-"""What a training stage uses, as dvc.yaml lists it: a run that was interrupted and whose code was changed begins anew,
-or its weights would be of both."""
+_ELSEWHERE = {
+    "browse",
+    "cli",
+    "conf",
+    "degradation",
+    "drift",
+    "project",
+    "report",
+    "serve",
+    "validation",
+    "__pycache__",
+}
+CODE = sorted(part for part in _PACKAGE.iterdir() if part.is_dir() and part.name not in _ELSEWHERE)
+"""What training stages use, as dvc.yaml lists it: a run that was interrupted and whose code was changed begins anew, or
+its weights would be of both."""
 
 
 class StageRun:
