@@ -254,12 +254,17 @@ def _with_value(key: str, values: Any) -> str:
     """A missing key with its value in `values`, as YAML has it, or alone where it has none there."""
     import yaml
 
+    if (value := value_at(values, key)) is None:
+        return key
+    written = yaml.safe_dump(value, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n")
+    return f"{key} = {written.strip()}"
+
+
+def value_at(values: Any, key: str) -> Any:
+    """What nested dictionaries have under a full key with dots; None where they have no such key."""
     for part in key.split("."):
         values = values.get(part) if isinstance(values, Mapping) else None
-    if values is None:
-        return key
-    written = yaml.safe_dump(values, default_flow_style=True, width=10**6, sort_keys=False).removesuffix("...\n")
-    return f"{key} = {written.strip()}"
+    return values
 
 
 def _beyond_floats(raw: Any, name: str = "") -> Iterator[str]:

@@ -26,7 +26,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from clear.config import PARAMS
+from clear.config import PARAMS, value_at
 from clear.data.io import write_json
 from clear.errors import ClearError, shown
 from clear.schema import Config
@@ -175,31 +175,26 @@ def _given() -> dict[str, Any]:
     made = {out if isinstance(out, str) else next(iter(out)) for one in parts.values() for out in one.get("outs", ())}
     values = yaml.safe_load(Path(PARAMS).read_text())
     named = [key for key in parts[running].get("params", ()) if isinstance(key, str)]
-    found: dict[str, Any] = {f"{PARAMS}: {key}": _value(values, key) for key in named}
+    lines = Path(".dvcignore").read_text().splitlines() if Path(".dvcignore").is_file() else []
+    ignored = [line for line in lines if line and "/" not in line]  # names anywhere, such as __pycache__
+    found: dict[str, Any] = {f"{PARAMS}: {key}": value_at(values, key) for key in named}
     for path in (Path(dep) for dep in parts[running].get("deps", ()) if dep not in made):
         if path.parts[0] == "data":  # of any size
             facts = hashlib.sha256()
-            for file, stat in _files(path):
+            for file in _files(path, ignored):
+                stat = file.stat()
                 facts.update(f"{file}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode("utf-8", "surrogateescape"))
             found[str(path)] = facts.hexdigest()
         else:
-            found |= {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file, _ in _files(path)}
+            found |= {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in _files(path, ignored)}
     return found
 
 
-def _files(path: Path) -> Iterator[tuple[Path, os.stat_result]]:
-    """The files of a dependency, sorted, without those that .dvcignore names wherever they lie, such as __pycache__."""
-    lines = Path(".dvcignore").read_text().splitlines() if Path(".dvcignore").is_file() else []
-    ignored = [line for line in lines if line and "/" not in line]
+def _files(path: Path, ignored: list[str]) -> Iterator[Path]:
+    """The files of a dependency, sorted, without those that have one of these names, or are below one."""
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if not any(fnmatch(part, pattern) for pattern in ignored for part in file.parts) and file.is_file():
-            yield file, file.stat()
-
-
-def _value(values: Any, key: str) -> Any:
-    for name in key.split("."):
-        values = values.get(name) if isinstance(values, dict) else None
-    return values
+            yield file
 
 
 @contextmanager
